@@ -1,0 +1,260 @@
+"""Train the demo model from nothing: its tokenizer, then the model, on text generated as it goes.
+
+    python scripts/train_demo.py --output structprune/demo/model      # what is in the package
+    python scripts/train_demo.py --steps 20 --output /tmp/model       # does it still run?
+
+Progress goes to stderr; the last lines on stdout compare the held-out loss with the generator's own entropy.
+"""
+
+import argparse
+import logging
+import math
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from structprune.demo.dice import Dice
+from structprune.demo.tasks import MULTIPLE_CHOICE, choices, questions
+from structprune.demo.world import (
+    HELD_OUT_SEED,
+    SEPARATOR,
+    TASK_SEED,
+    TRAINING_SEED,
+    TUNING_SEED,
+    documents,
+    text,
+)
+from structprune.demo.writers import Kind
+
+LENGTH = 256  # tokens in a row, and the model's max_position_embeddings
+BATCH = 16  # rows in a step
+PEAK_RATE, LAST_RATE = 2e-3, 2e-5  # learning rate: warm-up to the first, cosine to the second
+WARM_UP = 200  # steps
+PAGE_END = 1 / 8  # share of documents after which a page ends: "</s><s>" follows instead of a blank line
+REPORT_EVERY = 100  # steps
+SAVE_EVERY = 500  # steps
+
+logger = logging.getLogger("train_demo")
+
+
+def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of at most 1024 entries: any text can be encoded, digits stay single."""
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r" ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<pad>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text(seed, 1_000_000)], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """Build the untrained model: 8 heads of 24 (not 160 / 8) share 4 KV heads; all sizes divide by 16."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=160,
+        intermediate_size=448,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=24,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
+    """Yield training rows of LENGTH token ids.
+
+    A row starts with "<s>", at the start of a document without it, or in the middle of one: prompts, windows
+    cut out of a long text and pages with a start token are all met at evaluation.
+    """
+    dice = Dice(seed + 1_000_000)  # apart from the texts, whose entropy must not contain these choices
+    source = documents(seed)
+    row: list[int] = []
+    while True:
+        for ids in tokenizer([document.text + SEPARATOR for document in islice(source, 256)])["input_ids"]:
+            if not row:
+                row = [tokenizer.bos_token_id] if dice.happens(0.7) else []
+            row += ids
+            if dice.happens(PAGE_END):
+                row[-1:] = [tokenizer.eos_token_id, tokenizer.bos_token_id]
+            if len(row) >= LENGTH:
+                yield row[:LENGTH]
+                row = row[LENGTH:] if dice.happens(0.5) else []
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Tensor]:
+    """Yield token ids, shape [BATCH, LENGTH]."""
+    source = rows(tokenizer, seed)
+    while True:
+        yield torch.tensor(list(islice(source, BATCH)))
+
+
+def learning_rate(step: int, progress: float) -> float:
+    """Return the rate: linear warm-up, then half a cosine; `progress` is in [0, 1]."""
+    cosine = LAST_RATE + (PEAK_RATE - LAST_RATE) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    return cosine * min(1.0, (step + 1) / WARM_UP)
+
+
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> int:
+    """Train in place and return the number of tokens read.
+
+    The rate falls with the steps done or the time spent, whichever is further, so that a slow machine also
+    ends with a small rate; only a run that stays inside its minutes is reproducible bit by bit.
+    """
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    plain = [p for p in model.parameters() if p.ndim != 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95))
+    source = batches(tokenizer, args.seed)
+    started, tokens, recent = time.monotonic(), 0, 0.0
+    model.train()
+    for step in range(args.steps):
+        minutes = (time.monotonic() - started) / 60
+        progress = max(step / args.steps, minutes / args.minutes)
+        if progress >= 1:
+            logger.warning("stopped by --minutes %g after %d of %d steps", args.minutes, step, args.steps)
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, progress)
+        ids = next(source)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens += ids.numel()
+        recent += loss.item()
+        if (step + 1) % REPORT_EVERY == 0:
+            rate = tokens / (time.monotonic() - started)
+            logger.info("step %d, loss %.4f, %.0f tokens/s", step + 1, recent / REPORT_EVERY, rate)
+            recent = 0.0
+        if (step + 1) % SAVE_EVERY == 0:
+            report(model, tokenizer, TUNING_SEED, TUNING_SEED, 100)
+            save(model, tokenizer, args.output)
+            model.train()
+    return tokens
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save a copy in bfloat16; the model itself stays as it is."""
+    copy = LlamaForCausalLM(model.config)
+    copy.load_state_dict(model.state_dict())
+    copy.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@torch.inference_mode()
+def losses(model: LlamaForCausalLM, sequences: list[list[int]], starts: list[int]) -> Tensor:
+    """Return -log p of each sequence's tokens from its start on, summed, shape [sequences].
+
+    Padding stands behind the tokens, where causal attention does not see it.
+    """
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
+    positions = torch.arange(1, ids.shape[1])
+    lengths = torch.tensor([len(ids) for ids in sequences])[:, None]
+    counted = (positions >= torch.tensor(starts)[:, None]) & (positions < lengths)
+    logits = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    return -(logits.gather(2, ids[:, 1:, None]).squeeze(2) * counted).sum(1)
+
+
+def held_out_loss(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, count: int
+) -> tuple[float, float]:
+    """Return the model's loss and the generator's entropy on `count` documents, both in nats per token.
+
+    Documents stand alone, from their first token to the blank line after them: what the generator counts.
+    """
+    held_out = list(islice(documents(seed), count))
+    sequences = tokenizer([tokenizer.bos_token + document.text + SEPARATOR for document in held_out])[
+        "input_ids"
+    ]
+    tokens = sum(len(ids) - 1 for ids in sequences)
+    loss = sum(
+        float(losses(model, sequences[at : at + BATCH], [1] * len(sequences[at : at + BATCH])).sum())
+        for at in range(0, count, BATCH)
+    )
+    entropy = sum(document.nats - math.log1p(-PAGE_END) for document in held_out)
+    return loss / tokens, entropy / tokens
+
+
+def accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, kind: Kind, seed: int, count: int
+) -> float:
+    """Return the share of multiple-choice questions whose right answer has the highest likelihood."""
+    dice, right = Dice(seed), 0
+    for question in islice(questions(kind, seed), count):
+        options = choices(question, dice)
+        start = len(tokenizer(question.prompt)["input_ids"])
+        sequences = tokenizer([f"{question.prompt} {option}." for option in options])["input_ids"]
+        right += options[int(losses(model, sequences, [start] * len(options)).argmin())] == question.answer
+    return right / count
+
+
+def report(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text_seed: int, task_seed: int, count: int
+) -> str:
+    """Log and return one line: loss against entropy, and the accuracy on `count` questions of each kind."""
+    model.eval()
+    loss, entropy = held_out_loss(model, tokenizer, text_seed, 2 * count)
+    kinds: list[Kind] = [*MULTIPLE_CHOICE.values(), "arithmetic"]
+    marks = ", ".join(f"{kind} {accuracy(model, tokenizer, kind, task_seed, count):.3f}" for kind in kinds)
+    line = f"held-out loss {loss:.4f}, entropy {entropy:.4f} nats per token; accuracy: {marks}"
+    logger.info("%s", line)
+    return line
+
+
+def main() -> None:
+    """Train, save, read back and report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--steps", type=int, default=4500, help=f"of {BATCH * LENGTH} tokens each")
+    parser.add_argument(
+        "--seed", type=int, default=TRAINING_SEED, help="of the text and of the first weights"
+    )
+    parser.add_argument("--minutes", type=float, default=85.0, help="end the training after so long")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    tokenizer = train_tokenizer(args.seed)
+    model = build_model(tokenizer, args.seed)
+    logger.info("%d parameters, %d tokens in the vocabulary", model.num_parameters(), len(tokenizer))
+    tokens = train(model, tokenizer, args)
+    save(model, tokenizer, args.output)
+    # What is measured is what was written: the weights after rounding to bfloat16.
+    saved = LlamaForCausalLM.from_pretrained(args.output, dtype=torch.float32)
+    print(f"trained on {tokens} tokens")
+    print(report(saved, tokenizer, HELD_OUT_SEED, TASK_SEED, min(500, 10 * args.steps)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""What calibration looks at: seeded windows of tokens, cut from a text.
+
+A source is tokenised from its beginning as one running text. It is cut into windows that do not overlap, and
+`samples` of them are drawn with the seed. Every window has the same length, so nothing is ever padded. Where
+the tokenizer itself begins a text with a beginning-of-sequence token (Llama, Gemma), every window begins with
+one, as every prompt does in use; it counts into the length.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from structprune.calibration.texts import name_of, pieces, texts
+from structprune.errors import InputError, UsageError
+from structprune.models.streamed import Batch
+
+__all__ = [
+    "Bos",
+    "Calibration",
+    "cut",
+    "encode",
+    "load",
+    "name_of",
+    "opening",
+    "pieces",
+    "positions",
+    "texts",
+]
+
+Bos = Literal["auto", "window", "text", "none"]
+
+LONGEST_DEFAULT = 2048
+# So many times the tokens needed are read at most: enough for the draw to reach past a source's first pages,
+# while a corpus of a terabyte costs no more than a book (4 bytes per token: 16 MB for 128 samples of 2048).
+READ_AHEAD = 16
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches to calibrate on, and where they come from.
+
+    Attributes:
+        batches: `input_ids` [batch, tokens], int64; no attention mask, because nothing is padded.
+        facts: JSON-safe: source, column, split, revision, seed, samples, length, bos, tokens_available (those
+            that were read), and `sha256` of the token ids, which alone decides whether two calibrations are
+            the same.
+    """
+
+    batches: list[Batch]
+    facts: dict[str, Any]
+
+
+def load(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    column: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    max_length: int | None = None,
+    bos: Bos = "auto",
+) -> Calibration:
+    """Draw calibration samples; the same arguments give the same tokens in the same order.
+
+    Args:
+        source: As for `texts`.
+        tokenizer: The model's.
+        samples: Windows to draw.
+        length: Tokens per window; min(2048, max_length) by default.
+        seed: Decides which windows are drawn, and their order.
+        batch_size: Windows per batch; the last batch may be smaller.
+        column: As for `texts`.
+        split: As for `texts`.
+        revision: As for `texts`.
+        max_length: The most positions the model knows (`positions` tells); None when it has no such limit.
+        bos: As for `opening`.
+
+    Raises:
+        UsageError: `length` is longer than `max_length`, or a count is not positive.
+        InputError: There are too few tokens, or the source cannot be trusted.
+        EnvironmentFailure: The source cannot be reached.
+    """
+    for name, value in {"samples": samples, "batch_size": batch_size}.items():
+        if value < 1:
+            raise UsageError(f"{name} is {value}, expected at least 1")
+    tokens = window_length(length, max_length)
+    first = opening(tokenizer, bos)
+    body = tokens - (first.window is not None)
+    text = pieces(source, column=column, split=split, revision=revision)
+    ids = encode(text, tokenizer, limit=samples * body * READ_AHEAD, first=first.text)
+    available = ids.numel()
+    if available // body < samples:
+        raise _too_few(source, available, samples, tokens, tokens - body)
+    windows = cut(ids, body)
+    drawn = random.Random(seed).sample(range(len(windows)), samples)
+    inputs = begin(windows[drawn], first.window)
+    facts = {
+        "source": source,
+        "column": column,
+        "split": split,
+        "revision": revision,
+        "seed": seed,
+        "samples": samples,
+        "length": tokens,
+        "bos": first.rule,
+        "tokens_available": available,
+        "sha256": hash_of(inputs),
+    }
+    return Calibration([{"input_ids": batch.clone()} for batch in torch.split(inputs, batch_size)], facts)
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """Return how many positions the language model of a config knows; None when it has no such limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
+def window_length(length: int | None, max_length: int | None) -> int:
+    """Return the tokens per window: `length`, or min(2048, max_length) when it is None.
+
+    Raises:
+        UsageError: `length` is under 2 (nothing to predict), or over `max_length`.
+    """
+    if length is None:
+        return LONGEST_DEFAULT if max_length is None else min(LONGEST_DEFAULT, max_length)
+    if length < 2:
+        raise UsageError(f"length is {length}, expected at least 2 tokens")
+    if max_length is not None and length > max_length:
+        # Rotary embeddings run on past it without a word, and every figure after that is about something
+        # else.
+        raise UsageError(
+            f"length {length} is more than the model's max_position_embeddings, {max_length}",
+            hint=f"use a length of at most {max_length}",
+        )
+    return length
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Which beginning-of-sequence token goes where.
+
+    Attributes:
+        rule: "window" (before every window), "text" (once, before the text) or "none".
+        window: The token before every window, or None.
+        text: The token before the text, or None.
+    """
+
+    rule: Literal["window", "text", "none"]
+    window: int | None = None
+    text: int | None = None
+
+
+def opening(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> Opening:
+    """Decide where beginning-of-sequence tokens go.
+
+    Args:
+        tokenizer: The model's.
+        bos: "auto" is "window" when the tokenizer begins texts with one by itself, else "none". "text" puts
+            it once at the text's beginning, which is how most published perplexities were measured.
+
+    Raises:
+        UsageError: `bos` asks for a token that the tokenizer does not have.
+    """
+    token = tokenizer.bos_token_id
+    if bos == "auto":
+        own = tokenizer("a", verbose=False)["input_ids"]
+        bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+        bos = "window" if token is not None and own[0] == token != bare[0] else "none"
+    if bos == "none":
+        return Opening("none")
+    if not isinstance(token, int):
+        raise UsageError(
+            f"bos is {bos!r}, but the tokenizer has no beginning-of-sequence token", hint="use 'none'"
+        )
+    return Opening("window", window=token) if bos == "window" else Opening("text", text=token)
+
+
+def encode(
+    text: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limit: int | None = None,
+    first: int | None = None,
+) -> Tensor:
+    """Tokenise a running text piece by piece, without adding special tokens.
+
+    Args:
+        text: Pieces of the text; special tokens spelled out in it are read as such.
+        tokenizer: The model's.
+        limit: Stop reading once there are so many tokens; the rest of the last piece is dropped.
+        first: A token to put before the text.
+
+    Returns:
+        Token ids, shape [tokens], int32.
+    """
+    parts = [] if first is None else [torch.tensor([first], dtype=torch.int32)]
+    count = len(parts)
+    for piece in text:
+        # verbose=False: a text longer than the model's limit is what we want, and no reason for a warning.
+        ids = tokenizer(piece, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+        parts.append(torch.tensor(ids, dtype=torch.int32))
+        count += len(ids)
+        if limit is not None and count >= limit:
+            break
+    return torch.cat(parts)[:limit] if parts else torch.empty(0, dtype=torch.int32)
+
+
+def cut(ids: Tensor, length: int, stride: int | None = None) -> Tensor:
+    """Cut ids into windows of exactly `length`, one every `stride` tokens; what is left at the end is
+    dropped.
+
+    Args:
+        ids: Shape [tokens].
+        length: Tokens per window.
+        stride: Tokens from one window's beginning to the next; `length` by default, so that none overlap.
+
+    Returns:
+        Shape [windows, length], int64.
+    """
+    if ids.numel() < length:
+        return torch.empty(0, length, dtype=torch.int64)
+    return ids.unfold(0, length, stride or length).long()
+
+
+def begin(windows: Tensor, token: int | None) -> Tensor:
+    """Put a token before every window; shape [windows, length] or, with a token, [windows, length + 1]."""
+    if token is None:
+        return windows
+    return torch.cat([torch.full((len(windows), 1), token, dtype=windows.dtype), windows], dim=1)
+
+
+def hash_of(ids: Tensor) -> str:
+    """Return the sha256 of token ids and their shape, the same on every machine."""
+    digest = hashlib.sha256(repr(tuple(ids.shape)).encode())
+    digest.update(ids.to(torch.int64).cpu().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _too_few(source: str, available: int, samples: int, tokens: int, extra: int) -> InputError:
+    """Say how many tokens there are, how many it takes, and what would fit; `extra`: a window's own BOS."""
+    body = tokens - extra
+    fits = []
+    if available // body:
+        fits.append(f"{available // body} samples of length {tokens}")
+    if available // samples + extra >= 2:
+        fits.append(f"{samples} samples of length {available // samples + extra}")
+    need = f"{samples} samples of length {tokens} need {samples * body}"
+    return InputError(
+        f"{source}: it has {available} tokens, which are too few: {need}",
+        hint=f"what fits: {', or '.join(fits)}" if fits else "use a longer text",
+    )

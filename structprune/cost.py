@@ -1,0 +1,141 @@
+"""What a model costs, counted and never assumed: parameters, zeros, FLOPs per token, KV bytes, bytes on disk.
+
+FLOPs and KV bytes come from one forward of a twin of the model on the meta device, where nothing is computed
+or allocated: FLOPs are two per multiply-add of every matrix product that runs, KV bytes the size of the cache
+that fills. So they hold for any architecture, and for a model whose shapes were changed. What is not counted
+multiplies no matrices: embedding look-ups, norms, softmax.
+"""
+
+import copy
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from structprune.models.arch import HasSkeleton
+
+logger = logging.getLogger(__name__)
+
+# Longer contexts are rarer than they are possible: attention would then dominate the figure.
+DEFAULT_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs.
+
+    Args:
+        parameters: All parameters, tied ones once, zeros included.
+        zeros: Zeros in the prunable set.
+        prunable: Weights in the prunable set.
+        flops_per_token: Two per multiply-add, mean over a forward of `length` tokens without padding; None when
+            the model cannot run on the meta device.
+        kv_bytes_per_token: Bytes of the key-value cache after `length` tokens, divided by them; None as above.
+        bytes_on_disk: Bytes of the weight files.
+        length: Tokens of the forward that was counted.
+    """
+
+    parameters: int
+    zeros: int
+    prunable: int
+    flops_per_token: float | None
+    kv_bytes_per_token: float | None
+    bytes_on_disk: int
+    length: int
+
+    @property
+    def sparsity(self) -> float:
+        """Return zeros / prunable set; 0 when nothing is prunable."""
+        return self.zeros / self.prunable if self.prunable else 0.0
+
+
+def count(
+    model: PreTrainedModel | HasSkeleton,
+    *,
+    zeros: int = 0,
+    prunable: int = 0,
+    bytes_on_disk: int = 0,
+    length: int | None = None,
+) -> Cost:
+    """Count what a model costs, without touching its weights.
+
+    The attention counted is the full length x length product that runs without a fused kernel; a kernel that
+    skips the masked half does less. Of a mixture of experts, each token's chosen experts are counted. A block
+    with a sliding window keeps no more than its window, so its cache per token falls with the length.
+
+    Args:
+        model: Resident, or streamed: its parameters may lie on the meta device.
+        zeros: Zeros in the prunable set, as the strict reader counted them.
+        prunable: Weights in the prunable set.
+        bytes_on_disk: As `weight_bytes` gives them.
+        length: Tokens; by default min(2048, what the model was made for).
+    """
+    length = length or default_length(model)
+    try:
+        flops, cache = _forward(_module(model), length)
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # its forward looks into values, or refuses the plain attention
+        reason = str(error).partition("\n")[0]
+        logger.warning(
+            "FLOPs and KV bytes of %s cannot be counted: %s", type(_module(model)).__name__, reason
+        )
+        flops = cache = None
+    return Cost(
+        parameters=sum(parameter.numel() for parameter in _module(model).parameters()),
+        zeros=zeros,
+        prunable=prunable,
+        flops_per_token=None if flops is None else flops / length,
+        kv_bytes_per_token=None if cache is None else cache / length,
+        bytes_on_disk=bytes_on_disk,
+        length=length,
+    )
+
+
+def default_length(model: PreTrainedModel | HasSkeleton) -> int:
+    """Return min(2048, the most positions the text model was made for)."""
+    positions = getattr(_module(model).config.get_text_config(), "max_position_embeddings", None)
+    return min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Return the bytes of the safetensors files of a model folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _module(model: PreTrainedModel | HasSkeleton) -> PreTrainedModel:
+    return model if isinstance(model, PreTrainedModel) else model.skeleton
+
+
+def _forward(model: PreTrainedModel, length: int) -> tuple[int, int]:
+    """Run `length` text tokens through a twin on the meta device; return FLOPs and bytes of the cache."""
+    twin = _twin(model)
+    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+    # The mask keeps transformers from looking into the ids for padding and packed sequences.
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        output = twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+    cache = getattr(output, "past_key_values", None)
+    tensors = [tensor for layer in getattr(cache, "layers", []) for tensor in (layer.keys, layer.values)]
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+    return counter.get_total_flops(), stored
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy the modules of a model with every parameter and buffer on the meta device; no weight is copied."""
+    memo: dict[int, object] = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    twin: PreTrainedModel = copy.deepcopy(model, memo)
+    # The meta device runs these and the counter knows them: fused attention is not counted everywhere, and
+    # grouped expert products refuse float32 there.
+    twin.set_attn_implementation("eager")
+    twin.set_experts_implementation("batched_mm")
+    twin.train(False)
+    return twin

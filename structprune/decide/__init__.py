@@ -1,0 +1,1 @@
+"""From scores to decisions: how much leaves (`sparsity`, `budget`) and which (`select`)."""

@@ -1,0 +1,82 @@
+"""Everything that can go wrong, and the exit code that the command line gives it.
+
+    StructpruneError            1  a bug of ours, never raised on purpose
+    ├── UsageError              2  the command line, a recipe, a field's value
+    ├── InputError              3  a model, data or adapter that cannot be trusted
+    ├── EnvironmentFailure      4  disk, memory, permission, network, a lock held by another run
+    ├── QualityError            5  a numerical failure, or a quality gate that was missed
+    ├── VerificationError       6  written, but what stands on disk is not what was asked
+    └── Interrupted       130/143  stopped by a signal; the same command resumes
+"""
+
+from typing import ClassVar
+
+
+class StructpruneError(Exception):
+    """Base of all errors raised on purpose: what is wrong, where, and what to do about it.
+
+    Args:
+        message: What was found and what was expected, naming the file, tensor or key; one line.
+        hint: What the user can do; one line.
+    """
+
+    exit_code: int = 1
+    kind: ClassVar[str] = "bug"
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """Return the message and the hint as one line."""
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class UsageError(StructpruneError):
+    """The command line or a recipe asks for something that cannot be."""
+
+    exit_code = 2
+    kind = "usage"
+
+
+class InputError(StructpruneError):
+    """A model folder, a data file or an adapter is damaged, unsupported or contradicts itself."""
+
+    exit_code = 3
+    kind = "input"
+
+
+class EnvironmentFailure(StructpruneError):
+    """The machine refuses: disk, memory, permission, network, or a lock that another run holds."""
+
+    exit_code = 4
+    kind = "environment"
+
+
+class QualityError(StructpruneError):
+    """The numbers went wrong (NaN, no improvement) or a quality gate was missed."""
+
+    exit_code = 5
+    kind = "quality"
+
+
+class VerificationError(StructpruneError):
+    """The written folder does not hold what was asked for."""
+
+    exit_code = 6
+    kind = "verification"
+
+
+class Interrupted(StructpruneError):
+    """A signal stopped the run; its partial folder resumes with the same command.
+
+    Args:
+        signal_number: The signal received; the exit code is 128 plus it.
+    """
+
+    kind = "interrupted"
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}", hint="run the same command again to resume")
+        self.exit_code = 128 + signal_number

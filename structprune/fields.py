@@ -1,0 +1,197 @@
+"""From what a user wrote to checked values: a refusal names the key, what was found and expected."""
+
+import difflib
+import inspect
+import re
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
+
+from structprune.errors import UsageError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Part(BaseModel):
+    """A frozen group of keys; a key it does not know and a boolean for a number are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_a_boolean(cls, value: object, info: ValidationInfo) -> object:
+        refuse_boolean(cls, info.field_name or "", value)
+        return value
+
+
+def refuse_boolean(owner: type[BaseModel], name: str, value: object) -> None:
+    """Refuse True or False for a field of `owner` that is not a boolean; Python counts with them as 1 and 0.
+
+    Raises:
+        ValueError: It is one.
+    """
+    field = owner.model_fields.get(name)
+    if isinstance(value, bool) and field is not None and bool not in _atoms(field.annotation):
+        raise ValueError(f"found {str(value).lower()}, expected {_type_text(field.annotation)}")
+
+
+def build(owner: type[M], raw: object, path: str = "") -> M:
+    """Return an instance of `owner` from a mapping of its fields.
+
+    Args:
+        owner: Which group of keys it is.
+        raw: What was read.
+        path: The dotted path of the group, for errors; empty at the top.
+
+    Raises:
+        UsageError: An unknown key, a missing one or an impossible value.
+    """
+    if not isinstance(raw, Mapping):
+        raise UsageError(f"{path or 'recipe'}: found {shown(raw)}, expected keys with values")
+    try:
+        for name, value in raw.items():
+            if not issubclass(owner, Part):  # a Part refuses booleans by itself
+                _refuse_boolean_at(owner, name, value, path)
+        return owner.model_validate(dict(raw))
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        # An unknown key explains more than what it leaves missing.
+        details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
+        raise _usage_error(owner, details[0], path) from None
+
+
+def put(raw: dict[str, Any], keys: list[str], value: object) -> None:
+    """Set `value` in nested mappings, making the groups on the way; `keys` is the path, outermost first.
+
+    Raises:
+        UsageError: Something on the way is a value, not a group.
+    """
+    group: Any = raw
+    for index, key in enumerate(keys[:-1]):
+        if group.get(key) is None:
+            group[key] = {}
+        group = group[key]
+        if not isinstance(group, dict):
+            here = ".".join(keys[: index + 1])
+            raise UsageError(f"{'.'.join(keys)}: {here} is {shown(group)}, not a group of keys")
+    group[keys[-1]] = value
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint for an unknown name: the nearest known one, or all of them."""
+    choices = list(known)
+    near = difflib.get_close_matches(name, choices, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(choices)}"
+
+
+def shown(value: object) -> str:
+    """Return a value as an error can quote it: one short line."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"  # Python refuses to print the longest ones
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "nothing"}[value]
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def keys_of(owner: type[BaseModel]) -> list[dict[str, Any]]:
+    """Return the fields of `owner` as rows: "name", "type", "default" and "about", the docstring's words."""
+    about: dict[str, str] = {}
+    for ancestor in reversed(owner.__mro__):
+        about |= _documented(ancestor)
+    rows = []
+    for name, field in owner.model_fields.items():
+        default = (
+            None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
+        )
+        rows.append(
+            {
+                "name": name,
+                "type": _type_text(field.annotation),
+                "default": list(default) if isinstance(default, tuple) else default,
+                "about": about.get(name, ""),
+            }
+        )
+    return rows
+
+
+def _documented(owner: type) -> dict[str, str]:
+    """Return what the `Args:` of a class's own docstring say about each name."""
+    text = inspect.cleandoc(owner.__dict__.get("__doc__") or "")
+    arguments = re.search(r"^Args:\n((?:    .*\n?|\n)+)", text, re.MULTILINE)
+    found = re.findall(
+        r"^    (\w+): ((?:.+\n?)(?:^        .+\n?)*)", arguments[1] if arguments else "", re.MULTILINE
+    )
+    return {name: " ".join(words.split()) for name, words in found}
+
+
+def _refuse_boolean_at(owner: type[BaseModel], name: str, value: object, path: str) -> None:
+    try:
+        refuse_boolean(owner, name, value)
+    except ValueError as error:
+        raise UsageError(f"{_join(path, name)}: {error}") from None
+
+
+def _usage_error(owner: type[BaseModel], detail: ErrorDetails, path: str) -> UsageError:
+    keys = [str(part) for part in detail["loc"]]
+    here = _join(path, *keys) or "recipe"
+    match detail["type"]:
+        case "extra_forbidden":
+            known = _owner_of(owner, keys).model_fields
+            return UsageError(f"unknown key {here}", hint=nearest(keys[-1], known))
+        case "missing":
+            return UsageError(f"{here} is missing")
+        case "value_error":
+            return UsageError(f"{here}: {detail['ctx']['error']}")
+        case _:
+            said = (
+                detail["msg"].replace("Input should be", "expected").replace("Input should have", "expected")
+            )
+            return UsageError(f"{here}: found {shown(detail['input'])}, {said[0].lower()}{said[1:]}")
+
+
+def _owner_of(owner: type[BaseModel], keys: list[str]) -> type[BaseModel]:
+    """Return the class that the last of `keys` belongs to."""
+    for key in keys[:-1]:
+        field = owner.model_fields.get(key)
+        inner = [atom for atom in _atoms(field.annotation if field else None) if _is_model(atom)]
+        if not inner:
+            break
+        owner = inner[0]
+    return owner
+
+
+def _is_model(atom: object) -> bool:
+    return isinstance(atom, type) and issubclass(atom, BaseModel)
+
+
+def _atoms(annotation: Any) -> list[Any]:
+    """Return the plain types that an annotation is made of."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal or not parts:
+        return [annotation]
+    return [atom for part in parts for atom in _atoms(part)]
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _type_text(annotation: Any) -> str:
+    """Return an annotation in a user's words."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(str(part) for part in parts)
+    if origin in (Union, types.UnionType):
+        return " | ".join(_type_text(part) for part in parts if part is not type(None))
+    if origin in (tuple, list):
+        return f"list of {_type_text(parts[0])}"
+    if origin is dict:
+        return f"{_type_text(parts[0])}: {_type_text(parts[1])}"
+    if parts:  # Annotated
+        return _type_text(parts[0])
+    words = {str: "text", int: "integer", float: "number", bool: "true | false"}
+    return words.get(annotation, getattr(annotation, "__name__", str(annotation)).lower())

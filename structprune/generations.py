@@ -1,0 +1,79 @@
+"""What a model writes: the most likely continuation of a few beginnings, for eyes that distrust figures."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from structprune.calibration.data import cut, encode
+from structprune.models import walk
+from structprune.models.streamed import Model
+
+TOKENS = 40
+PROMPTS = 3
+PROMPT_TOKENS = 32
+
+
+def beginnings(
+    text: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int = PROMPTS,
+    max_length: int | None = None,
+    tokens: int = TOKENS,
+) -> list[str]:
+    """Take prompts from the beginning of a text, so far apart that none holds what continues another.
+
+    Args:
+        text: The running text, in pieces.
+        tokenizer: The model's.
+        count: How many at most; a short text gives fewer.
+        max_length: The most positions the model knows.
+        tokens: How many tokens are to be continued.
+    """
+    room = PROMPT_TOKENS if max_length is None else min(PROMPT_TOKENS, max_length - tokens - 1)
+    if room < 1:
+        return []
+    step = room + tokens
+    ids = encode(text, tokenizer, limit=count * step)
+    return [str(tokenizer.decode(window)) for window in cut(ids, room, step).tolist()]
+
+
+@torch.no_grad()
+def generations(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    tokens: int = TOKENS,
+    first: int | None = None,
+) -> list[str]:
+    """Continue prompts greedily, until the model ends the text or `tokens` were written.
+
+    Every token takes a forward of its own over all prompts of one length, without a cache: a few prompts cost
+    as much as one window of perplexity, and a streamed model is read `tokens` times.
+
+    Args:
+        model: In memory or streamed.
+        tokenizer: The model's.
+        prompts: Texts to continue.
+        tokens: How many tokens are written at most.
+        first: A beginning-of-sequence token to put before each prompt.
+
+    Returns:
+        The continuations, without their prompts.
+    """
+    opening = [] if first is None else [first]
+    encoded = [opening + tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    written: dict[int, str] = {}
+    for length in {len(ids) for ids in encoded}:
+        # Prompts of one length form a batch without padding.
+        rows = [index for index, ids in enumerate(encoded) if len(ids) == length]
+        ids = torch.tensor([encoded[index] for index in rows])
+        for _ in range(tokens):
+            chosen = walk.logits(model, {"input_ids": ids})[:, -1].argmax(dim=-1, keepdim=True)
+            ids = torch.cat([ids, chosen.to(ids.device)], dim=1)
+        for index, row in zip(rows, ids[:, length:].tolist(), strict=True):
+            end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
+            written[index] = str(tokenizer.decode(row[:end]))
+    return [written[index] for index in range(len(prompts))]

@@ -1,0 +1,129 @@
+"""lm-eval through its Python API: a model in memory, tasks by name, its own results kept as they are."""
+
+import contextlib
+import copy
+import difflib
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from structprune.calibration.texts import hub_failure
+from structprune.errors import EnvironmentFailure, UsageError
+from structprune.models.streamed import Model, StreamedModel
+
+# Only standard errors without a closed form (medians, F1) are drawn; lm-eval's own 100 000 would take
+# minutes.
+BOOTSTRAPS = 1000
+
+
+def harness(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    include_path: Path | None = None,
+    batch_size: int = 8,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Run lm-eval tasks.
+
+    Args:
+        model: In memory.
+        tokenizer: The model's; left as it is.
+        tasks: Names of tasks, groups or tags, or patterns such as "mmlu_*".
+        include_path: A folder with task files of your own; those of lm-eval are looked at only when it lacks
+            a name.
+        batch_size: Requests per forward.
+        limit: Only so many documents of each task.
+
+    Returns:
+        lm-eval's results as it returns them, without the samples.
+
+    Raises:
+        UsageError: A task is unknown, or the model is streamed.
+        InputError: A task's file or data are damaged or missing.
+        EnvironmentFailure: lm-eval is not installed, or a task's data cannot be reached.
+    """
+    if isinstance(model, StreamedModel):
+        raise UsageError(
+            "lm-eval tasks need the whole model in memory, and it is streamed",
+            hint="open it resident, or leave the tasks out",
+        )
+    try:
+        import datasets
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ModuleNotFoundError as error:
+        hint = "pip install 'structprune[eval]'"
+        raise EnvironmentFailure(f"lm-eval tasks need {error.name}", hint=hint) from None
+    # lm-eval prints while it draws standard errors, and sets a padding token on the tokenizer it is given.
+    with contextlib.redirect_stdout(sys.stderr):
+        manager, names = _find(tasks, include_path)
+        try:
+            runner = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+            results: dict[str, Any] = lm_eval.simple_evaluate(
+                model=runner,
+                tasks=names,
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAPS,
+                log_samples=False,
+            )
+        except (OSError, datasets.exceptions.DatasetsError) as error:
+            raise hub_failure(error, f"lm-eval tasks {', '.join(names)}") from error
+    return results
+
+
+def metrics(results: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Return task -> metric -> value of lm-eval results.
+
+    A metric of a named filter is "metric,filter"; the default filter's name is left out. Standard errors
+    stand beside their metric as "metric_stderr". What lm-eval could not compute is None.
+    """
+    return {task: _numbers(row) for task, row in results["results"].items()}
+
+
+def save(results: dict[str, Any], path: Path) -> None:
+    """Write lm-eval results as lm-eval's own command writes them."""
+    from lm_eval.utils import handle_non_serializable
+
+    text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    path.write_text(text, encoding="utf-8")
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for key, value in row.items():
+        if "," not in key or isinstance(value, str):
+            continue
+        metric, _, chosen = key.partition(",")
+        number = float(value)
+        name = metric if chosen == "none" else key
+        found[name] = number if math.isfinite(number) else None
+    return found
+
+
+def _find(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[str]]:
+    """Return a task manager that knows all `tasks`, and the names that they match."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not include_path.is_dir():
+        raise UsageError(f"include_path {include_path}: no such folder")
+    folder = None if include_path is None else str(include_path)
+    # Reading lm-eval's own thousands of task files takes seconds, so it comes second.
+    manager = TaskManager(include_path=folder, include_defaults=folder is None)
+    matched = {task: manager.match_tasks([task]) for task in tasks}
+    if folder is not None and not all(matched.values()):
+        manager = TaskManager(include_path=folder)
+        matched = {task: manager.match_tasks([task]) for task in tasks}
+    for task, names in matched.items():
+        if not names:
+            near = difflib.get_close_matches(task, manager.all_tasks, n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
+            raise UsageError(f"lm-eval does not know the task {task!r}", hint=hint)
+    return manager, list(dict.fromkeys(name for names in matched.values() for name in names))

@@ -1,0 +1,96 @@
+"""The machine a run happened on: what it is, what is installed on it, and how much memory the run took."""
+
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "structprune",
+    "torch",
+    "transformers",
+    "safetensors",
+    "tokenizers",
+    "accelerate",
+    "peft",
+    "lm_eval",
+    "datasets",
+    "huggingface_hub",
+    "pydantic",
+    "numpy",
+    "matplotlib",
+)
+
+
+def peak_rss() -> int:
+    """Return the largest high-water mark of resident memory, of this process and of its finished children, in bytes."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _maxrss_unit()
+    return max(_own_peak(), children)
+
+
+def versions() -> dict[str, str | None]:
+    """Return the version of Python and of every package that a result can depend on; None where it is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Return what the machine is: system, processor, cores this process may use, threads, memory, accelerators."""
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _memory(),
+        "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Return what a bug report needs: the machine and the versions."""
+    return {"machine": machine(), "versions": versions()}
+
+
+def _own_peak() -> int:
+    # VmHWM belongs to this program alone; ru_maxrss on Linux also remembers the process that started it.
+    found = _proc_line("/proc/self/status", "VmHWM:")
+    if found:
+        return int(found.split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _maxrss_unit()
+
+
+def _maxrss_unit() -> int:
+    # macOS counts bytes, every other system kilobytes.
+    return 1 if sys.platform == "darwin" else 1024
+
+
+def _processor() -> str:
+    named = _proc_line("/proc/cpuinfo", "model name")
+    return named.lstrip(": \t") or platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _proc_line(path: str, start: str) -> str:
+    """Return the rest of the first line of a /proc file that starts so; "" where there is none."""
+    file = Path(path)
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    return next((line[len(start) :].strip() for line in lines if line.startswith(start)), "")

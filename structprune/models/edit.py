@@ -1,0 +1,76 @@
+"""Carries a plan's decisions out: on one stored tensor, or on a block of a live model.
+
+Both ways go through `stored`, so that a streamed export, a resident model and a reload do the same.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from structprune.errors import InputError
+from structprune.storage.names import Names
+
+
+def stored(name: str, value: Tensor, plan: Mapping[str, Tensor]) -> Tensor:
+    """Return a stored tensor as the plan wants it; the tensor itself where the plan does not name it.
+
+    Args:
+        name: The tensor's name in the checkpoint files.
+        value: The tensor, in its stored layout; never changed.
+        plan: The plan, or any mapping with its keys.
+
+    Raises:
+        InputError: A mask has another shape than the tensor.
+    """
+    mask = plan.get(f"{name}:mask")
+    if mask is None:
+        return value
+    if mask.shape != value.shape:
+        raise InputError(
+            f"{name}: the plan's mask has shape {list(mask.shape)}, the tensor {list(value.shape)}",
+            hint="the plan belongs to another model",
+        )
+    # masked_fill and not a product: -w * 0 is -0.0, whose sign bit is a difference on disk.
+    return value.masked_fill(~mask.to(value.device), 0)
+
+
+def touched(
+    prefix: str, module: nn.Module, plan: Mapping[str, Tensor], names: Names
+) -> dict[str, nn.Parameter]:
+    """Return the parameters of a block that the plan changes, by state_dict key."""
+    return {
+        key: parameter
+        for key, parameter in ((f"{prefix}.{name}", value) for name, value in module.named_parameters())
+        if any(f"{part}:mask" in plan for part in names.stored_of.get(key, ()))
+    }
+
+
+@torch.no_grad()
+def apply(prefix: str, module: nn.Module, plan: Mapping[str, Tensor], names: Names) -> None:
+    """Carry a plan out on one block in place.
+
+    Args:
+        prefix: The block's path in the model, such as "model.layers.0".
+        module: The block, its parameters materialised.
+        plan: The plan, or any mapping with its keys.
+        names: The model's names.
+    """
+    for key, parameter in touched(prefix, module, plan, names).items():
+        parts = names.to_stored({key: parameter.data})
+        edited = {name: stored(name, value, plan) for name, value in parts.items()}
+        parameter.data.copy_(names.to_module(edited)[key])
+
+
+@contextmanager
+def temporarily(prefix: str, module: nn.Module, plan: Mapping[str, Tensor], names: Names) -> Iterator[None]:
+    """Carry a plan out on one block for the length of a `with`, then restore every bit."""
+    before = {key: value.data.clone() for key, value in touched(prefix, module, plan, names).items()}
+    try:
+        apply(prefix, module, plan, names)
+        yield
+    finally:
+        for key, parameter in touched(prefix, module, plan, names).items():
+            parameter.data.copy_(before[key])
+

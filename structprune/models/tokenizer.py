@@ -1,0 +1,70 @@
+"""Opening the tokenizer of a model folder, and checking that it fits the model."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from structprune.errors import InputError
+from structprune.models.arch import HasSkeleton
+
+# Any of these means that the folder has a tokenizer; special_tokens_map.json alone does not.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def open_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """Open the tokenizer of a model folder; None when the folder has none.
+
+    Args:
+        path: The model folder.
+        trust_remote_code: Run a tokenizer class that the folder brings along.
+
+    Raises:
+        InputError: The tokenizer's files are damaged, or it needs its own code and is not trusted.
+    """
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    factory: Any = AutoTokenizer
+    try:
+        tokenizer = factory.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in text:
+            raise InputError(
+                f"{path}: the tokenizer brings its own code (auto_map)",
+                hint="pass --trust-remote-code, with a pinned --revision, to run it",
+            ) from error
+        raise InputError(f"{path}: the tokenizer cannot be opened: {text[:200]}") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel | HasSkeleton) -> None:
+    """Check that there is a tokenizer and that the model has an embedding for each of its ids.
+
+    Raises:
+        InputError: No tokenizer, or its largest id has no row in the embeddings.
+    """
+    skeleton = model if isinstance(model, PreTrainedModel) else model.skeleton
+    if tokenizer is None:
+        raise InputError(
+            f"{skeleton.config.name_or_path}: there is no tokenizer in the model folder",
+            hint="copy the tokenizer files of the original model into it, or use a method that needs no data",
+        )
+    embeddings: Any = skeleton.get_input_embeddings()
+    rows, entries = embeddings.weight.shape[0], max(tokenizer.get_vocab().values(), default=-1) + 1
+    if entries > rows:
+        raise InputError(
+            f"{skeleton.config.name_or_path}: the tokenizer has ids up to {entries - 1}, "
+            f"the model has embeddings for {rows} ids only",
+            hint="use the tokenizer that belongs to this model",
+        )

@@ -1,0 +1,184 @@
+"""What a recipe says beside its stages: what to calibrate on, how to recover, what to evaluate."""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from structprune.decide.sparsity import fraction_of, normalise
+from structprune.errors import UsageError
+from structprune.fields import Part
+
+# Far above any use, far below where a product of two of them leaves 64 bits.
+Count = Annotated[int, Field(ge=1, le=2**24)]
+Length = Annotated[int, Field(ge=2, le=2**22)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class CalibrationOptions(Part):
+    """What a pruner looks at.
+
+    Args:
+        source: A .txt, .jsonl or .parquet file, a data set's name, or "demo" for the built-in text.
+        samples: Sequences drawn.
+        length: Tokens per sequence; min(2048, the model's positions) unless given.
+        batch_size: Sequences per forward.
+        column: Which column holds the text.
+        split: Which split of a data set.
+        revision: Which commit or branch of a data set.
+    """
+
+    source: Text = "demo"
+    samples: Count = 128
+    length: Length | None = None
+    batch_size: Count = 8
+    column: Text | None = None
+    split: Text = "train"
+    revision: Text | None = None
+
+
+class RecoverOptions(Part):
+    """How a pruned model is trained again.
+
+    Args:
+        data: Where the training text comes from; as `source` of the calibration.
+        steps: Optimizer steps.
+        rank: Rank of each matrix's change.
+        alpha: A change is scaled by alpha / rank; twice the rank unless given.
+        ranks: Another rank for the modules whose name ends in a match of this regular expression.
+        learning_rate: The highest; it rises over `warmup` and falls to zero along a cosine.
+        length: Tokens per sequence; min(2048, the model's positions) unless given.
+        batch_size: Sequences per optimizer step and process.
+        warmup: Fraction of the steps over which the learning rate rises.
+        clip: Largest norm of a step's gradient.
+        held_out: Fraction of the sequences that is never trained on and decides what is kept.
+        check_every: Steps from one look at the held-out loss to the next.
+        teacher: The dense model, whose predictions are imitated; none unless given.
+        teacher_weight: Share of the teacher in the loss, 0-1.
+        temperature: Softens the teacher's predictions; 1 leaves them as they are.
+        keep_adapter: Save the change beside the model instead of merging it.
+        samples: The most sequences read; all there are unless given.
+        column: Which column holds the text.
+        split: Which split of a data set.
+        revision: Which commit or branch of a data set.
+    """
+
+    data: Text = "demo"
+    steps: Count = 200
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    alpha: Annotated[int, Field(ge=1, le=2**16)] = Field(
+        default_factory=lambda known: 2 * known.get("rank", 16)
+    )
+    ranks: dict[str, Annotated[int, Field(ge=1, le=4096)]] = Field(default_factory=dict)
+    learning_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1e-4
+    length: Length | None = None
+    batch_size: Count = 8
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    clip: Positive = 1.0
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    check_every: Count = 25
+    teacher: Text | None = None
+    teacher_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    temperature: Positive = 1.0
+    keep_adapter: bool = False
+    samples: Count | None = None
+    column: Text | None = None
+    split: Text = "train"
+    revision: Text | None = None
+
+
+class EvaluateOptions(Part):
+    """What is measured on a model.
+
+    Args:
+        text: Texts for the perplexity: files, data sets, or "demo" for held-out text of the demo's world.
+        tasks: Tasks of lm-eval.
+        include_path: A folder with lm-eval task files of your own.
+        length: Tokens per window; min(2048, the model's positions) unless given.
+        stride: Tokens from one window to the next; none overlap unless given.
+        windows: Only the first so many windows of each text.
+        batch_size: Windows, or lm-eval requests, per forward.
+        compare: The dense model to measure in the same run; `prune` always compares with its own.
+        limit: Only so many documents of each task.
+        max_ppl_ratio: The highest perplexity allowed, as a multiple of the dense model's.
+        generations: Whether three beginnings are continued by both models, for the report.
+        column: Which column holds the text.
+        split: Which split of a data set.
+        revision: Which commit or branch of a data set.
+    """
+
+    text: tuple[Text, ...] = ()
+    tasks: tuple[Text, ...] = ()
+    include_path: Path | None = None
+    length: Length | None = None
+    stride: Annotated[int, Field(ge=1, le=2**22)] | None = None
+    windows: Count | None = None
+    batch_size: Count = 8
+    compare: Text | None = None
+    limit: Count | None = None
+    max_ppl_ratio: Positive | None = None
+    generations: bool = True
+    column: Text | None = None
+    split: Text = "test"
+    revision: Text | None = None
+
+    @field_validator("text", "tasks", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _something_to_measure(cls, data: object) -> object:
+        if isinstance(data, Mapping) and not data.get("text") and not data.get("tasks"):
+            return {**data, "text": ("demo",)}
+        return data
+
+
+def sparsity_of(
+    sparsity: str | None = None, *, ratio: float | None = None, kind: str | None = None
+) -> float | str | None:
+    """Return the one sparsity that the papers' two flags and ours ask for; None when none is given.
+
+    Wanda's `main.py` takes the ratio from one flag and a pattern from another, and accepts a pattern only
+    at ratio 0.5. There N is what leaves; here N stays, so a pattern alone is taken only where both are half.
+
+    Args:
+        sparsity: Our own flag: a fraction, a percentage or "N:M".
+        ratio: `--sparsity-ratio`, fraction removed.
+        kind: `--sparsity-type`: "unstructured" or "N:M".
+
+    Raises:
+        UsageError: The flags contradict each other or leave N open.
+    """
+    pattern = None if kind in (None, "unstructured") else _normal("--sparsity-type", kind)
+    asked = [_normal("--sparsity", sparsity)] if sparsity is not None else []
+    asked += [_normal("--sparsity-ratio", ratio)] if ratio is not None else []
+    if pattern is None:
+        if len({fraction_of(value) for value in asked}) > 1:
+            raise UsageError(
+                f"--sparsity {sparsity} and --sparsity-ratio {ratio} differ", hint="give one of them"
+            )
+        return asked[0] if asked else None
+    removed = fraction_of(pattern)
+    if any(fraction_of(value) != removed for value in asked):
+        raise UsageError(
+            f"--sparsity-type {kind} removes {float(removed):g}, but {asked[0]} was asked for beside it",
+            hint=f"leave that out: --sparsity {pattern}",
+        )
+    if not asked and removed != Fraction(1, 2):
+        raise UsageError(
+            f"--sparsity-type {kind} alone is ambiguous: N leaves in the papers' code and stays here",
+            hint=f"--sparsity {pattern} keeps {str(pattern).replace(':', ' of ')}",
+        )
+    return pattern
+
+
+def _normal(flag: str, value: object) -> float | str:
+    try:
+        return normalise(value)
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}") from None

@@ -1,0 +1,174 @@
+"""Perplexity of a model on windows of tokens, and its divergence from another model on the same windows.
+
+All figures are means over scored tokens; log-softmax runs in float32, sums in float64. Standard errors come
+from windows, paired: both models score the same ones. Tokens of one window depend on each other and would
+give errors that are too small.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import repeat
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from structprune.calibration.data import begin, cut
+from structprune.errors import InputError
+from structprune.models import walk
+from structprune.models.streamed import Batch, Model
+
+# The float32 copies that one chunk of tokens takes, of which there are up to four: 64 MB is 128 tokens at a
+# vocabulary of 128 k, still enough rows for a fast kernel.
+CHUNK_BYTES = 64 * 2**20
+# Logits of one batch, in float32, of one model: at a vocabulary of 128 k that is one window of 2048.
+LOGIT_BYTES = 2**30
+# Hidden states that a streamed model keeps between two blocks; past it the model is read once more.
+HIDDEN_BYTES = 2**29
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What is scored: token ids, and from where on in each window.
+
+    Attributes:
+        inputs: Token ids, shape [windows, tokens], int64.
+        starts: The first scored position of each window, at least 1; earlier ones are context.
+    """
+
+    inputs: Tensor
+    starts: list[int]
+
+    @property
+    def scored(self) -> int:
+        """How many tokens are scored."""
+        return sum(self.inputs.shape[1] - start for start in self.starts)
+
+
+@dataclass
+class Scores:
+    """Sums per window, in order.
+
+    Attributes:
+        tokens: Tokens scored.
+        model: Negative log-likelihood under the model, in nats.
+        dense: The same under the model it is compared with; empty without one.
+        kl: KL(dense || model), in nats; empty without dense.
+        agree: Tokens at which both models rank the same token first; empty without dense.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    model: list[float] = field(default_factory=list)
+    dense: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    agree: list[float] = field(default_factory=list)
+
+    def mean(self, sums: list[float]) -> float:
+        """Return the mean per token of some window sums."""
+        return math.fsum(sums) / sum(self.tokens) if all(map(math.isfinite, sums)) else math.nan
+
+    def error(self, sums: list[float]) -> float:
+        """Return the standard error of that mean over windows; NaN for a single window."""
+        count, mean = len(sums), self.mean(sums)
+        if count < 2 or math.isnan(mean):
+            return math.nan
+        spread = math.fsum((s - mean * n) ** 2 for s, n in zip(sums, self.tokens, strict=True))
+        return math.sqrt(spread * count / (count - 1)) / sum(self.tokens)
+
+
+def windows_of(ids: Tensor, length: int, *, stride: int | None = None, first: int | None = None) -> Windows:
+    """Cut a text into windows of exactly `length`; what is left at the end is not scored.
+
+    Args:
+        ids: Token ids of the text, shape [tokens].
+        length: Tokens per window, the one of `first` included.
+        stride: Tokens of text from one window's beginning to the next. By default none overlap; with a
+            smaller one every window scores only the tokens that the one before it has not.
+        first: A beginning-of-sequence token for every window. Without it the first token of a text, and of
+            each window that does not overlap the one before it, has nothing to be predicted from and is not
+            scored.
+    """
+    extra = 0 if first is None else 1
+    body = length - extra
+    step = min(stride or body, body)
+    cuts = begin(cut(ids, body, step), first)
+    later = max(body - step + extra, 1)
+    return Windows(cuts, [1 if index == 0 else later for index in range(len(cuts))])
+
+
+def score(model: Model, text: Windows, *, dense: Model | None = None, batch_size: int = 8) -> Scores:
+    """Score a text under a model and, in the same run, under the model it was made from.
+
+    Args:
+        model: In memory, or streamed.
+        text: What to score.
+        dense: The model to compare with; in memory or streamed, whatever `model` is.
+        batch_size: Windows per forward at most; fewer when their logits would take over 1 GiB.
+
+    Raises:
+        InputError: A token id is outside a model's vocabulary, or the two vocabularies differ.
+    """
+    vocabulary = _check_vocabulary(text.inputs, model, dense)
+    length = text.inputs.shape[1]
+    size = max(1, min(batch_size, LOGIT_BYTES // (length * vocabulary * 4)))
+    config = model.config.get_text_config()
+    held = max(1, HIDDEN_BYTES // (length * config.hidden_size * 4 * size))
+    batches: list[Batch] = [{"input_ids": part.clone()} for part in torch.split(text.inputs, size)]
+    scores = Scores()
+    starts = iter(text.starts)
+    for low in range(0, len(batches), held):
+        group = batches[low : low + held]
+        others: Iterator[Tensor | None] = (
+            repeat(None, len(group)) if dense is None else walk.outputs(dense, group)
+        )
+        for batch, mine, other in zip(group, walk.outputs(model, group), others, strict=True):
+            for row, ids in enumerate(batch["input_ids"]):
+                start = next(starts)
+                rival = None if other is None else other[row, start - 1 : -1]
+                _add(scores, ids[start:], mine[row, start - 1 : -1], rival)
+    return scores
+
+
+def _check_vocabulary(ids: Tensor, model: Model, dense: Model | None) -> int:
+    sizes = [int(one.config.get_text_config().vocab_size) for one in (model, dense) if one is not None]
+    if len(set(sizes)) > 1:
+        raise InputError(
+            f"the model has a vocabulary of {sizes[0]}, the one it is compared with of {sizes[1]}"
+        )
+    if ids.numel() and int(ids.max()) >= sizes[0]:
+        raise InputError(
+            f"the tokenizer gives token {int(ids.max())}, the model has a vocabulary of {sizes[0]}",
+            hint="use the tokenizer that belongs to the model",
+        )
+    return sizes[0]
+
+
+@torch.no_grad()
+def _add(scores: Scores, targets: Tensor, mine: Tensor, other: Tensor | None) -> None:
+    """Add one window: `targets` [tokens] and the logits that predict them, [tokens, vocabulary]."""
+    rows = max(1, CHUNK_BYTES // (mine.shape[-1] * 4))
+    loss = dense_loss = kl = agree = 0.0
+    for low in range(0, len(targets), rows):
+        part = slice(low, low + rows)
+        labels = targets[part].to(mine.device)
+        log_q = functional.log_softmax(mine[part].float(), dim=-1)
+        loss += _sum(functional.nll_loss(log_q, labels, reduction="none"))
+        if other is None:
+            continue
+        log_p = functional.log_softmax(other[part].to(mine.device).float(), dim=-1)
+        dense_loss += _sum(functional.nll_loss(log_p, labels, reduction="none"))
+        agree += _sum((other[part].argmax(dim=-1).to(mine.device) == mine[part].argmax(dim=-1)).float())
+        # A token that the dense model rules out (-inf) adds nothing, but 0 * inf would be NaN.
+        log_ratio = torch.where(log_p == -math.inf, 0.0, log_p - log_q)
+        kl += _sum((log_p.exp_().mul_(log_ratio)).sum(dim=-1))
+    scores.tokens.append(len(targets))
+    scores.model.append(loss)
+    if other is not None:
+        scores.dense.append(dense_loss)
+        scores.kl.append(kl)
+        scores.agree.append(agree)
+
+
+def _sum(values: Tensor) -> float:
+    return float(values.sum(dtype=torch.float64))

@@ -1,0 +1,284 @@
+"""A plan: what a pruner decided, as a value with a name and a file.
+
+On disk a plan is a folder: `plan.json` (method, config, hashes, facts, id) beside one small safetensors
+file per block. Blocks are written as the walk goes, so a killed run resumes after its last whole block,
+and nothing the size of the model is ever held in memory.
+
+Keys are `"<stored tensor name>:<kind>"`; names and layouts are those of the checkpoint files, so a plan
+survives renamings inside transformers and can be read without building a model.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structprune.errors import InputError
+from structprune.storage.durable import DurableFile
+from structprune.storage.header import read_header
+from structprune.storage.strict_json import read_json
+from structprune.storage.tensor_file import read_tensors, save_tensors
+
+FORMAT = 1
+# A plan.json holds a few facts per matrix; far below this even for a model with thousands of experts.
+PLAN_JSON_LIMIT = 256 * 2**20
+
+
+def architecture_hash(model_type: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return the hash that ties a plan to an architecture: model type, stored tensor names and shapes."""
+    rows = [[name, list(shapes[name])] for name in sorted(shapes)]
+    return hashlib.sha256(canonical([model_type, rows]).encode()).hexdigest()
+
+
+def canonical(value: object) -> str:
+    """Return `value` as JSON with one spelling, for hashing."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Pack a bool tensor of any shape into bits, little end first, shape [ceil(elements / 8)], uint8."""
+    bits = mask.reshape(-1).to(torch.uint8)
+    bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).view(-1, 8)
+    packed = bits[:, 0].clone()
+    for place in range(1, 8):
+        packed |= bits[:, place] << place
+    return packed
+
+
+def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Undo `pack`: the first elements of the bits as a bool tensor of `shape`."""
+    places = torch.arange(8, dtype=torch.uint8)
+    bits = (packed.unsqueeze(1) >> places) & 1
+    return bits.view(-1)[: math.prod(shape)].bool().view(shape)
+
+
+class Plan(Mapping[str, Tensor]):
+    """What a pruner decided about one architecture; a mapping from key to tensor.
+
+    Masks are returned as bool tensors in the stored tensor's shape (True = kept); other kinds as written.
+    A plan read from disk keeps one block's tensors in memory at a time.
+
+    Args:
+        method: The pruner's name.
+        config: The pruner's fields.
+        architecture: Hash of the model type and the stored names and shapes before the stage.
+        weights: Hash of the weights the decision was made on.
+        facts: What was measured on the way.
+        blocks: For each block its shapes by key, its digest, and either tensors or a file.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        config: Mapping[str, Any],
+        architecture: str,
+        weights: str,
+        facts: Mapping[str, Any],
+        blocks: "list[PlanBlock]",
+    ) -> None:
+        self.method = method
+        self.config = dict(config)
+        self.architecture = architecture
+        self.weights = weights
+        self.facts = dict(facts)
+        self.blocks = blocks
+        self._block_of = {key: block for block in blocks for key in block.shapes}
+        self._open: PlanBlock | None = None  # the one block whose tensors are in memory
+
+    @property
+    def id(self) -> str:
+        """Return the hash of everything the plan decides."""
+        parts = [self.method, self.config, self.architecture, self.weights, [block.digest for block in self.blocks]]
+        return hashlib.sha256(canonical(parts).encode()).hexdigest()
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Return the tensor of `key`."""
+        block = self._block_of[key]
+        if self._open is not block and self._open is not None:
+            self._open.release()
+        self._open = block
+        return block[key]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the keys, block by block."""
+        return iter(self._block_of)
+
+    def __len__(self) -> int:
+        """Return the number of keys."""
+        return len(self._block_of)
+
+    def save(self, folder: Path) -> None:
+        """Write the plan into `folder`, block by block, `plan.json` last."""
+        writer = PlanWriter(folder, self.method, self.config, self.architecture, self.weights)
+        for block in self.blocks[writer.finished :]:
+            writer.write(dict(block), block.facts)
+            block.release()
+        writer.finish(self.facts)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Plan":
+        """Read a plan that `save` or a finished `PlanWriter` wrote; nothing is executed.
+
+        Raises:
+            InputError: A file is missing, damaged, or not what `plan.json` says.
+        """
+        path = folder / "plan.json"
+        if not path.is_file():
+            raise InputError(f"{folder}: holds no plan.json", hint="a plan folder is written by `structprune prune`")
+        head = read_json(path, limit_bytes=PLAN_JSON_LIMIT)
+        if not isinstance(head, dict) or head.get("format") != FORMAT:
+            raise InputError(f"{path}: not a plan of format {FORMAT}", hint="written by another version?")
+        try:
+            count = int(head["blocks"])
+            parts = head["method"], head["config"], head["architecture"], head["weights"], head["facts"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: lacks {error}", hint="the file was changed; prune again") from None
+        plan = cls(*parts, [PlanBlock.read(folder / block_file(index)) for index in range(count)])
+        if plan.id != head.get("id"):
+            raise InputError(f"{path}: id {head.get('id')} does not match the plan's content {plan.id}")
+        return plan
+
+
+def block_file(index: int) -> str:
+    """Return the file name of one block's decisions."""
+    return f"block-{index:04d}.safetensors"
+
+
+class PlanBlock(Mapping[str, Tensor]):
+    """The decisions about one block, by key: masks packed to bits, other tensors as they are.
+
+    Args:
+        packed: Tensors as stored, by key; None when they are to be read from `path`.
+        shapes: Shape by key, of the tensor that the key stands for.
+        facts: What was measured while deciding.
+        digest: Hash of keys, shapes and bytes.
+        path: Where the block lies on disk, or None when it is only in memory.
+    """
+
+    def __init__(
+        self,
+        packed: dict[str, Tensor] | None,
+        shapes: dict[str, tuple[int, ...]],
+        facts: dict[str, Any],
+        digest: str,
+        path: Path | None,
+    ) -> None:
+        self._packed = packed
+        self.shapes = shapes
+        self.facts = facts
+        self.digest = digest
+        self.path = path
+
+    @classmethod
+    def make(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], path: Path | None) -> "PlanBlock":
+        """Pack `tensors`; with a `path` write them there and keep none in memory."""
+        shapes = {key: tuple(tensors[key].shape) for key in sorted(tensors)}
+        packed = {key: pack(tensors[key]) if key.endswith(":mask") else tensors[key] for key in shapes}
+        digest = _digest(packed, shapes)
+        if path is None:
+            return cls(packed, shapes, dict(facts), digest, None)
+        metadata = {"shapes": canonical(shapes), "facts": canonical(dict(facts)), "digest": digest}
+        save_tensors(path, packed, metadata)
+        return cls(None, shapes, dict(facts), digest, path)
+
+    @classmethod
+    def read(cls, path: Path) -> "PlanBlock":
+        """Read a block file and check its digest."""
+        if not path.is_file():
+            raise InputError(f"{path}: missing", hint="the plan folder is incomplete; prune again")
+        packed, metadata = read_tensors(path), read_header(path).metadata
+        try:
+            shapes = {key: tuple(shape) for key, shape in json.loads(metadata["shapes"]).items()}
+            facts = json.loads(metadata["facts"])
+            digest = metadata["digest"]
+        except (KeyError, ValueError, AttributeError, TypeError):
+            raise InputError(f"{path}: not a block of a plan", hint="prune again") from None
+        if shapes.keys() != packed.keys() or _digest(packed, shapes) != digest:
+            raise InputError(f"{path}: its content does not match its digest", hint="the file was changed; prune again")
+        return cls(None, shapes, facts, digest, path)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the keys."""
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        """Return the number of keys."""
+        return len(self.shapes)
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Return the tensor of `key`; a mask as bool in its shape."""
+        shape = self.shapes[key]
+        if self._packed is None:
+            assert self.path is not None
+            self._packed = read_tensors(self.path)
+        return unpack(self._packed[key], shape) if key.endswith(":mask") else self._packed[key]
+
+    def release(self) -> None:
+        """Forget tensors that can be read again."""
+        if self.path is not None:
+            self._packed = None
+
+
+def _digest(packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    state = hashlib.sha256()
+    for key in sorted(packed):
+        tensor = packed[key].contiguous()
+        state.update(canonical([key, list(shapes[key]), str(tensor.dtype)]).encode())
+        state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+class PlanWriter:
+    """Collects a plan block by block; with a folder, each block is durable before the next begins.
+
+    A folder that already holds leading blocks of the same run continues after them: `finished` counts them.
+    The caller answers for it being the same run (the partial folder's name carries its fingerprint).
+
+    Args:
+        folder: Where to write, or None to keep the plan in memory.
+        method: The pruner's name.
+        config: The pruner's fields.
+        architecture: Hash of the architecture.
+        weights: Hash of the source's weights.
+    """
+
+    def __init__(
+        self, folder: Path | None, method: str, config: Mapping[str, Any], architecture: str, weights: str
+    ) -> None:
+        self.folder = folder
+        self._head = (method, dict(config), architecture, weights)
+        self.blocks: list[PlanBlock] = []
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            while (path := folder / block_file(len(self.blocks))).is_file():
+                self.blocks.append(PlanBlock.read(path))
+
+    @property
+    def finished(self) -> int:
+        """Return how many blocks are decided."""
+        return len(self.blocks)
+
+    def write(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Add the next block's decisions; masks are given as bool tensors in the stored shape."""
+        path = None if self.folder is None else self.folder / block_file(len(self.blocks))
+        self.blocks.append(PlanBlock.make(tensors, facts, path))
+
+    def so_far(self) -> Plan:
+        """Return the plan of the blocks decided until now."""
+        return Plan(*self._head, {}, self.blocks)
+
+    def finish(self, facts: Mapping[str, Any]) -> Plan:
+        """Close the plan; with a folder, write `plan.json` as the last file."""
+        plan = Plan(*self._head, facts, list(self.blocks))
+        if self.folder is not None:
+            head = {"format": FORMAT, "method": plan.method, "config": plan.config, "facts": plan.facts}
+            head |= {"architecture": plan.architecture, "weights": plan.weights}
+            head |= {"blocks": len(plan.blocks), "id": plan.id}
+            with DurableFile(self.folder / "plan.json") as file:
+                file.write((json.dumps(head, indent=1, sort_keys=True) + "\n").encode())
+        return plan

@@ -1,0 +1,103 @@
+"""The contract of every pruner, and the folder that is its registry.
+
+A pruner looks at a model and data once and decides; the decision is a value, a `Plan`. Carrying it out
+needs no data.
+"""
+
+import difflib
+import importlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from structprune.errors import UsageError
+from structprune.models.identity import architecture_of, carry_out
+from structprune.models.streamed import Batch, Model
+from structprune.plan import Plan, PlanWriter
+
+# Files in a family's folder that are no method.
+_NOT_METHODS = {"__init__", "family", "runtime", "primitives"}
+
+
+class Pruner(BaseModel, ABC):
+    """One pruning method; its fields are the keys of a recipe.
+
+    Attributes:
+        needs_data: False when `calibrate` ignores the batches.
+        at_run_time: True when the saving exists only while structprune runs the model.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    needs_data: ClassVar[bool] = True
+    at_run_time: ClassVar[bool] = False
+
+    @classmethod
+    def method(cls) -> str:
+        """Return the method's name, which is its file's."""
+        return cls.__module__.rpartition(".")[2]
+
+    def writer(self, folder: Path | None, model: Model, weights: str) -> PlanWriter:
+        """Return a writer for this pruner's plan on a model whose weights have the hash `weights`."""
+        return PlanWriter(folder, self.method(), self.model_dump(mode="json"), architecture_of(model), weights)
+
+    @abstractmethod
+    def check(self, model: Model) -> None:
+        """Check every size rule of the method on the model, before any data is looked at.
+
+        Raises:
+            UsageError: The model's shapes cannot carry what the fields ask for; names the tensor.
+        """
+
+    @abstractmethod
+    def calibrate(self, model: Model, batches: Sequence[Batch], plan: PlanWriter | None = None) -> Plan:
+        """Decide what to remove; the model is left bit-identical.
+
+        Args:
+            model: The dense model, in memory or streamed from disk.
+            batches: Calibration data; ignored when `needs_data` is False.
+            plan: Where to write the decisions as they are made; in memory when absent.
+        """
+
+    def apply(self, model: Model, plan: Plan) -> Model:
+        """Carry a plan out; returns the same model, changed in place. Needs no data.
+
+        Raises:
+            InputError: The plan belongs to another architecture; the model is left as it was.
+        """
+        carry_out(model, plan)
+        return model
+
+
+def names() -> dict[str, str]:
+    """Return every method's name with its family, found by listing the folders under `pruners`."""
+    root = Path(__file__).parent / "pruners"
+    files = sorted(root.glob("*/*.py"), key=lambda path: path.stem)
+    return {path.stem: path.parent.name for path in files if path.stem not in _NOT_METHODS}
+
+
+def find(name: str) -> type[Pruner]:
+    """Return the pruner class of a method.
+
+    Args:
+        name: The method's name, which is its file's: "wanda".
+
+    Raises:
+        UsageError: No such method; the nearest name is given.
+    """
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(known)}"
+        raise UsageError(f"method {name!r} does not exist", hint=hint)
+    module = importlib.import_module(f"structprune.pruners.{known[name]}.{name}")
+    found = [
+        value
+        for _, value in inspect.getmembers(module, inspect.isclass)
+        if issubclass(value, Pruner) and value.__module__ == module.__name__
+    ]
+    return found[0]

@@ -1,0 +1,270 @@
+"""LoRA whose change is masked while it trains: W + (W != 0) * scaling * B @ A.
+
+Plain LoRA adds B @ A to every weight, so that merging it revives the removed ones, and masking after the merge moves
+the logits that were trained. Here the layer computes with the masked sum all along, and merging changes nothing.
+
+Linear layers and GPT-2's Conv1D go through PEFT, with a layer class of our own; PEFT knows no masked layer. Fused
+experts, which are parameters and no modules, get the same change by parametrisation.
+
+Source: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from structprune.checkpoint.adapter import Factors, add_masked, round_kept
+from structprune.errors import EnvironmentFailure, InputError, UsageError
+
+ADAPTER = "default"
+
+
+class MaskedProduct(torch.autograd.Function):
+    """Multiply with W + (W != 0) * scaling * B @ A, and keep none of that sum for the backward pass.
+
+    Autograd would save the summed weight of every layer, a second model in memory; rebuilding it costs rank / tokens
+    of one product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """Return the product, shape [..., out].
+
+        Args:
+            ctx: What the backward pass needs.
+            inputs: Shape [..., in].
+            weight: Frozen, shape [out, in]; its zeros are the removed weights.
+            a: Shape [rank, in].
+            b: Shape [out, rank].
+            scaling: What B @ A is multiplied with.
+        """
+        ctx.save_for_backward(inputs, weight, a, b)
+        ctx.scaling = scaling
+        return nn.functional.linear(inputs, add_masked(weight, (b @ a) * scaling))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
+        """Return the gradients of the inputs and of both factors.
+
+        Args:
+            ctx: What the forward pass left.
+            gradients: One, shape [..., out].
+        """
+        inputs, weight, a, b = ctx.saved_tensors
+        (gradient,) = gradients
+        of_inputs = None
+        if ctx.needs_input_grad[0]:
+            of_inputs = gradient @ add_masked(weight, (b @ a) * ctx.scaling)
+        of_sum = gradient.flatten(0, -2).T @ inputs.flatten(0, -2)
+        of_sum = of_sum.masked_fill_(weight == 0, 0.0).mul_(ctx.scaling)
+        return of_inputs, None, b.T @ of_sum, of_sum @ a.T, None
+
+
+def _masked_layer() -> type[nn.Module]:
+    """Return PEFT's LoRA layer with the change masked; made on demand, because importing PEFT takes seconds."""
+    from peft.tuners.lora import Linear
+
+    class MaskedLora(Linear):
+        """A LoRA layer that never reaches a weight which is zero."""
+
+        rounding: torch.dtype | None = (
+            None  # None while training; else the dtype that the result will be stored in
+        )
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """Return the layer's output, shape [..., out], for inputs of shape [..., in]."""
+            base = self.get_base_layer()
+            weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+            a, b, scaling = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.scaling[ADAPTER]
+            if self.rounding is None:
+                product = MaskedProduct.apply(x, weight, a, b, scaling)
+            else:
+                merged = round_kept(add_masked(weight, (b @ a) * scaling), weight, self.rounding)
+                product = nn.functional.linear(x, merged.to(weight.dtype))
+            return product if base.bias is None else product + base.bias
+
+        def factors(self) -> Factors:
+            """Return the two factors in the layout of the parameter."""
+            a, b, scaling = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.scaling[ADAPTER]
+            if isinstance(self.get_base_layer(), Conv1D):
+                return Factors(a.T, b.T, scaling)
+            return Factors(b, a, scaling)
+
+    return MaskedLora
+
+
+class MaskedExperts(nn.Module):
+    """The same change for a parameter that holds one matrix per expert; a parametrisation of it.
+
+    Args:
+        weight: The parameter, shape [experts, out, in].
+        rank: Directions for each expert.
+        alpha: The scaling is alpha / rank.
+    """
+
+    rounding: torch.dtype | None = None
+
+    def __init__(self, weight: Tensor, rank: int, alpha: int) -> None:
+        super().__init__()
+        experts, rows, columns = weight.shape
+        self.scaling = alpha / rank
+        bound = 1 / math.sqrt(columns)  # the range that PEFT's kaiming_uniform_(a=sqrt(5)) gives each A
+        self.right = nn.Parameter(weight.new_empty(experts, rank, columns).uniform_(-bound, bound))
+        self.left = nn.Parameter(weight.new_zeros(experts, rows, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the changed parameter, shape [experts, out, in]."""
+        merged = add_masked(weight, self.factors().delta())
+        if self.rounding is None:
+            return merged
+        return round_kept(merged, weight, self.rounding).to(weight.dtype)
+
+    def factors(self) -> Factors:
+        """Return the factors of all experts."""
+        return Factors(self.left, self.right, self.scaling)
+
+
+class MaskedLayers:
+    """The trainable layers put into a model for a while; `remove` takes them out again.
+
+    Args:
+        model: A model in float32; changed in place, all its own parameters are frozen.
+        names: The parameters to change: weights of linear layers or of Conv1D, and fused experts.
+        rank: Directions of each change.
+        alpha: The scaling of each change is alpha / rank.
+        ranks: Another rank for the modules whose name ends in a match of this regular expression.
+
+    Raises:
+        InputError: A tensor is of a kind that cannot be trained this way; it is named.
+        UsageError: A pattern of `ranks` matches none of the tensors.
+        EnvironmentFailure: This version of PEFT has no place for a layer of our own.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], *, rank: int, alpha: int, ranks: Mapping[str, int]
+    ) -> None:
+        self._model = model
+        self._trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._tuner: Any = None
+        self._layers: dict[str, Any] = {}
+        layers, experts = _sort(model, names)
+        targets = [name.rpartition(".")[0] for name in layers]
+        _check_patterns(ranks, [*targets, *experts])
+        model.requires_grad_(False)
+        if layers:
+            self._tuner = _inject(model, targets, rank, alpha, ranks)
+            self._layers |= {name: model.get_submodule(t) for name, t in zip(layers, targets, strict=True)}
+        for name in experts:
+            owner, _, attribute = name.rpartition(".")
+            weight = model.get_parameter(name)
+            own = next((ranks[pattern] for pattern in ranks if _reaches(pattern, [name])), rank)
+            change = MaskedExperts(weight, own, alpha)
+            parametrize.register_parametrization(model.get_submodule(owner), attribute, change, unsafe=True)
+            self._layers[name] = change
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what trains."""
+        return [p for p in self._model.parameters() if p.requires_grad]
+
+    def factors(self) -> dict[str, Factors]:
+        """Return copies of all factors as they are now, by parameter name."""
+        found = {name: layer.factors() for name, layer in self._layers.items()}
+        return {
+            name: Factors(f.left.detach().clone(), f.right.detach().clone(), f.scaling)
+            for name, f in found.items()
+        }
+
+    @contextmanager
+    def rounded(self, dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
+        """Compute with weights rounded to the dtypes they will be stored in; for measuring, not for training.
+
+        Args:
+            dtypes: By parameter name.
+        """
+        for name, layer in self._layers.items():
+            layer.rounding = dtypes[name]
+        try:
+            yield
+        finally:
+            for layer in self._layers.values():
+                layer.rounding = None
+
+    def remove(self) -> None:
+        """Put the model's own modules back, with their weights as they were; nothing is merged."""
+        for name, layer in self._layers.items():
+            if isinstance(layer, MaskedExperts):
+                owner, _, attribute = name.rpartition(".")
+                parametrize.remove_parametrizations(
+                    self._model.get_submodule(owner), attribute, leave_parametrized=False
+                )
+        if self._tuner is not None:
+            self._tuner.unload()
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(self._trainable_before[name])
+
+
+def _sort(model: nn.Module, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the names into those that PEFT handles and fused experts; refuse all else by name."""
+    layers, experts = [], []
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        # A subclass with a forward of its own does more with its weight than multiply.
+        plain = type(owner).forward in (nn.Linear.forward, Conv1D.forward)
+        if plain and attribute == "weight":
+            layers.append(name)
+        elif not isinstance(owner, nn.Linear) and model.get_parameter(name).ndim == 3:
+            experts.append(name)
+        else:
+            raise InputError(
+                f"{name} belongs to a {type(owner).__name__}, which cannot be recovered",
+                hint="linear layers, Conv1D and fused experts can; leave this tensor out of the masks",
+            )
+    return layers, experts
+
+
+def _inject(model: nn.Module, targets: list[str], rank: int, alpha: int, ranks: Mapping[str, int]) -> Any:
+    """Replace the target modules by masked LoRA layers; return PEFT's tuner, which can take them out again."""
+    import peft
+
+    # PEFT matches a text with `fullmatch`, a list also by suffix; only the text means these modules and no others.
+    exact = "|".join(target.replace(".", r"\.") for target in targets)
+    # PEFT warns about patterns that reach none of its layers; those of fused experts would be such.
+    patterns = {pattern: own for pattern, own in ranks.items() if _reaches(pattern, targets)}
+    config = peft.LoraConfig(target_modules=exact, r=rank, lora_alpha=alpha, rank_pattern=patterns)
+    # The one private name of PEFT in use; there is no public place for a layer class of one's own.
+    register = getattr(config, "_register_custom_module", None)
+    if register is None:
+        raise EnvironmentFailure(
+            f"peft {peft.__version__} has no place for a layer of our own", hint="pip install 'peft==0.21.*'"
+        )
+    layer = _masked_layer()
+    register({nn.Linear: layer, Conv1D: layer})
+    return peft.LoraModel(model, config, ADAPTER)
+
+
+def _reaches(pattern: str, names: Sequence[str]) -> bool:
+    """Tell whether a rank's pattern matches any of the modules, by PEFT's own matching."""
+    from peft.utils.other import get_pattern_key
+
+    try:
+        # It returns the name itself when nothing matches.
+        return any(get_pattern_key([pattern], name) == pattern for name in names)
+    except re.error as error:
+        raise UsageError(f"ranks: {pattern!r} is not a regular expression: {error}") from None
+
+
+def _check_patterns(ranks: Mapping[str, int], names: Sequence[str]) -> None:
+    """Refuse a pattern that reaches nothing: it would be a misspelt one."""
+    for pattern in ranks:
+        if not _reaches(pattern, names):
+            raise UsageError(
+                f"ranks: {pattern!r} matches no recovered module", hint=f"modules are named like {names[0]}"
+            )

@@ -1,0 +1,75 @@
+"""Which weights stay removed while a model recovers, and the proof that they did."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from structprune.errors import InputError, QualityError, VerificationError
+from structprune.models.arch import arch_of, blocks, linears
+
+log = logging.getLogger(__name__)
+
+
+def nonzero_masks(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return `weight != 0` for every linear of the blocks, by parameter name, in the parameter's layout.
+
+    Args:
+        model: In memory; fused experts are one mask, shape [experts, out, in].
+    """
+    arch = arch_of(model)
+    names = {linear.name for prefix, block in blocks(model) for linear in linears(prefix, block, arch)}
+    return {name: model.get_parameter(name).detach() != 0 for name in sorted(names)}
+
+
+@torch.no_grad()
+def reapply(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
+    """Set to zero what the masks remove; nothing changes in a model that was pruned with them.
+
+    Args:
+        model: Changed in place.
+        masks: By parameter name, in the parameter's layout, True = kept.
+
+    Raises:
+        InputError: A mask names no parameter, or has another shape; the model is then as it was.
+    """
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise InputError(f"there is a mask for {name}, which {type(model).__name__} does not have")
+        if parameters[name].shape != mask.shape:
+            found, expected = list(mask.shape), list(parameters[name].shape)
+            raise InputError(f"the mask of {name} has shape {found}, the tensor {expected}")
+    for name, mask in masks.items():
+        removed = ~mask.to(parameters[name].device)
+        alive = int((parameters[name][removed] != 0).sum())
+        if alive:
+            log.warning("%s: %d weights that the mask removes were not zero; they are now", name, alive)
+            parameters[name].masked_fill_(removed, 0.0)
+
+
+def zeros(weight: Tensor) -> int:
+    """Return how many elements are exactly zero."""
+    return int((weight == 0).sum())
+
+
+def check_merged(name: str, weight: Tensor, expected: int) -> None:
+    """Hold what recovery promises about a tensor that it changed.
+
+    Args:
+        name: The tensor, for the message.
+        weight: After merging.
+        expected: Its zeros before.
+
+    Raises:
+        QualityError: A number is not finite.
+        VerificationError: There are more or fewer zeros.
+    """
+    if not bool(weight.isfinite().all()):
+        raise QualityError(
+            f"{name} holds numbers that are not finite after merging", hint="use a smaller learning rate"
+        )
+    if zeros(weight) != expected:
+        raise VerificationError(f"{name} has {zeros(weight)} zeros after merging, expected {expected}")

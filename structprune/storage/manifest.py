@@ -1,0 +1,189 @@
+"""structprune.json: the hash of every file of a folder of ours, written last; without it a folder is incomplete."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from structprune.errors import InputError
+from structprune.storage.durable import DurableFile, sync_folder
+from structprune.storage.safe_open import CHUNK_BYTES, open_regular, read_at
+from structprune.storage.strict_json import read_json
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "structprune.json"
+OURS = "structprune"
+"""Folder beside the weights with recipe, plans and report."""
+
+# A folder of ours has tens of files; a plan of a thousand blocks still has a few thousand.
+MAX_MANIFEST_BYTES = 16_000_000
+
+
+class FileHash(BaseModel):
+    """Size and sha256 of one file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Manifest(BaseModel):
+    """Content of structprune.json.
+
+    Attributes:
+        format: Version of this layout.
+        version: The structprune that wrote the folder.
+        files: Path relative to the folder, with slashes -> size and hash, of every file but the manifest itself.
+        stages: Folders of the plans under `structprune/`, in the order in which they were applied.
+        facts: What the writer wants to find again (method, sparsity, hash of the source ...).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    version: str
+    files: dict[str, FileHash]
+    stages: list[str] = []
+    facts: dict[str, Any] = {}
+
+
+def write_manifest(
+    folder: Path,
+    hashes_known: Mapping[str, str],
+    *,
+    version: str,
+    stages: Sequence[str] = (),
+    facts: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Hash and list every file in the folder, then write the manifest: from here on the folder is complete.
+
+    Args:
+        folder: The finished folder; nothing is written to it afterwards.
+        hashes_known: Relative path -> sha256 of files that were hashed while they were written.
+        version: The running structprune.
+        stages: See `Manifest`.
+        facts: See `Manifest`; JSON values only.
+
+    Raises:
+        EnvironmentFailure: A file cannot be read, or the manifest cannot be written.
+        InputError: The folder holds a pipe or another irregular file.
+    """
+    files: dict[str, FileHash] = {}
+    for name in list_files(folder):
+        sha256 = hashes_known.get(name) or hash_file(folder / name)
+        files[name] = FileHash(bytes=(folder / name).stat().st_size, sha256=sha256)
+    manifest = Manifest(version=version, files=files, stages=list(stages), facts=dict(facts or {}))
+    for inner in sorted({(folder / name).parent for name in files}):
+        sync_folder(inner)
+    with DurableFile(folder / MANIFEST) as file:
+        file.write((json.dumps(manifest.model_dump(), indent=2) + "\n").encode())
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of a folder of ours; None where there is none: not ours, or never completed.
+
+    Raises:
+        InputError: There is one, but it is damaged or of a later structprune.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = Manifest.model_validate(read_json(path, limit_bytes=MAX_MANIFEST_BYTES))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"{path}: {place}: {first['msg']}",
+            hint="written by another version, or damaged: create the folder again",
+        ) from None
+    for name in manifest.files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+            raise InputError(
+                f"{path}: files: {name[:80]!r} leads out of the folder", hint="do not trust this model"
+            )
+    return manifest
+
+
+def check_manifest(folder: Path) -> list[str]:
+    """Compare a folder of ours with its manifest; read every byte.
+
+    Files that came later (a user's notes, evaluation results) are no problem and only logged, unless they change
+    what is loaded: weights, an index, an adapter.
+
+    Returns:
+        One line per problem; empty when all is as it was written.
+
+    Raises:
+        InputError: The manifest itself is damaged.
+        EnvironmentFailure: A file cannot be read.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return [f"{folder / MANIFEST} is missing: the folder was never completed, or is not ours"]
+    problems = [
+        problem for name in manifest.files if (problem := _compare(folder, name, manifest.files[name]))
+    ]
+    for name in list_files(folder):
+        if name in manifest.files:
+            continue
+        if name.endswith((".safetensors", ".safetensors.index.json")) or name == "adapter_config.json":
+            problems.append(f"{name} was added: it changes what is loaded")
+        else:
+            logger.warning("%s: %s was added after the folder was completed", folder, name)
+    return problems
+
+
+def list_files(folder: Path) -> list[str]:
+    """Return the paths of all files in a folder and the folders inside it, relative, sorted, without the manifest."""
+    found = [path.relative_to(folder).as_posix() for path in _walk(folder)]
+    return sorted(name for name in found if name != MANIFEST)
+
+
+def hash_file(path: Path, root: Path | None = None) -> str:
+    """Return the sha256 of a regular file.
+
+    Raises:
+        InputError: Missing, irregular, or a link out of `root`.
+        EnvironmentFailure: The file cannot be read.
+    """
+    digest = hashlib.sha256()
+    buffer = bytearray(CHUNK_BYTES)
+    with open_regular(path, root) as descriptor:
+        size = path.stat().st_size
+        for start in range(0, size, CHUNK_BYTES):
+            chunk = memoryview(buffer)[: min(CHUNK_BYTES, size - start)]
+            read_at(descriptor, chunk, start, path)
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        # Links to folders are not followed: they could lead in a circle.
+        if path.is_dir() and not path.is_symlink():
+            yield from _walk(path)
+        else:
+            yield path
+
+
+def _compare(folder: Path, name: str, written: FileHash) -> str:
+    path = folder / name
+    if not path.exists():
+        return f"{name} is missing"
+    size = path.stat().st_size
+    if size != written.bytes:
+        return f"{name} has {size} bytes, {written.bytes} were written"
+    found = hash_file(path, folder)
+    return (
+        ""
+        if found == written.sha256
+        else f"{name} was changed: sha256 {found[:16]}, written {written.sha256[:16]}"
+    )

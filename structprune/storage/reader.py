@@ -1,0 +1,142 @@
+"""A model folder, read strictly: everything about its files is checked before anything is computed.
+
+What is checked here needs no model class; `agreement.check` compares with what the class expects.
+"""
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from structprune.errors import InputError
+from structprune.storage.header import DTYPE_NAMES, MAX_NAMES, Header, TensorInfo, read_header
+from structprune.storage.scan import Scan, scan_files
+from structprune.storage.stored_config import has_custom_code, read_config, refuse_quantised_tensors
+from structprune.storage.tensor_file import Entry, read_tensor
+from structprune.storage.weight_files import compare_with_index, find_weights
+
+logger = logging.getLogger(__name__)
+
+# "pt" is what transformers writes; files without a note come from older tools and hold the same layout.
+_FORMATS = ("pt", "")
+
+
+class CheckpointReader:
+    """The weights and the configuration of a model folder; nothing in the folder is ever changed or executed.
+
+    Args:
+        folder: The model folder: config.json and model.safetensors, or shards with an index.
+        allow_external_symlinks: Accept links out of the folder (those of a Hugging Face cache always are).
+
+    Attributes:
+        folder: The folder as it was given.
+        config: Content of config.json, without private keys.
+        custom_code: The configuration asks for code that is shipped with the model.
+        tensors: Name -> place, dtype and shape, in the order of the files and of the bytes in them.
+        shards: File -> names of its tensors in the order of their bytes; files sorted.
+        metadata: File -> its own notes (safetensors `__metadata__`).
+        indexed: The folder has a model.safetensors.index.json.
+        index_metadata: The `metadata` of the index; None where there is none.
+        root: The folder, or None where links may lead anywhere; for `safe_open.check_link`.
+
+    Raises:
+        InputError: The folder is incomplete, damaged, quantised, an adapter, or in another format.
+        EnvironmentFailure: A file may not be read, or the disk fails.
+    """
+
+    def __init__(self, folder: Path, *, allow_external_symlinks: bool = False) -> None:
+        self.folder = folder
+        self.root = None if allow_external_symlinks else folder
+        weights = find_weights(folder, self.root)
+        self.config: dict[str, Any] = read_config(folder / "config.json", self.root)
+        self.custom_code = has_custom_code(self.config)
+        self._headers: dict[str, Header] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in weights.files:
+            header = read_header(folder / file, self.root)
+            _check_format(folder / file, header)
+            self._headers[file] = header
+            if sum(len(known.tensors) for known in self._headers.values()) > MAX_NAMES:
+                raise InputError(f"{folder}: more than {MAX_NAMES} tensors")
+        self.shards = {file: tuple(header.tensors) for file, header in self._headers.items()}
+        compare_with_index(self.shards, weights, folder)
+        for header in self._headers.values():
+            self.tensors |= header.tensors
+        if not self.tensors:
+            raise InputError(f"{folder}: the weight files hold no tensors", hint="fetch the model again")
+        self.metadata = {file: header.metadata for file, header in self._headers.items()}
+        self.indexed = weights.weight_map is not None
+        self.index_metadata = weights.index_metadata
+        refuse_quantised_tensors(self.tensors, folder)
+        self._warn_of_mixed_dtypes()
+
+    @property
+    def layout(self) -> dict[str, list[Entry]]:
+        """Return file -> (name, dtype, shape) of its tensors in order, as `ShardWriter` takes it."""
+        return {
+            file: [(info.name, info.dtype, info.shape) for info in header.tensors.values()]
+            for file, header in self._headers.items()
+        }
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return name -> shape of every tensor."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all tensors together."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor in its stored dtype, in fresh memory; the files may be read from several threads.
+
+        Raises:
+            InputError: There is no such tensor, or its file was changed after the reader was made.
+            EnvironmentFailure: The memory does not suffice, or the disk fails.
+        """
+        if name not in self.tensors:
+            raise InputError(f"{self.folder}: no tensor {name!r}")
+        info = self.tensors[name]
+        return read_tensor(self.folder / info.file, info, self._headers[info.file], self.root)
+
+    def scan(self) -> Scan:
+        """Read every byte of the weights once; see `Scan`.
+
+        Raises:
+            InputError: A tensor holds NaN or infinity.
+        """
+        return scan_files(self.folder, self._headers, self.root)
+
+    def _warn_of_mixed_dtypes(self) -> None:
+        counts = Counter(
+            DTYPE_NAMES[info.dtype] for info in self.tensors.values() if info.dtype.is_floating_point
+        )
+        if len(counts) > 1:
+            found = ", ".join(f"{name} in {count}" for name, count in counts.most_common())
+            logger.warning("%s: mixed dtypes, each tensor keeps its own: %s tensors", self.folder, found)
+
+
+def refuse_custom_code(reader: CheckpointReader, *, trust_remote_code: bool) -> None:
+    """Refuse a model that needs code shipped with it, unless the user, never a file, said that it is trusted.
+
+    Raises:
+        InputError: `auto_map` is in the configuration and `trust_remote_code` is false.
+    """
+    if reader.custom_code and not trust_remote_code:
+        raise InputError(
+            f"{reader.folder / 'config.json'}: auto_map asks to run code that is shipped with the model",
+            hint="read that code, then pass --trust-remote-code, and --revision to pin what you read",
+        )
+
+
+def _check_format(path: Path, header: Header) -> None:
+    written_by = header.metadata.get("format", "")
+    if written_by not in _FORMATS:
+        names = {"mlx": "MLX", "tf": "TensorFlow", "flax": "Flax", "np": "NumPy"}
+        raise InputError(
+            f"{path}: written in {names.get(written_by, written_by[:40])} layout, expected PyTorch's",
+            hint="use the original Hugging Face folder that it was converted from",
+        )

@@ -1,0 +1,130 @@
+"""One pass over the weights in the files: a hash independent of sharding, zeros, constants, NaN, infinity."""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from structprune.errors import InputError
+from structprune.storage.header import DTYPE_NAMES, Header, TensorInfo, stamp_of
+from structprune.storage.safe_open import CHUNK_BYTES, open_regular, read_at
+
+logger = logging.getLogger(__name__)
+
+# Integers of a float's width: their zero is the float +0.0, their smallest value is -0.0.
+_SAME_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class TensorScan:
+    """What one pass over a tensor's bytes shows.
+
+    Attributes:
+        sha256: Hash of the bytes.
+        zeros: Number of elements equal to zero, minus zero included.
+        constant: All elements of a floating-point tensor with two or more dimensions are equal.
+    """
+
+    sha256: str
+    zeros: int
+    constant: bool
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over all weights shows.
+
+    Attributes:
+        weights: Hash over name, dtype, shape and bytes of every tensor; the same for every sharding.
+        tensors: Name -> what the pass showed of it, sorted by name.
+    """
+
+    weights: str
+    tensors: dict[str, TensorScan]
+
+    @property
+    def zeros(self) -> dict[str, int]:
+        """Return the number of zeros per tensor."""
+        return {name: found.zeros for name, found in self.tensors.items()}
+
+    @property
+    def constant(self) -> tuple[str, ...]:
+        """Return the matrices whose elements are all equal (fresh norms and biases do not count)."""
+        return tuple(name for name, found in self.tensors.items() if found.constant)
+
+
+def scan_files(folder: Path, headers: Mapping[str, Header], root: Path | None) -> Scan:
+    """Read every tensor once, in the order of the files, through one small buffer.
+
+    Raises:
+        InputError: A tensor holds NaN or infinity (the message counts them), or a file changed meanwhile.
+    """
+    # One buffer of one chunk, reused: the bytes are still in the core's cache when they are hashed.
+    buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+    infos: dict[str, TensorInfo] = {}
+    found: dict[str, TensorScan] = {}
+    for file, header in headers.items():
+        path = folder / file
+        with open_regular(path, root) as descriptor:
+            if stamp_of(descriptor) != header.stamp:
+                raise InputError(f"{path}: the file was changed while it was being read", hint="start again")
+            for name, info in header.tensors.items():
+                infos[name] = info
+                found[name] = _scan_tensor(descriptor, path, info, buffer)
+    found = dict(sorted(found.items()))
+    scan = Scan(combine((infos[name], digest.sha256) for name, digest in found.items()), found)
+    if scan.constant:
+        names = ", ".join(scan.constant[:5])
+        logger.warning("%s: %d matrices hold one value only: %s", folder, len(scan.constant), names)
+    return scan
+
+
+def combine(tensors: Iterable[tuple[TensorInfo, str]]) -> str:
+    """Return the hash of a whole model from the hashes of its tensors, given in the order of their names."""
+    whole = hashlib.sha256()
+    for info, digest in tensors:
+        # Names hold no NUL (the header is checked), so that no two models give the same text.
+        whole.update(f"{info.name}\0{DTYPE_NAMES[info.dtype]}\0{list(info.shape)}\0{digest}\n".encode())
+    return whole.hexdigest()
+
+
+def _scan_tensor(descriptor: int, path: Path, info: TensorInfo, buffer: Tensor) -> TensorScan:
+    digest = hashlib.sha256()
+    zeros = nans = infinities = 0
+    low, high = float("inf"), float("-inf")
+    for start in range(info.start, info.end, CHUNK_BYTES):
+        chunk = buffer[: min(CHUNK_BYTES, info.end - start)]
+        raw = chunk.numpy().data
+        read_at(descriptor, raw, start, path)
+        digest.update(raw)
+        values = chunk.view(info.dtype)
+        zeros += _count_zeros(values)
+        if not info.dtype.is_floating_point:
+            continue
+        # Both ends are NaN where one element is: one quick pass tells NaN, infinity and constancy.
+        smallest, largest = (float(end) for end in torch.aminmax(values))
+        if not (smallest > float("-inf") and largest < float("inf")):
+            nans += int(values.isnan().sum())
+            infinities += int(values.isinf().sum())
+        low, high = min(low, smallest), max(high, largest)
+    if nans or infinities:
+        raise InputError(
+            f"{path}: tensor {info.name!r} holds {nans} NaN and {infinities} infinite values",
+            hint="the model is damaged; fetch it again",
+        )
+    return TensorScan(digest.hexdigest(), zeros, low == high and len(info.shape) > 1)
+
+
+def _count_zeros(values: Tensor) -> int:
+    width = _SAME_WIDTH.get(values.dtype.itemsize)
+    if not values.dtype.is_floating_point or width is None:
+        return values.numel() - int(torch.count_nonzero(values))
+    # NumPy counts integers several times faster than PyTorch counts half-precision floats.
+    integers = values.view(width).numpy()
+    minus_zeros = np.count_nonzero(integers == np.iinfo(integers.dtype).min)
+    return int(integers.size - np.count_nonzero(integers) + minus_zeros)
