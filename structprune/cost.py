@@ -32,9 +32,9 @@ class Cost:
         parameters: All parameters, tied ones once, zeros included.
         zeros: Zeros in the prunable set.
         prunable: Weights in the prunable set.
-        flops_per_token: Two per multiply-add, mean over a forward of `length` tokens without padding; None when
-            the model cannot run on the meta device.
-        kv_bytes_per_token: Bytes of the key-value cache after `length` tokens, divided by them; None as above.
+        flops_per_token: Two per multiply-add, mean over a forward of `length` tokens without padding; None
+            when the model cannot run on the meta device.
+        kv_bytes_per_token: Bytes of the key-value cache after `length` tokens, divided by them; or None.
         bytes_on_disk: Bytes of the weight files.
         length: Tokens of the forward that was counted.
     """
@@ -75,23 +75,13 @@ def count(
         length: Tokens; by default min(2048, what the model was made for).
     """
     length = length or default_length(model)
-    try:
-        flops, cache = _forward(_module(model), length)
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # its forward looks into values, or refuses the plain attention
-        reason = str(error).partition("\n")[0]
-        logger.warning(
-            "FLOPs and KV bytes of %s cannot be counted: %s", type(_module(model)).__name__, reason
-        )
-        flops = cache = None
+    flops, cache = _per_token(_module(model), length)
     return Cost(
         parameters=sum(parameter.numel() for parameter in _module(model).parameters()),
         zeros=zeros,
         prunable=prunable,
-        flops_per_token=None if flops is None else flops / length,
-        kv_bytes_per_token=None if cache is None else cache / length,
+        flops_per_token=flops,
+        kv_bytes_per_token=cache,
         bytes_on_disk=bytes_on_disk,
         length=length,
     )
@@ -110,6 +100,18 @@ def weight_bytes(folder: Path) -> int:
 
 def _module(model: PreTrainedModel | HasSkeleton) -> PreTrainedModel:
     return model if isinstance(model, PreTrainedModel) else model.skeleton
+
+
+def _per_token(model: PreTrainedModel, length: int) -> tuple[float | None, float | None]:
+    """Return FLOPs and cache bytes per token, or None and a warning where they cannot be counted."""
+    try:
+        flops, cache = _forward(model, length)
+    except (RuntimeError, ValueError) as error:
+        # A forward that looks into values cannot run there; a class may refuse the plain attention.
+        reason = str(error).partition("\n")[0]
+        logger.warning("FLOPs and KV bytes of %s cannot be counted: %s", type(model).__name__, reason)
+        return None, None
+    return flops / length, cache / length
 
 
 def _forward(model: PreTrainedModel, length: int) -> tuple[int, int]:

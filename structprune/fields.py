@@ -99,9 +99,7 @@ def shown(value: object) -> str:
 
 def keys_of(owner: type[BaseModel]) -> list[dict[str, Any]]:
     """Return the fields of `owner` as rows: "name", "type", "default" and "about", the docstring's words."""
-    about: dict[str, str] = {}
-    for ancestor in reversed(owner.__mro__):
-        about |= _documented(ancestor)
+    about = _about(owner)
     rows = []
     for name, field in owner.model_fields.items():
         default = (
@@ -118,6 +116,14 @@ def keys_of(owner: type[BaseModel]) -> list[dict[str, Any]]:
     return rows
 
 
+def _about(owner: type[BaseModel]) -> dict[str, str]:
+    """Return what the docstrings of a class and its ancestors say about each field."""
+    about: dict[str, str] = {}
+    for ancestor in reversed(owner.__mro__):
+        about |= _documented(ancestor)
+    return about
+
+
 def _documented(owner: type) -> dict[str, str]:
     """Return what the `Args:` of a class's own docstring say about each name."""
     text = inspect.cleandoc(owner.__dict__.get("__doc__") or "")
@@ -132,25 +138,33 @@ def _refuse_boolean_at(owner: type[BaseModel], name: str, value: object, path: s
     try:
         refuse_boolean(owner, name, value)
     except ValueError as error:
-        raise UsageError(f"{_join(path, name)}: {error}") from None
+        raise UsageError(
+            f"{_join(path, name)}: {error}", hint=f"{name}: {_about(owner).get(name, '')}"
+        ) from None
 
 
 def _usage_error(owner: type[BaseModel], detail: ErrorDetails, path: str) -> UsageError:
     keys = [str(part) for part in detail["loc"]]
     here = _join(path, *keys) or "recipe"
+    group = _owner_of(owner, keys)
+    about = _about(group).get(keys[-1] if keys else "", "")
+    hint = f"{keys[-1]}: {about}" if about else "`structprune methods NAME` lists a method's fields"
     match detail["type"]:
         case "extra_forbidden":
-            known = _owner_of(owner, keys).model_fields
-            return UsageError(f"unknown key {here}", hint=nearest(keys[-1], known))
+            return UsageError(f"unknown key {here}", hint=nearest(keys[-1], group.model_fields))
         case "missing":
-            return UsageError(f"{here} is missing")
+            return UsageError(f"{here} is missing", hint=hint)
+        case "too_short":
+            return UsageError(f"{here}: found nothing, expected at least one", hint=hint)
         case "value_error":
-            return UsageError(f"{here}: {detail['ctx']['error']}")
+            return UsageError(f"{here}: {detail['ctx']['error']}", hint=hint)
         case _:
             said = (
                 detail["msg"].replace("Input should be", "expected").replace("Input should have", "expected")
             )
-            return UsageError(f"{here}: found {shown(detail['input'])}, {said[0].lower()}{said[1:]}")
+            return UsageError(
+                f"{here}: found {shown(detail['input'])}, {said[0].lower()}{said[1:]}", hint=hint
+            )
 
 
 def _owner_of(owner: type[BaseModel], keys: list[str]) -> type[BaseModel]:

@@ -4,16 +4,17 @@ import contextlib
 import copy
 import difflib
 import json
+import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from structprune.calibration.texts import hub_failure
-from structprune.errors import EnvironmentFailure, UsageError
+from structprune.errors import EnvironmentFailure, InputError, UsageError
 from structprune.models.streamed import Model, StreamedModel
 
 # Only standard errors without a closed form (medians, F1) are drawn; lm-eval's own 100 000 would take
@@ -55,7 +56,6 @@ def harness(
             hint="open it resident, or leave the tasks out",
         )
     try:
-        import datasets
         import lm_eval
         from lm_eval.models.huggingface import HFLM
     except ModuleNotFoundError as error:
@@ -64,18 +64,17 @@ def harness(
     # lm-eval prints while it draws standard errors, and sets a padding token on the tokenizer it is given.
     with contextlib.redirect_stdout(sys.stderr):
         manager, names = _find(tasks, include_path)
-        try:
+        loaded = _load(manager, names)
+        with _quiet():
             runner = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-            results: dict[str, Any] = lm_eval.simple_evaluate(
-                model=runner,
-                tasks=names,
-                task_manager=manager,
-                limit=limit,
-                bootstrap_iters=BOOTSTRAPS,
-                log_samples=False,
-            )
-        except (OSError, datasets.exceptions.DatasetsError) as error:
-            raise hub_failure(error, f"lm-eval tasks {', '.join(names)}") from error
+        results: dict[str, Any] = lm_eval.simple_evaluate(
+            model=runner,
+            tasks=loaded,
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=False,
+        )
     return results
 
 
@@ -127,3 +126,33 @@ def _find(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[st
             hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
             raise UsageError(f"lm-eval does not know the task {task!r}", hint=hint)
     return manager, list(dict.fromkeys(name for names in matched.values() for name in names))
+
+
+def _load(manager: Any, names: list[str]) -> list[Any]:
+    """Set up tasks, their data included; return the groups and the tasks that belong to none."""
+    import datasets
+    import yaml
+
+    where = f"lm-eval tasks {', '.join(names)}"
+    try:
+        loaded = manager.load(names)
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise hub_failure(error, where) from error
+    except (TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
+        # lm-eval does not check a task's file; what is wrong with it shows as whatever it trips over.
+        raise InputError(f"{where}: cannot be set up: {' '.join(str(error).split())[:300]}") from error
+    nested = {child for group in loaded["groups"].values() for child in group.child_names}
+    built = loaded["groups"] | loaded["tasks"]
+    return [one for name, one in built.items() if name not in nested]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep lm-eval from warning that a model in memory is not a name: here it never is."""
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

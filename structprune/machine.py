@@ -28,13 +28,19 @@ PACKAGES = (
 
 
 def peak_rss() -> int:
-    """Return the largest high-water mark of resident memory, of this process and of its finished children, in bytes."""
+    """Return the largest high-water mark of memory, of this process and its finished children, in bytes."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _maxrss_unit()
     return max(_own_peak(), children)
 
 
+def available_memory() -> int:
+    """Return the bytes of memory that can be taken without pushing others out; all there is where nobody tells."""
+    found = _proc_line("/proc/meminfo", "MemAvailable:")
+    return int(found.split()[0]) * 1024 if found else _memory()
+
+
 def versions() -> dict[str, str | None]:
-    """Return the version of Python and of every package that a result can depend on; None where it is missing."""
+    """Return the versions of Python and of all packages that matter; None where one is missing."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -45,7 +51,7 @@ def versions() -> dict[str, str | None]:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the machine is: system, processor, cores this process may use, threads, memory, accelerators."""
+    """Return what the machine is: system, processor, cores it may use, threads, memory, accelerators."""
     return {
         "system": platform.platform(),
         "processor": _processor(),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,6 +16,20 @@ Count = Annotated[int, Field(ge=1, le=2**24)]
 Length = Annotated[int, Field(ge=2, le=2**22)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+class Where(Part):
+    """What every command computes with.
+
+    Args:
+        seed: Decides what is drawn: calibration samples, random scores, training order.
+        dtype: What to compute in; "auto" is the dtype of the files.
+        device: "auto" for the accelerator there is.
+    """
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")] = "auto"
 
 
 class CalibrationOptions(Part):

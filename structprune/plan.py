@@ -11,7 +11,7 @@ survives renamings inside transformers and can be read without building a model.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -245,12 +245,21 @@ class PlanWriter:
         config: The pruner's fields.
         architecture: Hash of the architecture.
         weights: Hash of the source's weights.
+        decided: Told the number of decided blocks after each of them.
     """
 
     def __init__(
-        self, folder: Path | None, method: str, config: Mapping[str, Any], architecture: str, weights: str
+        self,
+        folder: Path | None,
+        method: str,
+        config: Mapping[str, Any],
+        architecture: str,
+        weights: str,
+        *,
+        decided: Callable[[int], None] | None = None,
     ) -> None:
         self.folder = folder
+        self._decided = decided
         self._head = (method, dict(config), architecture, weights)
         self.blocks: list[PlanBlock] = []
         if folder is not None:
@@ -267,6 +276,8 @@ class PlanWriter:
         """Add the next block's decisions; masks are given as bool tensors in the stored shape."""
         path = None if self.folder is None else self.folder / block_file(len(self.blocks))
         self.blocks.append(PlanBlock.make(tensors, facts, path))
+        if self._decided is not None:
+            self._decided(len(self.blocks))
 
     def so_far(self) -> Plan:
         """Return the plan of the blocks decided until now."""

@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn with matplotlib's object interface: no window, no state shared between two plots."""
+"""The pictures of a report, with matplotlib's object interface: no window, no state shared between plots."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ HATCHES = ("", "//", "xx", "..")
 INK = "#333333"
 DPI = 150
 # Beyond this ratio the smallest bar is invisible on a linear scale.
-LINEAR_RATIO = 25
+LINEAR_RATIO = 12
 
 
 def sparsity_per_block(path: Path, report: Mapping[str, Any]) -> Path:
@@ -33,6 +33,8 @@ def sparsity_per_block(path: Path, report: Mapping[str, Any]) -> Path:
     blocks = report["blocks"]
     kinds = list(dict.fromkeys(kind for block in blocks for kind in block["matrices"]))
     figure, (axes,) = _figure(1, width=max(7.0, min(16.0, 3.5 + 0.35 * len(blocks))))
+    from matplotlib.ticker import MaxNLocator
+
     places = [block["block"] for block in blocks]
     heights = [0.0] * len(blocks)
     for number, kind in enumerate(kinds):
@@ -63,12 +65,15 @@ def sparsity_per_block(path: Path, report: Mapping[str, Any]) -> Path:
     axes.set_ylim(0, min(1.0, max([*heights, report["sparsity"], 0.05]) * 1.15))
     axes.set_xlabel("Block")
     axes.set_ylabel("Zeros in the block's matrices")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(-0.7, len(blocks) - 0.3)
     axes.yaxis.set_major_formatter(_percent)
     axes.set_title("Sparsity of each block, stacked by matrix", loc="left")
     handles, labels = axes.get_legend_handles_labels()
     # Reversed, so that the legend reads from top to bottom as the bars do.
-    axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
+    axes.legend(
+        handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8
+    )
     return _save(figure, path)
 
 
@@ -77,8 +82,8 @@ def methods(path: Path, rows: Sequence[Mapping[str, Any]], *, title: str = "") -
 
     Args:
         path: The PNG to write.
-        rows: Per method "label", "kl" and "kl_se" (nats per token), "perplexity", and "dense", the dense model's
-            perplexity in the same run; a figure that is None is left out.
+        rows: Per method "label", "kl" and "kl_se" (nats per token), "perplexity", and "dense", the dense
+            model's perplexity in the same run; a figure that is None is left out.
         title: What was measured: the text, the protocol.
 
     Raises:
@@ -114,7 +119,9 @@ def _bars(
         axes.set_ylim(0, max(found) * 1.18)
     for place, (value, error) in enumerate(zip(values, errors, strict=True)):
         if value is None or not math.isfinite(value):
-            axes.annotate("not\nfinite", (place, 0.02), xycoords=("data", "axes fraction"), ha="center", fontsize=8)
+            axes.annotate(
+                "not\nfinite", (place, 0.02), xycoords=("data", "axes fraction"), ha="center", fontsize=8
+            )
             continue
         axes.bar(
             place,
@@ -134,7 +141,12 @@ def _bars(
             fontsize=8,
             color=INK,
         )
-    axes.set_xticks(range(len(labels)), labels, rotation=25 if len(labels) > 3 else 0, ha="right" if len(labels) > 3 else "center")
+    axes.set_xticks(
+        range(len(labels)),
+        labels,
+        rotation=25 if len(labels) > 3 else 0,
+        ha="right" if len(labels) > 3 else "center",
+    )
     axes.set_xlim(-0.6, len(labels) - 0.4)
 
 
@@ -152,7 +164,7 @@ def _figure(panels: int, *, width: float) -> "tuple[Figure, list[Axes]]":
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise EnvironmentFailure("plots need matplotlib", hint="pip install 'structprune[plots]'") from None
+        raise EnvironmentFailure("plots need matplotlib", hint="pip install 'structprune[report]'") from None
     figure = Figure(figsize=(width, 4.2), layout="constrained")
     found = [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
     for axes in found:
@@ -165,6 +177,6 @@ def _figure(panels: int, *, width: float) -> "tuple[Figure, list[Axes]]":
 
 def _save(figure: "Figure", path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Without its version in the file, the same numbers give the same bytes after an update of matplotlib more often.
+    # matplotlib would write its version into the file.
     figure.savefig(path, dpi=DPI, metadata={"Software": None})
     return path

@@ -8,13 +8,15 @@ import difflib
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 from structprune.errors import UsageError
+from structprune.models.arch import blocks
 from structprune.models.identity import architecture_of, carry_out
 from structprune.models.streamed import Batch, Model
 from structprune.plan import Plan, PlanWriter
@@ -41,9 +43,30 @@ class Pruner(BaseModel, ABC):
         """Return the method's name, which is its file's."""
         return cls.__module__.rpartition(".")[2]
 
-    def writer(self, folder: Path | None, model: Model, weights: str) -> PlanWriter:
-        """Return a writer for this pruner's plan on a model whose weights have the hash `weights`."""
-        return PlanWriter(folder, self.method(), self.model_dump(mode="json"), architecture_of(model), weights)
+    def writer(
+        self, folder: Path | None, model: Model, weights: str, progress: Callable[[str, int, int], None] | None = None
+    ) -> PlanWriter:
+        """Return a writer for this pruner's plan.
+
+        Args:
+            folder: Where the plan is written, or None to keep it in memory.
+            model: The model to decide on.
+            weights: Hash of the model's weights.
+            progress: Told (stage, done, total) after each block.
+        """
+        total = len(blocks(model))
+        decided = partial(progress, f"calibrate {self.method()}", total=total) if progress else None
+        config = self.model_dump(mode="json")
+        return PlanWriter(folder, self.method(), config, architecture_of(model), weights, decided=decided)
+
+    @abstractmethod
+    def achievable(self, model: Model) -> float:
+        """Return the fraction of the prunable set that rounding lets this pruner remove from the model."""
+
+    @property
+    @abstractmethod
+    def asked(self) -> float | str:
+        """Return what was asked for: a fraction removed, or "N:M"."""
 
     @abstractmethod
     def check(self, model: Model) -> None:

@@ -9,14 +9,14 @@ import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
 from pydantic import Field, PrivateAttr, SerializeAsAny, ValidationInfo, field_validator
 
 from structprune.errors import UsageError
 from structprune.fields import Part, build, keys_of, put, shown
-from structprune.options import CalibrationOptions, EvaluateOptions, RecoverOptions, Text
+from structprune.options import CalibrationOptions, EvaluateOptions, RecoverOptions, Text, Where
 from structprune.pruner import Pruner, find, names
 from structprune.storage import strict_yaml
 
@@ -34,7 +34,7 @@ __all__ = [
 P = TypeVar("P", bound=Part)
 
 
-class Recipe(Part):
+class Recipe(Where):
     """A run of `structprune prune`.
 
     Args:
@@ -42,9 +42,6 @@ class Recipe(Part):
         output: The folder to write.
         prune: One stage or several, each `method:` with that method's fields; always a tuple here.
         revision: Which commit or branch of a hub model.
-        dtype: What to compute in; "auto" is the dtype of the files.
-        seed: Decides what is drawn: calibration samples, random scores, training order.
-        device: "auto" for the accelerator there is.
         calibration: What the pruner looks at.
         recover: Train afterwards; not unless given.
         evaluate: What to measure beyond the default.
@@ -52,12 +49,8 @@ class Recipe(Part):
 
     model: Text
     output: Path
-    # Before `prune`, because a stage takes it over.
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     prune: Annotated[tuple[SerializeAsAny[Pruner], ...], Field(min_length=1)]
     revision: Text | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")] = "auto"
     calibration: CalibrationOptions = CalibrationOptions()
     recover: RecoverOptions | None = None
     evaluate: EvaluateOptions | None = None
@@ -119,6 +112,28 @@ def stage(raw: object, path: str = "prune", seed: int = 0) -> Pruner:
     if "seed" in pruner.model_fields:
         rest.setdefault("seed", seed)
     return build(pruner, rest, path)
+
+
+def choose(model: str, *, sets: Sequence[str] = (), flags: Mapping[str, object] | None = None) -> Recipe:
+    """Return the recipe that a command line asks for: a file that ends in .yaml, or a model and flags.
+
+    Args:
+        model: What stands first.
+        sets: As for `load`.
+        flags: As for `load`.
+
+    Raises:
+        UsageError: As for `load`; or the output is missing.
+    """
+    path = Path(model)
+    if path.suffix.lower() in (".yaml", ".yml") and not path.is_dir():
+        return load(path, sets=sets, flags=flags)
+    chosen = {"model": model, **(flags or {})}
+    if chosen.get("output") is None:
+        raise UsageError(
+            "OUT is missing", hint="structprune prune MODEL OUT --method NAME, or prune RECIPE.yaml"
+        )
+    return assemble({}, sets=sets, flags=chosen)
 
 
 def load(path: Path, *, sets: Sequence[str] = (), flags: Mapping[str, object] | None = None) -> Recipe:

@@ -1,4 +1,4 @@
-"""The report of a prune run: one dictionary, written as report.json and read by the card, the plots and the terminal.
+"""The report of a prune run: one dictionary, for report.json, the card, the plots and the terminal.
 
 A number that is not finite becomes null: NaN is not JSON, and other readers stop at it.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from structprune.checkpoint.verify import Verification
 from structprune.machine import machine, peak_rss, versions
-from structprune.storage.durable import replace_file
+from structprune.storage.durable import DurableFile
 
 REPORT_FILE = "structprune/report.json"
 
@@ -100,18 +100,18 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> Path:
     path = folder / REPORT_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_finite(report), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    with replace_file(path) as file:
+    with DurableFile(path) as file:
         file.write(text.encode())
     return path
 
 
 def table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return (what, dense, pruned) for people: sizes, then quality where it was evaluated; "-" where not measured."""
+    """Return (what, dense, pruned) for people: sizes, then quality where evaluated; "-" if not measured."""
     parameters, size = report["parameters"], report["bytes"]
     rows = [
         ("Parameters", f"{parameters['dense']:,}", f"{parameters['pruned']:,}"),
         ("Parameters that are not zero", "-", f"{parameters['nonzero']:,}"),
-        ("Zeros in the pruned matrices", "-", f"{report['sparsity']:.2%}"),
+        ("Zeros in the pruned matrices", "-", fraction(report["sparsity"])),
         ("Bytes of the weight files", f"{size['dense']:,}", f"{size['pruned']:,}"),
     ]
     found = report.get("evaluation") or {}
@@ -122,7 +122,7 @@ def table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         rows.append((f"KL from dense in nats per token, {name}", "0", kl))
         rows.append((f"Same first choice as dense, {name}", "100%", percent(figures["top1_agreement"])))
     for task, metrics in found.get("tasks", {}).items():
-        for metric, figures in metrics.items():
+        for metric in metrics:
             if not metric.partition(",")[0].endswith("_stderr"):
                 pair = [_scored(metrics, metric, which) for which in ("dense", "model")]
                 rows.append((f"{task}, {metric}", pair[0], pair[1]))
@@ -134,9 +134,14 @@ def number(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
-def percent(value: float | None) -> str:
+def fraction(value: float | str | None) -> str:
+    """Return a sparsity as people write it: "50.00%", or "2:4" as it is."""
+    return value if isinstance(value, str) else percent(value, digits=2)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
     """Return a fraction as percent, or "-" where there is none."""
-    return "-" if value is None or not math.isfinite(value) else f"{value:.1%}"
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}%}"
 
 
 def _scored(metrics: Mapping[str, Mapping[str, float | None]], metric: str, which: str) -> str:
@@ -146,9 +151,7 @@ def _scored(metrics: Mapping[str, Mapping[str, float | None]], metric: str, whic
     return shown if error is None or shown == "-" else f"{shown} ± {number(error)}"
 
 
-def _error_of(
-    metrics: Mapping[str, Mapping[str, float | None]], metric: str
-) -> Mapping[str, float | None]:
+def _error_of(metrics: Mapping[str, Mapping[str, float | None]], metric: str) -> Mapping[str, float | None]:
     """Return the standard errors of a metric; a filter's name stands behind a comma, "acc_stderr,filter"."""
     name, comma, chosen = metric.partition(",")
     return metrics.get(f"{name}_stderr{comma}{chosen}", {})

@@ -15,7 +15,8 @@ from structprune.calibration import texts as texts_module
 from structprune.calibration.data import load
 from structprune.calibration.texts import hub_failure, texts
 from structprune.errors import EnvironmentFailure, InputError, StructpruneError, UsageError
-from tests.tiny import tokenizer
+from structprune.models.tokenizer import check_vocabulary, open_tokenizer
+from tests.tiny import VOCABULARY, tiny, tokenizer
 
 Write = Callable[[str, bytes], str]
 
@@ -37,6 +38,20 @@ def refused(source: str, kind: type[StructpruneError] = InputError, **options: s
     line = str(caught.value)
     assert "\n" not in line
     return line
+
+
+def test_a_tokenizer_larger_than_the_embeddings_is_refused_with_both_numbers() -> None:
+    large = tokenizer()
+    large.add_tokens([f"<extra{number}>" for number in range(VOCABULARY)])
+    with pytest.raises(InputError, match=rf"ids up to {len(large) - 1}, .*embeddings for {VOCABULARY} ids"):
+        check_vocabulary(large, tiny("llama"))
+    check_vocabulary(tokenizer(), tiny("llama"))
+
+
+def test_a_folder_without_a_tokenizer_is_refused_where_one_is_needed(tmp_path: Path) -> None:
+    assert open_tokenizer(tmp_path) is None
+    with pytest.raises(InputError, match="no tokenizer in the model folder"):
+        check_vocabulary(None, tiny("llama"))
 
 
 def test_too_few_tokens_are_counted_and_what_fits_is_offered(write: Write) -> None:

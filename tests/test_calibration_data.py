@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
@@ -181,6 +182,6 @@ def test_the_length_defaults_to_what_the_model_knows_but_never_over_2048() -> No
 
 
 @pytest.mark.parametrize("options", [{"samples": 0}, {"batch_size": 0}, {"length": 1}])
-def test_counts_must_make_sense(prose: str, options: dict[str, int]) -> None:
+def test_counts_must_make_sense(prose: str, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="expected at least"):
         load(prose, tokenizer(), **({"samples": 2, "length": 16} | options))

@@ -1,11 +1,13 @@
-"""Evaluation: perplexity and divergence against numbers worked out by hand, protocols, lm-eval, generations."""
+"""Evaluation: perplexity and divergence worked out by hand, protocols, lm-eval, generations."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from tokenizers import processors
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from structprune import perplexity
+from structprune.calibration.data import load
+from structprune.calibration.texts import texts
 from structprune.errors import EnvironmentFailure, InputError, QualityError, UsageError
 from structprune.evaluate import Evaluation, compare, evaluate, gate, generations, harness
 from structprune.generations import beginnings
@@ -49,8 +53,9 @@ def prose(tmp_path: Path) -> str:
 
 
 def uniform() -> PreTrainedModel:
-    model = tiny("llama")
+    model: Any = tiny("llama")
     model.get_output_embeddings().weight.data.zero_()
+    assert isinstance(model, PreTrainedModel)
     return model
 
 
@@ -180,7 +185,7 @@ def test_streamed_models_give_the_figures_of_resident_ones(
 
 
 def test_the_json_has_the_promised_shape_and_survives_nan(prose: str) -> None:
-    broken = tiny("llama")
+    broken: Any = tiny("llama")
     broken.get_output_embeddings().weight.data.fill_(math.nan)
     result = evaluate(broken, tokenizer(), text=[prose], dense=tiny("llama"), length=32, prompts=0)
     told = json.loads(json.dumps(result.as_json(), allow_nan=False))
@@ -213,6 +218,14 @@ def test_a_tokenizer_that_begins_texts_begins_every_window(prose: str) -> None:
     ]
     assert stamp["bos"] == "window"
     assert stamp["scored_tokens"] == 3 * 31
+
+
+def test_the_demo_text_is_not_what_calibration_reads() -> None:
+    stamp = evaluate(uniform(), tokenizer(), text=["demo"], length=64, windows=2, prompts=0).protocol["texts"]
+    seen = load("demo", tokenizer(), samples=1, length=64).facts
+    assert stamp["demo"]["windows"] == 2
+    assert stamp["demo"]["sha256"] != hashlib.sha256("".join(texts("demo")).encode()).hexdigest()
+    assert seen["tokens_available"] == 16 * 64
 
 
 def test_results_of_one_protocol_are_compared_and_others_refused(prose: str) -> None:
@@ -267,7 +280,7 @@ def test_the_gate_lets_a_good_model_pass_and_stops_a_bad_one() -> None:
         ({"windows": 0}, "windows is 0"),
     ],
 )
-def test_impossible_sizes_are_refused(prose: str, options: dict[str, int], told: str) -> None:
+def test_impossible_sizes_are_refused(prose: str, options: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         evaluate(uniform(), tokenizer(), text=[prose], prompts=0, **options)
 
@@ -330,8 +343,10 @@ metadata: {{version: 1.0}}
 
 
 def test_lm_eval_tasks_stand_beside_the_dense_ones(
-    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # It asks pip and the machine for their state, which takes seconds and goes into lm-eval's own JSON only.
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     model, dense, ours = tiny("llama"), tiny("llama", seed=1), tokenizer()
     before = ours.backend_tokenizer.to_str()
     result = evaluate(model, ours, tasks=["tiny_choice"], include_path=tasks, dense=dense, limit=4)
@@ -367,19 +382,24 @@ def test_an_unknown_task_is_refused_with_the_nearest_name(
         harness(tiny("llama"), tokenizer(), ["tiny_chioce"], include_path=tasks)
 
 
-def test_a_task_whose_data_cannot_be_had_is_one_line(tasks: Path) -> None:
-    (tasks / "far.yaml").write_text((tasks / "tiny_choice.yaml").read_text().replace("choice", "far"))
-    text = (tasks / "far.yaml").read_text()
-    (tasks / "far.yaml").write_text(
-        "\n".join(
-            "dataset_path: nobody/nothing" if line.startswith("dataset_path") else line
-            for line in text.splitlines()
-            if not line.startswith("dataset_kwargs")
-        )
-    )
+def test_a_task_whose_data_cannot_be_had_is_one_line(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(path: str, *args: object, **options: object) -> None:
+        raise ConnectionError(f"Couldn't reach '{path}' on the Hub\nand a long story")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    task = (tasks / "tiny_choice.yaml").read_text().replace("tiny_choice", "far")
+    task = "".join(line for line in task.splitlines(keepends=True) if not line.startswith("dataset_"))
+    (tasks / "far.yaml").write_text(f"dataset_path: nobody/nothing\n{task}")
     with pytest.raises(EnvironmentFailure, match="nobody/nothing") as caught:
-        harness(tiny("llama"), tokenizer(), ["tiny_far"], include_path=tasks)
+        harness(tiny("llama"), tokenizer(), ["far"], include_path=tasks)
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_task_file_is_refused_by_name(tasks: Path) -> None:
+    task = (tasks / "tiny_choice.yaml").read_text().replace("tiny_choice", "odd")
+    (tasks / "odd.yaml").write_text(task + "no_such_field: 1\n")
+    with pytest.raises(InputError, match=r"tasks odd: cannot be set up.*no_such_field"):
+        harness(tiny("llama"), tokenizer(), ["odd"], include_path=tasks)
 
 
 def test_a_streamed_model_is_refused_by_lm_eval(tmp_path: Path) -> None:

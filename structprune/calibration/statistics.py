@@ -8,7 +8,6 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-
 # 1 MiB of float32: half of a common level-2 cache.
 CACHE_ELEMENTS = 2**18
 

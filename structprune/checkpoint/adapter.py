@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from structprune.errors import InputError
-from structprune.storage.reader import read_json
-from structprune.storage.writer import read_tensors, save_tensors
+from structprune.storage.strict_json import read_json
+from structprune.storage.tensor_file import read_tensors, save_tensors
 
 PEFT_TYPE = "STRUCTPRUNE_MASKED_LORA"
 CONFIG_FILE = "adapter_config.json"

@@ -8,7 +8,8 @@ from torch import Tensor
 from structprune.models import edit
 from structprune.plan import Plan
 from structprune.storage.reader import CheckpointReader
-from structprune.storage.writer import ShardWriter, copy_side_files
+from structprune.storage.side_files import copy_side_files
+from structprune.storage.writer import ShardWriter
 
 # Told how far a stage is: (stage, done, total).
 Progress = Callable[[str, int, int], None]
@@ -31,15 +32,11 @@ def export(
         replaced: New values of stored tensors (same shape and dtype), before the plans are carried out again.
 
     Returns:
-        The sha256 of each weight file, by file name.
+        The sha256 of each written file, by file name.
     """
-    layout = {
-        file: [(name, reader.tensors[name].dtype, reader.tensors[name].shape) for name in names]
-        for file, names in reader.shards.items()
-    }
     total = len(reader.tensors)
     done = 0
-    with ShardWriter(folder, layout, reader.metadata, indexed=reader.indexed) as writer:
+    with ShardWriter(folder, reader.layout, reader.metadata, index_metadata=reader.index_metadata) as writer:
         for name in (name for names in reader.shards.values() for name in names):
             value = replaced[name] if replaced and name in replaced else reader.read(name)
             for plan in plans:
@@ -47,5 +44,4 @@ def export(
             writer.write(name, value)
             done += 1
             progress("write", done, total)
-    copy_side_files(reader.folder, folder)
-    return writer.hashes
+    return writer.hashes | copy_side_files(reader.folder, folder)

@@ -1,4 +1,4 @@
-"""The fresh process: folders opened by a child that shares nothing with this one, and its logits compared with ours."""
+"""The fresh process: a child that shares nothing with this one opens folders; its logits against ours."""
 
 import json
 import os
@@ -51,7 +51,7 @@ class Reloaded:
         loader: What opened it, with its version.
         logits: Shape [batch, tokens, vocabulary]; None when there was an error.
         missing: Tensors that the loader did not find, or found in another shape.
-        same_with_cache: Whether greedy tokens are the same with and without a cache; None where it was not tried.
+        same_with_cache: Whether greedy tokens are the same with and without a cache; None where not tried.
     """
 
     error: str
@@ -73,14 +73,16 @@ def probe(config: PreTrainedConfig) -> Tensor:
     count = SEQUENCES * length
     # A step that shares no divisor with the count visits every place once, in an order that is not sorted.
     places = [(place * 37) % count for place in range(count)]
-    return torch.tensor([ordinary[place * len(ordinary) // count] for place in places]).view(SEQUENCES, length)
+    return torch.tensor([ordinary[place * len(ordinary) // count] for place in places]).view(
+        SEQUENCES, length
+    )
 
 
 def reload(jobs: Sequence[Job], *, stream: bool = False) -> list[Reloaded]:
     """Open folders in a child process, several in one, and return what it found, in order.
 
-    Without `stream` the child is plain transformers and never imports structprune. A folder that ends the child
-    is reported, and the folders after it get another child.
+    Without `stream` the child is plain transformers and never imports structprune. A folder that ends the
+    child is reported, and the folders after it get another child.
     """
     with tempfile.TemporaryDirectory(prefix="structprune-reload-") as scratch:
         written = [_write(job, Path(scratch), index) for index, job in enumerate(jobs)]
@@ -126,7 +128,7 @@ def _write(job: Job, scratch: Path, index: int) -> dict[str, Any]:
 
 
 def _run(jobs: Sequence[dict[str, Any]], scratch: Path, *, stream: bool) -> list[Reloaded]:
-    """Run one child; return one result per folder that it opened, and one more for the folder that ended it."""
+    """Run one child; return a result per folder that it opened, and one more for the folder that ended it."""
     listed = scratch / "jobs.json"
     listed.write_text(json.dumps(jobs), encoding="utf-8")
     # -P keeps the script's folder off the module path, where load.py or verify.py could hide other modules.
@@ -151,6 +153,7 @@ def _environment(*, stream: bool) -> dict[str, str]:
     # Sums are split by thread: another number of threads would round them differently.
     threads = str(torch.get_num_threads())
     found |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    found["TRANSFORMERS_VERBOSITY"] = "error"
     if stream:
         root = str(Path(__file__).parents[2])
         found["PYTHONPATH"] = os.pathsep.join(filter(None, (root, found.get("PYTHONPATH"))))
@@ -159,7 +162,9 @@ def _environment(*, stream: bool) -> dict[str, str]:
 
 def _result(job: dict[str, Any], line: dict[str, Any]) -> Reloaded:
     if line.get("alone") is False:
-        return Reloaded(error="the child had structprune imported, so it proves nothing about plain transformers")
+        return Reloaded(
+            error="the child had structprune imported, so it proves nothing about plain transformers"
+        )
     return Reloaded(
         error="",
         loader=line["loader"],

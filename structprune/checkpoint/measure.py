@@ -1,6 +1,6 @@
 """What the weight files of a folder hold, tensor by tensor: the second code path beside the one that pruned.
 
-Nothing here selects or edits. Masks are unpacked with NumPy, and every count is taken from the bytes in the files.
+Nothing here selects or edits. Masks are unpacked with NumPy; every count comes from the bytes in the files.
 """
 
 import math
@@ -31,12 +31,14 @@ class Place:
         kind: What it is in every block, such as "self_attn.q_proj".
         matrix: Name of the matrix that competes as a whole; several stored tensors may make one.
         transposed: Stored as [in, out].
+        experts: How many such matrices the tensor holds, one expert after another.
     """
 
     block: int
     kind: str
     matrix: str
     transposed: bool
+    experts: int = 1
 
 
 @dataclass
@@ -60,16 +62,18 @@ class Measured:
 
     Args:
         size: Elements.
+        width: Elements of a row; of a linear, its inputs.
         zeros: Elements equal to zero.
         not_finite: NaN and infinite elements.
         revived: Elements that a plan removed and that are not zero.
         changed: Elements that no plan removed and whose bits are not the source's.
-        fullest: M -> the most elements that are not zero in a group of M consecutive inputs; M where groups do
-            not divide the inputs, or for what is no linear.
+        fullest: M -> the most elements that are not zero in a group of M consecutive inputs; M where groups
+            do not divide the inputs, or for what is no linear.
         rows: Per plan what it removes; None where it does not name the tensor.
     """
 
     size: int
+    width: int
     zeros: int = 0
     not_finite: int = 0
     revived: int = 0
@@ -138,12 +142,20 @@ def places(model: StreamedModel, *, by_matrix: bool) -> dict[str, Place]:
             kind = linear.name.removeprefix(f"{prefix}.").removesuffix(".weight")
             experts = _experts(model, linear.name) if by_matrix and linear.expert is not None else {}
             for part in parts:
-                found[part] = Place(index, kind, linear.name + experts.get(part, ""), linear.transposed)
+                shape = model.reader.tensors[part].shape
+                stacked = shape[0] if len(shape) == 3 else 1
+                found[part] = Place(
+                    index, kind, linear.name + experts.get(part, ""), linear.transposed, stacked
+                )
     return found
 
 
 def measure(
-    tensor: Tensor, place: Place | None, masks: Sequence[Tensor | None], source: Tensor | None, groups: Mapping[int, bool]
+    tensor: Tensor,
+    place: Place | None,
+    masks: Sequence[Tensor | None],
+    source: Tensor | None,
+    groups: Mapping[int, bool],
 ) -> Measured:
     """Count everything there is to know about one tensor, a few rows at a time.
 
@@ -151,13 +163,14 @@ def measure(
         tensor: As stored.
         place: Where it stands; None when it is no linear.
         masks: Per plan what stays, in the tensor's shape; None where a plan does not name it.
-        source: The tensor before pruning, in the same shape and dtype; None when there is nothing to compare with.
+        source: The tensor before pruning, in the same shape and dtype; None without one.
         groups: M -> whether the masks, too, are to be counted in groups of M consecutive inputs.
     """
     transposed = place is not None and place.transposed
-    found = Measured(tensor.numel(), rows=[None if mask is None else Rows(torch.empty(0)) for mask in masks])
     whole = _rows(tensor, transposed)
     width = whole.shape[1]
+    empty = [None if mask is None else Rows(torch.empty(0, dtype=torch.int64)) for mask in masks]
+    found = Measured(tensor.numel(), width, rows=empty)
     whole_masks = [None if mask is None else _rows(mask, transposed) for mask in masks]
     before = None if source is None else _rows(source, transposed)
     divided = [of for of in groups if place is not None and width and width % of == 0]
@@ -167,9 +180,11 @@ def measure(
     for low in range(0, whole.shape[0], step):
         part = slice(low, low + step)
         kept = [None if mask is None else mask[part].contiguous() for mask in whole_masks]
-        _count(found, whole[part].contiguous(), kept, None if before is None else before[part].contiguous())
+        weights = whole[part].contiguous()
+        alive = weights != 0
+        _count(found, weights, alive, kept, None if before is None else before[part].contiguous())
         for of in divided:
-            _count_groups(found, whole[part] != 0, kept if groups[of] else [], of, first=low == 0)
+            _count_groups(found, alive, kept if groups[of] else [], of, first=low == 0)
         for number, mask in enumerate(kept):
             if mask is not None:
                 counts[number].append(width - mask.sum(dim=1))
@@ -179,8 +194,9 @@ def measure(
     return found
 
 
-def _count(found: Measured, weights: Tensor, masks: Sequence[Tensor | None], source: Tensor | None) -> None:
-    alive = weights != 0
+def _count(
+    found: Measured, weights: Tensor, alive: Tensor, masks: Sequence[Tensor | None], source: Tensor | None
+) -> None:
     found.zeros += alive.numel() - int(alive.sum())
     if weights.is_floating_point():
         found.not_finite += int((~weights.isfinite()).sum())
@@ -218,10 +234,12 @@ def _rows(tensor: Tensor, transposed: bool) -> Tensor:
 
 
 def _experts(model: StreamedModel, name: str) -> dict[str, str]:
-    """Return which expert each stored part of a fused parameter holds, as "[3]"; empty where it is stored fused."""
+    """Return which expert each stored part of a fused parameter holds, as "[3]"; {} where stored fused."""
     if len(model.names.stored_of[name]) == 1:
         return {}
     shape = model.skeleton.get_parameter(name).shape
     # The one place that knows the conversion converts numbers that say where they came from.
     marks = torch.arange(shape[0], dtype=torch.int16).view(-1, 1, 1).expand(shape)
-    return {part: f"[{int(values.flatten()[0])}]" for part, values in model.names.to_stored({name: marks}).items()}
+    return {
+        part: f"[{int(values.flatten()[0])}]" for part, values in model.names.to_stored({name: marks}).items()
+    }

@@ -22,13 +22,13 @@ from transformers import (
 )
 
 NEW_TOKENS = 4
-# Between a forward with and one without a cache other kernels run; a wrong position or mask is off by far more.
+# With and without a cache other kernels run; a wrong position or mask is off by far more.
 SAME_STEP = 1e-4
 ROUNDINGS = 16
 
 
 def open_plainly(folder: str, dtype: str, *, trusted: bool) -> tuple[Any, str, dict[str, list[str]]]:
-    """Return the model, the class that opened it, and the tensors that transformers missed or did not expect."""
+    """Return the model, the class that opened it, and the tensors that transformers missed or misfit."""
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trusted}
     config = AutoConfig.from_pretrained(folder, **options)
     vision = config.get_text_config() is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -42,7 +42,7 @@ def open_plainly(folder: str, dtype: str, *, trusted: bool) -> tuple[Any, str, d
 
 @torch.no_grad()
 def same_with_cache(model: Any, ids: Tensor) -> bool | None:
-    """Tell whether greedy tokens are the same with and without a key-value cache; None where it cannot generate.
+    """Tell whether greedy tokens are the same with and without a cache; None where it cannot generate.
 
     Args:
         model: The model.
@@ -82,7 +82,6 @@ def same_with_cache(model: Any, ids: Tensor) -> bool | None:
 
 def main(jobs_file: str) -> None:
     """Open every folder of a job list, leave its logits beside it, and print what was found."""
-    transformers.logging.set_verbosity_error()
     for job in json.loads(Path(jobs_file).read_text(encoding="utf-8")):
         torch.set_num_threads(job["threads"])
         with contextlib.redirect_stdout(sys.stderr):
@@ -95,7 +94,8 @@ def main(jobs_file: str) -> None:
             del model
         found = {"loader": f"transformers {transformers.__version__} ({loader})", "same_with_cache": agrees}
         alone = not any(name.partition(".")[0] == "structprune" for name in sys.modules)
-        print(json.dumps({"folder": job["folder"], "alone": alone, **keys, **found}), flush=True)
+        sys.stdout.write(json.dumps({"folder": job["folder"], "alone": alone, **keys, **found}) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

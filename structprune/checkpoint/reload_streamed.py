@@ -1,6 +1,6 @@
-"""Opens model folders block by block, in a process of its own, for those that are too large to be opened whole.
+"""Opens model folders block by block, in a process of its own: for those too large to be opened whole.
 
-Run as `python -m structprune.checkpoint.reload_streamed JOBS.json`. One line of JSON per folder goes to stdout.
+Run as `python -m structprune.checkpoint.reload_streamed JOBS.json`. One line of JSON per folder on stdout.
 """
 
 import contextlib
@@ -34,7 +34,9 @@ def main(jobs_file: str) -> None:
             )
             logits = walk.logits(model, read_tensors(Path(job["probe"])))
             save_tensors(Path(job["logits"]), {"logits": logits})
-        print(json.dumps({"folder": job["folder"], "loader": f"{loader()}, streamed"}), flush=True)
+        line = {"folder": job["folder"], "loader": f"{loader()}, streamed"}
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -132,7 +132,8 @@ def _keep_highest(piece: Array, removed: int, kept: Array) -> None:
     inputs = piece.shape[1]
     edge: Array
     if isinstance(piece, np.ndarray):
-        edge = np.partition(piece, removed, axis=1)[:, removed : removed + 1]
+        # Copied, because a view would keep the whole partitioned piece alive.
+        edge = np.partition(piece, removed, axis=1)[:, removed : removed + 1].copy()
     else:
         edge = torch.kthvalue(piece, removed + 1, dim=1, keepdim=True).values
     # The edge is the lowest score that stays; scores equal to it may be too many.

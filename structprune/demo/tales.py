@@ -1,5 +1,6 @@
 """The stories of the demo world: a walk, a meeting, something lost and found, a gift, the way home."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from structprune.demo.dice import Dice
@@ -7,10 +8,16 @@ from structprune.demo.inhabitants import FOODS, PLACES, Person, Place, people
 from structprune.demo.writers import OBJECTS, Page, a, meet, visit
 
 WEATHER = {
-    "rainy": "coat", "sunny": "hat", "windy": "scarf", "snowy": "shovel", "foggy": "lantern", "cold": "blanket",
-}  # fmt: skip
+    "rainy": "coat",
+    "sunny": "hat",
+    "windy": "scarf",
+    "snowy": "shovel",
+    "foggy": "lantern",
+    "cold": "blanket",
+}
 SPOTS = ("under the {}", "behind the {}", "near the {}", "on top of the {}", "in front of the {}")
 MOODS = ("happy", "tired", "proud", "hungry", "sleepy", "cheerful", "thoughtful", "late")
+STATES = ("wet", "muddy", "hungry", "limping")
 PARTS = ("morning", "noon", "evening", "night")
 
 
@@ -21,7 +28,7 @@ class Tale:
     hero: Person
     other: Person
     place: Place
-    asked: list[tuple[str, str, list[str], list[str]]] = field(default_factory=list)
+    asked: list[tuple[str, str, Sequence[str], Sequence[str]]] = field(default_factory=list)
 
 
 def tell(dice: Dice, page: Page) -> None:
@@ -84,15 +91,13 @@ def give(dice: Dice, page: Page, tale: Tale) -> None:
 def play(dice: Dice, page: Page, tale: Tale) -> None:
     """Both make music, each on their own instrument."""
     first, second = (tale.hero, tale.other) if dice.happens(0.5) else (tale.other, tale.hero)
-    page.say(
-        f"{first.name} played the {first.tool}, and {second.name} {dice.pick(('sang', 'danced', 'listened'))}."
-    )
+    act = dice.pick(("sang", "danced", "listened"))
+    page.say(f"{first.name} played the {first.tool}, and {second.name} {act}.")
 
 
 def feed(dice: Dice, page: Page, tale: Tale) -> None:
     """The pet of one of them runs away and comes back."""
     owner = tale.hero if dice.happens(0.5) else tale.other
-    page.say(f"The {owner.pet} of {owner.name} ran to the {tale.place.landmark} and came back")
-    colour = dice.pick(("wet", "muddy", "hungry", "limping"))
-    page.say(f"{colour}.")
-    tale.asked.append((f"How was the {owner.pet}?", colour, [], ["wet", "muddy", "hungry", "limping"]))
+    state = dice.pick(STATES)
+    page.say(f"The {owner.pet} of {owner.name} ran to the {tale.place.landmark} and came back {state}.")
+    tale.asked.append((f"How was the {owner.pet}?", state, [], list(STATES)))

@@ -34,14 +34,14 @@ CALIBRATION_CHARACTERS = 180_000  # some 49,000 tokens: 128 samples of 256 with 
 SEPARATOR = "\n\n"
 
 WRITERS: tuple[tuple[Writer, float], ...] = (
-    (describe_person, 0.16),
+    (describe_person, 0.12),
     (describe_place, 0.06),
-    (quiz, 0.15),
-    (hide, 0.18),
+    (quiz, 0.12),
+    (hide, 0.2),
     (tell, 0.2),
     (equations, 0.12),
     (trade, 0.05),
-    (line_up, 0.08),
+    (line_up, 0.13),
 )
 
 

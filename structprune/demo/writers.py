@@ -39,7 +39,7 @@ class Question:
     """A question as it stands in a document.
 
     Attributes:
-        kind: What answering it takes: memory (`facts`), reading back (`context`, `story`, `order`) or counting.
+        kind: What answering it takes: memory (`facts`), reading back (`context`, `story`, `order`), counting.
         prompt: The document up to and including "Answer:" or "=".
         answer: What follows the blank after the prompt; the document sets a full stop behind it.
         near: Wrong answers that stand in the document, or close to the right one.
@@ -233,12 +233,14 @@ def trade(dice: Dice, page: Page) -> None:
 
 
 def line_up(dice: Dice, page: Page) -> None:
-    """Name a row of things, then ask for its ends and neighbours, or repeat it turned round."""
+    """Name a row of things, perhaps once more or turned round, then ask for its ends and neighbours."""
     pool = dice.pick((OBJECTS, [person.name for person in people()], FOODS, JOBS))
     row = dice.several(pool, dice.number(3, 6))
     page.say(f"In a row: {', '.join(row)}.")
-    if dice.happens(0.3):
-        page.say(f"Turned round: {', '.join(reversed(row))}.")
+    # Plain repetition is the simplest thing to read back; it teaches a network to look back at all.
+    lead = dice.pick(("Once more", "Turned round", "Asked"), (0.5, 0.2, 0.3))
+    if lead != "Asked":
+        page.say(f"{lead}: {', '.join(row if lead == 'Once more' else reversed(row))}.")
     for index in dice.several(range(len(row)), 2):
         if index == 0:
             page.ask("order", "Which is first?", row[0], row, pool)

@@ -1,4 +1,4 @@
-"""One run per output: a lock file beside it that names its holder and is recognised as stale when that is gone."""
+"""One run per output: a lock file beside it that names its holder, and is stale when that is gone."""
 
 import errno
 import fcntl
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 class Lock:
     """Hold `OUT.lock` while the `with` block runs.
 
-    The system's own file lock decides where it works: it ends with its process, however that dies. The content of
-    the file (process, host, boot) decides where it does not (some network disks), and is what the message tells.
+    The system's own file lock decides where it works: it ends with its process, however that dies. The
+    content of the file (process, host, boot) decides elsewhere (some network disks), and is what is told.
 
     Args:
-        output: The output folder that is protected; it need not exist, its parent must.
+        output: The output folder that is protected; neither it nor its parent need exist.
 
     Raises:
         EnvironmentFailure: Another run holds the lock, or the file cannot be written.
@@ -36,6 +36,7 @@ class Lock:
 
     def __enter__(self) -> Self:
         with blame(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             while not self._open():
                 pass
         holder = _parse(os.pread(self._descriptor, 4096, 0))
@@ -57,7 +58,7 @@ class Lock:
         self._close()
 
     def _open(self) -> bool:
-        """Open and lock the file; return False where its holder removed it in between, so that it must be made anew."""
+        """Open and lock the file; return False where its holder just removed it: it must be made anew."""
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,11 +98,11 @@ def _this_process() -> dict[str, Any]:
 
 
 def _may_live(holder: dict[str, Any]) -> bool:
-    """Tell whether the process that wrote a lock, which the system no longer sees as locked, may still run."""
+    """Tell whether the process that wrote a lock, which the system sees as free, may still run."""
     here = _this_process()
     if holder.get("boot") != here["boot"]:
         # After a restart of this machine nobody is left; another machine cannot be looked into.
-        return holder.get("host") != here["host"]
+        return bool(holder.get("host") != here["host"])
     if holder.get("host") != here["host"]:
         return False  # Another container on this machine: the system's lock, which is free, covers both.
     started = _start_of(holder["pid"]) if isinstance(holder.get("pid"), int) else None
@@ -124,7 +125,7 @@ def _boot() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """Return when a process was started, so that a reused number is not taken for it; None where it does not run."""
+    """Return when a process was started, so that a reused number is told apart; None if it does not run."""
     if Path("/proc/self/stat").exists():
         try:
             # The 22nd field; the second, the command, is in parentheses and may itself hold spaces.

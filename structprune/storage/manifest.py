@@ -1,4 +1,4 @@
-"""structprune.json: the hash of every file of a folder of ours, written last; without it a folder is incomplete."""
+"""structprune.json: the hash of every file of a folder of ours, written last: the sign of completeness."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ class Manifest(BaseModel):
     Attributes:
         format: Version of this layout.
         version: The structprune that wrote the folder.
-        files: Path relative to the folder, with slashes -> size and hash, of every file but the manifest itself.
+        files: Path relative to the folder, with slashes -> size and hash, of every file but the manifest.
         stages: Folders of the plans under `structprune/`, in the order in which they were applied.
         facts: What the writer wants to find again (method, sparsity, hash of the source ...).
     """
@@ -82,7 +82,7 @@ def write_manifest(
     for inner in sorted({(folder / name).parent for name in files}):
         sync_folder(inner)
     with DurableFile(folder / MANIFEST) as file:
-        file.write((json.dumps(manifest.model_dump(), indent=2) + "\n").encode())
+        file.write((json.dumps(manifest.model_dump(), indent=2, allow_nan=False) + "\n").encode())
     return manifest
 
 
@@ -96,13 +96,13 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.exists():
         return None
     try:
-        manifest = Manifest.model_validate(read_json(path, limit_bytes=MAX_MANIFEST_BYTES))
+        manifest = Manifest.model_validate(read_json(path, limit_bytes=MAX_MANIFEST_BYTES, root=folder))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(
             f"{path}: {place}: {first['msg']}",
-            hint="written by another version, or damaged: create the folder again",
+            hint="written by another version, or damaged: create it again",
         ) from None
     for name in manifest.files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
@@ -115,8 +115,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 def check_manifest(folder: Path) -> list[str]:
     """Compare a folder of ours with its manifest; read every byte.
 
-    Files that came later (a user's notes, evaluation results) are no problem and only logged, unless they change
-    what is loaded: weights, an index, an adapter.
+    Files that came later (a user's notes, evaluation results) are no problem and only logged, unless they
+    change what is loaded: weights, an index, an adapter.
 
     Returns:
         One line per problem; empty when all is as it was written.
@@ -136,13 +136,13 @@ def check_manifest(folder: Path) -> list[str]:
             continue
         if name.endswith((".safetensors", ".safetensors.index.json")) or name == "adapter_config.json":
             problems.append(f"{name} was added: it changes what is loaded")
-        else:
+        elif not name.startswith("."):
             logger.warning("%s: %s was added after the folder was completed", folder, name)
     return problems
 
 
 def list_files(folder: Path) -> list[str]:
-    """Return the paths of all files in a folder and the folders inside it, relative, sorted, without the manifest."""
+    """Return the paths of all files in and under a folder, relative, sorted, without the manifest."""
     found = [path.relative_to(folder).as_posix() for path in _walk(folder)]
     return sorted(name for name in found if name != MANIFEST)
 

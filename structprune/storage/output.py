@@ -1,8 +1,9 @@
 """The output folder: checked before the work, completed beside its final place, renamed at the end.
 
-`OUT.partial-<hash of the run>` is under work; `OUT.old-<number>` is the former result while the new one takes its
-place. Between the two renames of a replacement `OUT` does not exist; a run killed there leaves the old result
-aside, and `settle`, called at the next start, puts it back. Old and new are never mixed.
+`OUT.partial-<hash of the run>` is under work; `OUT.old-<number>` is the former result while the new one
+takes its place; what ends in `.removed` is on its way out. Between the two renames of a replacement `OUT`
+does not exist; a run killed there leaves the old one aside, and `settle`, called at the next start, puts it
+back. Old and new are never mixed.
 """
 
 import itertools
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 # File systems slow down and fail close to full; plans, tokenizer and report come on top of the weights.
 _SPARE_BYTES = 64_000_000
+_REMOVED = ".removed"
 
 
 def check_output(model: Path | None, output: Path, *, overwrite: bool, needed_bytes: int = 0) -> Path:
@@ -28,15 +30,15 @@ def check_output(model: Path | None, output: Path, *, overwrite: bool, needed_by
     Args:
         model: The input folder; None where the model is not a folder.
         output: The folder asked for.
-        overwrite: An existing folder may be replaced (never a file, a home, the working folder or one above it).
+        overwrite: An existing folder may be replaced (never a file, a home, the working folder or one above).
         needed_bytes: Expected size of the result.
 
     Returns:
         The real path of the output, links resolved.
 
     Raises:
-        UsageError: Output and input are the same or one inside the other, or the output is a place to protect.
-        EnvironmentFailure: The output exists and may not be replaced, cannot be written, or the disk is too full.
+        UsageError: Output and input are the same or one inside the other, or the output is to be protected.
+        EnvironmentFailure: The output exists and may not be replaced or written, or the disk is too full.
     """
     final = Path(os.path.realpath(output))
     if model is not None:
@@ -73,7 +75,7 @@ def partials_of(final: Path) -> list[Path]:
 
 
 def settle(final: Path) -> None:
-    """Repair what a run killed during `publish` left: put the old result back, or remove it where the new one is in.
+    """Repair what a run killed during `publish` left: put the old result back, or clear it away.
 
     Call it while the lock is held and before anything looks at the output.
 
@@ -86,7 +88,9 @@ def settle(final: Path) -> None:
         rename(old.pop(), final)
     for folder in old:
         if (final / MANIFEST).exists():
-            _remove(folder)
+            discard(folder)
+    for folder in [*_beside(final, "old", removed=True), *_beside(final, "partial", removed=True)]:
+        _delete(folder)
 
 
 def publish(partial: Path, final: Path, *, overwrite: bool) -> None:
@@ -99,7 +103,7 @@ def publish(partial: Path, final: Path, *, overwrite: bool) -> None:
 
     Raises:
         ValueError: The partial folder has no manifest.
-        EnvironmentFailure: `final` came into being meanwhile, or the system refuses; then the old folder is in place.
+        EnvironmentFailure: `final` came into being meanwhile, or the system refuses; the old one is in place.
     """
     if not (partial / MANIFEST).exists():
         raise ValueError(f"{partial} has no {MANIFEST}: it is not complete")
@@ -115,25 +119,32 @@ def publish(partial: Path, final: Path, *, overwrite: bool) -> None:
             n for n in itertools.count(1) if not final.with_name(f"{final.name}.old-{n:04d}").exists()
         )
         aside = final.with_name(f"{final.name}.old-{number:04d}")
-        rename(final, aside)
     try:
+        if aside is not None:
+            rename(final, aside)
         rename(partial, final)
     except EnvironmentFailure:
-        if aside is not None and not final.exists():
+        if aside is not None and aside.exists() and not final.exists():
             rename(aside, final)
         raise
     if aside is not None:
-        _remove(aside)
+        discard(aside)
 
 
-def discard(partial: Path) -> None:
-    """Remove an unfinished folder.
+def discard(folder: Path) -> None:
+    """Remove a folder that stands beside the output, if it exists.
+
+    It is renamed first: half a folder must neither be resumed nor be put back.
 
     Raises:
         EnvironmentFailure: It cannot be removed.
     """
-    if partial.exists():
-        _remove(partial)
+    if folder.exists():
+        removed = folder.with_name(folder.name + _REMOVED)
+        if removed.exists():
+            _delete(removed)
+        rename(folder, removed)
+        _delete(removed)
 
 
 def _refuse_overlap(source: Path, final: Path, model: Path, output: Path) -> None:
@@ -172,16 +183,17 @@ def _check_disk(final: Path, needed_bytes: int) -> None:
         )
 
 
-def _beside(final: Path, kind: str) -> list[Path]:
+def _beside(final: Path, kind: str, *, removed: bool = False) -> list[Path]:
     prefix = f"{final.name}.{kind}-"
     if not final.parent.is_dir():
         return []
     with blame(final.parent):
-        return sorted(
-            path for path in final.parent.iterdir() if path.name.startswith(prefix) and path.is_dir()
-        )
+        folders = [path for path in final.parent.iterdir() if path.is_dir()]
+    return sorted(
+        path for path in folders if path.name.startswith(prefix) and path.name.endswith(_REMOVED) == removed
+    )
 
 
-def _remove(folder: Path) -> None:
+def _delete(folder: Path) -> None:
     with blame(folder):
         shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""The files of a model folder beside the weights: configuration, tokenizer, chat template, processor, licence."""
+"""The files of a model folder beside the weights: configuration, tokenizer, template, processor, licence."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ _FOLDERS = ("additional_chat_templates",)
 
 
 def side_files(source: Path) -> list[str]:
-    """Return the names of the files that belong to a model besides its weights, relative to the folder, sorted."""
+    """Return the names of the files that belong to a model besides its weights, sorted."""
     names = [
         path.name
         for path in source.iterdir()

@@ -80,7 +80,7 @@ def refuse_quantised_tensors(tensors: Mapping[str, TensorInfo], folder: Path) ->
         if info.dtype.is_floating_point:
             scheme = scheme or "fp8"
         elif last == "weight" and len(info.shape) > 1:
-            scheme = scheme or ("bitsandbytes 4-bit" if info.name + ".absmax" in tensors else "int8")
+            scheme = scheme or ("bitsandbytes 4-bit" if info.name + ".absmax" in tensors else "integer codes")
         if scheme:
             raise InputError(
                 f"{folder / info.file}: tensor {info.name!r} is {DTYPE_NAMES[info.dtype]}: "

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,15 +17,15 @@ from structprune.storage.weight_files import INDEX
 class ShardWriter:
     """Write safetensors files of known layout; only the tensor at hand is in memory.
 
-    Each file appears under its name when its last tensor is written and flushed. Several files may be under way at
-    once. Leaving the `with` block by an exception removes the unfinished ones.
+    Each file appears under its name when its last tensor is written and flushed. Several files may be under
+    way at once. Leaving the `with` block by an exception removes the unfinished ones.
 
     Args:
         folder: An existing folder.
         layout: File -> (name, dtype, shape) of its tensors, in the order in which they will come.
         metadata: File -> its notes (safetensors `__metadata__`); "format": "pt" where a file has none.
-        index_metadata: `metadata` of the source's index; None where the source has none. An index is written when
-            this is given or there are several files.
+        index_metadata: `metadata` of the source's index; None where the source has none. An index is written
+            when this is given or there are several files.
 
     Attributes:
         hashes: Finished file -> sha256.
@@ -123,13 +124,11 @@ class ShardWriter:
         self.hashes[file] = output.sha256
 
     def _index(self) -> bytes:
-        """Return the index as transformers writes it; figures that the source's index does not give stay out."""
+        """Return the index as transformers writes it; figures that the source's index lacks stay out."""
         entries = [entry for file in self._layout.values() for entry in file]
         metadata = dict(self._index_metadata or {})
         metadata["total_size"] = sum(nbytes_of(dtype, shape) for _, dtype, shape in entries)
         if "total_parameters" in metadata or self._index_metadata is None:
-            metadata["total_parameters"] = sum(
-                nbytes_of(dtype, shape) // dtype.itemsize for _, dtype, shape in entries
-            )
+            metadata["total_parameters"] = sum(prod(shape) for _, _, shape in entries)
         content = {"metadata": metadata, "weight_map": self._file_of}
         return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

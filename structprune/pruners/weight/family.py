@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from structprune.calibration.statistics import Statistic
-from structprune.decide.budget import removed_count
+from structprune.decide.budget import removed_count, removed_weights
 from structprune.decide.select import groups, matrix, rows
 from structprune.decide.sparsity import Sparsity, fraction_of, pattern_of
 from structprune.errors import QualityError, UsageError
@@ -116,6 +116,22 @@ class WeightPruner(Pruner):
             for index, (prefix, block) in enumerate(blocks(model, arch))
             for linear in self.chosen(index, linears(prefix, block, arch))
         ]
+
+    @property
+    @final
+    def asked(self) -> float | str:
+        """Return the sparsity field."""
+        return self.sparsity
+
+    @final
+    def achievable(self, model: Model) -> float:
+        """Return the removed fraction of the chosen linears, after rounding down in every row or matrix."""
+        removed = total = 0
+        for linear in self.all_chosen(model):
+            out, inputs = linear.weight.shape
+            removed += removed_weights((out, inputs), self.sparsity, self.compare)
+            total += out * inputs
+        return removed / total
 
     @final
     def check(self, model: Model) -> None:

@@ -1,0 +1,8 @@
+"""`structprune prune` for those who like to start a script."""
+
+import sys
+
+from structprune.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["prune", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""`structprune recover` for those who like to start a script."""
+
+import sys
+
+from structprune.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["recover", *sys.argv[1:]]))

@@ -1,0 +1,7 @@
+"""`python -m structprune` is the command `structprune`."""
+
+import sys
+
+from structprune.cli import main
+
+sys.exit(main())

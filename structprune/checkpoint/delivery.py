@@ -1,0 +1,135 @@
+"""From nothing to a published folder: lock, partial folder with the run's fingerprint, manifest, rename.
+
+A killed run leaves `OUT.partial-<hash>` behind; the same command finds it by its fingerprint and goes on. A run
+that differs in anything that shapes the bytes is told what differs, and starts over only with `restart`.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from structprune.errors import EnvironmentFailure
+from structprune.plan import canonical
+from structprune.storage.durable import UNFINISHED, DurableFile, blame
+from structprune.storage.lock import Lock
+from structprune.storage.manifest import OURS, write_manifest
+from structprune.storage.output import discard, partial_of, partials_of, publish, settle
+from structprune.storage.strict_json import read_json
+from structprune.version import __version__
+
+logger = logging.getLogger(__name__)
+
+FINGERPRINT = f"{OURS}/fingerprint.json"
+FINGERPRINT_LIMIT = 2**20
+
+
+class Clock:
+    """Seconds per phase of a run."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds of a `with` block to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds since the clock was made."""
+        return time.perf_counter() - self._start
+
+
+class Delivery:
+    """A folder under work.
+
+    Attributes:
+        final: Where it will stand.
+        folder: Where it stands until it is complete.
+        plans: Where its plans go.
+        hashes: sha256 of files that were hashed while they were written, by relative path.
+    """
+
+    def __init__(self, final: Path, folder: Path, *, overwrite: bool) -> None:
+        self.final = final
+        self.folder = folder
+        self.plans = folder / OURS / "plans"
+        self.hashes: dict[str, str] = {}
+        self._overwrite = overwrite
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file of the folder; `name` is relative to it."""
+        path = self.folder / name
+        with blame(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with DurableFile(path) as file:
+            file.write(text.encode())
+
+    def publish(self, *, stages: list[str], facts: Mapping[str, Any]) -> None:
+        """Write the manifest as the last file, then rename the folder into place."""
+        write_manifest(self.folder, self.hashes, version=__version__, stages=stages, facts=facts)
+        publish(self.folder, self.final, overwrite=self._overwrite)
+
+
+@contextmanager
+def deliver(
+    final: Path, fingerprint: Mapping[str, Any], *, restart: bool = False, overwrite: bool = False
+) -> Iterator[Delivery]:
+    """Hold the output's lock and its partial folder for the length of a `with`.
+
+    Args:
+        final: The output, as `check_output` returned it.
+        fingerprint: Everything that shapes the bytes of the result; JSON values only.
+        restart: Remove what earlier runs for this output left.
+        overwrite: A folder in the final place may be replaced.
+
+    Raises:
+        EnvironmentFailure: Another run holds the lock, or one with another fingerprint left its work behind.
+    """
+    with blame(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(Lock(final))
+        settle(final)
+        folder = partial_of(final, hashlib.sha256(canonical(dict(fingerprint)).encode()).hexdigest())
+        for left in partials_of(final):
+            if restart:
+                discard(left)
+            elif left != folder:
+                _refuse(left, fingerprint)
+        with blame(folder):
+            folder.mkdir(exist_ok=True)
+            for unfinished in folder.rglob(f"*{UNFINISHED}"):
+                unfinished.unlink()
+        work = Delivery(final, folder, overwrite=overwrite)
+        work.write_text(FINGERPRINT, json.dumps(dict(fingerprint), indent=1, sort_keys=True) + "\n")
+        yield work
+
+
+def _refuse(left: Path, fingerprint: Mapping[str, Any]) -> None:
+    file = left / FINGERPRINT
+    known = read_json(file, limit_bytes=FINGERPRINT_LIMIT) if file.is_file() else {}
+    differing = sorted(_differences(known, dict(fingerprint)))
+    raise EnvironmentFailure(
+        f"{left}: an unfinished run differs in {', '.join(differing[:5]) or 'its fingerprint'}",
+        hint="finish it with its own command, or pass --restart to forget it",
+    )
+
+
+def _differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
+    """Yield the dotted paths at which two JSON values differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in one.keys() | other.keys():
+            yield from _differences(one.get(key), other.get(key), f"{path}.{key}" if path else key)
+    elif one != other:
+        yield path

@@ -1,0 +1,68 @@
+"""Opens what structprune wrote: the same act as pruning, plans first, then the weights; and any plain model folder."""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from structprune.checkpoint.adapter import is_adapter, merge_adapter, read_adapter
+from structprune.checkpoint.plans import plans_of
+from structprune.errors import InputError
+from structprune.models.streamed import Model, open_model
+from structprune.models.tokenizer import open_tokenizer
+from structprune.pruner import find
+from structprune.storage.manifest import OURS, read_manifest
+from structprune.storage.reader import CheckpointReader
+
+
+def load(
+    folder: str | Path,
+    *,
+    stream: bool = False,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[Model, PreTrainedTokenizerBase | None]:
+    """Open a folder that structprune wrote, or any model folder, and its tokenizer.
+
+    Args:
+        folder: A pruned or recovered model, a kept adapter (its base is opened too), or a plain model.
+        stream: Hold one block in memory at a time.
+        dtype: "auto" for the dtype of the files; or float32, bfloat16, float16.
+        device: Where the parameters are put.
+        trust_remote_code: Let code in the folder run; never needed for what structprune wrote.
+
+    Returns:
+        The model in eval mode, and its tokenizer or None.
+
+    Raises:
+        InputError: The folder is incomplete or damaged, or an adapter's base is gone or has changed.
+    """
+    path = Path(folder).expanduser()
+    if is_adapter(path):
+        return _with_adapter(path, stream, dtype, device)
+    if (path / OURS).is_dir() and read_manifest(path) is None:
+        raise InputError(f"{path}: incomplete, it has no manifest", hint="run the command that wrote it again")
+    model = open_model(path, stream=stream, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if (path / OURS).is_dir():
+        for plan in plans_of(path):
+            find(plan.method).model_validate(plan.config).apply(model, plan)
+    return model, open_tokenizer(path, trust_remote_code=trust_remote_code)
+
+
+def _with_adapter(
+    path: Path, stream: bool, dtype: str, device: str
+) -> tuple[Model, PreTrainedTokenizerBase | None]:
+    adapter = read_adapter(path)
+    base = Path(adapter.base)
+    if not base.is_dir():
+        raise InputError(f"{path}: its base model {base} is not there", hint="put the pruned model back")
+    if stream:
+        raise InputError(f"{path}: an adapter is added in memory", hint="open it without streaming")
+    model, tokenizer = load(base, dtype=dtype, device=device)
+    if (found := CheckpointReader(base).scan().weights) != adapter.base_weights:
+        raise InputError(
+            f"{path}: trained on weights {adapter.base_weights[:12]}, {base} now holds {found[:12]}",
+            hint="put back the pruned model that the adapter was trained on",
+        )
+    merge_adapter(model, adapter)  # type: ignore[arg-type]  # not streamed, so it is a module
+    return model, tokenizer

@@ -1,0 +1,50 @@
+"""The plans in a folder: those of a pruned model, in the order in which they were applied."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from structprune.errors import InputError
+from structprune.plan import Plan
+
+PLANS = Path("structprune") / "plans"
+
+
+def read_plans(folder: Path) -> list[Plan]:
+    """Read a plan, or several in order, from a plan's folder, a folder of plans, or an output folder.
+
+    Raises:
+        InputError: There is none, or one is damaged.
+    """
+    plans = plans_of(folder)
+    if not plans:
+        raise InputError(f"{folder}: holds no plan", hint="give a folder that `structprune prune` wrote")
+    return plans
+
+
+def plans_of(folder: Path) -> list[Plan]:
+    """Return the plans in a folder, none where it holds none."""
+    root = folder / PLANS if (folder / PLANS).is_dir() else folder
+    found = [root] if (root / "plan.json").is_file() else sorted(path.parent for path in root.glob("*/plan.json"))
+    return [Plan.load(path) for path in found]
+
+
+def folder_of(number: int, method: str) -> str:
+    """Return the name of the folder of a run's plan; stages count from 1."""
+    return f"{number:02d}-{method}"
+
+
+def save_plans(plans: Sequence[Plan], folder: Path) -> None:
+    """Write plans into a folder, each into one of its own."""
+    for number, plan in enumerate(plans, start=1):
+        plan.save(folder / folder_of(number, plan.method))
+
+
+def stages(plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    """Return what a report says about each plan: folder, method, config, id and what to know about its blocks."""
+    rows = []
+    for number, plan in enumerate(plans, start=1):
+        unseen = [label for block in plan.blocks for label in block.facts.get("unseen", [])]
+        row = {"folder": folder_of(number, plan.method), "method": plan.method, "config": plan.config, "plan": plan.id}
+        rows.append(row | ({"unseen": unseen} if unseen else {}))
+    return rows

@@ -1,0 +1,127 @@
+"""The command line: a line of words in, one result out, an exit code; the commands are in `commands`."""
+
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+import typer
+
+from structprune.commands import Job, app
+from structprune.errors import (
+    EnvironmentFailure,
+    Interrupted,
+    StructpruneError,
+    UsageError,
+    VerificationError,
+)
+from structprune.terminal import (
+    complain,
+    error_json,
+    logging_to_stderr,
+    progress_on_stderr,
+    say,
+    say_json,
+    stoppable,
+)
+from structprune.version import __version__
+
+MEMORY_HINT = "try --stream, --samples 32, --length 512 or --device cpu"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        words: The command line without the program's name; that of this process unless given.
+
+    Raises:
+        Exception: A bug of ours, whatever it is; Python then prints the traceback and exits with 1.
+    """
+    line = [_dashed(word) for word in (sys.argv[1:] if words is None else words)] or ["--help"]
+    as_json = "--json" in line
+    if line == ["--version"]:
+        say(f"structprune {__version__}")
+        return 0
+    try:
+        with stoppable() as check, logging_to_stderr():
+            job = app(line, prog_name="structprune", standalone_mode=False)
+            if not isinstance(job, Job):  # --help has been printed
+                return int(job or 0)
+            # Libraries print as they like; stdout is for the result alone.
+            with progress_on_stderr(check) as progress, redirect_stdout(sys.stderr):
+                result = job.run(progress)
+    except BaseException as error:
+        failure = _failure(error, line)
+        if failure is None:
+            _report_bug(error, as_json)
+            raise
+        return _fail(failure, as_json=as_json, debug="--debug" in line)
+    if result.get("ok") is False:
+        return _finish_unverified(result, job, as_json)
+    if as_json:
+        say_json({"status": "ok", "code": 0, **result})
+    else:
+        say(job.show(result))
+    return 0
+
+
+def _dashed(word: str) -> str:
+    """Return a flag with dashes for underscores: the papers' code and lm-eval write --sparsity_ratio."""
+    name, equals, value = word.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
+
+
+def _failure(error: BaseException, line: Sequence[str]) -> StructpruneError | None:
+    """Return the error as one of ours, or None when it is a bug."""
+    if isinstance(error, StructpruneError):
+        return error
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return Interrupted(2)
+    if isinstance(error, typer.TyperException):
+        command = f"structprune {line[0]}" if not line[0].startswith("-") else "structprune"
+        return UsageError(error.format_message(), hint=f"`{command} --help` lists what it takes")
+    # torch's CPU allocator has no exception of its own.
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return EnvironmentFailure("out of memory", hint=MEMORY_HINT)
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{error.filename}: " if error.filename else ""
+        return EnvironmentFailure(
+            f"{where}{os.strerror(error.errno)}", hint="check the disk, the path and the rights"
+        )
+    return None
+
+
+def _fail(failure: StructpruneError, *, as_json: bool, debug: bool) -> int:
+    if debug:
+        say("".join(traceback.format_exception(failure.__cause__ or failure)).rstrip(), sys.stderr)
+    if as_json:
+        say_json(error_json(failure))
+    complain(failure)
+    return failure.exit_code
+
+
+def _finish_unverified(result: Mapping[str, Any], job: Job, as_json: bool) -> int:
+    """Print the figures of a folder that does not hold what it should, and the error."""
+    failed = next((check for check in result.get("checks", []) if not check["ok"]), None)
+    said = f"{failed['name']}: {failed['detail']}" if failed else "verification failed"
+    failure = VerificationError(said, hint="the folder was changed or is incomplete; write it again")
+    if as_json:
+        say_json(error_json(failure, result))
+    else:
+        say(job.show(result))
+    complain(failure)
+    return failure.exit_code
+
+
+def _report_bug(error: BaseException, as_json: bool) -> None:
+    said = f"{type(error).__name__}: {error}"
+    bug = StructpruneError(
+        said, hint="a bug in structprune: report it with the traceback and `structprune env`"
+    )
+    if as_json:
+        say_json(error_json(bug))
+    complain(bug)

@@ -1,0 +1,318 @@
+"""The commands: what each flag is called, and which key of a recipe or call of the pipeline it is."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from structprune import pipeline, pruner, recipe, summary
+from structprune.options import EvaluateOptions, RecoverOptions, Where, sparsity_of
+from structprune.terminal import Report
+
+app = typer.Typer(
+    help="Prune a language model checkpoint, prove what was done, evaluate it and recover it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command line asks for; it runs once all of the line has been understood.
+
+    Attributes:
+        run: Does it, telling its progress, and returns the JSON object.
+        show: Returns that object as text for people.
+    """
+
+    run: Callable[[Report], Mapping[str, Any]]
+    show: Callable[[Mapping[str, Any]], str]
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, a hub name, or 'demo' for the built-in model.")
+]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Stream = Annotated[
+    bool | None,
+    typer.Option("--stream/--resident", help="One block in memory, or the whole model; by free memory."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new result is complete.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the model folder brings along.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Seed = Annotated[int | None, typer.Option(help="Decides what is drawn. [default: 0]")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. [default: auto]")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16. [default: auto]")]
+Length = Annotated[
+    int | None, typer.Option("--length", "--seqlen", help="Tokens per sequence; at most 2048 unless given.")
+]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe or method.")
+]
+
+
+@app.command()
+def prune(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL|RECIPE.yaml", help="A model, or a recipe with everything.")
+    ],
+    output: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="The folder to write.")] = None,
+    method: Annotated[str | None, typer.Option(help="A method; `structprune methods` lists them.")] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="Fraction removed, 0.5 or 50%, or N of M kept, 2:4.")
+    ] = None,
+    sparsity_ratio: Annotated[
+        float | None, typer.Option(help="The fraction, as Wanda's code calls it.")
+    ] = None,
+    sparsity_type: Annotated[
+        str | None, typer.Option(help="unstructured or N:M, as Wanda's code calls it.")
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="A text file, a data set's name, or demo.")] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", "--nsamples", help="Sequences. [default: 128]")
+    ] = None,
+    length: Length = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    stream: Stream = None,
+    sets: Sets = None,
+    include: Annotated[list[str] | None, typer.Option(help="Prune only linears whose name matches.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave linears dense whose name matches.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")] = False,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    max_ppl_ratio: Annotated[
+        float | None, typer.Option(help="Exit 5 above this multiple of dense perplexity.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> Job:
+    """Prune a model, prove the result and report on it."""
+    flags = {
+        "output": output,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "revision": revision,
+        "prune.method": method,
+        "prune.sparsity": sparsity_of(sparsity, ratio=sparsity_ratio, kind=sparsity_type),
+        "prune.include": include or None,
+        "prune.exclude": exclude or None,
+        "calibration.source": calibration,
+        "calibration.samples": samples,
+        "calibration.length": length,
+        "evaluate.max_ppl_ratio": max_ppl_ratio,
+    }
+    chosen = recipe.choose(model, sets=sets or (), flags=flags)
+    if dry_run:
+        preview = {"stream": stream, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
+        return Job(lambda _: pipeline.dry_run(chosen, **preview), summary.listed)
+    return Job(
+        lambda progress: pipeline.prune(
+            chosen,
+            stream=stream,
+            restart=restart,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        ),
+        summary.pruned,
+    )
+
+
+@app.command()
+def apply(
+    model: Model,
+    output: Output,
+    plan: Annotated[
+        Path, typer.Option(metavar="DIR", help="A plan's folder, or a folder that structprune wrote.")
+    ],
+    stream: Stream = None,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> Job:
+    """Carry out the plan of an earlier run; needs no data."""
+    return Job(
+        lambda progress: pipeline.apply(
+            model,
+            output,
+            plan,
+            stream=stream,
+            overwrite=overwrite,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        ),
+        summary.pruned,
+    )
+
+
+@app.command()
+def inspect(
+    model: Model,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> Job:
+    """Say what a model is, and what can be pruned in it."""
+    return Job(
+        lambda _: pipeline.inspect(model, revision=revision, trust_remote_code=trust_remote_code),
+        summary.listed,
+    )
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method, with its fields.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> Job:
+    """List the methods, or the fields of one."""
+    if name is not None:
+        return Job(lambda _: recipe.describe(name), summary.method)
+    return Job(lambda _: {"methods": [recipe.describe(known) for known in pruner.names()]}, summary.methods)
+
+
+@app.command()
+def verify(
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A folder that structprune wrote, or any model.")
+    ],
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="The model it was made from.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> Job:
+    """Measure a folder from its files, reload it in a fresh process and compare."""
+    return Job(lambda progress: pipeline.verify(output, against, progress=progress), summary.verified)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    text: Annotated[
+        list[str] | None, typer.Option(help="A text for the perplexity; may be repeated.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks of lm-eval.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where your own task files lie.")
+    ] = None,
+    length: Length = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens from one window to the next.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per forward. [default: 8]")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first documents of each task.")] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="DENSE", help="The dense model, measured beside.")
+    ] = None,
+    max_ppl_ratio: Annotated[
+        float | None, typer.Option(help="Exit 5 above this multiple of dense perplexity.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    stream: Stream = None,
+    sets: Sets = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> Job:
+    """Measure perplexity, divergence from a dense model, and lm-eval tasks."""
+    flags = {
+        "text": text or None,
+        "tasks": tasks,
+        "include_path": include_path,
+        "length": length,
+        "stride": stride,
+        "windows": windows,
+        "batch_size": batch_size,
+        "limit": limit,
+        "compare": compare,
+        "max_ppl_ratio": max_ppl_ratio,
+    }
+    options = recipe.options(EvaluateOptions, sets=sets or (), flags=flags)
+    where = recipe.options(Where, flags={"device": device, "dtype": dtype})
+    return Job(
+        lambda progress: pipeline.evaluate(
+            model,
+            options,
+            device=where.device,
+            dtype=where.dtype,
+            stream=stream,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        ),
+        summary.evaluated,
+    )
+
+
+@app.command()
+def recover(
+    model: Model,
+    output: Output,
+    data: Annotated[str, typer.Option(help="A text file, a data set's name, or demo.")],
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of each matrix's change. [default: 16]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The highest. [default: 1e-4]")] = None,
+    length: Length = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step. [default: 8]")] = None,
+    teacher: Annotated[str | None, typer.Option(metavar="DENSE", help="A dense model to imitate.")] = None,
+    keep_adapter: Annotated[
+        bool | None, typer.Option("--keep-adapter", help="Save the adapter, unmerged.")
+    ] = None,
+    seed: Seed = None,
+    device: Device = None,
+    sets: Sets = None,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> Job:
+    """Train a pruned model again without reviving a removed weight."""
+    flags = {
+        "data": data,
+        "steps": steps,
+        "rank": rank,
+        "learning_rate": learning_rate,
+        "length": length,
+        "batch_size": batch_size,
+        "teacher": teacher,
+        "keep_adapter": keep_adapter,
+    }
+    options = recipe.options(RecoverOptions, sets=sets or (), flags=flags)
+    where = recipe.options(Where, flags={"seed": seed, "device": device})
+    return Job(
+        lambda progress: pipeline.recover(
+            model,
+            output,
+            options,
+            seed=where.seed,
+            device=where.device,
+            overwrite=overwrite,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        ),
+        summary.listed,
+    )
+
+
+@app.command()
+def env(json: Json = False, debug: Debug = False) -> Job:
+    """Print what a bug report needs: the machine and the versions."""
+    return Job(lambda _: pipeline.environment(), summary.listed)

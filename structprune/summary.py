@@ -1,0 +1,130 @@
+"""The result of a command in a few lines for people; `--json` prints the same result whole."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from structprune.report import number, percent
+
+Result = Mapping[str, Any]
+
+
+def pruned(result: Result) -> str:
+    """Return what a run asked, got, where it lies and who can load it."""
+    parameters, size = result["parameters"], result["bytes"]
+    got = [f"sparsity {_exact(result['sparsity'])}"]
+    if result.get("achievable") not in (None, result["sparsity"]):
+        got.append(f"achievable {_exact(result['achievable'])}")
+    got.append(f"{parameters['dense']:,} -> {parameters['pruned']:,} parameters")
+    got.append(f"{size['dense']:,} -> {size['pruned']:,} bytes")
+    got += _quality(result.get("evaluation") or {})
+    where = f"{result['output']} ({result['seconds']:.0f} s, peak memory {_bytes(result['peak_rss_bytes'])})"
+    if result.get("blocks_resumed"):
+        where += f", {result['blocks_resumed']} blocks resumed"
+    rows = [
+        ("asked", f"{result['method']} {_exact(result['asked'])}"),
+        ("got", ", ".join(got)),
+        ("where", where),
+        ("loads in", ", ".join(result["loads_in"]) or "nothing that was tried"),
+    ]
+    return table(rows)
+
+
+def verified(result: Result) -> str:
+    """Return one line per check, and what was measured."""
+    rows = [("ok" if check["ok"] else "FAILED", check["name"], check["detail"]) for check in result["checks"]]
+    measured = (
+        f"sparsity {_exact(result['sparsity'])}, {result['pattern']}, {result['parameters']:,} parameters"
+    )
+    return f"{table(rows)}\n{measured}"
+
+
+def evaluated(result: Result) -> str:
+    """Return a table: what, dense, model."""
+    rows = [("", "dense", "model")]
+    for name, figures in result.get("perplexity", {}).items():
+        rows.append((f"perplexity, {name}", number(figures.get("dense")), number(figures.get("model"))))
+    for name, figures in result.get("divergence", {}).items():
+        kl = f"{number(figures['kl'])} +- {number(figures['kl_se'])}"
+        rows.append((f"KL from dense, nats per token, {name}", "0", kl))
+        rows.append((f"same first choice as dense, {name}", "100%", percent(figures["top1_agreement"])))
+    for task, metrics in result.get("tasks", {}).items():
+        for metric, figures in metrics.items():
+            rows.append((f"{task}, {metric}", number(figures.get("dense")), number(figures.get("model"))))
+    return table(rows)
+
+
+def methods(result: Result) -> str:
+    """Return one line per method."""
+    return table([(row["name"], row["family"], row["about"]) for row in result["methods"]])
+
+
+def method(result: Result) -> str:
+    """Return one method: what it does, where it comes from, its fields with their defaults."""
+    fields = [
+        (f"  {row['name']}", row["type"], f"= {_plain(row['default'])}", row["about"])
+        for row in result["fields"]
+    ]
+    data = "needs calibration data" if result["needs_data"] else "needs no data"
+    return (
+        f"{result['about']}\nSource: {result['source']}\n{result['family']} pruner, {data}\n\n{table(fields)}"
+    )
+
+
+def listed(result: Result) -> str:
+    """Return any result as indented lines, "key: value"."""
+    return "\n".join(_lines(result, ""))
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows with their columns aligned; the last column is not padded."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _quality(evaluation: Result) -> list[str]:
+    found = [
+        f"perplexity on {name} {number(figures.get('dense'))} -> {number(figures.get('model'))}"
+        for name, figures in evaluation.get("perplexity", {}).items()
+    ]
+    found += [f"KL {number(figures['kl'])}" for figures in evaluation.get("divergence", {}).values()]
+    return found
+
+
+def _exact(sparsity: object) -> str:
+    """Return a fraction as percent without hiding that it is not round, and a pattern as it is."""
+    return f"{sparsity * 100:.6g}%" if isinstance(sparsity, float) else str(sparsity)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _lines(value: object, indent: str) -> list[str]:
+    if isinstance(value, Mapping):
+        lines = []
+        for key, inner in value.items():
+            nested = isinstance(inner, Mapping) or (isinstance(inner, list | tuple) and _nests(inner))
+            lines += [f"{indent}{key}:", *_lines(inner, f"{indent}  ")] if nested and inner else []
+            lines += [] if nested and inner else [f"{indent}{key}: {_plain(inner)}"]
+        return lines
+    if isinstance(value, list | tuple):
+        return [
+            line
+            for inner in value
+            for line in (_lines(inner, indent) if _nests([inner]) else [_plain(inner)])
+        ]
+    return [f"{indent}{_plain(value)}"]
+
+
+def _nests(values: Sequence[object]) -> bool:
+    return any(isinstance(value, Mapping | list | tuple) for value in values)
+
+
+def _plain(value: object) -> str:
+    if value is None or value == [] or value == ():
+        return "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(str(part) for part in value)
+    return str(value)

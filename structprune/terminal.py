@@ -1,0 +1,229 @@
+"""What reaches the terminal: results on stdout, progress and errors on stderr, signals on the way in.
+
+Only the command line, the scripts and the demo use it; the library logs and calls back.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from structprune.errors import Interrupted, StructpruneError
+
+# Often enough that silence is no hang, seldom enough for a log file.
+SECONDS_BETWEEN_LINES = 30.0
+# A closed terminal (SIGHUP) and a cluster's scheduler (SIGTERM) stop a run as Ctrl-C does.
+STOPPING: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+Report = Callable[[str, int, int], None]
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Write a line to stdout, or to `stream`; a reader that went away is no error."""
+    target = sys.stdout if stream is None else stream
+    try:
+        target.write(f"{text}\n")
+        target.flush()
+    except UnicodeEncodeError as error:
+        # Part of the text may be in the buffer; what cannot be encoded is escaped, not lost.
+        target.write(f"{text.encode(error.encoding, 'backslashreplace').decode(error.encoding)}\n")
+        target.flush()
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:  # noqa: PTH123
+            # Python flushes once more when it exits, and would complain then.
+            os.dup2(nowhere.fileno(), target.fileno())
+
+
+def say_json(data: Mapping[str, Any]) -> None:
+    """Write one JSON object as one line to stdout; numbers that are not finite become null."""
+    say(json.dumps(_plain(data), allow_nan=False))
+
+
+def complain(error: StructpruneError) -> None:
+    """Write an error and its hint to stderr, one line each."""
+    say(f"error: {_one_line(error.message)}", sys.stderr)
+    if error.hint:
+        say(f"hint: {_one_line(error.hint)}", sys.stderr)
+
+
+def error_json(error: StructpruneError, figures: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the JSON object of a failed command, with the figures it still has."""
+    said = {"kind": error.kind, "message": _one_line(error.message), "hint": _one_line(error.hint)}
+    return {"status": "error", "code": error.exit_code, **(figures or {}), "error": said}
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Callable[[], None]]:
+    """Turn the first stopping signal into `Interrupted`; the second one kills as usual.
+
+    Yields:
+        A function that raises again when a signal came and whatever ran then swallowed the exception.
+    """
+    received: list[int] = []
+    former: dict[int, Any] = {}
+
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature that signal calls
+        received.append(number)
+        for other in former:
+            signal.signal(other, signal.SIG_DFL)
+        raise Interrupted(number)
+
+    def check() -> None:
+        if received:
+            raise Interrupted(received[0])
+
+    if threading.current_thread() is threading.main_thread():
+        for number in STOPPING:
+            # Started under nohup a signal is ignored, and stays so.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                former[number] = signal.signal(number, stop)
+    try:
+        yield check
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def logging_to_stderr() -> Iterator[None]:
+    """Show the library's warnings as lines on stderr, as long as the context lasts."""
+    handler = _StderrHandler(logging.WARNING)
+    logger = logging.getLogger("structprune")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def progress_on_stderr(check: Callable[[], None] = lambda: None) -> Iterator[Report]:
+    """Show progress on stderr: bars with the time left on a terminal, else a plain line now and then.
+
+    Args:
+        check: Called at every report; may raise to stop the run.
+
+    Yields:
+        A function to be told (stage, done, total).
+    """
+    shown: _Bars | _Lines = _Bars() if _can_draw(sys.stderr) else _Lines()
+
+    def report(stage: str, done: int, total: int) -> None:
+        check()
+        shown.report(stage, done, total)
+
+    try:
+        yield report
+    finally:
+        shown.close()
+
+
+class _Bars:
+    """One bar per stage, drawn by rich; nothing is drawn before the first report."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        if self._progress is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+            self._progress = Progress(*columns, *times, console=Console(stderr=True))
+            self._progress.start()
+        if stage not in self._tasks or (done < self._progress.tasks[self._tasks[stage]].completed):
+            # A stage that begins again (a second pruner, a second text) gets a bar of its own.
+            self._tasks[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._tasks[stage], completed=done, total=total)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+class _Lines:
+    """Plain ASCII lines: when a stage starts and ends, and every half minute between."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._first = self._done = 0
+        self._started = self._last = 0.0
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage != self._stage or done < self._done:
+            self._stage, self._first = stage, done
+            self._started = self._last = now
+            say(f"{stage}: {done} of {total}", sys.stderr)
+        elif done >= total > self._done:
+            say(f"{stage}: {done} of {total}, done in {_duration(now - self._started)}", sys.stderr)
+        elif now - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = now
+            say(f"{stage}: {done} of {total}{self._left(now, done, total)}", sys.stderr)
+        self._done = done
+
+    def close(self) -> None:
+        """Nothing is left open."""
+
+    def _left(self, now: float, done: int, total: int) -> str:
+        advanced = done - self._first
+        if advanced <= 0:
+            return ""
+        return f", about {_duration((now - self._started) / advanced * (total - done))} left"
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to whatever stderr is at the moment: while bars are drawn, rich puts itself there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.levelname.lower()}: {_one_line(record.getMessage())}", sys.stderr)
+
+
+def _can_draw(stream: TextIO) -> bool:
+    if not stream.isatty() or os.environ.get("TERM", "") in ("", "dumb", "unknown"):
+        return False
+    # Python answers LANG=C with UTF-8, but the terminal behind it need not know that.
+    named = os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG") or "C"
+    return "utf" in named.lower()
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, seconds = divmod(whole, 60)
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON can hold it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
