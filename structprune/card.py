@@ -16,9 +16,9 @@ CARD_FILE = "README.md"
 # What a derived model may not drop or change, and what stays true of it.
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 PLAIN = (
-    "The removed weights are stored as zeros in ordinary dense tensors. **This makes neither the files smaller "
-    "nor dense kernels faster**: a program saves memory or time only when it uses the zeros. To get a smaller "
-    "and faster model on every runtime, remove whole units (width, depth, experts)."
+    "The removed weights are stored as zeros in ordinary dense tensors. **This makes neither the files "
+    "smaller nor dense kernels faster**: a program saves memory or time only when it uses the zeros. To get "
+    "a smaller and faster model on every runtime, remove whole units (width, depth, experts)."
 )
 PATTERN = (
     " The {pattern} pattern holds in every pruned matrix; hardware with support for it can use it, after the "
@@ -98,8 +98,8 @@ def _sections(folder: Path, report: Mapping[str, Any], name: str, base: str, rec
     versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items() if value)
     machine = report["machine"]
     yield (
-        f"Made in {report['seconds']:.0f} seconds on {machine['processor']} ({machine['threads']} threads), with "
-        f"{versions}."
+        f"Made in {report['seconds']:.0f} seconds on {machine['processor']} ({machine['threads']} threads), "
+        f"with {versions}."
     )
 
 
@@ -124,7 +124,7 @@ def _calibration(facts: Mapping[str, Any] | None) -> str:
     return (
         f"{facts.get('samples')} samples of {facts.get('length')} tokens from `{facts.get('source')}` "
         f"(seed {facts.get('seed')}; sha256 of the token ids `{str(facts.get('sha256'))[:16]}`). What these "
-        "texts do not show, such as other languages or code, may have suffered more than the figures above say."
+        "texts do not show, such as other languages or code, may have suffered more than these figures say."
     )
 
 

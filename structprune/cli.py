@@ -18,6 +18,7 @@ from structprune.errors import (
     UsageError,
     VerificationError,
 )
+from structprune.fields import nearest
 from structprune.terminal import (
     complain,
     error_json,
@@ -60,6 +61,8 @@ def main(words: Sequence[str] | None = None) -> int:
             _report_bug(error, as_json)
             raise
         return _fail(failure, as_json=as_json, debug="--debug" in line)
+    if not result:  # another process of the same launch reports
+        return 0
     if result.get("ok") is False:
         return _finish_unverified(result, job, as_json)
     if as_json:
@@ -82,8 +85,10 @@ def _failure(error: BaseException, line: Sequence[str]) -> StructpruneError | No
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return Interrupted(2)
     if isinstance(error, typer.TyperException):
-        command = f"structprune {line[0]}" if not line[0].startswith("-") else "structprune"
-        return UsageError(error.format_message(), hint=f"`{command} --help` lists what it takes")
+        known = [command.callback.__name__ for command in app.registered_commands if command.callback]
+        named = line[0] in known
+        hint = f"`structprune {line[0]} --help` lists what it takes" if named else nearest(line[0], known)
+        return UsageError(error.format_message(), hint=hint)
     # torch's CPU allocator has no exception of its own.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return EnvironmentFailure("out of memory", hint=MEMORY_HINT)

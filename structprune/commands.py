@@ -38,46 +38,31 @@ Model = Annotated[
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Stream = Annotated[
-    bool | None,
-    typer.Option("--stream/--resident", help="One block in memory, or the whole model; by free memory."),
-]
+Stream = Annotated[bool | None, typer.Option("--stream/--resident", help="One block in memory, or all.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new result is complete.")]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that the model folder brings along.")
-]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-Seed = Annotated[int | None, typer.Option(help="Decides what is drawn. [default: 0]")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. [default: auto]")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16. [default: auto]")]
-Length = Annotated[
-    int | None, typer.Option("--length", "--seqlen", help="Tokens per sequence; at most 2048 unless given.")
-]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe or method.")
-]
+Seed = Annotated[int | None, typer.Option(help="Decides what is drawn (default 0)")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps (default auto)")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16 (default auto)")]
+Length = Annotated[int | None, typer.Option("--length", "--seqlen", help="Tokens per sequence.")]
+Samples = Annotated[int | None, typer.Option("--samples", "--nsamples", help="Sequences (default 128)")]
+Batch = Annotated[int | None, typer.Option(help="Sequences per forward (default 8)")]
+MaxRatio = Annotated[float | None, typer.Option(help="Exit 5 above this multiple of dense perplexity.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of a recipe.")]
 
 
 @app.command()
 def prune(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL|RECIPE.yaml", help="A model, or a recipe with everything.")
-    ],
-    output: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="The folder to write.")] = None,
+    model: Annotated[str, typer.Argument(metavar="MODEL|RECIPE.yaml", help="A model, or a whole recipe.")],
+    output: Annotated[Path | None, typer.Argument(metavar="OUT", help="The folder to write.")] = None,
     method: Annotated[str | None, typer.Option(help="A method; `structprune methods` lists them.")] = None,
-    sparsity: Annotated[
-        str | None, typer.Option(help="Fraction removed, 0.5 or 50%, or N of M kept, 2:4.")
-    ] = None,
-    sparsity_ratio: Annotated[
-        float | None, typer.Option(help="The fraction, as Wanda's code calls it.")
-    ] = None,
-    sparsity_type: Annotated[
-        str | None, typer.Option(help="unstructured or N:M, as Wanda's code calls it.")
-    ] = None,
+    sparsity: Annotated[str | None, typer.Option(help="Removed: 0.5 or 50%; or N of M kept: 2:4.")] = None,
+    sparsity_ratio: Annotated[float | None, typer.Option(help="The fraction, in Wanda's words.")] = None,
+    sparsity_type: Annotated[str | None, typer.Option(help="unstructured or N:M, in Wanda's words.")] = None,
     calibration: Annotated[str | None, typer.Option(help="A text file, a data set's name, or demo.")] = None,
-    samples: Annotated[
-        int | None, typer.Option("--samples", "--nsamples", help="Sequences. [default: 128]")
-    ] = None,
+    samples: Samples = None,
     length: Length = None,
     seed: Seed = None,
     device: Device = None,
@@ -87,13 +72,11 @@ def prune(
     include: Annotated[list[str] | None, typer.Option(help="Prune only linears whose name matches.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave linears dense whose name matches.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")] = False,
+    restart: Restart = False,
     overwrite: Overwrite = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
-    max_ppl_ratio: Annotated[
-        float | None, typer.Option(help="Exit 5 above this multiple of dense perplexity.")
-    ] = None,
+    max_ppl_ratio: MaxRatio = None,
     json: Json = False,
     debug: Debug = False,
 ) -> Job:
@@ -134,9 +117,7 @@ def prune(
 def apply(
     model: Model,
     output: Output,
-    plan: Annotated[
-        Path, typer.Option(metavar="DIR", help="A plan's folder, or a folder that structprune wrote.")
-    ],
+    plan: Annotated[Path, typer.Option(metavar="DIR", help="A plan, or a folder structprune wrote.")],
     stream: Stream = None,
     overwrite: Overwrite = False,
     revision: Revision = None,
@@ -177,7 +158,7 @@ def inspect(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method, with its fields.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One method, with its fields.")] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> Job:
@@ -190,7 +171,7 @@ def methods(
 @app.command()
 def verify(
     output: Annotated[
-        Path, typer.Argument(metavar="OUT", help="A folder that structprune wrote, or any model.")
+        str, typer.Argument(metavar="OUT", help="A folder that structprune wrote, or any model.")
     ],
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="The model it was made from.")] = None,
     json: Json = False,
@@ -203,24 +184,16 @@ def verify(
 @app.command()
 def evaluate(
     model: Model,
-    text: Annotated[
-        list[str] | None, typer.Option(help="A text for the perplexity; may be repeated.")
-    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A text for the perplexity; repeatable.")] = None,
     tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks of lm-eval.")] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where your own task files lie.")
-    ] = None,
+    include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="Your own task files.")] = None,
     length: Length = None,
     stride: Annotated[int | None, typer.Option(help="Tokens from one window to the next.")] = None,
     windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows per forward. [default: 8]")] = None,
+    batch_size: Batch = None,
     limit: Annotated[int | None, typer.Option(help="Only the first documents of each task.")] = None,
-    compare: Annotated[
-        str | None, typer.Option(metavar="DENSE", help="The dense model, measured beside.")
-    ] = None,
-    max_ppl_ratio: Annotated[
-        float | None, typer.Option(help="Exit 5 above this multiple of dense perplexity.")
-    ] = None,
+    compare: Annotated[str | None, typer.Option(metavar="DENSE", help="Measured beside it.")] = None,
+    max_ppl_ratio: MaxRatio = None,
     device: Device = None,
     dtype: Dtype = None,
     stream: Stream = None,
@@ -266,17 +239,16 @@ def recover(
     output: Output,
     data: Annotated[str, typer.Option(help="A text file, a data set's name, or demo.")],
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of each matrix's change. [default: 16]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The highest. [default: 1e-4]")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of each matrix's change (default 16)")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The highest (default 1e-4)")] = None,
     length: Length = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per step. [default: 8]")] = None,
+    batch_size: Batch = None,
     teacher: Annotated[str | None, typer.Option(metavar="DENSE", help="A dense model to imitate.")] = None,
-    keep_adapter: Annotated[
-        bool | None, typer.Option("--keep-adapter", help="Save the adapter, unmerged.")
-    ] = None,
+    keep_adapter: Annotated[bool | None, typer.Option("--keep-adapter", help="Do not merge.")] = None,
     seed: Seed = None,
     device: Device = None,
     sets: Sets = None,
+    restart: Restart = False,
     overwrite: Overwrite = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -303,6 +275,7 @@ def recover(
             options,
             seed=where.seed,
             device=where.device,
+            restart=restart,
             overwrite=overwrite,
             revision=revision,
             trust_remote_code=trust_remote_code,

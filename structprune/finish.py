@@ -56,6 +56,7 @@ def finish(
     *,
     options: EvaluateOptions | None,
     dense: Source | None = None,
+    reload: bool = True,
     progress: Progress,
 ) -> dict[str, Any]:
     """Measure, prove, report and publish a written folder; return the report.
@@ -67,6 +68,7 @@ def finish(
         done: What the run did.
         options: What to measure; a few windows of built-in text unless given.
         dense: What to compare with; the source as it was unless given.
+        reload: Open the folder in a fresh process.
         progress: Told (stage, done, total).
 
     Raises:
@@ -82,6 +84,7 @@ def finish(
             source.folder,
             stream=source.streamed,
             hashes=False,
+            reload=reload,
             revalued=done.revalued,
             reference=source.model if source.dtype == "auto" else None,
             trust_remote_code=source.trusted,

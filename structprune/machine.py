@@ -34,7 +34,7 @@ def peak_rss() -> int:
 
 
 def available_memory() -> int:
-    """Return the bytes of memory that can be taken without pushing others out; all there is where nobody tells."""
+    """Return the bytes of memory that are free to take; all there are where the system does not tell."""
     found = _proc_line("/proc/meminfo", "MemAvailable:")
     return int(found.split()[0]) * 1024 if found else _memory()
 

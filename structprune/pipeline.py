@@ -43,6 +43,7 @@ def prune(
     restart: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    reload: bool = True,
     progress: Progress = silent,
     **options: Any,
 ) -> dict[str, Any]:
@@ -56,6 +57,7 @@ def prune(
         restart: Forget what an interrupted run left.
         overwrite: Replace an existing output once the new one is complete.
         trust_remote_code: Run code that the model folder brings along.
+        reload: Open the result in a fresh process; without it the proof is of the files alone.
         progress: Told (stage, done, total).
         **options: Further keys of a recipe: seed, dtype, device, calibration, recover, evaluate.
 
@@ -95,7 +97,9 @@ def prune(
             calibration=calibration.facts if calibration else None,
             blocks_resumed=resumed,
         )
-        result = finish(work, source, clock, done, options=recipe.evaluate, progress=progress)
+        result = finish(
+            work, source, clock, done, options=recipe.evaluate, reload=reload, progress=progress
+        )
     if recipe.recover is not None:
         return recover(
             str(work.final),
@@ -120,6 +124,7 @@ def apply(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    reload: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Carry the plans of an earlier run out on the model they were decided on; needs no data.
@@ -159,7 +164,7 @@ def apply(
             achievable=None,
             stages=stages(plans),
         )
-        return finish(work, source, clock, done, options=None, progress=progress)
+        return finish(work, source, clock, done, options=None, reload=reload, progress=progress)
 
 
 def _pruned_folder(recipe: Recipe) -> Path:

@@ -362,7 +362,7 @@ def test_lm_eval_tasks_stand_beside_the_dense_ones(
     }
     assert capsys.readouterr().out == ""
     assert ours.backend_tokenizer.to_str() == before
-    paths = result.save_harness(tmp_path)
+    paths = result.save_harness(tmp_path / "not" / "yet")
     assert [path.name for path in paths] == ["lm_eval-model.json", "lm_eval-dense.json"]
     assert json.loads(paths[0].read_text())["results"]["tiny_choice"]["acc,none"] == figures["model"]
 

@@ -15,16 +15,13 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    BertConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 
 from structprune.errors import InputError, UsageError
 from structprune.models.arch import blocks
 from structprune.models.streamed import StreamedModel, open_model
-from structprune.models.tokenizer import check_vocabulary, open_tokenizer
-from tests.tiny import FAMILIES, VOCABULARY, save_tiny, tiny, tokenizer, tokens
+from tests.tiny import FAMILIES, save_tiny, tiny, tokens
 
 VLMS = ("llava", "qwen2_5_vl")
 WEIGHTS = "model.safetensors"
@@ -237,6 +234,16 @@ def test_an_explicit_dtype_converts_and_auto_keeps_the_dtype_of_the_files(name: 
         open_model(folder, dtype="int8")
 
 
+def test_what_transformers_keeps_in_float32_stays_in_float32(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = streamed(llama, dtype="bfloat16")
+    monkeypatch.setattr(stream.skeleton, "_keep_in_fp32_modules_strict", {"input_layernorm"})
+    stream.fill("")
+    kept = [name for name, one in stream.skeleton.named_parameters() if one.dtype == torch.float32]
+    assert kept == [f"{prefix}.input_layernorm.weight" for prefix in stream.blocks]
+
+
 def test_auto_follows_the_files_and_not_the_config(own_llama: Path) -> None:
     edit_json(own_llama / "config.json", dtype="bfloat16")
     assert resident(own_llama).dtype == torch.float32
@@ -259,8 +266,10 @@ def test_the_generation_config_is_loaded_and_the_model_generates(own_llama: Path
     model, expected = resident(own_llama), reference("llama", own_llama)
     assert model.generation_config is not None
     assert model.generation_config.max_new_tokens == 3
-    batch = tokens(model, length=5)
-    assert model.generate(**batch).equal(expected.generate(**batch))
+    writers: list[Any] = [model, expected]
+    written = [one.generate(**tokens(one, length=5)) for one in writers]
+    assert written[0].shape == (2, 8)
+    assert written[0].equal(written[1])
 
 
 def test_damaged_generation_configs_are_refused(own_llama: Path) -> None:
@@ -291,7 +300,6 @@ def test_a_config_that_is_not_that_of_the_weights_is_refused(
 
 
 def test_a_model_that_is_no_causal_language_model_is_refused(own_llama: Path) -> None:
-    BertConfig(hidden_size=8, model_type="bert").save_pretrained(own_llama)
     edit_json(own_llama / "config.json", model_type="siglip_vision_model")
     with pytest.raises(InputError, match="no causal language model"):
         open_model(own_llama)
@@ -320,45 +328,3 @@ def test_code_of_the_folder_runs_only_when_it_is_trusted(
     assert marker.exists()
     assert type(model).__name__ == "Custom"
     assert torch.equal(logits(model), logits(tiny("llama")))
-
-
-def test_the_tokenizer_of_the_folder_is_opened(llama: Path) -> None:
-    opened = open_tokenizer(llama)
-    assert opened is not None
-    text = "Hello wörld, the 日本 cat\n"
-    assert opened(text)["input_ids"] == tokenizer()(text)["input_ids"]
-    check_vocabulary(opened, resident(llama))
-    check_vocabulary(opened, streamed(llama))
-
-
-def test_a_folder_without_a_tokenizer_is_told_apart_from_a_damaged_one(own_llama: Path) -> None:
-    (own_llama / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match="tokenizer cannot be opened"):
-        open_tokenizer(own_llama)
-    for file in own_llama.glob("tokenizer*"):
-        file.unlink()
-    assert open_tokenizer(own_llama) is None
-    with pytest.raises(InputError, match="there is no tokenizer"):
-        check_vocabulary(None, streamed(own_llama))
-
-
-def test_a_tokenizer_with_more_ids_than_embeddings_is_refused_with_both_numbers(llama: Path) -> None:
-    large: PreTrainedTokenizerFast = tokenizer()
-    large.add_tokens([f"<extra {number}>" for number in range(VOCABULARY - len(large))])
-    check_vocabulary(large, streamed(llama))
-    large.add_tokens(["<one too many>"])
-    with pytest.raises(InputError, match=rf"ids up to {VOCABULARY}, .* for {VOCABULARY} ids"):
-        check_vocabulary(large, streamed(llama))
-
-
-def test_a_tokenizer_with_its_own_code_is_refused_unless_trusted(own_llama: Path, tmp_path: Path) -> None:
-    marker = tmp_path / "executed"
-    (own_llama / "tok.py").write_text(CODE.format(marker=marker))
-    edit_json(
-        own_llama / "tokenizer_config.json",
-        auto_map={"AutoTokenizer": ["tok.Custom", None]},
-        tokenizer_class="Custom",
-    )
-    with pytest.raises(InputError, match="--trust-remote-code"):
-        open_tokenizer(own_llama)
-    assert not marker.exists()

@@ -23,7 +23,7 @@ from structprune.checkpoint.adapter import (
     save_adapter,
 )
 from structprune.errors import EnvironmentFailure, InputError, QualityError, UsageError
-from structprune.recipe import RecoverOptions
+from structprune.options import RecoverOptions
 from structprune.recover import Recovery, draw, nonzero_masks, train
 from structprune.recover.masked_lora import MaskedLayers, MaskedProduct
 from structprune.recover.objective import distillation_loss, learning_rate, next_token_losses
@@ -324,8 +324,8 @@ def test_a_tensor_that_cannot_be_trained_is_named(dense: PreTrainedModel) -> Non
 
 def test_a_linear_layer_that_does_more_than_multiply_is_named() -> None:
     class Doubling(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            return 2 * super().forward(input)
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
 
     with pytest.raises(InputError, match=r"0\.weight belongs to a Doubling"):
         MaskedLayers(nn.Sequential(Doubling(4, 4)), ["0.weight"], rank=2, alpha=4, ranks={})
@@ -363,7 +363,8 @@ def test_experts_can_have_ranks_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "message"), [("q_porj", "matches no recovered module"), ("q_proj[", "not a regular expression")]
+    ("pattern", "message"),
+    [("q_porj", "matches no recovered module"), ("q_proj[", "not a regular expression")],
 )
 def test_a_rank_pattern_that_reaches_nothing_is_refused(
     dense: PreTrainedModel, pattern: str, message: str
@@ -397,8 +398,8 @@ def test_held_out_windows_are_never_trained_on() -> None:
 def test_windows_are_as_many_as_asked_or_as_there_are(tmp_path: Path) -> None:
     text = tmp_path / "some.txt"
     text.write_text("a quick brown fox. " * 100, encoding="utf-8")
-    few = draw(tokenizer(), options(data=str(text), samples=3, length=16))
-    every = draw(tokenizer(), options(data=str(text), length=16))
+    few = draw(str(text), tokenizer(), limit=3, length=16)
+    every = draw(str(text), tokenizer(), limit=10_000, length=16)
     assert few.ids.shape == (3, 16)
     assert every.facts["windows"] == every.facts["tokens_available"] // 16 == len(every.ids)
 
@@ -406,8 +407,8 @@ def test_windows_are_as_many_as_asked_or_as_there_are(tmp_path: Path) -> None:
 def test_too_little_text_says_how_much_there_is(tmp_path: Path) -> None:
     text = tmp_path / "some.txt"
     text.write_text("a quick brown fox", encoding="utf-8")
-    with pytest.raises(InputError, match=r"\d+ tokens are too few: recovery needs at least 2 windows of length 64"):
-        draw(tokenizer(), options(data=str(text), length=64))
+    with pytest.raises(InputError, match=r"\d+ tokens are too few: recovery needs at least 2 windows of 64"):
+        draw(str(text), tokenizer(), limit=8, length=64)
 
 
 # The kept adapter
@@ -464,7 +465,7 @@ def test_a_damaged_adapter_is_refused_by_name(
 
 
 def test_an_adapter_of_another_model_leaves_it_as_it_was(dense: PreTrainedModel) -> None:
-    model, masks = pruned(dense)
+    model, _ = pruned(dense)
     wrong = Factors(torch.ones(64, 2), torch.ones(2, 63), 1.0)
     fits = Factors(torch.ones(64, 2), torch.ones(2, 64), 1.0)
     names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"]

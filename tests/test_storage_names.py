@@ -219,7 +219,7 @@ def test_one_missing_expert_is_named_as_the_others_are() -> None:
 def test_a_wrong_shape_in_the_files_does_not_change_what_is_expected() -> None:
     model = tiny("mixtral")
     full = Names(model).expected()
-    assert Names(model, {name: (1, 2, 3) for name in full}).expected() == full
+    assert Names(model, dict.fromkeys(full, (1, 2, 3))).expected() == full
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,14 @@ def test_a_tensor_of_several_chunks_is_scanned_to_its_end(tmp_path: Path) -> Non
         CheckpointReader(tmp_path).scan()
 
 
+def test_a_mask_that_the_model_ignores_may_be_infinite(tmp_path: Path) -> None:
+    mask = torch.full((1, 4), float("-inf"))
+    reader = CheckpointReader(write(tmp_path, tensors() | {"h.0.attn.mask": mask}))
+    assert reader.scan(lambda name: name.endswith(".mask")).tensors["h.0.attn.mask"].infinities == 4
+    with pytest.raises(InputError, match=r"'h\.0\.attn\.mask' holds 0 NaN and 4 infinite"):
+        reader.scan()
+
+
 def test_integers_and_flags_are_scanned_too(tmp_path: Path) -> None:
     content = {"a.position_ids": torch.arange(4), "b.mask": torch.tensor([[True, False]])}
     scan = CheckpointReader(write(tmp_path, content)).scan()

@@ -218,8 +218,7 @@ def encode(
 
 
 def cut(ids: Tensor, length: int, stride: int | None = None) -> Tensor:
-    """Cut ids into windows of exactly `length`, one every `stride` tokens; what is left at the end is
-    dropped.
+    """Cut ids into windows of exactly `length`, one every `stride` tokens, and drop what is left.
 
     Args:
         ids: Shape [tokens].

@@ -1,5 +1,4 @@
-"""Where text comes from: a local file, the built-in text, or a data set of the `datasets` library, read
-lazily."""
+"""Where text comes from: a local file, the built-in text, or a data set by name; all are read lazily."""
 
 import codecs
 import json

@@ -1,7 +1,7 @@
 """Low-rank changes of a pruned model that revive no weight: merged here, kept on disk, read back.
 
-The mask is the base weight itself: a change touches a weight only where the weight is not zero. Training, merging
-and loading share `merge`, so that none of them can disagree with another about a single weight.
+The mask is the base weight itself: a change touches a weight only where the weight is not zero. Training,
+merging and loading share this arithmetic, so that none can disagree with another about a single weight.
 
 The folder carries a `peft_type` that PEFT does not know, and tensor names that it would not match. That is on
 purpose: PEFT would add the change to every weight, also to the removed ones, and say nothing.
@@ -101,8 +101,8 @@ def add_masked(weight: Tensor, delta: Tensor) -> Tensor:
 def round_kept(merged: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the merged weight as it is stored: no weight revived, and none lost either.
 
-    A kept weight that meets exactly zero, or underflows in the stored dtype, becomes the smallest normal number
-    instead: nothing that a logit could show, and the count of zeros stays what the plan made it.
+    A kept weight that meets exactly zero, or underflows in the stored dtype, becomes the smallest normal
+    number instead: no logit could show it, and the count of zeros stays what the plan made it.
 
     Args:
         merged: What `add_masked` returned.
@@ -189,8 +189,8 @@ def read_adapter(folder: Path) -> Adapter:
         folder: What `save_adapter` wrote into.
 
     Raises:
-        InputError: Another kind of adapter, a damaged file, missing or surplus tensors, or a number that is not
-            finite; the message names the file and the tensor.
+        InputError: Another kind of adapter, a damaged file, missing or surplus tensors, or a number that is
+            not finite; the message names the file and the tensor.
     """
     path = folder / CONFIG_FILE
     raw = read_json(path, limit_bytes=CONFIG_LIMIT)

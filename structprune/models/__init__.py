@@ -1,1 +1,1 @@
-"""What a model is made of, and how one is opened: whole in memory, or streamed block by block from its files."""
+"""What a model is made of, and how one is opened: whole in memory, or streamed from its files."""

@@ -108,7 +108,7 @@ class StreamedModel:
 
     @contextmanager
     def outside(self, *, head: bool = True) -> Iterator[None]:
-        """Hold what is outside the blocks for the length of a `with`; without `head`, the base model's only."""
+        """Hold what is outside the blocks for the length of a `with`, except the head when not asked for."""
         with self._held(self._outside(head=head)):
             yield
 

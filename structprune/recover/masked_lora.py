@@ -1,10 +1,10 @@
 """LoRA whose change is masked while it trains: W + (W != 0) * scaling * B @ A.
 
-Plain LoRA adds B @ A to every weight, so that merging it revives the removed ones, and masking after the merge moves
-the logits that were trained. Here the layer computes with the masked sum all along, and merging changes nothing.
+Plain LoRA adds B @ A to every weight, so that merging it revives the removed ones, and masking after the merge
+moves the logits that were trained. Here the layer computes with the masked sum all along; merging changes nothing.
 
-Linear layers and GPT-2's Conv1D go through PEFT, with a layer class of our own; PEFT knows no masked layer. Fused
-experts, which are parameters and no modules, get the same change by parametrisation.
+Linear layers and GPT-2's Conv1D go through PEFT, with a layer class of our own, because PEFT has no masked one.
+Fused experts, which are parameters and no modules, get the same change by parametrisation.
 
 Source: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685
 """
@@ -29,8 +29,8 @@ ADAPTER = "default"
 class MaskedProduct(torch.autograd.Function):
     """Multiply with W + (W != 0) * scaling * B @ A, and keep none of that sum for the backward pass.
 
-    Autograd would save the summed weight of every layer, a second model in memory; rebuilding it costs rank / tokens
-    of one product.
+    Autograd would save the summed weight of every layer, a second model in memory; to rebuild it costs little:
+    rank / tokens of one product.
     """
 
     @staticmethod
@@ -68,7 +68,7 @@ class MaskedProduct(torch.autograd.Function):
 
 
 def _masked_layer() -> type[nn.Module]:
-    """Return PEFT's LoRA layer with the change masked; made on demand, because importing PEFT takes seconds."""
+    """Return PEFT's LoRA layer with the change masked; made on demand, for PEFT takes seconds to import."""
     from peft.tuners.lora import Linear
 
     class MaskedLora(Linear):
@@ -231,10 +231,10 @@ def _sort(model: nn.Module, names: Sequence[str]) -> tuple[list[str], list[str]]
 
 
 def _inject(model: nn.Module, targets: list[str], rank: int, alpha: int, ranks: Mapping[str, int]) -> Any:
-    """Replace the target modules by masked LoRA layers; return PEFT's tuner, which can take them out again."""
+    """Replace the target modules by masked LoRA layers; return PEFT's tuner, which can undo it."""
     import peft
 
-    # PEFT matches a text with `fullmatch`, a list also by suffix; only the text means these modules and no others.
+    # PEFT matches a text with `fullmatch`, a list also by suffix; only the text means these and no others.
     exact = "|".join(target.replace(".", r"\.") for target in targets)
     # PEFT warns about patterns that reach none of its layers; those of fused experts would be such.
     patterns = {pattern: own for pattern, own in ranks.items() if _reaches(pattern, targets)}

@@ -1,7 +1,7 @@
 """Recovery: train a masked low-rank change on text, keep what helps on text that was kept away, merge it.
 
-Everything is computed in float32 whatever dtype the model is stored in: in half precision a step of this size is
-lost in rounding, or the loss explodes. What counts is measured with the weights rounded to the stored dtype.
+Everything is computed in float32 whatever dtype the model is stored in: in half precision a step of this size
+is lost in rounding, or the loss explodes. What counts is measured with the weights rounded to the stored dtype.
 """
 
 import logging
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from structprune.checkpoint.adapter import Factors, merge
 from structprune.errors import InputError, QualityError
-from structprune.recipe import RecoverOptions
+from structprune.options import RecoverOptions
 from structprune.recover.masked_lora import MaskedLayers
 from structprune.recover.masks import check_merged, reapply, zeros
 from structprune.recover.objective import distillation_loss, learning_rate, next_token_losses
@@ -85,12 +85,12 @@ def train(
 
     Args:
         model: In the dtypes it will be saved in; they are the same afterwards.
-        masks: By parameter name, in the parameter's layout, True = kept. These tensors train. A weight that is zero
-            although its mask keeps it stays zero too, so that the measured sparsity does not move.
+        masks: By parameter name, in the parameter's layout, True = kept. These tensors train. A weight that is
+            zero although its mask keeps it stays zero too, so that the measured sparsity does not move.
         windows: Token ids, shape [windows, length]; a part of them is held out.
         options: How to train.
-        teacher: The dense model; its logits are imitated in the proportion that the options give. It is moved to
-            the device, otherwise unchanged.
+        teacher: The dense model; its logits are imitated in the proportion that the options give. It is moved
+            to the device, otherwise unchanged.
         seed: Of the split, of the order and of the first factors.
         device: "auto" for the accelerator there is, or "cpu".
         progress: Called with "recover", steps done, steps in all.
@@ -99,8 +99,8 @@ def train(
         The losses and the best change; `model` has it merged.
 
     Raises:
-        QualityError: Nothing beats the start, or the loss is not a number before anything did; the model's weights
-            are then as they were.
+        QualityError: Nothing beats the start, or the loss is not a number before anything did; the model's
+            weights are then as they were.
         InputError: Too few windows, a tensor that cannot be trained, or a teacher with another vocabulary.
     """
     training, held_out = split_off(windows, options.held_out, seed)
@@ -203,7 +203,7 @@ class _Loop:
         return float(mean)
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Return the loss of one batch of windows, a scalar; with a teacher, both parts in their proportion."""
+        """Return the loss of one batch, a scalar; with a teacher, both parts in their proportion."""
         logits = _logits(self.model, tokens)
         loss = next_token_losses(logits, tokens).mean()
         if self.teacher is None:
@@ -215,7 +215,7 @@ class _Loop:
 
     @torch.no_grad()
     def measure(self, loader: Any) -> float:
-        """Return the mean held-out loss in nats per token, with weights rounded to the dtypes they are stored in."""
+        """Return the mean held-out loss, nats per token, with weights rounded to their stored dtypes."""
         losses = []
         with self.layers.rounded(self.dtypes):
             for (tokens,) in loader:

@@ -1,4 +1,4 @@
-"""What recovery trains on: windows of a text, cut as calibration cuts them, some of them kept away for judging."""
+"""What recovery trains on: windows of a text, cut as in calibration, some of them kept away for judging."""
 
 import random
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ from structprune.calibration.data import (
     window_length,
 )
 from structprune.errors import InputError
-from structprune.recipe import RecoverOptions
 
 # So many windows tell one percent of loss apart; more would only make the checks as dear as the training.
 HELD_OUT_LIMIT = 64
@@ -31,7 +30,8 @@ class Windows:
 
     Attributes:
         ids: Shape [windows, length], int64.
-        facts: JSON-safe: source, column, split, revision, seed, windows, length, bos, tokens_available, sha256.
+        facts: JSON-safe: source, column, split, revision, seed, windows, length, bos, tokens_available, and
+            the sha256 of the token ids.
     """
 
     ids: Tensor
@@ -39,47 +39,58 @@ class Windows:
 
 
 def draw(
+    source: str,
     tokenizer: PreTrainedTokenizerBase,
-    options: RecoverOptions,
     *,
+    limit: int,
+    length: int | None = None,
     max_length: int | None = None,
     seed: int = 0,
+    column: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
 ) -> Windows:
-    """Draw windows that do not overlap; unlike calibration it takes what there is when there are fewer than asked.
+    """Draw windows that do not overlap; unlike calibration it makes do with fewer than asked.
 
     Args:
+        source: A file, "demo" or a data set, as for calibration.
         tokenizer: The model's.
-        options: Which text and how much of it; without `samples`, as much as the steps can look at.
+        limit: The most windows to draw: no more than training can look at.
+        length: Tokens per window; min(2048, max_length) by default.
         max_length: The most positions the model knows; None when it has no such limit.
         seed: Decides which windows are drawn, and their order.
+        column: As for calibration, like the two that follow.
+        split: Which split of a data set.
+        revision: Which commit of a data set.
 
     Raises:
         UsageError: `length` is longer than `max_length`.
         InputError: There are fewer than two windows, or the source cannot be trusted.
         EnvironmentFailure: The source cannot be reached.
     """
-    length = window_length(options.length, max_length)
+    tokens = window_length(length, max_length)
     first = opening(tokenizer)
-    body = length - (first.window is not None)
-    limit = options.samples or options.steps * options.batch_size + HELD_OUT_LIMIT
-    text = pieces(options.data, column=options.column, split=options.split, revision=options.revision)
+    body = tokens - (first.window is not None)
+    text = pieces(source, column=column, split=split, revision=revision)
     ids = encode(text, tokenizer, limit=limit * body * READ_AHEAD, first=first.text)
     windows = cut(ids, body)
     if len(windows) < 2:
         raise InputError(
-            f"{options.data}: {ids.numel()} tokens are too few: recovery needs at least 2 windows of length {length}",
-            hint=f"use a length of at most {max(2, ids.numel() // 2)}, or more text",
+            f"{source}: {ids.numel()} tokens are too few: recovery needs at least 2 windows of {tokens}",
+            hint=f"use a length of at most {ids.numel() // 2}, or more text"
+            if len(ids) > 3
+            else "use more text",
         )
     drawn = random.Random(seed).sample(range(len(windows)), min(limit, len(windows)))
     inputs = begin(windows[drawn], first.window)
     facts = {
-        "source": options.data,
-        "column": options.column,
-        "split": options.split,
-        "revision": options.revision,
+        "source": source,
+        "column": column,
+        "split": split,
+        "revision": revision,
         "seed": seed,
         "windows": len(inputs),
-        "length": length,
+        "length": tokens,
         "bos": first.rule,
         "tokens_available": ids.numel(),
         "sha256": hash_of(inputs),
@@ -100,7 +111,7 @@ def split_off(windows: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tens
     """
     if len(windows) < 2:
         raise InputError(
-            f"the data fill {len(windows)} windows, recovery needs at least 2: one to train on and one to judge by",
+            f"{len(windows)} windows of text are too few: recovery needs one to train on and one to judge by",
             hint="use more text or a smaller length",
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))

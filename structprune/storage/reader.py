@@ -5,6 +5,7 @@ What is checked here needs no model class; `agreement.check` compares with what 
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,16 @@ class CheckpointReader:
         info = self.tensors[name]
         return read_tensor(self.folder / info.file, info, self._headers[info.file], self.root)
 
-    def scan(self) -> Scan:
+    def scan(self, ignored: Callable[[str], bool] = lambda name: False) -> Scan:
         """Read every byte of the weights once; see `Scan`.
 
+        Args:
+            ignored: Tells which tensors the model's class passes over; they may hold infinity.
+
         Raises:
-            InputError: A tensor holds NaN or infinity.
+            InputError: Another tensor holds NaN or infinity.
         """
-        return scan_files(self.folder, self._headers, self.root)
+        return scan_files(self.folder, self._headers, self.root, ignored)
 
     def _warn_of_mixed_dtypes(self) -> None:
         counts = Counter(

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +28,15 @@ class TensorScan:
         sha256: Hash of the bytes.
         zeros: Number of elements equal to zero, minus zero included.
         constant: All elements of a floating-point tensor with two or more dimensions are equal.
+        nans: Number of elements that are not a number.
+        infinities: Number of infinite elements, of either sign.
     """
 
     sha256: str
     zeros: int
     constant: bool
+    nans: int
+    infinities: int
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,16 @@ class Scan:
         return tuple(name for name, found in self.tensors.items() if found.constant)
 
 
-def scan_files(folder: Path, headers: Mapping[str, Header], root: Path | None) -> Scan:
+def scan_files(
+    folder: Path, headers: Mapping[str, Header], root: Path | None, ignored: Callable[[str], bool]
+) -> Scan:
     """Read every tensor once, in the order of the files, through one small buffer.
+
+    Args:
+        folder: The model folder.
+        headers: File -> its header.
+        root: See `safe_open.check_link`.
+        ignored: Tells which tensors the model does not use; they may hold infinity (old attention masks do).
 
     Raises:
         InputError: A tensor holds NaN or infinity (the message counts them), or a file changed meanwhile.
@@ -76,6 +88,8 @@ def scan_files(folder: Path, headers: Mapping[str, Header], root: Path | None) -
             for name, info in header.tensors.items():
                 infos[name] = info
                 found[name] = _scan_tensor(descriptor, path, info, buffer)
+                if not ignored(name):
+                    _refuse_not_finite(found[name], path, name)
     found = dict(sorted(found.items()))
     scan = Scan(combine((infos[name], digest.sha256) for name, digest in found.items()), found)
     if scan.constant:
@@ -112,12 +126,16 @@ def _scan_tensor(descriptor: int, path: Path, info: TensorInfo, buffer: Tensor) 
             nans += int(values.isnan().sum())
             infinities += int(values.isinf().sum())
         low, high = min(low, smallest), max(high, largest)
-    if nans or infinities:
+    constant = low == high and len(info.shape) > 1
+    return TensorScan(digest.hexdigest(), zeros, constant, nans, infinities)
+
+
+def _refuse_not_finite(found: TensorScan, path: Path, name: str) -> None:
+    if found.nans or found.infinities:
         raise InputError(
-            f"{path}: tensor {info.name!r} holds {nans} NaN and {infinities} infinite values",
+            f"{path}: tensor {name!r} holds {found.nans} NaN and {found.infinities} infinite values",
             hint="the model is damaged; fetch it again",
         )
-    return TensorScan(digest.hexdigest(), zeros, low == high and len(info.shape) > 1)
 
 
 def _count_zeros(values: Tensor) -> int:

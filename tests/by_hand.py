@@ -1,0 +1,91 @@
+"""Folders pruned by hand: masks of every second input, applied without any code that prunes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from structprune.plan import PlanWriter, architecture_hash
+from structprune.storage.manifest import write_manifest
+from structprune.storage.reader import CheckpointReader
+from structprune.storage.side_files import copy_side_files
+from structprune.storage.tensor_file import save_tensors
+
+PLAN = "structprune/plans/01-magnitude"
+
+
+def every_second(shape: tuple[int, ...], *, transposed: bool = False) -> Tensor:
+    """Keep every second input: exactly half of every row, and 2:4."""
+    keep = torch.zeros(shape, dtype=torch.bool)
+    if transposed:
+        keep[::2] = True
+    else:
+        keep[..., ::2] = True
+    return keep
+
+
+def linear_names(folder: Path) -> dict[str, bool]:
+    """Return the stored linears of the blocks, by the test's own rule, and whether they lie [in, out]."""
+    names = CheckpointReader(folder).tensors
+    wanted = [
+        name
+        for name, info in names.items()
+        if ("layers." in name or ".h." in name)
+        and len(info.shape) == 2
+        and "vision" not in name
+        and "visual" not in name
+    ]
+    return {
+        name: ".h." in name
+        for name in wanted
+        if not name.endswith((".gate.weight", "shared_expert_gate.weight"))
+    }
+
+
+class Pruned:
+    """A folder pruned by hand, without the code under test: masks by plan key, then zeros written."""
+
+    def __init__(
+        self, source: Path, folder: Path, config: dict[str, object], masks: dict[str, Tensor]
+    ) -> None:
+        self.source, self.folder, self.config, self.masks = source, folder, config, masks
+        reader = CheckpointReader(source)
+        self.shards = {
+            file: {name: reader.read(name) for name in names} for file, names in reader.shards.items()
+        }
+        self.shapes, self.metadata = reader.shapes, reader.metadata
+        self.model_type = reader.config["model_type"]
+        self.edit(lambda name, value: value.masked_fill(~masks[name], 0) if name in masks else value)
+
+    def edit(self, change: Callable[[str, Tensor], Tensor]) -> None:
+        """Change every tensor that will be written."""
+        for tensors in self.shards.values():
+            for name in tensors:
+                tensors[name] = change(name, tensors[name].clone())
+
+    def write(
+        self, *, masks: dict[str, Tensor] | None = None, architecture: str = "", manifest: bool = True
+    ) -> Path:
+        """Write the folder; the plan may tell of other masks or another architecture than the real ones."""
+        self.folder.mkdir(exist_ok=True)
+        copy_side_files(self.source, self.folder)
+        for file, tensors in self.shards.items():
+            save_tensors(self.folder / file, tensors, self.metadata[file])
+        for index in self.source.glob("*.index.json"):
+            (self.folder / index.name).write_bytes(index.read_bytes())
+        written = masks if masks is not None else self.masks
+        same = architecture or architecture_hash(self.model_type, self.shapes)
+        writer = PlanWriter(self.folder / PLAN, "magnitude", self.config, same, "0" * 64)
+        writer.write({f"{name}:mask": mask for name, mask in written.items()}, {})
+        writer.finish({"prunable": sorted(self.masks)})
+        if manifest:
+            write_manifest(self.folder, {}, version="0", stages=["plans/01-magnitude"])
+        return self.folder
+
+
+def half_of(source: Path, folder: Path, sparsity: float | str = 0.5) -> Pruned:
+    """Remove every second input of every linear: half of every row, and 2:4."""
+    shapes = CheckpointReader(source).shapes
+    masks = {name: every_second(shapes[name], transposed=flip) for name, flip in linear_names(source).items()}
+    return Pruned(source, folder, {"sparsity": sparsity, "compare": "row"}, masks)

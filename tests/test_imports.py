@@ -1,0 +1,199 @@
+"""Who may import whom, read from the source with ast, and what else a glance at the files can check."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "structprune"
+
+# From left to right; a module imports its own tier and those to its right. "demo.run" is a script at heart.
+TIERS = [
+    tier.split()
+    for tier in """
+    __main__ cli commands summary terminal demo.run
+    pipeline finish inspection retrain
+    recover evaluate harness perplexity protocol generations report card plots demo recipe options fields
+    checkpoint
+    pruners
+    pruner
+    cost
+    decide
+    calibration
+    models
+    plan
+    storage
+    errors machine version
+    """.strip().splitlines()
+]
+# Slow to import or not always installed.
+OPTIONAL = {"datasets", "lm_eval", "matplotlib", "peft", "pyarrow"}
+NAMES_THAT_SAY_NOTHING = {"base", "common", "helpers", "misc", "utils"}
+HOOKS = {
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+}
+MAY_HOOK = {"models.walk", "models.observe", "pruners.token.runtime"}
+LONGEST_FILE = 300
+LONGEST_METHOD = 120
+PROJECTIONS = {
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "qkv_proj",
+    "c_attn",
+}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+METHODS = {
+    name.rpartition(".")[2]
+    for name in MODULES
+    if name.startswith("pruners.") and name.count(".") == 2
+    if name.rpartition(".")[2] not in ("family", "runtime", "primitives")
+}
+
+
+def tier(module: str) -> int:
+    """Return a module's tier; the longest entry that it lies under decides."""
+    places = {entry: index for index, entries in enumerate(TIERS) for entry in entries} | {"": 0}
+    while module not in places:
+        assert "." in module, f"structprune.{module} has no place in TIERS: say where it stands"
+        module = module.rpartition(".")[0]
+    return places[module]
+
+
+def imported(tree: ast.AST, module: str = "") -> Iterator[tuple[str, ast.stmt]]:
+    """Yield every module of structprune that `tree` imports, without the package's name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module}: relative import in line {node.lineno}"
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name.removeprefix("structprune.") in MODULES else node.module for name in inner]
+        else:
+            continue
+        for name in names:
+            if name == "structprune" or name.startswith("structprune."):
+                yield name.removeprefix("structprune").removeprefix("."), node
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_its_own_tier_and_those_to_its_right(module):
+    wrong = [name for name, _ in imported(TREES[module], module) if tier(name) < tier(module)]
+
+    assert not wrong, f"structprune.{module} must not import {wrong}"
+
+
+def test_no_imports_go_in_a_circle():
+    graph = {name: sorted({other for other, _ in imported(tree)} - {name}) for name, tree in TREES.items()}
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, f"circle: {' -> '.join([*way[way.index(module) :], module])}"
+        if module not in done:
+            for other in graph[module]:
+                visit(other, (*way, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_import_of_our_own_hides_in_a_function(module):
+    for function in ast.walk(TREES[module]):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            hidden = [name for name, _ in imported(function, module)]
+            assert not hidden, f"{module}.{function.name} imports structprune.{hidden[0]}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_optional_packages_are_imported_where_they_are_used(module):
+    for node in TREES[module].body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        found = OPTIONAL & {name.partition(".")[0] for name in names}
+        assert not found, f"{module} imports {found} at the top of the file"
+
+
+def test_a_method_does_not_import_another_method():
+    for module, tree in TREES.items():
+        if module.startswith("pruners.") and module.rpartition(".")[2] in METHODS:
+            others = [name for name, _ in imported(tree) if name.rpartition(".")[2] in METHODS]
+            assert not others, f"{module} imports {others}"
+
+
+def test_a_method_does_not_know_how_a_model_names_its_projections():
+    for module in MODULES:
+        if module.startswith("pruners."):
+            assert not strings(TREES[module]) & PROJECTIONS, module
+
+
+def test_outside_the_pruners_only_the_demo_names_a_method():
+    for module, tree in TREES.items():
+        if not module.startswith(("pruners.", "demo")):
+            assert not strings(tree) & METHODS, f"{module} names {strings(tree) & METHODS}"
+
+
+def test_only_the_walk_and_the_token_runtime_install_hooks():
+    for module, tree in TREES.items():
+        called = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert not called & HOOKS or module in MAY_HOOK, f"{module} installs a hook"
+
+
+def test_nothing_is_pickled():
+    for module, tree in TREES.items():
+        names = {
+            alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+        }
+        assert not names & {"pickle", "dill", "cloudpickle", "shelve"}, module
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not calls & {"torch.load", "torch.save"}, module
+
+
+def test_every_name_of_a_file_says_something():
+    for module in MODULES:
+        assert not NAMES_THAT_SAY_NOTHING & set(module.split(".")), module
+
+
+def test_every_file_can_be_read_in_one_go():
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in [
+            *PACKAGE.rglob("*.py"),
+            *(ROOT / "scripts").rglob("*.py"),
+        ]
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > LONGEST_FILE
+    }
+
+    assert not long, f"more than {LONGEST_FILE} lines: {long}"
+
+
+def test_every_method_is_a_short_file():
+    for name, path in MODULES.items():
+        if name.startswith("pruners.") and path.stem in METHODS:
+            assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_METHOD, name
+
+
+def strings(tree: ast.AST) -> set[str]:
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }

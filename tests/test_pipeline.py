@@ -1,0 +1,208 @@
+"""Whole runs on tiny models: what is asked is what lies on disk, and a killed run goes on where it stopped."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import structprune
+from structprune import pipeline
+from structprune import pruner as registry
+from structprune.checkpoint import fresh
+from structprune.errors import EnvironmentFailure, InputError, Interrupted, QualityError, UsageError
+from structprune.models.streamed import open_model
+from structprune.models.walk import logits
+from tests.tiny import save_tiny
+
+CALIBRATION = {"samples": 6, "length": 32, "batch_size": 4}
+EVALUATION = {"text": "demo", "windows": 2, "length": 32, "generations": False}
+QUICK: dict[str, Any] = {"calibration": CALIBRATION, "evaluate": EVALUATION, "reload": False}
+
+
+def digests(folder: Path, *, of: str = "*.safetensors") -> dict[str, str]:
+    """Return the sha256 of every weight and plan file in a folder."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob(of))
+    }
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("llama"), shards=2, dtype=torch.bfloat16)
+
+
+def test_laws_5_and_8_every_method_holds_what_was_asked_and_reloads_to_the_same_logits(
+    llama: Path, tmp_path: Path
+) -> None:
+    jobs, expected = [], []
+    ids = fresh.probe(open_model(llama, stream=True).config)
+    for method in registry.names():
+        for sparsity in (0.25, "2:4"):
+            output = tmp_path / f"{method}-{sparsity}".replace(":", "-")
+            report = structprune.prune(llama, output, registry.find(method)(sparsity=sparsity), **QUICK)
+            assert report["asked"] == sparsity
+            assert report["sparsity"] == report["achievable"] == (0.25 if sparsity == 0.25 else 0.5)
+            assert report["verification"]["ok"]
+            model, tokenizer = structprune.load(output)
+            assert tokenizer is not None
+            jobs.append(fresh.Job(output, ids, "bfloat16"))
+            expected.append(logits(model, {"input_ids": ids}))
+    for child, ours in zip(fresh.reload(jobs), expected, strict=True):
+        assert child.error == ""
+        assert child.logits is not None
+        assert torch.equal(child.logits.float(), ours.float())
+
+
+def test_the_input_is_never_touched_and_the_output_is_complete(llama: Path, tmp_path: Path) -> None:
+    before = digests(llama, of="*.*")
+    report = structprune.prune(llama, tmp_path / "out", "wanda", **QUICK)
+    assert digests(llama, of="*.*") == before
+    assert pipeline.verify(tmp_path / "out", str(llama))["ok"]
+    for name in ("README.md", "structprune.json", "structprune/report.json", "structprune/recipe.yaml"):
+        assert (tmp_path / "out" / name).is_file()
+    assert not list(tmp_path.glob("*.partial-*")) and not list(tmp_path.glob("*.lock"))
+    wanted = {"output", "method", "asked", "achievable", "sparsity", "parameters", "bytes", "seconds"}
+    assert wanted | {"peak_rss_bytes", "blocks_resumed", "loads_in"} <= report.keys()
+    assert json.loads((tmp_path / "out" / "structprune" / "report.json").read_text())["sparsity"] == 0.5
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("killed_after", [0, 1, 2])
+def test_a_run_stopped_after_any_block_resumes_with_the_same_bytes(
+    llama: Path, tmp_path: Path, killed_after: int, stream: bool
+) -> None:
+    structprune.prune(llama, tmp_path / "whole", "wanda", stream=stream, **QUICK)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if (stage.startswith("calibrate") and done == killed_after) or (killed_after == 0 and stage):
+            raise Interrupted(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        structprune.prune(llama, tmp_path / "out", "wanda", stream=stream, progress=stop, **QUICK)
+    assert not (tmp_path / "out").exists()
+    report = structprune.prune(llama, tmp_path / "out", "wanda", stream=stream, **QUICK)
+    assert report["blocks_resumed"] == max(killed_after, 1)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_run_killed_for_good_resumes_from_the_command_line(llama: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "structprune", "prune", str(llama), str(tmp_path / "out"), "--method", "wanda"]
+    command += ["--samples", "64", "--length", "128", "--set", "evaluate.windows=1", "--set", "evaluate.length=32"]
+    command += ["--set", "calibration.batch_size=1", "--set", "evaluate.generations=false", "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if list(tmp_path.glob("out.partial-*/structprune/plans/01-wanda/block-0000.safetensors")):
+            process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    report = json.loads(done.stdout)
+    assert report["blocks_resumed"] >= 1
+    assert report["sparsity"] == 0.5
+    assert not list(tmp_path.glob("*.partial-*")) and not list(tmp_path.glob("*.lock"))
+
+
+def test_an_unfinished_run_of_another_kind_is_named_and_forgotten_only_when_told(
+    llama: Path, tmp_path: Path
+) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        structprune.prune(llama, tmp_path / "out", "wanda", progress=stop, **QUICK)
+    other = QUICK | {"seed": 1}
+    with pytest.raises(EnvironmentFailure, match=r"differs in .*calibration\.seed"):
+        structprune.prune(llama, tmp_path / "out", "wanda", **other)
+    assert structprune.prune(llama, tmp_path / "out", "wanda", restart=True, **other)["blocks_resumed"] == 0
+    assert not list(tmp_path.glob("*.partial-*"))
+
+
+def test_several_stages_leave_one_plan_each(llama: Path, tmp_path: Path) -> None:
+    stages = [{"method": "magnitude", "sparsity": 0.25, "skip": "1"}, {"method": "wanda", "sparsity": 0.5}]
+    recipe = structprune.Recipe.model_validate(
+        {"model": str(llama), "output": tmp_path / "out", "prune": stages, "evaluate": EVALUATION}
+        | {"calibration": CALIBRATION}
+    )
+    for stream in (False, True):
+        report = structprune.prune(recipe, stream=stream, overwrite=True, reload=False)
+        plans = [stage["folder"] for stage in report["stages"]]
+        assert plans == ["01-magnitude", "02-wanda"]
+        assert report["sparsity"] == 0.5
+        if not stream:
+            resident = digests(tmp_path / "out")
+    assert digests(tmp_path / "out") == resident
+
+
+def test_apply_gives_the_bytes_of_the_run_that_made_the_plan(llama: Path, tmp_path: Path) -> None:
+    structprune.prune(llama, tmp_path / "out", "wanda", **QUICK)
+    report = structprune.apply(str(llama), tmp_path / "again", tmp_path / "out", reload=False)
+    assert report["sparsity"] == 0.5
+    assert digests(tmp_path / "again") == digests(tmp_path / "out")
+
+
+def test_apply_refuses_a_plan_of_other_weights(llama: Path, tmp_path: Path) -> None:
+    structprune.prune(llama, tmp_path / "out", "magnitude", **QUICK)
+    other = save_tiny("llama", tmp_path / "other", seed=1, shards=2, dtype=torch.bfloat16)
+    with pytest.raises(InputError, match="other weights"):
+        structprune.apply(str(other), tmp_path / "again", tmp_path / "out")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_missed_quality_gate_publishes_nothing(llama: Path, tmp_path: Path) -> None:
+    strict = QUICK | {"evaluate": EVALUATION | {"max_ppl_ratio": 0.001}}
+    with pytest.raises(QualityError, match="perplexity"):
+        structprune.prune(llama, tmp_path / "out", "wanda", **strict)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pattern_that_does_not_divide_is_refused_before_anything_is_calibrated(
+    llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"model\.layers\.0.*not divisible by 7"):
+        structprune.prune(llama, tmp_path / "out", registry.find("wanda")(sparsity="3:7"), **QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sparsity_zero_copies_the_model_bit_for_bit(llama: Path, tmp_path: Path) -> None:
+    report = structprune.prune(llama, tmp_path / "out", registry.find("wanda")(sparsity=0), **QUICK)
+    assert report["sparsity"] == report["achievable"] == 0
+    assert digests(tmp_path / "out", of="model*.safetensors") == digests(llama, of="model*.safetensors")
+
+
+def test_what_is_skipped_and_excluded_stays_dense(llama: Path, tmp_path: Path) -> None:
+    pruner = registry.find("magnitude")(skip="0", exclude=["down_proj"])
+    report = structprune.prune(llama, tmp_path / "out", pruner, **QUICK)
+    assert report["sparsity"] == 0.5  # of the prunable set, which is what was chosen
+    matrices = {block["block"]: block["matrices"] for block in report["blocks"]}
+    assert all(matrix["zeros"] == 0 for matrix in matrices[0].values())
+    assert matrices[1]["mlp.down_proj"]["zeros"] == 0
+    assert matrices[1]["mlp.up_proj"]["zeros"] == matrices[1]["mlp.up_proj"]["parameters"] // 2
+
+
+def test_the_dry_run_says_what_is_needed_and_writes_nothing(llama: Path, tmp_path: Path) -> None:
+    recipe = structprune.Recipe.model_validate(
+        {"model": str(llama), "output": tmp_path / "out", "prune": {"method": "wanda", "sparsity": "2:4"}}
+    )
+    found = pipeline.dry_run(recipe, stream=True)
+    assert found["stages"] == [{"method": "wanda", "asked": "2:4", "achievable": 0.5}]
+    assert found["bytes"]["dense"] == sum(path.stat().st_size for path in llama.glob("*.safetensors"))
+    assert found["memory_bytes"] > found["bytes"]["dense"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_counts_what_the_model_has(llama: Path) -> None:
+    found = structprune.inspect(str(llama))
+    assert (found["model_type"], found["blocks"], found["linears"]) == ("llama", 2, 14)
+    assert found["prunable"] == 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
+    assert found["patterns"] == ["1:4", "2:4", "3:4", "4:8"]
+    assert found["sparsity"] == 0.0

@@ -1,0 +1,198 @@
+"""The report says what was measured, the card says it to people, the plots are pictures."""
+
+import json
+import math
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from structprune import machine, plots
+from structprune.card import write_card
+from structprune.checkpoint.verification import Check, Verification
+from structprune.report import Size, build, table, write_report
+
+EVALUATION = {
+    "perplexity": {"demo": {"model": 3.4567, "dense": 3.1}, "broken": {"model": None, "dense": 3.0}},
+    "divergence": {"demo": {"kl": 0.0512, "kl_se": 0.0021, "top1_agreement": 0.934}},
+    "tasks": {"facts": {"acc": {"model": 0.91, "dense": 0.98}, "acc_stderr": {"model": 0.01, "dense": 0.02}}},
+    "protocol": {
+        "texts": {
+            "demo": {
+                "windows": 64, "length": 128, "stride": None, "scored_tokens": 8128, "bos": "none",
+                "dtype": "bfloat16", "sha256": "ab" * 32,
+            }
+        },
+        "flags": ["broken: the perplexity of the given model is not finite"],
+    },
+    "generations": [{"prompt": "Once", "model": "``` | <b>", "dense": "upon a time"}],
+}  # fmt: skip
+CALIBRATION = {"source": "demo", "samples": 8, "length": 128, "seed": 0, "sha256": "cd" * 32}
+
+
+def measured(pattern: str = "unstructured") -> Verification:
+    kinds = {
+        "self_attn.q_proj": {"parameters": 64, "zeros": 32},
+        "mlp.up_proj": {"parameters": 128, "zeros": 0},
+    }
+    block = {"block": 0, "sparsity": 32 / 192, "parameters": 192, "zeros": 32, "matrices": kinds}
+    checks = [Check("finite", True, "no NaN"), Check("masks", True, "all zero")]
+    loads = ["structprune 0.1.0", "transformers 5.23.0 (AutoModelForCausalLM)"]
+    return Verification(0.5, pattern, 1000, 968, 4096, checks, [block, block | {"block": 1}], loads)
+
+
+def report(folder: Path, **changes: Any) -> dict[str, Any]:
+    parts: dict[str, Any] = {
+        "output": folder,
+        "method": "wanda",
+        "asked": 0.5,
+        "achievable": 0.5,
+        "dense": Size(1000, 4096),
+        "seconds": 12.34567,
+        "stages": [{"plan": "01-wanda", "method": "wanda"}],
+        "calibration": CALIBRATION,
+        "evaluation": EVALUATION,
+    }
+    return build(changes.pop("verification", measured()), **(parts | changes))
+
+
+class TestReport:
+    def test_has_the_promised_keys_and_the_measured_figures(self, tmp_path: Path) -> None:
+        found = report(tmp_path / "out")
+        promised = {"output", "method", "asked", "achievable", "sparsity", "parameters", "bytes", "seconds"}
+        assert found.keys() >= promised | {"peak_rss_bytes", "blocks_resumed", "loads_in"}
+        assert found["parameters"] == {"dense": 1000, "pruned": 1000, "nonzero": 968}
+        assert found["bytes"] == {"dense": 4096, "pruned": 4096}
+        assert found["verification"]["ok"] is True
+        assert "blocks" not in found["verification"]
+        assert len(found["blocks"]) == 2
+
+    def test_is_json_also_where_a_figure_is_not_finite(self, tmp_path: Path) -> None:
+        found = report(tmp_path, calibration={"loss": math.nan, "list": [math.inf, 1.5]})
+        path = write_report(tmp_path, found | {"seconds": -math.inf})
+        assert path == tmp_path / "structprune" / "report.json"
+        read = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+        assert read["calibration"] == {"loss": None, "list": [None, 1.5]}
+        assert read["seconds"] is None
+
+    def test_the_table_sets_dense_beside_pruned(self, tmp_path: Path) -> None:
+        rows = {what: (dense, pruned) for what, dense, pruned in table(report(tmp_path))}
+        assert rows["Parameters that are not zero"] == ("-", "968")
+        assert rows["Zeros in the pruned matrices"] == ("-", "50.00%")
+        assert rows["Perplexity, demo"] == ("3.1", "3.457")
+        assert rows["Perplexity, broken"] == ("3", "-")
+        assert rows["KL from dense in nats per token, demo"] == ("0", "0.0512 ± 0.0021")
+        assert rows["facts, acc"] == ("0.98 ± 0.02", "0.91 ± 0.01")
+        assert not any("stderr" in what for what in rows)
+
+    def test_the_table_does_without_an_evaluation(self, tmp_path: Path) -> None:
+        assert len(table(report(tmp_path, evaluation=None))) == 4
+
+
+class TestCard:
+    def write(self, folder: Path, **changes: Any) -> tuple[dict[str, Any], str]:
+        source = folder / "source"
+        source.mkdir()
+        (source / "README.md").write_text("---\nlicense: mit\nlanguage:\n- en\n---\n# Base\n")
+        found = report(folder / "small-wanda", **changes)
+        recipe = "model: owner/base\nprune:\n  method: wanda\n"
+        path = write_card(folder, found, recipe=recipe, base="owner/base", source=source)
+        _, front, body = path.read_text(encoding="utf-8").split("---\n", 2)
+        return yaml.safe_load(front), body
+
+    def test_its_front_matter_is_what_the_hub_reads(self, tmp_path: Path) -> None:
+        front, _ = self.write(tmp_path)
+        assert front["base_model"] == "owner/base"
+        assert front["library_name"] == "transformers"
+        assert front["license"] == "mit"
+        assert front["language"] == ["en"]
+        assert {"pruning", "sparse", "structprune", "wanda"} <= set(front["tags"])
+        (entry,) = front["model-index"]
+        assert entry["name"] == "small-wanda"
+        metrics = {row["dataset"]["name"]: row["metrics"][0]["value"] for row in entry["results"]}
+        assert metrics == {"demo": 3.4567, "facts": 0.91}
+
+    def test_its_text_tells_people_what_they_get(self, tmp_path: Path) -> None:
+        (tmp_path / "structprune" / "plots").mkdir(parents=True)
+        (tmp_path / "structprune" / "plots" / "sparsity_per_block.png").touch()
+        _, body = self.write(tmp_path)
+        assert "neither the files smaller nor dense kernels faster" in body
+        assert "method: wanda" in body
+        assert "- transformers 5.23.0 (AutoModelForCausalLM)" in body
+        assert "64 windows of 128 tokens without overlap" in body
+        assert "8 samples of 128 tokens from `demo`" in body
+        assert "Note: broken: the perplexity" in body
+        assert "![sparsity per block](structprune/plots/sparsity_per_block.png)" in body
+        assert "| Perplexity, demo | 3.1 | 3.457 |" in body
+        # A continuation cannot end the block that it is shown in.
+        assert body.count("\n```") % 2 == 0
+
+    def test_a_card_without_an_evaluation_has_no_results(self, tmp_path: Path) -> None:
+        front, body = self.write(tmp_path, evaluation=None, calibration=None, verification=measured("2:4"))
+        assert "model-index" not in front
+        assert "model_name" not in front
+        assert "The 2:4 pattern holds in every pruned matrix" in body
+        assert "None: this method looks at the weights only." in body
+
+    @pytest.mark.parametrize("card", ["---\n- a list\n---\n", "---\nlicense: [\n---\n", "no front matter"])
+    def test_a_source_with_a_damaged_card_gives_no_license(self, card: str, tmp_path: Path) -> None:
+        (tmp_path / "README.md").write_text(card)
+        found = report(tmp_path / "out")
+        written = write_card(tmp_path, found, recipe="", base=str(tmp_path), source=tmp_path)
+        front = yaml.safe_load(written.read_text(encoding="utf-8").split("---\n", 2)[1])
+        assert "license" not in front
+        assert front["base_model"] == tmp_path.name
+
+
+def pixels(path: Path) -> tuple[int, int, int]:
+    """Return width and height of a PNG, and how many different bytes its picture holds."""
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    place, packed = 8, b""
+    while place < len(data):
+        length, kind = struct.unpack(">I4s", data[place : place + 8])
+        packed += data[place + 8 : place + 8 + length] if kind == b"IDAT" else b""
+        place += length + 12
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height, len(set(zlib.decompress(packed)))
+
+
+class TestPlots:
+    def test_sparsity_per_block_and_methods_are_pictures_with_something_on_them(self, tmp_path: Path) -> None:
+        rows = [
+            {"label": "wanda 50%", "kl": 0.05, "kl_se": 0.004, "perplexity": 3.3, "dense": 3.1},
+            {"label": "random 50%", "kl": 2.5, "kl_se": 0.04, "perplexity": 52.1, "dense": 3.1},
+            {"label": "broken", "kl": None, "kl_se": None, "perplexity": math.inf, "dense": 3.1},
+        ]
+        one = plots.sparsity_per_block(tmp_path / "plots" / "sparsity_per_block.png", report(tmp_path))
+        two = plots.methods(tmp_path / "plots" / "methods.png", rows, title="demo")
+        for path in (one, two):
+            width, height, colours = pixels(path)
+            assert width >= 1000
+            assert height >= 500
+            assert colours > 50
+
+    def test_the_same_figures_give_the_same_bytes(self, tmp_path: Path) -> None:
+        files = [plots.sparsity_per_block(tmp_path / name, report(tmp_path)) for name in ("a.png", "b.png")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+class TestMachine:
+    def test_the_environment_names_the_machine_and_the_versions(self) -> None:
+        found = json.loads(json.dumps(machine.environment()))
+        assert found["machine"]["cores"] >= 1
+        assert found["machine"]["memory_bytes"] > 2**28
+        assert found["versions"]["torch"]
+        assert found["versions"]["python"].startswith("3.")
+
+    def test_the_peak_is_that_of_the_hungriest_process(self) -> None:
+        before = machine.peak_rss()
+        assert before > 2**26  # torch alone takes more
+        wanted = before + 2**27
+        subprocess.run([sys.executable, "-c", f"len(bytearray(b'1') * {wanted})"], check=True)
+        assert wanted < machine.peak_rss() < wanted + 2**28
