@@ -281,7 +281,7 @@ def recover(
             trust_remote_code=trust_remote_code,
             progress=progress,
         ),
-        summary.listed,
+        summary.recovered,
     )
 
 

@@ -69,7 +69,7 @@ class Evaluation:
         }
 
     def save_harness(self, folder: Path) -> list[Path]:
-        """Write lm-eval's results as lm_eval-model.json and lm_eval-dense.json, in a folder made when missing."""
+        """Write lm-eval's results as lm_eval-model.json and lm_eval-dense.json; the folder is made."""
         paths = {which: folder / f"lm_eval-{which}.json" for which in self.harness}
         for which, path in paths.items():
             folder.mkdir(parents=True, exist_ok=True)

@@ -93,7 +93,7 @@ def methods(path: Path, rows: Sequence[Mapping[str, Any]], *, title: str = "") -
     labels = [str(row["label"]) for row in rows]
     _bars(left, labels, [row.get("kl") for row in rows], [row.get("kl_se") for row in rows])
     left.set_title("Divergence from dense", loc="left")
-    left.set_ylabel("KL(dense || pruned), nats per token\n(bars: one standard error)")
+    left.set_ylabel("KL(dense || pruned), nats per token\n(whiskers: one standard error)")
     _bars(right, labels, [row.get("perplexity") for row in rows], [None] * len(rows))
     right.set_title("Perplexity", loc="left")
     right.set_ylabel("Perplexity")
@@ -134,7 +134,7 @@ def _bars(
         )
         axes.annotate(
             f"{value:.3g}",
-            (place, value + (error or 0)),
+            (place, max(value + (error or 0), axes.get_ylim()[0])),
             xytext=(0, 4),
             textcoords="offset points",
             horizontalalignment="center",

@@ -29,6 +29,19 @@ def pruned(result: Result) -> str:
     return table(rows)
 
 
+def recovered(result: Result) -> str:
+    """Return what training gained, and the folder it was written to."""
+    training = result["recovery"]
+    gained = f"{number(training['start_loss'])} -> {number(training['best_loss'])} after step {training['best_step']}"
+    rows = [("held-out loss", gained)]
+    if "adapter" in result:
+        rows += [("quality", ", ".join(_quality(result["evaluation"])))]
+        rows += [("adapter", f"{result['output']} for {result['adapter']['base']}")]
+        rows += [("loads in", ", ".join(result["loads_in"]))]
+        return table([row for row in rows if row[1]])
+    return f"{table(rows)}\n{pruned(result)}"
+
+
 def verified(result: Result) -> str:
     """Return one line per check, and what was measured."""
     rows = [("ok" if check["ok"] else "FAILED", check["name"], check["detail"]) for check in result["checks"]]
@@ -105,9 +118,12 @@ def _lines(value: object, indent: str) -> list[str]:
     if isinstance(value, Mapping):
         lines = []
         for key, inner in value.items():
-            nested = isinstance(inner, Mapping) or (isinstance(inner, list | tuple) and _nests(inner))
-            lines += [f"{indent}{key}:", *_lines(inner, f"{indent}  ")] if nested and inner else []
-            lines += [] if nested and inner else [f"{indent}{key}: {_plain(inner)}"]
+            if inner and _nests([inner]) and (isinstance(inner, Mapping) or _nests(inner)):
+                lines += [f"{indent}{key}:", *_lines(inner, f"{indent}  ")]
+            elif isinstance(inner, str) and "\n" in inner:
+                lines += [f"{indent}{key}:", *_block(inner, f"{indent}  ")]
+            else:
+                lines.append(f"{indent}{key}: {_plain(inner)}")
         return lines
     if isinstance(value, list | tuple):
         return [
@@ -116,6 +132,10 @@ def _lines(value: object, indent: str) -> list[str]:
             for line in (_lines(inner, indent) if _nests([inner]) else [_plain(inner)])
         ]
     return [f"{indent}{_plain(value)}"]
+
+
+def _block(text: str, indent: str) -> list[str]:
+    return [f"{indent}{line}".rstrip() for line in text.rstrip().splitlines()]
 
 
 def _nests(values: Sequence[object]) -> bool:

@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -221,6 +224,35 @@ def test_the_same_seed_gives_the_same_weights(dense: PreTrainedModel) -> None:
     assert all(torch.equal(p, second.get_parameter(name)) for name, p in first.named_parameters())
 
 
+TWO_PROCESSES = """
+import hashlib, json, os, sys
+from pathlib import Path
+from structprune.recover import main_process
+from tests.test_recover import prune, recover
+from tests.tiny import tiny
+
+model = tiny(sys.argv[1])
+recovery = recover(model, prune(model, 0.5), steps=4, check_every=2, learning_rate=1e-2)
+weights = b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
+digest = hashlib.sha256(weights).hexdigest()
+result = {"writes": main_process("cpu"), "sha256": digest, "loss": recovery.best_loss}
+Path(sys.argv[2], os.environ["RANK"]).write_text(json.dumps(result))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_two_processes_end_with_the_same_weights_and_one_of_them_writes(family: str, tmp_path: Path) -> None:
+    program = tmp_path / "two.py"
+    program.write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(program)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([*launch, family, str(tmp_path)], env=environment, check=True)
+    first, second = (json.loads((tmp_path / rank).read_text()) for rank in "01")
+    assert (first.pop("writes"), second.pop("writes")) == (True, False)
+    assert first == second
+
+
 def test_a_weight_that_the_mask_removes_but_the_folder_holds_is_removed_again(
     dense: PreTrainedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -382,6 +414,20 @@ def test_a_peft_without_room_for_our_layer_is_named(
     monkeypatch.delattr("peft.LoraConfig._register_custom_module")
     with pytest.raises(EnvironmentFailure, match="peft 0"):
         recover(model, masks)
+    assert_untouched(model, dense)
+
+
+def test_a_missing_peft_is_named(dense: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, masks = pruned(dense)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(EnvironmentFailure, match=r"structprune\[recover\]"):
+        recover(model, masks)
+    assert_untouched(model, dense)
+
+
+def test_a_model_without_linear_layers_has_nothing_to_recover(dense: PreTrainedModel) -> None:
+    with pytest.raises(InputError, match="nothing can be recovered"):
+        recover(pruned(dense)[0], {})
 
 
 # The data

@@ -1,9 +1,9 @@
 """LoRA whose change is masked while it trains: W + (W != 0) * scaling * B @ A.
 
-Plain LoRA adds B @ A to every weight, so that merging it revives the removed ones, and masking after the merge
-moves the logits that were trained. Here the layer computes with the masked sum all along; merging changes nothing.
+Plain LoRA adds B @ A to every weight: merging it revives the removed ones, and masking after the merge moves
+the logits that were trained. Here the layer computes with the masked sum, and merging changes nothing.
 
-Linear layers and GPT-2's Conv1D go through PEFT, with a layer class of our own, because PEFT has no masked one.
+Linear layers and GPT-2's Conv1D go through PEFT, with a layer class of our own, for PEFT has no masked one.
 Fused experts, which are parameters and no modules, get the same change by parametrisation.
 
 Source: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685
@@ -29,7 +29,7 @@ ADAPTER = "default"
 class MaskedProduct(torch.autograd.Function):
     """Multiply with W + (W != 0) * scaling * B @ A, and keep none of that sum for the backward pass.
 
-    Autograd would save the summed weight of every layer, a second model in memory; to rebuild it costs little:
+    Autograd would save the summed weight of every layer, a second model in memory; to rebuild it costs only
     rank / tokens of one product.
     """
 
@@ -67,15 +67,20 @@ class MaskedProduct(torch.autograd.Function):
         return of_inputs, None, b.T @ of_sum, of_sum @ a.T, None
 
 
+def _multiply(inputs: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    product: Tensor = MaskedProduct.apply(inputs, weight, a, b, scaling)  # type: ignore[no-untyped-call]  # torch's
+    return product
+
+
 def _masked_layer() -> type[nn.Module]:
     """Return PEFT's LoRA layer with the change masked; made on demand, for PEFT takes seconds to import."""
     from peft.tuners.lora import Linear
 
-    class MaskedLora(Linear):
+    class MaskedLora(Linear):  # type: ignore[misc]  # PEFT is optional, so its types are not read
         """A LoRA layer that never reaches a weight which is zero."""
 
         rounding: torch.dtype | None = (
-            None  # None while training; else the dtype that the result will be stored in
+            None  # the dtype that the result will be stored in; None while training
         )
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -84,7 +89,7 @@ def _masked_layer() -> type[nn.Module]:
             weight = base.weight.T if isinstance(base, Conv1D) else base.weight
             a, b, scaling = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.scaling[ADAPTER]
             if self.rounding is None:
-                product = MaskedProduct.apply(x, weight, a, b, scaling)
+                product = _multiply(x, weight, a, b, scaling)
             else:
                 merged = round_kept(add_masked(weight, (b @ a) * scaling), weight, self.rounding)
                 product = nn.functional.linear(x, merged.to(weight.dtype))
@@ -116,7 +121,9 @@ class MaskedExperts(nn.Module):
         experts, rows, columns = weight.shape
         self.scaling = alpha / rank
         bound = 1 / math.sqrt(columns)  # the range that PEFT's kaiming_uniform_(a=sqrt(5)) gives each A
-        self.right = nn.Parameter(weight.new_empty(experts, rank, columns).uniform_(-bound, bound))
+        # Drawn on the CPU, as PEFT draws its own: one seed then means the same factors on every device.
+        drawn = torch.empty(experts, rank, columns).uniform_(-bound, bound)
+        self.right = nn.Parameter(drawn.to(weight))
         self.left = nn.Parameter(weight.new_zeros(experts, rows, rank))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -142,18 +149,23 @@ class MaskedLayers:
         ranks: Another rank for the modules whose name ends in a match of this regular expression.
 
     Raises:
-        InputError: A tensor is of a kind that cannot be trained this way; it is named.
+        InputError: A tensor is of a kind that cannot be trained this way; it is named. Or there is none.
         UsageError: A pattern of `ranks` matches none of the tensors.
-        EnvironmentFailure: This version of PEFT has no place for a layer of our own.
+        EnvironmentFailure: PEFT is not installed, or this version has no place for a layer of our own.
     """
 
     def __init__(
         self, model: nn.Module, names: Sequence[str], *, rank: int, alpha: int, ranks: Mapping[str, int]
     ) -> None:
+        _require_peft()
         self._model = model
         self._trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
         self._tuner: Any = None
         self._layers: dict[str, Any] = {}
+        if not names:
+            raise InputError(
+                f"{type(model).__name__} has no linear layer in its blocks: nothing can be recovered"
+            )
         layers, experts = _sort(model, names)
         targets = [name.rpartition(".")[0] for name in layers]
         _check_patterns(ranks, [*targets, *experts])
@@ -230,6 +242,19 @@ def _sort(model: nn.Module, names: Sequence[str]) -> tuple[list[str], list[str]]
     return layers, experts
 
 
+def _require_peft() -> None:
+    """Refuse to begin without a PEFT that can be used, before anything is changed."""
+    try:
+        import peft
+    except ModuleNotFoundError:
+        raise EnvironmentFailure("recovery needs PEFT", hint="pip install 'structprune[recover]'") from None
+    # The one private name of PEFT in use: there is no public place for a layer class of one's own.
+    if not hasattr(peft.LoraConfig, "_register_custom_module"):
+        raise EnvironmentFailure(
+            f"peft {peft.__version__} has no place for a layer of our own", hint="pip install 'peft==0.21.*'"
+        )
+
+
 def _inject(model: nn.Module, targets: list[str], rank: int, alpha: int, ranks: Mapping[str, int]) -> Any:
     """Replace the target modules by masked LoRA layers; return PEFT's tuner, which can undo it."""
     import peft
@@ -239,14 +264,8 @@ def _inject(model: nn.Module, targets: list[str], rank: int, alpha: int, ranks: 
     # PEFT warns about patterns that reach none of its layers; those of fused experts would be such.
     patterns = {pattern: own for pattern, own in ranks.items() if _reaches(pattern, targets)}
     config = peft.LoraConfig(target_modules=exact, r=rank, lora_alpha=alpha, rank_pattern=patterns)
-    # The one private name of PEFT in use; there is no public place for a layer class of one's own.
-    register = getattr(config, "_register_custom_module", None)
-    if register is None:
-        raise EnvironmentFailure(
-            f"peft {peft.__version__} has no place for a layer of our own", hint="pip install 'peft==0.21.*'"
-        )
     layer = _masked_layer()
-    register({nn.Linear: layer, Conv1D: layer})
+    config._register_custom_module({nn.Linear: layer, Conv1D: layer})
     return peft.LoraModel(model, config, ADAPTER)
 
 

@@ -1,7 +1,7 @@
 """Recovery: train a masked low-rank change on text, keep what helps on text that was kept away, merge it.
 
 Everything is computed in float32 whatever dtype the model is stored in: in half precision a step of this size
-is lost in rounding, or the loss explodes. What counts is measured with the weights rounded to the stored dtype.
+is lost in rounding, or the loss explodes. What counts is measured with weights rounded to the stored dtype.
 """
 
 import logging
@@ -85,8 +85,8 @@ def train(
 
     Args:
         model: In the dtypes it will be saved in; they are the same afterwards.
-        masks: By parameter name, in the parameter's layout, True = kept. These tensors train. A weight that is
-            zero although its mask keeps it stays zero too, so that the measured sparsity does not move.
+        masks: By parameter name, in the parameter's layout, True = kept. These tensors train. A weight
+            that is zero though its mask keeps it stays zero too, so that the measured sparsity does not move.
         windows: Token ids, shape [windows, length]; a part of them is held out.
         options: How to train.
         teacher: The dense model; its logits are imitated in the proportion that the options give. It is moved
@@ -140,14 +140,10 @@ class _Loop:
         teacher: PreTrainedModel | None,
         device: str,
     ) -> None:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator
 
-        # "no" also against a launcher's own setting. Buffers never change here: no need to send them round.
-        self.accelerator: Any = Accelerator(
-            cpu=device == "cpu",
-            mixed_precision="no",
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
+        # "no" also against a launcher's own setting.
+        self.accelerator: Any = Accelerator(cpu=device == "cpu", mixed_precision="no")
         self.layers, self.dtypes, self.options = layers, dtypes, options
         # No weight decay: it would pull the change back to zero, and the held-out check already guards it.
         optimizer = torch.optim.AdamW(layers.parameters(), lr=options.learning_rate, weight_decay=0.0)
@@ -253,7 +249,9 @@ def _in_float32(model: PreTrainedModel) -> Iterator[None]:
     before = {name: (t.dtype, t.device) for name, t in _tensors(model)}
     mode = model.training
     # Dropout would only blur the few steps there are; what guards against overfitting is the held-out check.
-    model.float().eval()
+    for _, tensor in _tensors(model):
+        tensor.data = tensor.data.float() if tensor.is_floating_point() else tensor.data
+    model.train(False)
     try:
         yield
     finally:
@@ -272,7 +270,7 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None) -> N
     """Refuse a teacher that speaks of other tokens."""
     if teacher is None:
         return
-    ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (model, teacher))
+    ours, theirs = (m.get_input_embeddings().get_parameter("weight").shape[0] for m in (model, teacher))
     if ours != theirs:
         raise InputError(
             f"the teacher has {theirs} tokens in its vocabulary, the model {ours}",

@@ -1,0 +1,62 @@
+"""What every test stands on: nothing is downloaded, one thread, a tiny model, the command line."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before anything imports the hub's client, which reads them once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from structprune.cli import main
+from tests.tiny import save_tiny
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished command: its exit code and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """Return the one JSON object on stdout."""
+        result: dict[str, Any] = json.loads(self.out)
+        assert self.out.count("\n") == 1
+        return result
+
+
+Command = Callable[..., Finished]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    # More threads than cores, in several workers, are many times slower; and sums depend on their number.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command line in this process: `command("methods", "--json")`."""
+
+    def run(*words: object) -> Finished:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return Finished(code, out, err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a tiny Llama, for tests that only read it."""
+    return save_tiny("llama", tmp_path_factory.mktemp("models") / "llama")

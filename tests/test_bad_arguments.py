@@ -1,0 +1,237 @@
+"""Impossible arguments and recipes: exit 2 (or 4 for a place that is taken), one line that names the key."""
+
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from structprune import pipeline
+from structprune.recipe import load
+
+HEAD = "model: demo\noutput: out\n"
+WANDA = "prune: {method: wanda, sparsity: 0.5}\n"
+
+
+@pytest.fixture
+def refused(command, tmp_path, monkeypatch):
+    """Run a recipe that must be refused; return its one-line message and the hint."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(text, code=2):
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        done = command("prune", path, "--json")
+        said = done.json["error"]
+        assert done.code == code == done.json["code"], said
+        assert done.err.splitlines()[0] == f"error: {said['message']}"
+        assert not (tmp_path / "out").exists()
+        return f"{said['message']} | {said['hint']}"
+
+    return run
+
+
+@pytest.fixture
+def without_reload(monkeypatch):
+    """Leave out the fresh process at the end of a run, which would take most of the time here."""
+    monkeypatch.setattr(pipeline, "prune", functools.partial(pipeline.prune, reload=False))
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "meant"),
+    [("-0.1", ""), ("1", "everything"), ("1.5", ""), ("nan", ""), ("inf", ""), ("50", "did you mean 0.5?")],
+)
+def test_an_impossible_sparsity_is_refused_row_44(sparsity, meant, command, tmp_path):
+    done = command("prune", "demo", tmp_path / "out", "--method", "wanda", f"--sparsity={sparsity}")
+
+    assert done.code == 2
+    assert "sparsity" in done.err
+    assert meant in done.err
+    assert done.out == ""
+
+
+@pytest.mark.parametrize("sparsity", ["0", "50%", "0.5", "2:4"])
+def test_a_possible_sparsity_is_taken_row_44(sparsity, llama, command, tmp_path, without_reload):
+    done = command(
+        "prune", llama, tmp_path / "out", "--method", "magnitude", "--sparsity", sparsity, "--json"
+    )
+
+    assert done.code == 0, done.err
+    assert done.json["sparsity"] == (0 if sparsity == "0" else 0.5)
+
+
+def test_a_key_twice_is_refused_with_both_lines_row_46(refused):
+    said = refused(HEAD + "seed: 1\n" + WANDA + "seed: 2\n")
+
+    assert "'seed'" in said
+    assert "line 3" in said
+    assert "line 5" in said
+    assert "line 4" in refused(HEAD + "prune:\n  method: wanda\n  sparsity: 0.1\n  method: random\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "near"),
+    [
+        ("prune: {method: wanda, sparisty: 0.5}\n", "prune.sparisty", "sparsity"),
+        (WANDA + "calibration: {sampels: 4}\n", "calibration.sampels", "samples"),
+        (WANDA + "recover: {learning_rat: 1e-4}\n", "recover.learning_rat", "learning_rate"),
+        (WANDA + "evaluete: {}\n", "evaluete", "evaluate"),
+        ("prune: [{method: wanda}, {method: random, sed: 1}]\n", "prune.1.sed", "seed"),
+        ("prune: {method: wnda}\n", "wnda", "wanda"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_row_47(refused, text, key, near):
+    said = refused(HEAD + text)
+
+    assert key in said
+    assert f"did you mean '{near}'" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("seed: true\n" + WANDA, "seed"),
+        ("seed: no\n" + WANDA, "seed"),
+        ("seed: 1.5\n" + WANDA, "seed"),
+        ("revision: 1234567\n" + WANDA, "revision"),
+        ("prune: {method: wanda, sparsity: true}\n", "prune.sparsity"),
+        ("prune: {method: wanda, sparsity: 124}\n", '"2:4"'),
+        ("prune: 7\n", "prune"),
+        ("prune: []\n", "prune"),
+        ("prune: {sparsity: 0.5}\n", "prune.method"),
+        ("prune: {method: 5}\n", "prune.method"),
+        (WANDA + "calibration: {samples: true}\n", "calibration.samples"),
+        (WANDA + "calibration: 5\n", "calibration"),
+        (WANDA + "recover: {learning_rate: true}\n", "recover.learning_rate"),
+        (WANDA + "recover: {learning_rate: .nan}\n", "recover.learning_rate"),
+        (WANDA + "evaluate: {text: [3]}\n", "evaluate.text"),
+        (WANDA + "dtype: f32\n", "dtype"),
+        (WANDA + "device: gpu\n", "device"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_row_48(refused, text, key):
+    assert key in refused(HEAD + text)
+
+
+def test_numbers_that_yaml_versions_read_differently_are_no_surprise_row_48(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(HEAD + "prune: {method: wanda, sparsity: 2:4}\nrecover: {learning_rate: 1e-4}\n")
+
+    # PyYAML by itself reads 124 and the text "1e-4".
+    assert load(path).prune[0].sparsity == "2:4"
+    assert load(path).recover.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("number", ["010", "0x1F", "0o17", "1_000"])
+def test_a_number_of_only_some_yaml_versions_is_refused_row_48(refused, number):
+    assert f"{number} is a number only in some versions" in refused(f"{HEAD}seed: {number}\n{WANDA}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"seed: {'9' * 400}\n" + WANDA,
+        f"seed: {'9' * 5000}\n" + WANDA,
+        "seed: 99999999999\n" + WANDA,
+        "seed: -1\n" + WANDA,
+        WANDA + "calibration: {samples: 0}\n",
+        WANDA + "calibration: {samples: 99999999999}\n",
+        WANDA + "calibration: {length: 99999999999}\n",
+        WANDA + "recover: {rank: 0}\n",
+        WANDA + "recover: {learning_rate: 1e999}\n",
+        WANDA + "evaluate: {max_ppl_ratio: .inf}\n",
+    ],
+)
+def test_a_number_out_of_range_is_refused_row_49(refused, text):
+    assert len(refused(HEAD + text)) < 400
+
+
+@pytest.mark.parametrize("digits", [20, 400, 5000])
+def test_a_flag_with_very_many_digits_is_refused_row_49(digits, command, tmp_path):
+    done = command("prune", "demo", tmp_path / "out", "--method", "wanda", "--samples", "9" * digits)
+
+    assert done.code == 2
+    assert "samples" in done.err.replace("'--nsamples'", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "found nothing"),
+        ("- 1\n", "expected the keys"),
+        (HEAD, "prune is missing"),
+        (HEAD + "prune: &a {method: wanda}\nx: *a\n", "anchors"),
+        (HEAD + "prune: !!python/object:os.system {}\n", "tags"),
+        (HEAD + "prune: " + "[" * 100, "deeper"),
+        (HEAD + "prune: {method: wanda\n", "line"),
+        (HEAD + WANDA + "---\n" + HEAD, "another document"),
+        (b"model: \xff\n", "not UTF-8 at byte 7"),
+        (b"model: a\x00b\n", "#x0000"),
+        ("#" * (2**20 + 1), "more than"),
+        (HEAD + "prune: {1: 2}\n", "key must be text"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(refused, text, said):
+    assert said in refused(text)
+
+
+def test_a_recipe_that_is_not_there_is_refused(command, tmp_path):
+    done = command("prune", tmp_path / "none.yaml")
+
+    assert done.code == 2
+    assert "none.yaml: no such file" in done.err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_recipe_that_would_block_is_refused(command, tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+
+    assert command("prune", tmp_path / "pipe.yaml").code == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["seed", "=3", "a..b=1", "seed=010", "seed={a: 1}", "calibration.samples.x=1"]
+)
+def test_a_set_that_means_nothing_is_refused(text, command, tmp_path):
+    done = command("prune", "demo", tmp_path / "out", "--method", "wanda", "--set", text)
+
+    assert done.code == 2
+    assert done.err.startswith("error: ")
+
+
+@pytest.mark.parametrize("place", ["same", "inside", "around", "link"])
+def test_an_output_that_overlaps_the_input_is_refused_row_50(place, llama, command, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(llama)
+    output = {"same": llama, "inside": llama / "out", "around": llama.parent, "link": link}[place]
+    before = digest(llama)
+
+    done = command("prune", llama, output, "--method", "magnitude", "--overwrite", "--json")
+
+    assert (done.code, done.json["error"]["kind"]) == (2, "usage")
+    assert digest(llama) == before
+
+
+def test_an_output_that_is_taken_is_refused_row_51(llama, command, tmp_path, without_reload):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "thesis.txt").write_text("the only copy")
+    words = ["prune", llama, output, "--method", "magnitude", "--json"]
+
+    done = command(*words)
+
+    assert (done.code, done.json["error"]["kind"]) == (4, "environment")
+    assert "--overwrite" in done.json["error"]["hint"]
+    assert [path.name for path in output.iterdir()] == ["thesis.txt"]
+    assert command(*words, "--overwrite").code == 0
+    assert json.loads((output / "structprune.json").read_text())
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }

@@ -1,0 +1,420 @@
+"""The command line: what it prints where, how it fails, how it is stopped."""
+
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from structprune import pipeline, pruner
+from structprune.errors import InputError, Interrupted, QualityError
+from structprune.options import EvaluateOptions, RecoverOptions
+from structprune.terminal import progress_on_stderr, say, stoppable
+
+ROOT = Path(__file__).parents[1]
+DONE = {
+    "output": "out",
+    "method": "wanda",
+    "asked": "2:4",
+    "achievable": 0.5,
+    "sparsity": 0.5,
+    "parameters": {"dense": 1000, "pruned": 1000},
+    "bytes": {"dense": 4000, "pruned": 4000},
+    "seconds": 1.0,
+    "peak_rss_bytes": 2**29,
+    "blocks_resumed": 0,
+    "loads_in": ["transformers 5"],
+    "evaluation": {"perplexity": {"demo": {"model": float("inf"), "dense": 10.0}}},
+}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Replace the pipeline by functions that remember how they were called."""
+    made = {}
+
+    def fake(name, result):
+        def run(*words, **options):
+            made[name] = (words, options)
+            options.get("progress", lambda *_: None)("calibrate", 1, 2)
+            print("a library prints to stdout")  # what datasets and lm-eval do
+            return result
+
+        monkeypatch.setattr(pipeline, name, run)
+
+    fake("prune", DONE)
+    fake("dry_run", {"recipe": "model: demo\n", "bytes": {"dense": 1}})
+    fake("apply", DONE)
+    fake("inspect", {"model_type": "llama", "blocks": 2})
+    fake("evaluate", {"perplexity": {"demo": {"model": 12.0, "dense": 10.0}}, "tasks": {}, "protocol": {}})
+    fake("recover", DONE | {"recovery": {"start_loss": 2.0, "best_loss": 1.0, "best_step": 5}})
+    fake("environment", {"versions": {"torch": "2"}})
+    checks = [
+        {"name": "manifest", "ok": True, "detail": "fine"},
+        {"name": "count", "ok": False, "detail": "off by 1"},
+    ]
+    fake("verify", {"ok": False, "sparsity": 0.5, "pattern": "2:4", "parameters": 5, "checks": checks})
+    return made
+
+
+def recipe_of(calls):
+    ((recipe,), options) = calls["prune"]
+    return recipe, options
+
+
+def test_the_flags_of_prune_become_a_recipe(calls, command):
+    done = command(
+        *("prune", "demo", "out", "--method", "wanda", "--sparsity", "2:4", "--calibration", "a.txt"),
+        *(
+            "--samples",
+            "4",
+            "--length",
+            "64",
+            "--seed",
+            "3",
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+            "--stream",
+        ),
+        *("--set", "compare=matrix", "--include", "mlp", "--exclude", "down", "--exclude", "up", "--restart"),
+        *("--revision", "main", "--max-ppl-ratio", "1.5", "--overwrite", "--trust-remote-code"),
+    )
+
+    recipe, options = recipe_of(calls)
+    assert done.code == 0, done.err
+    (stage,) = recipe.prune
+    assert (stage.method(), stage.sparsity, stage.compare) == ("wanda", "2:4", "matrix")
+    assert (stage.include, stage.exclude) == (("mlp",), ("down", "up"))
+    assert (recipe.model, recipe.output, recipe.seed) == ("demo", Path("out"), 3)
+    assert (recipe.device, recipe.dtype, recipe.revision) == ("cpu", "float32", "main")
+    assert (recipe.calibration.source, recipe.calibration.samples, recipe.calibration.length) == (
+        "a.txt",
+        4,
+        64,
+    )
+    assert recipe.evaluate.max_ppl_ratio == 1.5
+    assert options.pop("progress")
+    assert options == {"stream": True, "restart": True, "overwrite": True, "trust_remote_code": True}
+
+
+@pytest.mark.parametrize("dash", ["-", "_"])
+def test_the_words_of_the_papers_are_understood(calls, command, dash):
+    words = ["--nsamples", "4", "--seqlen", "64", "--sparsity-ratio", "0.5", "--sparsity-type", "2:4"]
+    words = [word[:2] + word[2:].replace("-", dash) if word.startswith("--") else word for word in words]
+
+    done = command("prune", "demo", "out", "--method", "wanda", *words)
+
+    recipe, options = recipe_of(calls)
+    assert done.code == 0, done.err
+    assert recipe.prune[0].sparsity == "2:4"
+    assert (recipe.calibration.samples, recipe.calibration.length) == (4, 64)
+    assert options["stream"] is None
+
+
+def test_underscores_in_a_value_stay(calls, command):
+    command("prune", "demo", "out", "--method=wanda", "--set=exclude=q_proj", "--calibration=a_b.txt")
+
+    recipe, _ = recipe_of(calls)
+    assert recipe.prune[0].exclude == ("q_proj",)
+    assert recipe.calibration.source == "a_b.txt"
+
+
+def test_a_recipe_file_and_flags_are_one_recipe(calls, command, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: demo\noutput: out\nprune: wanda\n")
+
+    assert command("prune", path).code == 0
+    assert recipe_of(calls)[0].output == Path("out")
+    assert command("prune", path, "elsewhere", "--sparsity", "0.25").code == 0
+    assert recipe_of(calls)[0].output == Path("elsewhere")
+    assert recipe_of(calls)[0].prune[0].sparsity == 0.25
+
+
+def test_a_folder_that_is_called_demo_is_not_the_built_in_model(calls, command):
+    for name in ("demo", "./demo"):
+        command("inspect", name)
+        assert calls["inspect"][0] == (name,)
+        command("verify", name)
+        assert calls["verify"][0][0] == name
+        command("prune", name, "out", "--method", "wanda")
+        assert recipe_of(calls)[0].model == name
+
+
+def test_stdout_holds_the_result_alone(calls, command):
+    done = command("prune", "demo", "out", "--method", "wanda", "--json")
+
+    assert done.json["status"] == "ok"
+    assert done.json["output"] == "out"
+    assert done.json["evaluation"]["perplexity"]["demo"] == {"model": None, "dense": 10.0}
+    assert "a library prints to stdout" in done.err
+    assert "calibrate: 1 of 2" in done.err
+
+
+def test_people_get_four_lines(calls, command):
+    done = command("prune", "demo", "out", "--method", "wanda")
+
+    assert [line.split()[0] for line in done.out.splitlines()] == ["asked", "got", "where", "loads"]
+    assert "sparsity 50%" in done.out
+    assert "512 MiB" in done.out
+
+
+def test_a_dry_run_prunes_nothing(calls, command):
+    done = command("prune", "demo", "out", "--method", "wanda", "--dry-run", "--json")
+
+    assert done.json["bytes"] == {"dense": 1}
+    assert "prune" not in calls
+
+
+def test_evaluate_and_recover_take_their_options(calls, command):
+    command(
+        "evaluate",
+        "out",
+        "--text",
+        "a.txt",
+        "--text",
+        "b.txt",
+        "--tasks",
+        "a,b",
+        "--compare",
+        "demo",
+        "--limit",
+        5,
+    )
+    (model, options), rest = calls["evaluate"]
+    assert (model, rest["device"], rest["dtype"]) == ("out", "auto", "auto")
+    assert options == EvaluateOptions(text=("a.txt", "b.txt"), tasks=("a", "b"), compare="demo", limit=5)
+
+    done = command(
+        "recover", "out", "new", "--data", "demo", "--steps", 7, "--set", "warmup=0.1", "--keep-adapter"
+    )
+    (model, output, options), rest = calls["recover"]
+    assert (model, output, rest["seed"]) == ("out", Path("new"), 0)
+    assert options == RecoverOptions(data="demo", steps=7, warmup=0.1, keep_adapter=True)
+    assert done.out.startswith("held-out loss  2 -> 1 after step 5")
+
+
+def test_every_command_prints_one_json_object(calls, command, tmp_path):
+    lines = [
+        ["prune", "demo", "out", "--method", "wanda"],
+        ["apply", "demo", "out", "--plan", "plans"],
+        ["inspect", "demo"],
+        ["methods"],
+        ["methods", "wanda"],
+        ["evaluate", "demo"],
+        ["recover", "demo", "out", "--data", "demo"],
+        ["env"],
+    ]
+    for line in lines:
+        done = command(*line, "--json")
+        assert (done.code, done.json["code"], done.json["status"]) == (0, 0, "ok"), line
+        assert command(*line).out.strip(), line
+
+
+def test_a_folder_that_fails_its_checks_gives_six_and_the_figures(calls, command):
+    done = command("verify", "out", "--json")
+
+    assert done.code == done.json["code"] == 6
+    assert done.json["status"] == "error"
+    assert done.json["error"]["message"] == "count: off by 1"
+    assert (done.json["ok"], done.json["sparsity"], len(done.json["checks"])) == (False, 0.5, 2)
+    assert "FAILED  count" in command("verify", "out").out
+
+
+def test_methods_lists_every_file_under_pruners(command):
+    listed = command("methods", "--json").json["methods"]
+
+    assert [row["name"] for row in listed] == list(pruner.names())
+    assert all(row["source"] and row["about"] for row in listed)
+    assert command("methods", "wnda").code == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["prune"], "Missing"),
+        (["prune", "demo", "--method", "wanda"], "OUT is missing"),
+        (["prune", "demo", "out"], "prune.method is missing"),
+        (["prune", "demo", "out", "--methd", "wanda"], "--method"),
+        (["prune", "demo", "out", "--method"], "argument"),
+        (["prune", "demo", "out", "--samples", "many"], "many"),
+        (["prune", "demo", "out", "extra", "--method", "wanda"], "extra"),
+        (["prun"], "prune"),
+        (["recover", "a", "b"], "--data"),
+        (["evaluate", "demo", "--windows", "0"], "windows"),
+        (["evaluate", "demo", "--device", "gpu"], "device"),
+    ],
+)
+def test_a_bad_command_line_gives_two(calls, command, line, said):
+    done = command(*line)
+    machine = command(*line, "--json")
+
+    assert done.code == machine.code == machine.json["code"] == 2
+    assert machine.json["error"]["kind"] == "usage"
+    assert machine.json["error"]["hint"]
+    assert said in done.err
+    assert done.err.startswith("error: ")
+    assert len(done.err.splitlines()) == 2
+    assert done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind"),
+    [
+        (InputError("model.safetensors: cut off", hint="download it again"), 3, "input"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors"), 4, "environment"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 4, "environment"),
+        (MemoryError(), 4, "environment"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 4, "environment"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 TB"), 4, "environment"),
+        (QualityError("loss is NaN"), 5, "quality"),
+        (Interrupted(signal.SIGTERM), 143, "interrupted"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_an_error_has_its_code_and_one_line(command, monkeypatch, error, code, kind):
+    def fail(*words, **options):
+        raise error
+
+    monkeypatch.setattr(pipeline, "inspect", fail)
+    done = command("inspect", "demo", "--json")
+
+    assert done.code == done.json["code"] == code
+    assert done.json["error"]["kind"] == kind
+    assert done.json["error"]["hint"] or kind == "quality"
+    assert "Traceback" not in done.err
+    assert "Traceback" in command("inspect", "demo", "--debug").err
+
+
+def test_a_bug_keeps_its_traceback_and_is_one_in_json(command, monkeypatch, capsys):
+    def fail(*words, **options):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(pipeline, "inspect", fail)
+    with pytest.raises(ZeroDivisionError):
+        command("inspect", "demo", "--json")
+    out, err = capsys.readouterr()
+
+    assert json.loads(out)["code"] == 1
+    assert json.loads(out)["error"]["kind"] == "bug"
+    assert "structprune env" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_run_and_says_how_to_go_on(command, monkeypatch, number):
+    monkeypatch.setattr(pipeline, "inspect", lambda *words, **options: os.kill(os.getpid(), number))
+    done = command("inspect", "demo", "--json")
+
+    assert done.code == done.json["code"] == 128 + number
+    assert "same command again" in done.json["error"]["hint"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_that_a_library_swallowed_stops_at_the_next_report():
+    with stoppable() as check, progress_on_stderr(check) as progress:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Interrupted:
+            pass  # what a careless library does
+        with pytest.raises(Interrupted):
+            progress("calibrate", 1, 2)
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stoppable():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_progress_is_plain_lines_without_a_terminal(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("structprune.terminal.time.monotonic", lambda: now[0])
+    with progress_on_stderr() as progress:
+        for done in range(101):
+            progress("calibrate", done, 100)
+            now[0] += 1
+        progress("write", 1, 1)
+
+    assert capsys.readouterr().err.splitlines() == [
+        "calibrate: 0 of 100",
+        "calibrate: 30 of 100, about 1 min 10 s left",
+        "calibrate: 60 of 100, about 40 s left",
+        "calibrate: 90 of 100, about 10 s left",
+        "calibrate: 100 of 100, done in 1 min 40 s",
+        "write: 1 of 1",
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("variables", "bars"),
+    [
+        ({"TERM": "xterm", "LANG": "en_US.UTF-8"}, True),
+        ({"TERM": "dumb", "LANG": "en_US.UTF-8"}, False),
+        ({"TERM": "xterm", "LANG": "C"}, False),
+        ({"TERM": "xterm", "LANG": "en_US.UTF-8", "LC_ALL": "C"}, False),
+    ],
+)
+def test_progress_is_bars_on_a_terminal_that_can_show_them(monkeypatch, variables, bars):
+    for name in ("LC_ALL", "LC_CTYPE", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with progress_on_stderr() as progress:
+        progress("calibrate", 1, 4)
+        progress("calibrate", 4, 4)
+
+    assert ("\x1b[" in screen.getvalue()) == bars
+    assert "4/4" in screen.getvalue() if bars else "4 of 4" in screen.getvalue()
+    assert bars or screen.getvalue().isascii()
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped():
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    say("KL 0.1 ± 0.01", screen)
+
+    assert screen.buffer.getvalue() == b"KL 0.1 \\xb1 0.01\n"
+
+
+def test_a_reader_that_went_away_is_no_error():
+    program = [
+        sys.executable,
+        "-c",
+        "import time; from structprune.terminal import say; time.sleep(1); say('a'); say('b')",
+    ]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as child:
+        child.stdout.close()
+        _, err = b"", child.stderr.read()
+
+    assert child.returncode == 0
+    assert err == b""
+
+
+def test_the_module_and_the_scripts_are_the_same_command():
+    versions = subprocess.run(
+        [sys.executable, "-m", "structprune", "--version"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert versions.stdout.startswith("structprune ")
+    for script in ("prune", "recover", "evaluate"):
+        text = (ROOT / "scripts" / f"{script}.py").read_text()
+        assert f'main(["{script}", *sys.argv[1:]])' in text

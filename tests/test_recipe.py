@@ -1,0 +1,171 @@
+"""A recipe: what a YAML file, `--set` and flags add up to."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from structprune import pipeline, pruner
+from structprune.decide.sparsity import fraction_of
+from structprune.errors import UsageError
+from structprune.options import EvaluateOptions, RecoverOptions, sparsity_of
+from structprune.recipe import Recipe, assemble, choose, describe, load, options
+from structprune.storage import strict_yaml
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+WANDA = {"model": "demo", "output": "out", "prune": {"method": "wanda", "sparsity": 0.5}}
+STAGES = WANDA | {"prune": [{"method": "wanda"}, "magnitude"]}
+
+
+def test_a_recipe_of_three_keys_has_a_default_for_everything_else():
+    recipe = assemble(WANDA)
+
+    (stage,) = recipe.prune
+    assert (stage.method(), stage.sparsity, stage.compare) == ("wanda", 0.5, "row")
+    assert (recipe.seed, recipe.dtype, recipe.device) == (0, "auto", "auto")
+    assert (recipe.calibration.samples, recipe.calibration.length) == (128, None)
+    assert recipe.recover is None
+    assert recipe.evaluate is None
+
+
+def test_every_method_has_a_recipe_of_its_name():
+    assert set(pruner.names()) <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_says_the_same_to_any_yaml_reader(path):
+    assert strict_yaml.read(path)[0] == yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_prunes_a_tiny_model(path, llama, tmp_path):
+    sets = ["calibration.samples=4", "calibration.length=16", "evaluate.windows=2", "evaluate.length=16"]
+    if "recover:" in path.read_text():
+        sets += [f"recover.teacher={llama}", "recover.steps=2", "recover.check_every=1", "recover.length=16"]
+    recipe = load(path, sets=sets, flags={"model": str(llama), "output": tmp_path / "out"})
+
+    report = pipeline.prune(recipe, reload=False)
+
+    assert report["verification"]["ok"]
+    if len(recipe.prune) == 1:
+        assert report["sparsity"] == pytest.approx(float(fraction_of(recipe.prune[0].sparsity)), abs=0.01)
+
+
+def test_the_text_of_a_recipe_runs_again(tmp_path):
+    recipe = assemble(STAGES, sets=["prune.0.sparsity=2:4", "recover.rank=4", "evaluate.tasks=[a, b]"])
+    path = tmp_path / "again.yaml"
+    path.write_text(recipe.text())
+
+    assert load(path).model_dump() == recipe.model_dump()
+    assert yaml.safe_load(recipe.text())["prune"][0]["sparsity"] == "2:4"
+
+
+def test_a_file_that_nothing_changed_is_kept_verbatim(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("# mine\nmodel: demo\noutput: out\nprune: wanda\n")
+
+    assert load(path).text() == path.read_text()
+    assert "# mine" not in load(path, sets=["seed=1"]).text()
+
+
+def test_flags_win_over_set_which_wins_over_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: demo\noutput: out\nseed: 1\nprune: {method: wanda, sparsity: 0.1}\n")
+
+    assert load(path).prune[0].sparsity == 0.1
+    assert load(path, sets=["sparsity=0.2"]).prune[0].sparsity == 0.2
+    assert load(path, sets=["sparsity=0.2"], flags={"prune.sparsity": "0.3"}).prune[0].sparsity == 0.3
+    assert load(path, flags={"seed": None}).seed == 1
+
+
+def test_set_reaches_every_part_of_a_recipe():
+    sets = ["compare=matrix", "calibration.samples=4", "recover.ranks={down_proj: 2}", "evaluate.text=a.txt"]
+
+    recipe = assemble(WANDA, sets=sets)
+
+    assert recipe.prune[0].compare == "matrix"
+    assert recipe.calibration.samples == 4
+    assert recipe.recover.ranks == {"down_proj": 2}
+    assert recipe.evaluate.text == ("a.txt",)
+
+
+def test_set_reaches_one_stage_of_several():
+    recipe = assemble(STAGES, sets=["prune.1.sparsity=0.7"])
+
+    assert [stage.sparsity for stage in recipe.prune] == [0.5, 0.7]
+    with pytest.raises(UsageError, match=r"2 stages"):
+        assemble(STAGES, sets=["sparsity=0.7"])
+    with pytest.raises(UsageError, match=r"counted from 0"):
+        assemble(STAGES, sets=["prune.2.sparsity=0.7"])
+
+
+def test_a_method_that_draws_takes_over_the_seed_of_the_recipe():
+    draws = WANDA | {"seed": 7, "prune": "random"}
+
+    assert assemble(draws).prune[0].seed == 7
+    assert assemble(draws, sets=["prune.seed=2"]).prune[0].seed == 2
+
+
+def test_a_model_and_flags_are_a_recipe_too():
+    recipe = choose("demo", flags={"output": "out", "prune.method": "wanda", "prune.sparsity": "50%"})
+
+    assert recipe == Recipe(model="demo", output="out", prune=pruner.find("wanda")(sparsity=0.5))
+    with pytest.raises(UsageError, match="OUT is missing"):
+        choose("demo", flags={"prune.method": "wanda"})
+
+
+def test_without_texts_and_tasks_the_built_in_text_is_measured():
+    assert options(EvaluateOptions).text == ("demo",)
+    assert options(EvaluateOptions, flags={"tasks": "a, b"}).tasks == ("a", "b")
+    assert options(EvaluateOptions, flags={"tasks": "a"}).text == ()
+
+
+def test_alpha_is_twice_the_rank_unless_given():
+    assert options(RecoverOptions, flags={"rank": 8}).alpha == 16
+    assert options(RecoverOptions, sets=["rank=8", "alpha=8"]).alpha == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, None),
+        ({"kind": "unstructured"}, None),
+        ({"sparsity": "50%"}, 0.5),
+        ({"ratio": 0.5, "kind": "unstructured"}, 0.5),
+        ({"ratio": 0.5, "kind": "2:4"}, "2:4"),
+        ({"ratio": 0.5, "kind": "4:8"}, "4:8"),
+        ({"kind": "2:4"}, "2:4"),
+        ({"sparsity": "0.5", "ratio": 0.5}, 0.5),
+        ({"ratio": 0.75, "kind": "1:4"}, "1:4"),
+    ],
+)
+def test_the_flags_of_the_papers_say_one_sparsity(flags, expected):
+    assert sparsity_of(**flags) == expected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"ratio": 0.6, "kind": "2:4"},
+        {"sparsity": "0.5", "ratio": 0.6},
+        # In Wanda's code 1:4 removes one of four; here it keeps one of four.
+        {"kind": "1:4"},
+        {"ratio": 0.25, "kind": "1:4"},
+        {"kind": "structured"},
+        {"ratio": 50.0},
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags):
+    with pytest.raises(UsageError):
+        sparsity_of(**flags)
+
+
+def test_a_method_describes_itself_from_its_file():
+    told = describe("wanda")
+
+    assert told["source"].startswith("Sun et al. 2023")
+    assert told["family"] == "weight"
+    fields = {row["name"]: row for row in told["fields"]}
+    assert fields["compare"]["default"] == "row"
+    assert fields["compare"]["type"] == "row | matrix"
+    assert all(row["about"] for row in told["fields"])
