@@ -60,7 +60,9 @@ def main() -> None:
         reports[label] = structprune.recover(
             str(output / folder(RECOVERED)),
             output / folder(label),
-            RecoverOptions(data="demo", steps=120, learning_rate=2e-3, length=128, batch_size=16, teacher="demo"),
+            RecoverOptions(
+                data="demo", steps=120, learning_rate=2e-3, length=128, batch_size=16, teacher="demo"
+            ),
             evaluate=EvaluateOptions.model_validate(measured),
             overwrite=True,
             restart=True,
@@ -109,7 +111,15 @@ def show(rows: list[dict[str, Any]], reports: dict[str, dict[str, Any]], output:
     """Print one table, the dense model first."""
     tasks = [task for task, figures in rows[0]["tasks"].items() if figures]
     table = Table(title="The demo model, dense, pruned and recovered")
-    for column in ("", "zeros", "proved", "perplexity", "KL from dense", "top-1", *(t.removeprefix("demo_") for t in tasks)):
+    for column in (
+        "",
+        "zeros",
+        "proved",
+        "perplexity",
+        "KL from dense",
+        "top-1",
+        *(t.removeprefix("demo_") for t in tasks),
+    ):
         table.add_column(column, justify="left" if column == "" else "right")
     scores = [f"{rows[0]['tasks'][task]['dense']:.0%}" for task in tasks]
     table.add_row("dense", "0%", "", f"{rows[0]['dense']:.3f}", "0", "100%", *scores)
@@ -127,7 +137,9 @@ def show(rows: list[dict[str, Any]], reports: dict[str, dict[str, Any]], output:
     # Wide enough for the whole table where the output is no terminal.
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140)
     console.print(table)
-    console.print(f"{output}/report.json, {output}/methods.png; a model card in each of {len(reports)} folders")
+    console.print(
+        f"{output}/report.json, {output}/methods.png; a model card in each of {len(reports)} folders"
+    )
 
 
 if __name__ == "__main__":

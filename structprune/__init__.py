@@ -1,7 +1,7 @@
 """structprune: prune language and vision-language models, prove it, recover them, evaluate them.
 
-    report = structprune.prune("demo", "out", "wanda")
-    model, tokenizer = structprune.load("out")
+report = structprune.prune("demo", "out", "wanda")
+model, tokenizer = structprune.load("out")
 """
 
 from structprune.checkpoint.load import load

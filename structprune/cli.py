@@ -60,7 +60,9 @@ def main(words: Sequence[str] | None = None) -> int:
         if failure is None:
             _report_bug(error, as_json)
             raise
-        return _fail(failure, as_json=as_json, debug="--debug" in line)
+        if "--debug" in line:
+            say("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
+        return _fail(failure, as_json)
     if not result:  # another process of the same launch reports
         return 0
     if result.get("ok") is False:
@@ -100,9 +102,7 @@ def _failure(error: BaseException, line: Sequence[str]) -> StructpruneError | No
     return None
 
 
-def _fail(failure: StructpruneError, *, as_json: bool, debug: bool) -> int:
-    if debug:
-        say("".join(traceback.format_exception(failure.__cause__ or failure)).rstrip(), sys.stderr)
+def _fail(failure: StructpruneError, as_json: bool) -> int:
     if as_json:
         say_json(error_json(failure))
     complain(failure)

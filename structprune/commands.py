@@ -98,8 +98,12 @@ def prune(
     }
     chosen = recipe.choose(model, sets=sets or (), flags=flags)
     if dry_run:
-        preview = {"stream": stream, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
-        return Job(lambda _: pipeline.dry_run(chosen, **preview), summary.listed)
+        return Job(
+            lambda _: pipeline.dry_run(
+                chosen, stream=stream, overwrite=overwrite, trust_remote_code=trust_remote_code
+            ),
+            summary.listed,
+        )
     return Job(
         lambda progress: pipeline.prune(
             chosen,

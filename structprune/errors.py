@@ -1,12 +1,12 @@
 """Everything that can go wrong, and the exit code that the command line gives it.
 
-    StructpruneError            1  a bug of ours, never raised on purpose
-    ├── UsageError              2  the command line, a recipe, a field's value
-    ├── InputError              3  a model, data or adapter that cannot be trusted
-    ├── EnvironmentFailure      4  disk, memory, permission, network, a lock held by another run
-    ├── QualityError            5  a numerical failure, or a quality gate that was missed
-    ├── VerificationError       6  written, but what stands on disk is not what was asked
-    └── Interrupted       130/143  stopped by a signal; the same command resumes
+StructpruneError            1  a bug of ours, never raised on purpose
+├── UsageError              2  the command line, a recipe, a field's value
+├── InputError              3  a model, data or adapter that cannot be trusted
+├── EnvironmentFailure      4  disk, memory, permission, network, a lock held by another run
+├── QualityError            5  a numerical failure, or a quality gate that was missed
+├── VerificationError       6  written, but what stands on disk is not what was asked
+└── Interrupted       130/143  stopped by a signal; the same command resumes
 """
 
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""The end of every run that writes a model: measure it, prove it, report, and only then publish the folder."""
+"""The end of every run that writes a model: measure, prove, report, and only then publish the folder."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from structprune.models.identity import skeleton
 from structprune.models.streamed import Model
 from structprune.options import EvaluateOptions
 
-# Without an `evaluate:` a run still measures what it did, on built-in text that every tokenizer makes enough of.
+# Without an `evaluate:` a run still measures what it did, on built-in text: enough for every tokenizer.
 DEFAULT = {"text": ("demo",), "windows": 16}
 DEFAULT_LENGTH = 512
 
@@ -93,7 +93,9 @@ def finish(
     if not verification.ok:
         check = verification.failed[0]
         raise VerificationError(f"{work.folder}: {check.name}: {check.detail}", hint="nothing was published")
-    size = report.Size(sum(p.numel() for p in skeleton(compared.model).parameters()), weight_bytes(compared.folder))
+    size = report.Size(
+        sum(p.numel() for p in skeleton(compared.model).parameters()), weight_bytes(compared.folder)
+    )
     made = report.build(
         verification,
         output=work.final,
@@ -110,8 +112,8 @@ def finish(
     made |= {"phases": {name: round(seconds, 3) for name, seconds in clock.phases.items()}, **done.more}
     evaluation.save_harness(work.folder / "structprune" / "evaluation")
     report.write_report(work.folder, made)
-    card.write_card(work.folder, made, source=compared.folder, base=compared.name, recipe=done.recipe)
     draw(work, made)
+    card.write_card(work.folder, made, source=compared.folder, base=compared.name, recipe=done.recipe)
     if options is not None and options.max_ppl_ratio is not None:
         gate(evaluation, options.max_ppl_ratio)
     facts = {"method": done.method, "source_weights": source.scan.weights, "revalued": sorted(done.revalued)}
@@ -141,7 +143,9 @@ def measure(source: Source, dense: Source | None, options: EvaluateOptions | Non
             return Evaluation()
         longest = getattr(source.model.config.get_text_config(), "max_position_embeddings", None)
         length = min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
-        options = EvaluateOptions.model_validate(DEFAULT | {"length": length, "generations": not source.streamed})
+        options = EvaluateOptions.model_validate(
+            DEFAULT | {"length": length, "generations": not source.streamed}
+        )
     other: Model | None = dense.again() if dense else None
     return evaluate(
         source.model,

@@ -1,6 +1,5 @@
-"""What a model is and what a run would do to it, from the files' headers and a skeleton: nothing is computed."""
+"""What a model is and what a run would do to it, from its files and a skeleton without weights."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool 
     opened = _skeleton(folder, trust_remote_code)
     arch = arch_of(opened.skeleton)
     found = [linear for prefix, block in blocks(opened, arch) for linear in linears(prefix, block, arch)]
-    scan = opened.reader.scan()
+    scan = opened.reader.scan(opened.names.ignored)
     stored = {part for linear in found for part in opened.names.stored_of[linear.name]}
     zeros = sum(scan.zeros[name] for name in stored)
     weights = sum(linear.weight.numel() for linear in found)
@@ -115,13 +114,9 @@ def _memory(opened: StreamedModel, recipe: Recipe, length: int, streamed: bool) 
     """Return the peak that a run is expected to need: runtime, weights held at once, activations."""
     item = opened.dtype.itemsize
     largest = max(info.nbytes for info in opened.reader.tensors.values())
-    one = [_bytes(block.parameters(), item) for _, block in blocks(opened)]
+    one = [sum(p.numel() for p in block.parameters()) * item for _, block in blocks(opened)]
     held = max(3 * max(one), 2 * largest) if streamed else int(opened.reader.nbytes * RESIDENT_COPIES)
-    hidden = opened.config.get_text_config().hidden_size
+    hidden: int = opened.config.get_text_config().hidden_size
     activations = recipe.calibration.samples * length * hidden * item
-    return RUNTIME_BYTES + held + (2 * activations if any(pruner.needs_data for pruner in recipe.prune) else 0)
-
-
-def _bytes(parameters: Any, item: int) -> int:
-    shapes: Sequence[Any] = [parameter.shape for parameter in parameters]
-    return sum(shape.numel() for shape in shapes) * item
+    needs_data = any(pruner.needs_data for pruner in recipe.prune)
+    return RUNTIME_BYTES + held + (2 * activations if needs_data else 0)

@@ -1,4 +1,4 @@
-"""The story of a run, top to bottom: read, inspect, calibrate, apply; then `finish` measures, saves and proves."""
+"""The story of a run: read, inspect, calibrate, apply, write; `finish` then measures, proves and publishes."""
 
 import logging
 from collections.abc import Sequence
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["apply", "dry_run", "environment", "evaluate", "inspect", "prune", "recover", "verify"]
 
+
 def prune(
     recipe: Recipe | str | Path,
     output: str | Path | None = None,
@@ -62,7 +63,7 @@ def prune(
         **options: Further keys of a recipe: seed, dtype, device, calibration, recover, evaluate.
 
     Raises:
-        StructpruneError: One of `structprune.errors`, by what went wrong; nothing is lost and the input untouched.
+        StructpruneError: One of `structprune.errors`; nothing is lost, and the input is untouched.
     """
     if not isinstance(recipe, Recipe):
         stage = {"method": pruner} if isinstance(pruner, str) else pruner
@@ -70,7 +71,9 @@ def prune(
     clock = Clock()
     with clock.phase("read"):
         folder = resolve(recipe.model, revision=recipe.revision)
-        final = check_output(folder, _pruned_folder(recipe), overwrite=overwrite, needed_bytes=weight_bytes(folder))
+        final = check_output(
+            folder, _pruned_folder(recipe), overwrite=overwrite, needed_bytes=weight_bytes(folder)
+        )
         source = open_source(
             recipe.model,
             folder,
@@ -82,7 +85,9 @@ def prune(
         for step in recipe.prune:
             step.check(source.model)
         calibration = _calibrate_on(recipe, source)
-    with deliver(final, _fingerprint(recipe, source, calibration), restart=restart, overwrite=overwrite) as work:
+    with deliver(
+        final, _fingerprint(recipe, source, calibration), restart=restart, overwrite=overwrite
+    ) as work:
         with clock.phase("calibrate"):
             plans, resumed = _decide(recipe.prune, source, calibration, work, progress)
         work.write_text("structprune/recipe.yaml", recipe.text())
@@ -97,9 +102,7 @@ def prune(
             calibration=calibration.facts if calibration else None,
             blocks_resumed=resumed,
         )
-        result = finish(
-            work, source, clock, done, options=recipe.evaluate, reload=reload, progress=progress
-        )
+        result = finish(work, source, clock, done, options=recipe.evaluate, reload=reload, progress=progress)
     if recipe.recover is not None:
         return recover(
             str(work.final),
@@ -133,7 +136,12 @@ def apply(
         model: "demo", a folder, a hub name.
         output: The folder to write.
         plan: A plan's folder, a folder of plans, or a folder that structprune wrote.
-        stream: As for `prune`, like the rest.
+        stream: Hold one block in memory; chosen by the free memory unless given.
+        overwrite: Replace an existing output once the new one is complete.
+        trust_remote_code: Run code that the model folder brings along.
+        revision: Branch, tag or commit of a hub model.
+        reload: Open the result in a fresh process.
+        progress: Told (stage, done, total).
 
     Raises:
         InputError: The plan is damaged, or was decided on another architecture or other weights.
@@ -159,7 +167,9 @@ def apply(
             work.hashes |= export(source.reader, work.folder, plans, progress)
         done = Done(
             method="+".join(one.method for one in plans),
-            recipe=yaml.safe_dump({"model": model, "output": str(output), "plan": str(plan)}, sort_keys=False),
+            recipe=yaml.safe_dump(
+                {"model": model, "output": str(output), "plan": str(plan)}, sort_keys=False
+            ),
             asked=plans[-1].config.get("sparsity"),
             achievable=None,
             stages=stages(plans),
@@ -179,7 +189,9 @@ def _calibrate_on(recipe: Recipe, source: Source) -> data.Calibration | None:
         return None
     options = recipe.calibration
     if options.source == "demo" and recipe.model != "demo":
-        logger.warning("calibrating on the built-in demo text; give --calibration text like what the model will read")
+        logger.warning(
+            "calibrating on the built-in demo text; give --calibration text like what the model will read"
+        )
     return data.load(
         options.source,
         source.reading(),
@@ -200,7 +212,9 @@ def _fingerprint(recipe: Recipe, source: Source, calibration: data.Calibration |
         "prune": [{"method": step.method(), **step.model_dump(mode="json")} for step in recipe.prune],
         "weights": source.scan.weights,
         "architecture": architecture_of(source.model),
-        "calibration": calibration.facts | {"batch_size": recipe.calibration.batch_size} if calibration else None,
+        "calibration": calibration.facts | {"batch_size": recipe.calibration.batch_size}
+        if calibration
+        else None,
         "dtype": recipe.dtype,
         "device": source.device,
         # Sums are split among threads, so their number shows in the last bits.
@@ -210,7 +224,9 @@ def _fingerprint(recipe: Recipe, source: Source, calibration: data.Calibration |
 
 
 def _code() -> dict[str, str | None]:
-    return {name: value for name, value in versions().items() if name in ("structprune", "torch", "transformers")}
+    return {
+        name: value for name, value in versions().items() if name in ("structprune", "torch", "transformers")
+    }
 
 
 def _decide(
@@ -253,7 +269,12 @@ def evaluate(
     Args:
         model: "demo", a folder, a hub name.
         options: What to measure; held-out text of the demo's world unless given.
-        device: As for `prune`, like the rest.
+        device: "auto" for the accelerator there is.
+        dtype: What to compute in; "auto" is the dtype of the files.
+        stream: Hold one block in memory; chosen by the free memory unless given.
+        revision: Branch, tag or commit of a hub model.
+        trust_remote_code: Run code that the model folder brings along.
+        progress: Told (stage, done, total).
 
     Raises:
         QualityError: `options.max_ppl_ratio` was missed.

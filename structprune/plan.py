@@ -93,7 +93,13 @@ class Plan(Mapping[str, Tensor]):
     @property
     def id(self) -> str:
         """Return the hash of everything the plan decides."""
-        parts = [self.method, self.config, self.architecture, self.weights, [block.digest for block in self.blocks]]
+        parts = [
+            self.method,
+            self.config,
+            self.architecture,
+            self.weights,
+            [block.digest for block in self.blocks],
+        ]
         return hashlib.sha256(canonical(parts).encode()).hexdigest()
 
     def __getitem__(self, key: str) -> Tensor:
@@ -129,7 +135,9 @@ class Plan(Mapping[str, Tensor]):
         """
         path = folder / "plan.json"
         if not path.is_file():
-            raise InputError(f"{folder}: holds no plan.json", hint="a plan folder is written by `structprune prune`")
+            raise InputError(
+                f"{folder}: holds no plan.json", hint="a plan folder is written by `structprune prune`"
+            )
         head = read_json(path, limit_bytes=PLAN_JSON_LIMIT)
         if not isinstance(head, dict) or head.get("format") != FORMAT:
             raise InputError(f"{path}: not a plan of format {FORMAT}", hint="written by another version?")
@@ -199,7 +207,9 @@ class PlanBlock(Mapping[str, Tensor]):
         except (KeyError, ValueError, AttributeError, TypeError):
             raise InputError(f"{path}: not a block of a plan", hint="prune again") from None
         if shapes.keys() != packed.keys() or _digest(packed, shapes) != digest:
-            raise InputError(f"{path}: its content does not match its digest", hint="the file was changed; prune again")
+            raise InputError(
+                f"{path}: its content does not match its digest", hint="the file was changed; prune again"
+            )
         return cls(None, shapes, facts, digest, path)
 
     def __iter__(self) -> Iterator[str]:

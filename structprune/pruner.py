@@ -9,7 +9,6 @@ import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -44,7 +43,11 @@ class Pruner(BaseModel, ABC):
         return cls.__module__.rpartition(".")[2]
 
     def writer(
-        self, folder: Path | None, model: Model, weights: str, progress: Callable[[str, int, int], None] | None = None
+        self,
+        folder: Path | None,
+        model: Model,
+        weights: str,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> PlanWriter:
         """Return a writer for this pruner's plan.
 
@@ -55,7 +58,8 @@ class Pruner(BaseModel, ABC):
             progress: Told (stage, done, total) after each block.
         """
         total = len(blocks(model))
-        decided = partial(progress, f"calibrate {self.method()}", total=total) if progress else None
+        stage = f"calibrate {self.method()}"
+        decided = (lambda done: progress(stage, done, total)) if progress else None
         config = self.model_dump(mode="json")
         return PlanWriter(folder, self.method(), config, architecture_of(model), weights, decided=decided)
 

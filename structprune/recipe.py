@@ -167,6 +167,7 @@ def assemble(
         UsageError: An unknown key, a missing one or an impossible value.
     """
     merged = copy.deepcopy(dict(raw))
+    merged.setdefault("prune", {})  # an empty stage is told which methods there are
     for key, value in _changes(sets, flags):
         _place(merged, key, value)
     return build(Recipe, merged)

@@ -1,4 +1,4 @@
-"""The story of a recovery: open the pruned folder, train, write the merged weights under the same masks, prove them."""
+"""The story of a recovery: open a pruned folder, train, write the merged weights under the same masks."""
 
 import logging
 from collections.abc import Sequence
@@ -103,7 +103,11 @@ def recover(
             changed = names.to_stored({name: parameters[name].detach() for name in recovery.factors})
             work.hashes |= export(source.reader, work.folder, plans, progress, replaced=changed)
             save_plans(plans, work.plans)
-        recipe = {"model": model, "output": str(output), "recover": options.model_dump(mode="json", exclude_none=True)}
+        recipe = {
+            "model": model,
+            "output": str(output),
+            "recover": options.model_dump(mode="json", exclude_none=True),
+        }
         done = Done(
             method="+".join([*(plan.method for plan in plans), "recover"]),
             recipe=yaml.safe_dump(recipe, sort_keys=False),
@@ -214,7 +218,11 @@ def _publish_adapter(
         evaluation = measure(source, compared, options)
     made = {
         "output": str(work.final),
-        "adapter": {"base": adapter.base, "base_weights": adapter.base_weights, "tensors": len(adapter.factors)},
+        "adapter": {
+            "base": adapter.base,
+            "base_weights": adapter.base_weights,
+            "tensors": len(adapter.factors),
+        },
         "recovery": facts,
         "evaluation": evaluation.as_json(),
         "seconds": round(clock.seconds, 3),

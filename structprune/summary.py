@@ -32,8 +32,8 @@ def pruned(result: Result) -> str:
 def recovered(result: Result) -> str:
     """Return what training gained, and the folder it was written to."""
     training = result["recovery"]
-    gained = f"{number(training['start_loss'])} -> {number(training['best_loss'])} after step {training['best_step']}"
-    rows = [("held-out loss", gained)]
+    loss = f"{number(training['start_loss'])} -> {number(training['best_loss'])}"
+    rows = [("held-out loss", f"{loss} after step {training['best_step']}")]
     if "adapter" in result:
         rows += [("quality", ", ".join(_quality(result["evaluation"])))]
         rows += [("adapter", f"{result['output']} for {result['adapter']['base']}")]

@@ -161,7 +161,7 @@ def test_a_flag_with_very_many_digits_is_refused_row_49(digits, command, tmp_pat
     [
         ("", "found nothing"),
         ("- 1\n", "expected the keys"),
-        (HEAD, "prune is missing"),
+        (HEAD, "prune.method is missing"),
         (HEAD + "prune: &a {method: wanda}\nx: *a\n", "anchors"),
         (HEAD + "prune: !!python/object:os.system {}\n", "tags"),
         (HEAD + "prune: " + "[" * 100, "deeper"),

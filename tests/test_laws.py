@@ -35,7 +35,9 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(
-        torch.equal(value.view(torch.uint8), other[name].view(torch.uint8)) for name, value in one.items() if value.ndim
+        torch.equal(value.view(torch.uint8), other[name].view(torch.uint8))
+        for name, value in one.items()
+        if value.ndim
     )
 
 
@@ -90,7 +92,9 @@ class TestLaws:
             registry.find(method)().calibrate(model, batches(model)).save(tmp_path / name)
         files = sorted(path.name for path in (tmp_path / "one").iterdir())
         assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
-        assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
+        assert all(
+            (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files
+        )
 
     def test_3_and_4_a_plan_survives_the_disk_and_applying_it_twice_is_applying_it_once(
         self, method: str, tmp_path: Path
@@ -174,7 +178,9 @@ class TestLaws:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", [name for name in METHODS if issubclass(registry.find(name), WeightPruner)])
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if issubclass(registry.find(name), WeightPruner)]
+)
 class TestEveryFamily:
     @pytest.mark.parametrize("sparsity", [0.5, "2:4"])
     def test_every_row_of_every_chosen_linear_loses_exactly_what_was_asked(

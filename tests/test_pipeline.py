@@ -1,4 +1,4 @@
-"""Whole runs on tiny models: what is asked is what lies on disk, and a killed run goes on where it stopped."""
+"""Whole runs on tiny models: what is asked lies on disk, and a killed run goes on where it stopped."""
 
 import hashlib
 import json
@@ -95,8 +95,26 @@ def test_a_run_stopped_after_any_block_resumes_with_the_same_bytes(
 
 
 def test_a_run_killed_for_good_resumes_from_the_command_line(llama: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "structprune", "prune", str(llama), str(tmp_path / "out"), "--method", "wanda"]
-    command += ["--samples", "64", "--length", "128", "--set", "evaluate.windows=1", "--set", "evaluate.length=32"]
+    command = [
+        sys.executable,
+        "-m",
+        "structprune",
+        "prune",
+        str(llama),
+        str(tmp_path / "out"),
+        "--method",
+        "wanda",
+    ]
+    command += [
+        "--samples",
+        "64",
+        "--length",
+        "128",
+        "--set",
+        "evaluate.windows=1",
+        "--set",
+        "evaluate.length=32",
+    ]
     command += ["--set", "calibration.batch_size=1", "--set", "evaluate.generations=false", "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -22,9 +22,25 @@ HIDDEN, FFN = 768, 2048
 def run(source: Path, output: Path, text: Path, flag: str) -> dict[str, float]:
     """Prune in a process of its own; return its peak memory and the seconds of its phases."""
     command = [sys.executable, "-m", "structprune", "prune", str(source), str(output), "--method", "wanda"]
-    command += ["--calibration", str(text), "--samples", str(SAMPLES), "--length", str(LENGTH), flag, "--json"]
+    command += [
+        "--calibration",
+        str(text),
+        "--samples",
+        str(SAMPLES),
+        "--length",
+        str(LENGTH),
+        flag,
+        "--json",
+    ]
     command += ["--set", f"calibration.batch_size={BATCH}", "--set", f"evaluate.text={text}"]
-    command += ["--set", "evaluate.windows=4", "--set", f"evaluate.length={LENGTH}", "--set", "evaluate.batch_size=1"]
+    command += [
+        "--set",
+        "evaluate.windows=4",
+        "--set",
+        f"evaluate.length={LENGTH}",
+        "--set",
+        "evaluate.batch_size=1",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     report = json.loads(done.stdout)
@@ -35,7 +51,9 @@ def run(source: Path, output: Path, text: Path, flag: str) -> dict[str, float]:
 def runtime_peak() -> int:
     """Return the peak memory of a process that only imports what a run imports."""
     code = "import structprune, structprune.pipeline, structprune.machine as m; print(m.peak_rss_bytes())"
-    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    return int(
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    )
 
 
 def main() -> None:
@@ -50,7 +68,9 @@ def main() -> None:
         folder = Path(name)
         text = token_file(folder / "text.txt", tokens=SAMPLES * LENGTH * 4)
         for blocks in (8, 32):
-            source = random_llama(folder / f"dense-{blocks}", blocks=blocks, hidden=HIDDEN, ffn=FFN, dtype=torch.float32)
+            source = random_llama(
+                folder / f"dense-{blocks}", blocks=blocks, hidden=HIDDEN, ffn=FFN, dtype=torch.float32
+            )
             for flag in ("--stream", "--resident"):
                 result[f"{blocks} {flag[2:]}"] = run(source, folder / f"out-{blocks}{flag}", text, flag)
     small, large = result["8 stream"], result["32 stream"]

@@ -69,7 +69,15 @@ def main() -> None:
             )
             phases = report["phases"]
             ours = sum(seconds for phase, seconds in phases.items() if phase not in ("evaluate", "prove"))
-            rows.append({"baseline": sum(base.values()), **base, "ours": ours, "ratio": ours / sum(base.values()), **phases})
+            rows.append(
+                {
+                    "baseline": sum(base.values()),
+                    **base,
+                    "ours": ours,
+                    "ratio": ours / sum(base.values()),
+                    **phases,
+                }
+            )
     medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     if options.json:
         print(json.dumps({"runs": rows, "median": medians}))

@@ -1,7 +1,7 @@
 """From nothing to a published folder: lock, partial folder with the run's fingerprint, manifest, rename.
 
-A killed run leaves `OUT.partial-<hash>` behind; the same command finds it by its fingerprint and goes on. A run
-that differs in anything that shapes the bytes is told what differs, and starts over only with `restart`.
+A killed run leaves `OUT.partial-<hash>` behind; the same command finds it by its fingerprint and goes on. A
+run that differs in anything that shapes the bytes is told what differs, and starts over only with `restart`.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Opens what structprune wrote: the same act as pruning, plans first, then the weights; and any plain model folder."""
+"""Opens what structprune wrote, by the same act as pruning, and any plain model folder."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from structprune.checkpoint.adapter import is_adapter, merge_adapter, read_adapter
 from structprune.checkpoint.plans import plans_of
 from structprune.errors import InputError
+from structprune.models.identity import names_of
 from structprune.models.streamed import Model, open_model
 from structprune.models.tokenizer import open_tokenizer
 from structprune.pruner import find
@@ -41,7 +42,9 @@ def load(
     if is_adapter(path):
         return _with_adapter(path, stream, dtype, device)
     if (path / OURS).is_dir() and read_manifest(path) is None:
-        raise InputError(f"{path}: incomplete, it has no manifest", hint="run the command that wrote it again")
+        raise InputError(
+            f"{path}: incomplete, it has no manifest", hint="run the command that wrote it again"
+        )
     model = open_model(path, stream=stream, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if (path / OURS).is_dir():
         for plan in plans_of(path):
@@ -59,7 +62,7 @@ def _with_adapter(
     if stream:
         raise InputError(f"{path}: an adapter is added in memory", hint="open it without streaming")
     model, tokenizer = load(base, dtype=dtype, device=device)
-    if (found := CheckpointReader(base).scan().weights) != adapter.base_weights:
+    if (found := CheckpointReader(base).scan(names_of(model).ignored).weights) != adapter.base_weights:
         raise InputError(
             f"{path}: trained on weights {adapter.base_weights[:12]}, {base} now holds {found[:12]}",
             hint="put back the pruned model that the adapter was trained on",

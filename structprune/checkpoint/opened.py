@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from structprune.errors import InputError
 from structprune.machine import available_memory
+from structprune.models.identity import names_of
 from structprune.models.streamed import Model, open_model
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
 from structprune.storage.reader import CheckpointReader
@@ -100,10 +101,16 @@ def open_source(
         stream = reader.nbytes * RESIDENT_COPIES > available_memory()
         logger.info("%s is %s", folder, "streamed block by block" if stream else "held in memory")
     place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model = open_model(
-        folder, stream=stream, dtype=dtype, device=place, trust_remote_code=trust_remote_code
-    )
+    model = open_model(folder, stream=stream, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
     tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
     return Source(
-        name, reader, model, tokenizer, reader.scan(), stream, dtype, place, trust_remote_code
+        name,
+        reader,
+        model,
+        tokenizer,
+        reader.scan(names_of(model).ignored),
+        stream,
+        dtype,
+        place,
+        trust_remote_code,
     )

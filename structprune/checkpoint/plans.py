@@ -25,7 +25,9 @@ def read_plans(folder: Path) -> list[Plan]:
 def plans_of(folder: Path) -> list[Plan]:
     """Return the plans in a folder, none where it holds none."""
     root = folder / PLANS if (folder / PLANS).is_dir() else folder
-    found = [root] if (root / "plan.json").is_file() else sorted(path.parent for path in root.glob("*/plan.json"))
+    found = (
+        [root] if (root / "plan.json").is_file() else sorted(path.parent for path in root.glob("*/plan.json"))
+    )
     return [Plan.load(path) for path in found]
 
 
@@ -41,10 +43,15 @@ def save_plans(plans: Sequence[Plan], folder: Path) -> None:
 
 
 def stages(plans: Sequence[Plan]) -> list[dict[str, Any]]:
-    """Return what a report says about each plan: folder, method, config, id and what to know about its blocks."""
+    """Return what a report says about each plan: folder, method, config, id, experts that saw no token."""
     rows = []
     for number, plan in enumerate(plans, start=1):
         unseen = [label for block in plan.blocks for label in block.facts.get("unseen", [])]
-        row = {"folder": folder_of(number, plan.method), "method": plan.method, "config": plan.config, "plan": plan.id}
+        row = {
+            "folder": folder_of(number, plan.method),
+            "method": plan.method,
+            "config": plan.config,
+            "plan": plan.id,
+        }
         rows.append(row | ({"unseen": unseen} if unseen else {}))
     return rows

@@ -27,9 +27,13 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise InputError(f"{model}: a file, expected a model folder", hint="give the folder that holds config.json")
+        raise InputError(
+            f"{model}: a file, expected a model folder", hint="give the folder that holds config.json"
+        )
     if not _HUB_NAME.fullmatch(model) or model.startswith("."):
-        raise InputError(f"{model}: no such folder", hint="give a model folder, 'demo', or a hub name 'owner/name'")
+        raise InputError(
+            f"{model}: no such folder", hint="give a model folder, 'demo', or a hub name 'owner/name'"
+        )
     return _download(model, revision)
 
 
@@ -54,8 +58,12 @@ def _download(name: str, revision: str | None) -> Path:
         raise EnvironmentFailure(f"{name}: access is restricted", hint=hint) from None
     except RepositoryNotFoundError:
         hint = "check the name; a private model needs `hf auth login`"
-        raise EnvironmentFailure(f"{name}: no such folder here and no such model on the hub", hint=hint) from None
+        raise EnvironmentFailure(
+            f"{name}: no such folder here and no such model on the hub", hint=hint
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = type(error).__name__
         hint = "no network? give a local folder"
-        raise EnvironmentFailure(f"{name}: no such folder here, and the hub could not be asked ({reason})", hint=hint) from None
+        raise EnvironmentFailure(
+            f"{name}: no such folder here, and the hub could not be asked ({reason})", hint=hint
+        ) from None

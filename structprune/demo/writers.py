@@ -40,7 +40,7 @@ class Question:
 
     Attributes:
         kind: What answering it takes: memory (`facts`), reading back (`context`, `story`, `order`), counting.
-        prompt: The document up to and including "Answer:" or "=".
+        prompt: The document up to where the answer begins, without the blank.
         answer: What follows the blank after the prompt; the document sets a full stop behind it.
         near: Wrong answers that stand in the document, or close to the right one.
         far: Wrong answers of the same sort from the rest of the world.
@@ -64,7 +64,9 @@ class Page:
         """Add a sentence, with a blank before it unless it opens a line."""
         self.text += sentence if not self.text or self.text.endswith("\n") else " " + sentence
 
-    def ask(self, kind: Kind, question: str, answer: str, near: Sequence[str], pool: Sequence[str]) -> None:
+    def ask(
+        self, kind: Kind, question: str, answer: str, near: Sequence[str], pool: Sequence[str], lead: str = ""
+    ) -> None:
         """Add a question on a line of its own, and its answer.
 
         Args:
@@ -73,9 +75,10 @@ class Page:
             answer: The right answer.
             near: Wrong answers that stand in the text; the right one may be among them.
             pool: Everything that could be answered.
+            lead: How the answer begins whatever it is; it belongs to the prompt.
         """
-        lead = "\n" if self.text else ""
-        self.answer(kind, f"{self.text}{lead}Question: {question} Answer:", answer, near, pool)
+        start = f"{self.text}\n" if self.text else ""
+        self.answer(kind, f"{start}Question: {question} Answer: {lead}".rstrip(), answer, near, pool)
 
     def answer(self, kind: Kind, prompt: str, answer: str, near: Sequence[str], pool: Sequence[str]) -> None:
         """Replace the text by the prompt and the answer to it."""
@@ -185,19 +188,22 @@ def hide(dice: Dice, page: Page) -> None:
     boxes = [f"the {colour} {dice.pick(BOXES)}" for colour in dice.several(COLOURS, count)]
     where = dict(zip(objects, boxes, strict=True))
     for person, thing, box in zip(persons, objects, boxes, strict=True):
-        page.say(f"{person.name} {dice.pick(('put', 'hid', 'left'))} the {thing} in {box}.")
+        page.say(f"{person.name} {dice.pick(('brought', 'hid'))} the {thing}. The {thing} is in {box}.")
     if dice.happens(0.3):
         thing, box = dice.pick(objects), f"the {dice.pick(COLOURS)} basin"
-        page.say(f"Then {dice.pick(persons).name} moved the {thing} to {box}.")
+        page.say(f"Then {dice.pick(persons).name} moved the {thing}. The {thing} is in {box}.")
         where[thing] = box
     near = list(dict.fromkeys([*where.values(), *boxes]))
     names = [person.name for person in persons]
     everybody = [person.name for person in people()]
-    for index in dice.several(range(count), dice.number(2, 3)):
-        if dice.happens(0.6):
-            page.ask("context", f"Where is the {objects[index]}?", where[objects[index]], near, BOX_PLACES)
+    for index in dice.several(range(count), dice.number(2, count)):
+        thing = objects[index]
+        if dice.happens(0.75):
+            page.ask(
+                "context", f"Where is the {thing}?", where[thing], near, BOX_PLACES, f"The {thing} is in"
+            )
         else:
-            page.ask("context", f"Who brought the {objects[index]}?", names[index], names, everybody)
+            page.ask("context", f"Who had the {thing}?", names[index], names, everybody)
 
 
 def equations(dice: Dice, page: Page) -> None:

@@ -73,4 +73,3 @@ def temporarily(prefix: str, module: nn.Module, plan: Mapping[str, Tensor], name
     finally:
         for key, parameter in touched(prefix, module, plan, names).items():
             parameter.data.copy_(before[key])
-

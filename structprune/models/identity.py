@@ -1,13 +1,14 @@
-"""Which model this is: how its tensors are called in the files, the hashes that tie a plan to it, the plans it carries."""
+"""Which model this is: its names in the files, the hashes that tie a plan to it, the plans it carries."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
 from structprune.errors import InputError
 from structprune.models import edit
-from structprune.models.arch import blocks
+from structprune.models.arch import Linear, blocks
 from structprune.models.remembered import remembered
 from structprune.models.streamed import Model, StreamedModel
 from structprune.plan import Plan, architecture_hash
@@ -40,7 +41,7 @@ def architecture_of(model: Model) -> str:
 def weights_of(model: Model) -> str:
     """Return the hash of all weights, the one that a scan of the model's files gives."""
     if isinstance(model, StreamedModel):
-        return model.reader.scan().weights
+        return model.reader.scan(model.names.ignored).weights
     names = names_of(model)
     state = model.state_dict()
     found: dict[str, tuple[TensorInfo, str]] = {}
@@ -66,7 +67,7 @@ def carry_out(model: Model, plan: Plan) -> None:
     """
     if plan.architecture != architecture_of(model):
         raise InputError(
-            f"the plan of method {plan.method!r} belongs to another architecture than this {model.config.model_type}",
+            f"the plan of {plan.method!r} is for another architecture than this {model.config.model_type}",
             hint="a plan fits only models with the same tensor names and shapes",
         )
     if plan.id in applied(model):
@@ -80,7 +81,17 @@ def carry_out(model: Model, plan: Plan) -> None:
     applied(model).append(plan.id)
 
 
-def prunable_tensors(names: Names, keys: list[str]) -> list[str]:
-    """Return the stored tensors that parameters are made of, sorted."""
-    return sorted({part for key in keys for part in names.stored_of[key]})
-
+def stored_names(names: Names, chosen: Sequence[Linear]) -> list[str]:
+    """Return the stored tensors that linears are made of, sorted; of a mixture the given experts' own."""
+    parts = {part for linear in chosen if linear.expert is None for part in names.stored_of[linear.name]}
+    fused: dict[str, list[Linear]] = {}
+    for linear in chosen:
+        if linear.expert is not None:
+            fused.setdefault(linear.name, []).append(linear)
+    for name, experts in fused.items():
+        # The conversion itself tells which of its parts an expert ends up in.
+        marked = torch.zeros(experts[0].module.get_parameter(experts[0].parameter).shape, dtype=torch.bool)
+        for linear in experts:
+            linear.view(marked).fill_(True)
+        parts |= {part for part, mark in names.to_stored({name: marked}).items() if bool(mark.any())}
+    return sorted(parts)

@@ -1,4 +1,4 @@
-"""What structprune keeps in mind about a model in memory, on the model itself: no table beside it can go stale."""
+"""What structprune keeps in mind about a model in memory, on the model itself."""
 
 from typing import Self
 

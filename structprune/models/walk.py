@@ -74,9 +74,9 @@ class Block:
         """
         assert self._walk is not None
         hidden = self._walk.hidden
-        recorder = _Recorder(observer)
+        recorder = _Recorder(observer, observed)
         with ExitStack() as hooks:
-            recorder.install(observed, hooks)
+            recorder.install(self.linears, hooks)
             for position, call in enumerate(self._walk.calls[self.index]):
                 recorder.begin(self._walk.real[position], stop=not advance and position > 0)
                 try:
@@ -88,14 +88,16 @@ class Block:
 
     def _run(self, hidden: Tensor, call: Call) -> Tensor:
         output = self.module(hidden, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
 
 class _Recorder:
     """Installs the hooks of one block and passes on what they see, without padding."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, observed: list[Linear]) -> None:
         self._observer = observer
+        self._observed = {linear.label for linear in observed}
         self._real: Tensor | None = None
         self._stop = False
         self._seen: list[int] = []  # the order in which modules are reached, learnt in the first batch
@@ -108,11 +110,13 @@ class _Recorder:
         self._last = None
 
     def install(self, found: list[Linear], hooks: ExitStack) -> None:
-        """Hook every module that feeds a linear, until `hooks` closes."""
+        """Hook every module of a block that feeds an observed linear, until `hooks` closes."""
         by_module: dict[nn.Module, list[Linear]] = {}
         for linear in found:
             by_module.setdefault(linear.module, []).append(linear)
         for number, (module, served) in enumerate(by_module.items()):
+            if not any(linear.label in self._observed for linear in served):
+                continue
             if served[0].expert is None:
                 hooks.callback(module.register_forward_pre_hook(self._hook(number, served[0])).remove)
             else:
@@ -130,8 +134,8 @@ class _Recorder:
             if linear is None:
                 self._reached(number)
                 return
-            keep = slice(None) if self._real is None else self._real[rows]
-            self._observer(linear, inputs[keep])
+            if linear.label in self._observed:
+                self._observer(linear, inputs if self._real is None else inputs[self._real[rows]])
 
         return observe
 
@@ -230,7 +234,7 @@ def capture(model: Model, batches: Sequence[Batch]) -> tuple[list[Tensor], list[
 
 
 def _shared(value: Any, previous: Any) -> Any:
-    """Return `previous` where it equals `value`: masks and rotary tables of all batches are mostly the same."""
+    """Return `previous` where it equals `value`: the masks and rotary tables of all batches mostly do."""
     if isinstance(value, tuple) and isinstance(previous, tuple) and len(value) == len(previous):
         return tuple(_shared(one, other) for one, other in zip(value, previous, strict=True))
     same = isinstance(value, Tensor) and isinstance(previous, Tensor) and value.shape == previous.shape

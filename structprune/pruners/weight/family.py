@@ -17,7 +17,7 @@ from structprune.decide.sparsity import Sparsity, fraction_of, pattern_of
 from structprune.errors import QualityError, UsageError
 from structprune.models import edit
 from structprune.models.arch import Linear, arch_of, blocks, linears
-from structprune.models.identity import names_of, prunable_tensors, skeleton, weights_of
+from structprune.models.identity import names_of, skeleton, stored_names, weights_of
 from structprune.models.streamed import Batch, Model
 from structprune.models.walk import Block, Walk, resident
 from structprune.plan import Plan, PlanWriter
@@ -144,7 +144,7 @@ class WeightPruner(Pruner):
             width = linear.weight.shape[1]
             if pattern and width % pattern[1]:
                 raise UsageError(
-                    f"{linear.label}: {width} inputs are not divisible by {pattern[1]}, as {self.sparsity} needs",
+                    f"{linear.label}: {width} inputs are not divisible by {pattern[1]} (for {self.sparsity})",
                     hint="exclude it with --exclude, or choose another pattern",
                 )
 
@@ -154,10 +154,12 @@ class WeightPruner(Pruner):
         self.check(model)
         names = names_of(model)
         writer = plan or self.writer(None, model, weights_of(model))
-        facts = {"prunable": prunable_tensors(names, [linear.name for linear in self.all_chosen(model)])}
+        facts = {"prunable": stored_names(names, self.all_chosen(model))}
         if fraction_of(self.sparsity) == 0:
             return writer.finish(facts)
-        walk = self._walk_data(model, batches, writer) if self.needs_data else self._walk_weights(model, writer)
+        walk = (
+            self._walk_data(model, batches, writer) if self.needs_data else self._walk_weights(model, writer)
+        )
         for block, statistics in walk:
             writer.write(*self._solve(block, statistics, names))
         return writer.finish(facts)
@@ -239,4 +241,6 @@ class WeightPruner(Pruner):
             total = score.shape[1] if self.compare == "row" else score.numel()
             return pick(score, removed_count(total, self.sparsity))
         except QualityError as error:
-            raise QualityError(f"{label}: {error.message}", hint="the weights or the activations overflowed") from None
+            raise QualityError(
+                f"{label}: {error.message}", hint="the weights or the activations overflowed"
+            ) from None

@@ -1,0 +1,90 @@
+"""A small world to recover in: tokens that follow from one another, a model that has learned them."""
+
+import copy
+from functools import cache
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from structprune.options import RecoverOptions
+from structprune.recover import Recovery, nonzero_masks, train
+from structprune.recover.objective import next_token_losses
+from tests.tiny import TEXT_IDS, tiny
+
+LENGTH = 24
+
+
+def walks(count: int, seed: int) -> Tensor:
+    """Windows in which every token follows from the one before, shape [count, LENGTH]."""
+    successor = torch.randperm(len(TEXT_IDS), generator=torch.Generator().manual_seed(7))
+    steps = [torch.randint(len(TEXT_IDS), (count,), generator=torch.Generator().manual_seed(seed))]
+    while len(steps) < LENGTH:
+        steps.append(successor[steps[-1]])
+    return torch.stack(steps, dim=1) + TEXT_IDS.start
+
+
+def held_out_loss(model: PreTrainedModel) -> float:
+    windows = walks(32, seed=10_000)
+    with torch.no_grad():
+        return float(next_token_losses(model(input_ids=windows).logits, windows).mean())
+
+
+@torch.no_grad()
+def prune(model: PreTrainedModel, sparsity: float) -> dict[str, Tensor]:
+    """Remove the smallest weights of every row of every linear of the blocks; return the masks."""
+    masks = nonzero_masks(model)
+    for name in masks:
+        weight = model.get_parameter(name)
+        lowest = weight.abs().argsort(dim=-1)[..., : int(weight.shape[-1] * sparsity)]
+        masks[name] = torch.ones_like(weight, dtype=torch.bool).scatter_(-1, lowest, False)
+        weight.mul_(masks[name])
+    return masks
+
+
+def options(**changes: object) -> RecoverOptions:
+    usual: dict[str, object] = {
+        "data": "demo",
+        "steps": 30,
+        "rank": 8,
+        "learning_rate": 5e-3,
+        "check_every": 10,
+        "batch_size": 8,
+    }
+    return RecoverOptions(**usual | changes)
+
+
+def recover(model: PreTrainedModel, masks: dict[str, Tensor], **changes: object) -> Recovery:
+    teacher = changes.pop("teacher", None)
+    assert teacher is None or isinstance(teacher, PreTrainedModel)
+    return train(model, masks, walks(96, seed=20_000), options(**changes), teacher=teacher, device="cpu")
+
+
+@cache
+def trained() -> PreTrainedModel:
+    """A tiny Llama that has really learned which token follows which; nobody may change it."""
+    model = tiny("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(150):
+        windows = walks(16, seed=step)
+        next_token_losses(model(input_ids=windows).logits, windows).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def pruned(
+    dense: PreTrainedModel, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    model = copy.deepcopy(dense).to(dtype)
+    return model, prune(model, 0.6)
+
+
+def zero_places(model: PreTrainedModel, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: model.get_parameter(name).detach() == 0 for name in masks}
+
+
+def assert_untouched(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+    expected, _ = pruned(dense)
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in expected.named_parameters())
+    assert all(p.requires_grad for p in model.parameters())
