@@ -132,7 +132,7 @@ def learning_rate(step: int, progress: float) -> float:
 def gradients(model: LlamaForCausalLM, ids: Tensor) -> tuple[float, tuple[Tensor, ...]]:
     """Return the mean loss on ids [rows, tokens] and its gradient by every parameter."""
     loss = model(input_ids=ids, labels=ids).loss
-    return float(loss), torch.autograd.grad(loss, list(model.parameters()))
+    return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> int:
@@ -146,7 +146,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: arg
     source = batches(tokenizer, args.seed)
     started, tokens, recent = time.monotonic(), 0, 0.0
     model.train()
-    # Each thread takes a part of the batch: matrices this small lose more time waiting when every product is split.
+    # Each thread takes a part of the batch: to split every product of such small matrices costs more waiting.
     torch.set_num_threads(1)
     with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for step in range(args.steps):

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ def harness(
         loaded = _load(manager, names)
         with _quiet():
             runner = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        if not sys.stderr.isatty():
+            _hide_bars(runner)
         results: dict[str, Any] = lm_eval.simple_evaluate(
             model=runner,
             tasks=loaded,
@@ -105,6 +107,16 @@ def _numbers(row: dict[str, Any]) -> dict[str, float | None]:
         name = metric if chosen == "none" else key
         found[name] = number if math.isfinite(number) else None
     return found
+
+
+def _hide_bars(runner: Any) -> None:
+    """Draw no progress bars: in a file every step of theirs is another line."""
+
+    def hidden(method: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: method(*args, **{**kwargs, "disable_tqdm": True})
+
+    for name in ("loglikelihood", "loglikelihood_rolling", "_loglikelihood_tokens", "generate_until"):
+        setattr(runner, name, hidden(getattr(runner, name)))
 
 
 def _find(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[str]]:
