@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 import structprune
-from structprune import plots
+from structprune.cli.terminal import logging_to_stderr, progress_on_stderr, stoppable
 from structprune.demo.tasks import write_tasks, write_text
-from structprune.options import EvaluateOptions, RecoverOptions
-from structprune.terminal import logging_to_stderr, progress_on_stderr, stoppable
+from structprune.recipe.options import EvaluateOptions, RecoverOptions
+from structprune.report import plots
 
 RUNS: dict[str, dict[str, Any]] = {
     "random 50%": {"method": "random", "sparsity": 0.5},

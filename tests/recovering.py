@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from structprune.options import RecoverOptions
+from structprune.recipe.options import RecoverOptions
 from structprune.recover import Recovery, nonzero_masks, train
 from structprune.recover.objective import next_token_losses
 from tests.tiny import TEXT_IDS, tiny

@@ -43,7 +43,7 @@ def without_reload(monkeypatch):
     ("sparsity", "meant"),
     [("-0.1", ""), ("1", "everything"), ("1.5", ""), ("nan", ""), ("inf", ""), ("50", "did you mean 0.5?")],
 )
-def test_an_impossible_sparsity_is_refused_row_44(sparsity, meant, command, tmp_path):
+def test_an_impossible_sparsity_is_refused(sparsity, meant, command, tmp_path):
     done = command("prune", "demo", tmp_path / "out", "--method", "wanda", f"--sparsity={sparsity}")
 
     assert done.code == 2
@@ -53,7 +53,7 @@ def test_an_impossible_sparsity_is_refused_row_44(sparsity, meant, command, tmp_
 
 
 @pytest.mark.parametrize("sparsity", ["0", "50%", "0.5", "2:4"])
-def test_a_possible_sparsity_is_taken_row_44(sparsity, llama, command, tmp_path, without_reload):
+def test_a_possible_sparsity_is_taken(sparsity, llama, command, tmp_path, without_reload):
     done = command(
         "prune", llama, tmp_path / "out", "--method", "magnitude", "--sparsity", sparsity, "--json"
     )
@@ -62,7 +62,7 @@ def test_a_possible_sparsity_is_taken_row_44(sparsity, llama, command, tmp_path,
     assert done.json["sparsity"] == (0 if sparsity == "0" else 0.5)
 
 
-def test_a_key_twice_is_refused_with_both_lines_row_46(refused):
+def test_a_key_twice_is_refused_with_both_lines(refused):
     said = refused(HEAD + "seed: 1\n" + WANDA + "seed: 2\n")
 
     assert "'seed'" in said
@@ -82,7 +82,7 @@ def test_a_key_twice_is_refused_with_both_lines_row_46(refused):
         ("prune: {method: wnda}\n", "wnda", "wanda"),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest_row_47(refused, text, key, near):
+def test_an_unknown_key_is_refused_with_the_nearest(refused, text, key, near):
     said = refused(HEAD + text)
 
     assert key in said
@@ -111,11 +111,11 @@ def test_an_unknown_key_is_refused_with_the_nearest_row_47(refused, text, key, n
         (WANDA + "device: gpu\n", "device"),
     ],
 )
-def test_a_value_of_another_type_is_refused_row_48(refused, text, key):
+def test_a_value_of_another_type_is_refused(refused, text, key):
     assert key in refused(HEAD + text)
 
 
-def test_numbers_that_yaml_versions_read_differently_are_no_surprise_row_48(tmp_path):
+def test_numbers_that_yaml_versions_read_differently_are_no_surprise(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(HEAD + "prune: {method: wanda, sparsity: 2:4}\nrecover: {learning_rate: 1e-4}\n")
 
@@ -125,7 +125,7 @@ def test_numbers_that_yaml_versions_read_differently_are_no_surprise_row_48(tmp_
 
 
 @pytest.mark.parametrize("number", ["010", "0x1F", "0o17", "1_000"])
-def test_a_number_of_only_some_yaml_versions_is_refused_row_48(refused, number):
+def test_a_number_of_only_some_yaml_versions_is_refused(refused, number):
     assert f"{number} is a number only in some versions" in refused(f"{HEAD}seed: {number}\n{WANDA}")
 
 
@@ -144,12 +144,12 @@ def test_a_number_of_only_some_yaml_versions_is_refused_row_48(refused, number):
         WANDA + "evaluate: {max_ppl_ratio: .inf}\n",
     ],
 )
-def test_a_number_out_of_range_is_refused_row_49(refused, text):
+def test_a_number_out_of_range_is_refused(refused, text):
     assert len(refused(HEAD + text)) < 400
 
 
 @pytest.mark.parametrize("digits", [20, 400, 5000])
-def test_a_flag_with_very_many_digits_is_refused_row_49(digits, command, tmp_path):
+def test_a_flag_with_very_many_digits_is_refused(digits, command, tmp_path):
     done = command("prune", "demo", tmp_path / "out", "--method", "wanda", "--samples", "9" * digits)
 
     assert done.code == 2
@@ -202,7 +202,7 @@ def test_a_set_that_means_nothing_is_refused(text, command, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["same", "inside", "around", "link"])
-def test_an_output_that_overlaps_the_input_is_refused_row_50(place, llama, command, tmp_path):
+def test_an_output_that_overlaps_the_input_is_refused(place, llama, command, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(llama)
     output = {"same": llama, "inside": llama / "out", "around": llama.parent, "link": link}[place]
@@ -214,7 +214,7 @@ def test_an_output_that_overlaps_the_input_is_refused_row_50(place, llama, comma
     assert digest(llama) == before
 
 
-def test_an_output_that_is_taken_is_refused_row_51(llama, command, tmp_path, without_reload):
+def test_an_output_that_is_taken_is_refused(llama, command, tmp_path, without_reload):
     output = tmp_path / "out"
     output.mkdir()
     (output / "thesis.txt").write_text("the only copy")

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from structprune import pipeline, pruner
+from structprune.cli.terminal import progress_on_stderr, say, stoppable
 from structprune.errors import InputError, Interrupted, QualityError
-from structprune.options import EvaluateOptions, RecoverOptions
-from structprune.terminal import progress_on_stderr, say, stoppable
+from structprune.recipe.options import EvaluateOptions, RecoverOptions
 
 ROOT = Path(__file__).parents[1]
 DONE = {
@@ -337,7 +337,7 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored():
 
 def test_progress_is_plain_lines_without_a_terminal(capsys, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("structprune.terminal.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("structprune.cli.terminal.time.monotonic", lambda: now[0])
     with progress_on_stderr() as progress:
         for done in range(101):
             progress("calibrate", done, 100)

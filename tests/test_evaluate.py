@@ -14,14 +14,13 @@ from tokenizers import processors
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from structprune import perplexity
 from structprune.calibration.data import load
 from structprune.calibration.texts import texts
 from structprune.errors import EnvironmentFailure, InputError, QualityError, UsageError
-from structprune.evaluate import Evaluation, compare, evaluate, gate, generations, harness
-from structprune.generations import beginnings
+from structprune.evaluate import Evaluation, compare, evaluate, gate, generations, harness, perplexity
+from structprune.evaluate.generations import beginnings
+from structprune.evaluate.perplexity import Scores, Windows, score, windows_of
 from structprune.models.streamed import open_model
-from structprune.perplexity import Scores, Windows, score, windows_of
 from tests.tiny import LENGTH, VOCABULARY, save_tiny, tiny, tokenizer, tokens
 
 PROSE = "".join(f"Line {number} of a text, {number**2} squared.\n" for number in range(1000, 1040))

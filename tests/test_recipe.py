@@ -8,8 +8,8 @@ import yaml
 from structprune import pipeline, pruner
 from structprune.decide.sparsity import fraction_of
 from structprune.errors import UsageError
-from structprune.options import EvaluateOptions, RecoverOptions, sparsity_of
 from structprune.recipe import Recipe, assemble, choose, describe, load, options
+from structprune.recipe.options import EvaluateOptions, RecoverOptions, sparsity_of
 from structprune.storage import strict_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from structprune import machine, plots
-from structprune.card import write_card
+from structprune import machine
 from structprune.checkpoint.verification import Check, Verification
-from structprune.report import Size, build, table, write_report
+from structprune.report import Size, build, plots, table, write_report
+from structprune.report.card import write_card
 
 EVALUATION = {
     "perplexity": {"demo": {"model": 3.4567, "dense": 3.1}, "broken": {"model": None, "dense": 3.0}},

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from structprune.checkpoint.adapter import Factors, merge
 from structprune.errors import InputError, QualityError
-from structprune.options import RecoverOptions
+from structprune.recipe.options import RecoverOptions
 from structprune.recover.masked_lora import MaskedLayers
 from structprune.recover.masks import check_merged, reapply, zeros
 from structprune.recover.objective import distillation_loss, learning_rate, next_token_losses

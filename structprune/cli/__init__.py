@@ -10,16 +10,8 @@ from typing import Any
 import torch
 import typer
 
-from structprune.commands import Job, app
-from structprune.errors import (
-    EnvironmentFailure,
-    Interrupted,
-    StructpruneError,
-    UsageError,
-    VerificationError,
-)
-from structprune.fields import nearest
-from structprune.terminal import (
+from structprune.cli.commands import Job, app
+from structprune.cli.terminal import (
     complain,
     error_json,
     logging_to_stderr,
@@ -28,6 +20,14 @@ from structprune.terminal import (
     say_json,
     stoppable,
 )
+from structprune.errors import (
+    EnvironmentFailure,
+    Interrupted,
+    StructpruneError,
+    UsageError,
+    VerificationError,
+)
+from structprune.recipe.fields import nearest
 from structprune.version import __version__
 
 MEMORY_HINT = "try --stream, --samples 32, --length 512 or --device cpu"

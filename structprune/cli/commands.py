@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from structprune import pipeline, pruner, recipe, summary
-from structprune.options import EvaluateOptions, RecoverOptions, Where, sparsity_of
-from structprune.terminal import Report
+from structprune import pipeline, pruner, recipe
+from structprune.cli import summary
+from structprune.cli.terminal import Report
+from structprune.recipe.options import EvaluateOptions, RecoverOptions, Where, sparsity_of
 
 app = typer.Typer(
     help="Prune a language model checkpoint, prove what was done, evaluate it and recover it.",

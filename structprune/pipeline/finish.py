@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from structprune import card, plots, report
+from structprune import report
 from structprune.checkpoint.delivery import Clock, Delivery
 from structprune.checkpoint.export import Progress
 from structprune.checkpoint.opened import Source
@@ -14,7 +14,8 @@ from structprune.errors import EnvironmentFailure, VerificationError
 from structprune.evaluate import Evaluation, evaluate, gate
 from structprune.models.identity import skeleton
 from structprune.models.streamed import Model
-from structprune.options import EvaluateOptions
+from structprune.recipe.options import EvaluateOptions
+from structprune.report import card, plots
 
 # Without an `evaluate:` a run still measures what it did, on built-in text: enough for every tokenizer.
 DEFAULT = {"text": ("demo",), "windows": 16}

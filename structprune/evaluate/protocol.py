@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from structprune.calibration.data import Opening, encode, hash_of
 from structprune.errors import InputError, UsageError
+from structprune.evaluate.perplexity import Windows, windows_of
 from structprune.models.streamed import Model
-from structprune.perplexity import Windows, windows_of
 
 # What two perplexities must share to be compared. Library versions are stamped but may differ: they move the
 # last digits, and refusing them would make every older result useless.

@@ -21,11 +21,11 @@ from structprune.checkpoint.source import resolve
 from structprune.checkpoint.verify import silent
 from structprune.cost import weight_bytes
 from structprune.errors import QualityError
-from structprune.finish import Done, finish, measure
 from structprune.machine import versions
 from structprune.models.identity import names_of
-from structprune.options import EvaluateOptions, RecoverOptions
+from structprune.pipeline.finish import Done, finish, measure
 from structprune.plan import Plan
+from structprune.recipe.options import EvaluateOptions, RecoverOptions
 from structprune.recover import Recovery, Windows, draw, main_process, nonzero_masks, train
 from structprune.storage.output import check_output, discard
 

@@ -15,9 +15,9 @@ import yaml
 from pydantic import Field, PrivateAttr, SerializeAsAny, ValidationInfo, field_validator
 
 from structprune.errors import UsageError
-from structprune.fields import Part, build, keys_of, put, shown
-from structprune.options import CalibrationOptions, EvaluateOptions, RecoverOptions, Text, Where
 from structprune.pruner import Pruner, find, names
+from structprune.recipe.fields import Part, build, keys_of, put, shown
+from structprune.recipe.options import CalibrationOptions, EvaluateOptions, RecoverOptions, Text, Where
 from structprune.storage import strict_yaml
 
 __all__ = [

@@ -20,12 +20,12 @@ from structprune.calibration.texts import DEMO, name_of, pieces
 from structprune.demo.world import HELD_OUT_SEED
 from structprune.demo.world import text as demo_text
 from structprune.errors import QualityError, UsageError
-from structprune.generations import PROMPTS, beginnings, generations
-from structprune.harness import harness, metrics
-from structprune.harness import save as save_results
+from structprune.evaluate.generations import PROMPTS, beginnings, generations
+from structprune.evaluate.harness import harness, metrics
+from structprune.evaluate.harness import save as save_results
+from structprune.evaluate.perplexity import Scores, score
+from structprune.evaluate.protocol import compare, dtype_of, lay, same_footing, versions
 from structprune.models.streamed import Model
-from structprune.perplexity import Scores, score
-from structprune.protocol import compare, dtype_of, lay, same_footing, versions
 
 __all__ = ["Evaluation", "compare", "evaluate", "gate", "generations", "harness"]
 

@@ -1,4 +1,4 @@
-"""The story of a run: read, inspect, calibrate, apply, write; `finish` then measures, proves and publishes."""
+"""The story of a run: read, inspect, calibrate, apply, write; `finish` measures, proves and publishes."""
 
 import logging
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ from structprune.checkpoint.verify import silent
 from structprune.cost import weight_bytes
 from structprune.errors import InputError
 from structprune.evaluate import gate
-from structprune.finish import Done, finish, measure
-from structprune.inspection import dry_run, inspect
 from structprune.machine import environment, versions
 from structprune.models.identity import architecture_of
-from structprune.options import EvaluateOptions
+from structprune.pipeline.finish import Done, finish, measure
+from structprune.pipeline.inspection import dry_run, inspect
+from structprune.pipeline.retrain import recover
 from structprune.plan import Plan
 from structprune.pruner import Pruner, find
 from structprune.recipe import Recipe
-from structprune.retrain import recover
+from structprune.recipe.options import EvaluateOptions
 from structprune.storage.output import check_output
 
 logger = logging.getLogger(__name__)

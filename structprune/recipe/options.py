@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from structprune.decide.sparsity import fraction_of, normalise
 from structprune.errors import UsageError
-from structprune.fields import Part
+from structprune.recipe.fields import Part
 
 # Far above any use, far below where a product of two of them leaves 64 bits.
 Count = Annotated[int, Field(ge=1, le=2**24)]
