@@ -20,6 +20,21 @@ from structprune.models.identity import architecture_of, carry_out
 from structprune.models.streamed import Batch, Model
 from structprune.plan import Plan, PlanWriter
 
+
+def achievable(stages: Sequence["Pruner"], model: Model) -> float:
+    """Return the fraction of the prunable set that stages remove together; later ones find earlier zeros.
+
+    Args:
+        stages: In order; each with at least one linear or unit to prune.
+        model: In memory or streamed.
+    """
+    removals: dict[str, tuple[int, int]] = {}
+    for stage in stages:
+        for name, found in stage.removals(model).items():
+            removals[name] = max(found, removals.get(name, found))
+    return sum(removed for removed, _ in removals.values()) / sum(size for _, size in removals.values())
+
+
 # Files in a family's folder that are no method.
 _NOT_METHODS = {"__init__", "family", "runtime", "primitives"}
 
@@ -64,8 +79,8 @@ class Pruner(BaseModel, ABC):
         return PlanWriter(folder, self.method(), config, architecture_of(model), weights, decided=decided)
 
     @abstractmethod
-    def achievable(self, model: Model) -> float:
-        """Return the fraction of the prunable set that rounding lets this pruner remove from the model."""
+    def removals(self, model: Model) -> dict[str, tuple[int, int]]:
+        """Return what rounding lets this pruner remove: by name of a matrix or unit, how many of how many."""
 
     @property
     @abstractmethod

@@ -20,7 +20,7 @@ from structprune.demo.world import (
     documents,
     text,
 )
-from structprune.demo.writers import Page, describe_person, hide, line_up
+from structprune.demo.writers import Page, describe_person, line_up, own
 
 
 def test_a_draw_costs_the_logarithm_of_its_probability() -> None:
@@ -99,27 +99,28 @@ def test_the_world_is_closed() -> None:
     assert len({place.river for place in places()}) == len(PLACES)
 
 
-def test_what_is_asked_of_boxes_stands_earlier_in_the_text() -> None:
+def test_what_is_asked_of_things_stands_earlier_in_the_text() -> None:
     dice = Dice(12)
     for _ in range(200):
         page = Page()
-        hide(dice, page)
+        own(dice, page)
         for question in page.questions:
-            assert question.answer in question.prompt.split("\nQuestion")[0]
+            lead = question.prompt.rsplit("Answer: ", 1)[1]
+            assert f"{lead} {question.answer}" in question.prompt.split("\nQuestion")[0]
 
 
-def test_a_moved_thing_is_where_it_was_put_last() -> None:
-    dice, moved = Dice(13), 0
+def test_a_painted_thing_has_its_last_colour() -> None:
+    dice, painted = Dice(13), 0
     for _ in range(300):
         page = Page()
-        hide(dice, page)
+        own(dice, page)
         told = page.text.split("\nQuestion")[0]
         for question in page.questions:
-            found = re.search(r"Where is the (\w+)\? Answer: The \w+ is in$", question.prompt)
-            if found and f"moved the {found[1]}." in told:
-                moved += 1
-                assert told.endswith(f"The {found[1]} is in {question.answer}.")
-    assert moved > 10
+            found = re.search(r"Which colour is the (\w+)\? Answer: (.*)$", question.prompt)
+            if found and f"paints it. The {found[1]} of" in told:
+                painted += 1
+                assert told.endswith(f"{found[2]} {question.answer}.")
+    assert painted > 10
 
 
 def test_every_equation_is_right() -> None:

@@ -6,7 +6,6 @@ Run as `python -m structprune.checkpoint.reload_streamed JOBS.json`. One line of
 import contextlib
 import json
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -14,14 +13,12 @@ import torch
 from structprune.models import walk
 from structprune.models.streamed import open_model
 from structprune.storage.tensor_file import read_tensors, save_tensors
+from structprune.version import __version__
 
 
 def loader() -> str:
     """Return the name under which a report lists structprune itself as a loader."""
-    try:
-        return f"structprune {version('structprune')}"
-    except PackageNotFoundError:
-        return "structprune (not installed)"
+    return f"structprune {__version__}"
 
 
 def main(jobs_file: str) -> None:
@@ -34,7 +31,7 @@ def main(jobs_file: str) -> None:
             )
             logits = walk.logits(model, read_tensors(Path(job["probe"])))
             save_tensors(Path(job["logits"]), {"logits": logits})
-        line = {"folder": job["folder"], "loader": f"{loader()}, streamed"}
+        line = {"folder": job["folder"], "loader": f"{loader()} (streamed)"}
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
 

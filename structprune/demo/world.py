@@ -17,8 +17,8 @@ from structprune.demo.writers import (
     describe_person,
     describe_place,
     equations,
-    hide,
     line_up,
+    own,
     quiz,
     trade,
 )
@@ -37,7 +37,7 @@ WRITERS: tuple[tuple[Writer, float], ...] = (
     (describe_person, 0.12),
     (describe_place, 0.06),
     (quiz, 0.12),
-    (hide, 0.2),
+    (own, 0.2),
     (tell, 0.2),
     (equations, 0.12),
     (trade, 0.05),

@@ -30,8 +30,6 @@ OBJECTS = words(
     "key coin ring lamp book knife letter cup map clock rope spoon button candle brush hammer comb whistle "
     "mirror basket stone feather needle shell"
 )
-BOXES = words("box bag drawer jar chest")
-BOX_PLACES = tuple(f"the {colour} {box}" for colour in COLOURS for box in BOXES)
 
 
 @dataclass(frozen=True)
@@ -181,29 +179,30 @@ def quiz(dice: Dice, page: Page) -> None:
         page.ask("facts", relation[2], relation[3], [], relation[4])
 
 
-def hide(dice: Dice, page: Page) -> None:
-    """Put things into boxes, move some, and ask who put what where."""
-    count = dice.number(3, 5)
-    persons, objects = meet(dice, count), dice.several(OBJECTS, count)
-    boxes = [f"the {colour} {dice.pick(BOXES)}" for colour in dice.several(COLOURS, count)]
-    where = dict(zip(objects, boxes, strict=True))
-    for person, thing, box in zip(persons, objects, boxes, strict=True):
-        page.say(f"{person.name} {dice.pick(('brought', 'hid'))} the {thing}. The {thing} is in {box}.")
+def own(dice: Dice, page: Page) -> None:
+    """Tell whose things have which colour, paint one anew, and ask."""
+    count = dice.number(3, 6)
+    owners, things = meet(dice, count), dice.several(OBJECTS, count)
+    colours = dice.several(COLOURS, count)
+    for person, thing, colour in zip(owners, things, colours, strict=True):
+        page.say(f"The {thing} of {person.name} is {colour}.")
+    near = list(colours)
     if dice.happens(0.3):
-        thing, box = dice.pick(objects), f"the {dice.pick(COLOURS)} basin"
-        page.say(f"Then {dice.pick(persons).name} moved the {thing}. The {thing} is in {box}.")
-        where[thing] = box
-    near = list(dict.fromkeys([*where.values(), *boxes]))
-    names = [person.name for person in persons]
+        index = dice.number(0, count - 1)
+        near.append(dice.pick([colour for colour in COLOURS if colour not in colours]))
+        page.say(
+            f"Then {owners[index].name} paints it. The {things[index]} of {owners[index].name} is {near[-1]}."
+        )
+        colours[index] = near[-1]
+    names = [person.name for person in owners]
     everybody = [person.name for person in people()]
     for index in dice.several(range(count), dice.number(2, count)):
-        thing = objects[index]
-        if dice.happens(0.75):
-            page.ask(
-                "context", f"Where is the {thing}?", where[thing], near, BOX_PLACES, f"The {thing} is in"
-            )
+        thing, name = things[index], names[index]
+        if dice.happens(0.5):
+            page.ask("context", f"Whose is the {thing}?", name, names, everybody, f"The {thing} of")
         else:
-            page.ask("context", f"Who had the {thing}?", names[index], names, everybody)
+            question = f"Which colour is the {thing}?"
+            page.ask("context", question, colours[index], near, COLOURS, f"The {thing} of {name} is")
 
 
 def equations(dice: Dice, page: Page) -> None:
@@ -239,21 +238,21 @@ def trade(dice: Dice, page: Page) -> None:
 
 
 def line_up(dice: Dice, page: Page) -> None:
-    """Name a row of things, perhaps once more or turned round, then ask for its ends and neighbours."""
+    """Name a row of things, perhaps once more, then ask for its ends and neighbours."""
     pool = dice.pick((OBJECTS, [person.name for person in people()], FOODS, JOBS))
     row = dice.several(pool, dice.number(3, 6))
     page.say(f"In a row: {', '.join(row)}.")
     # Plain repetition is the simplest thing to read back; it teaches a network to look back at all.
-    lead = dice.pick(("Once more", "Turned round", "Asked"), (0.5, 0.2, 0.3))
-    if lead != "Asked":
-        page.say(f"{lead}: {', '.join(row if lead == 'Once more' else reversed(row))}.")
+    if dice.happens(0.5):
+        page.say(f"Once more: {', '.join(row)}.")
     for index in dice.several(range(len(row)), 2):
         if index == 0:
             page.ask("order", "Which is first?", row[0], row, pool)
         elif index == len(row) - 1 and dice.happens(0.5):
             page.ask("order", "Which is last?", row[-1], row, pool)
         else:
-            page.ask("order", f"Which is after {row[index - 1]}?", row[index], row, pool)
+            before = row[index - 1]
+            page.ask("order", f"What comes after {before}?", row[index], row, pool, f"{before},")
 
 
 Writer = Callable[[Dice, Page], None]

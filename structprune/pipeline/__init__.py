@@ -25,7 +25,7 @@ from structprune.pipeline.finish import Done, finish, measure
 from structprune.pipeline.inspection import dry_run, inspect
 from structprune.pipeline.retrain import recover
 from structprune.plan import Plan
-from structprune.pruner import Pruner, find
+from structprune.pruner import Pruner, achievable, find
 from structprune.recipe import Recipe
 from structprune.recipe.options import EvaluateOptions
 from structprune.storage.output import check_output
@@ -93,11 +93,12 @@ def prune(
         work.write_text("structprune/recipe.yaml", recipe.text())
         with clock.phase("write"):
             work.hashes |= export(source.reader, work.folder, plans, progress)
+        asked = [step.asked for step in recipe.prune]
         done = Done(
             method="+".join(step.method() for step in recipe.prune),
             recipe=recipe.text(),
-            asked=recipe.prune[-1].asked,
-            achievable=recipe.prune[-1].achievable(source.model),
+            asked=asked[0] if len(asked) == 1 else " + ".join(map(str, asked)),
+            achievable=achievable(recipe.prune, source.model),
             stages=stages(plans),
             calibration=calibration.facts if calibration else None,
             blocks_resumed=resumed,
@@ -113,6 +114,7 @@ def prune(
             device=recipe.device,
             evaluate=recipe.evaluate,
             dense=str(folder),
+            reload=reload,
             progress=progress,
         )
     return result

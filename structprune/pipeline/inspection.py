@@ -12,6 +12,7 @@ from structprune.models.arch import arch_of, blocks, linears
 from structprune.models.identity import architecture_of
 from structprune.models.streamed import StreamedModel, open_model
 from structprune.models.tokenizer import open_tokenizer
+from structprune.pruner import achievable
 from structprune.recipe import Recipe
 from structprune.storage.output import check_output
 
@@ -90,7 +91,7 @@ def dry_run(
     return {
         "recipe": recipe.text(),
         "stages": [
-            {"method": pruner.method(), "asked": pruner.asked, "achievable": pruner.achievable(opened)}
+            {"method": pruner.method(), "asked": pruner.asked, "achievable": achievable([pruner], opened)}
             for pruner in recipe.prune
         ],
         "parameters": {"dense": sum(p.numel() for p in opened.skeleton.parameters())},

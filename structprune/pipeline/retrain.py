@@ -45,6 +45,7 @@ def recover(
     revision: str | None = None,
     evaluate: EvaluateOptions | None = None,
     dense: str | None = None,
+    reload: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Train a pruned model with LoRA that keeps every removed weight removed, and write the result.
@@ -63,6 +64,7 @@ def recover(
         revision: Of a model on the hub.
         evaluate: What to measure; the default of a prune run unless given.
         dense: What to compare with in the report; the teacher unless given.
+        reload: Open the result in a fresh process.
         progress: Told (stage, done, total).
 
     Raises:
@@ -117,7 +119,9 @@ def recover(
             revalued=tuple(changed),
             more={"recovery": facts},
         )
-        return finish(work, source, clock, done, options=evaluate, dense=compared, progress=progress)
+        return finish(
+            work, source, clock, done, options=evaluate, dense=compared, reload=reload, progress=progress
+        )
 
 
 def _resident(source: Source) -> PreTrainedModel:

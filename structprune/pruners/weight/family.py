@@ -124,14 +124,13 @@ class WeightPruner(Pruner):
         return self.sparsity
 
     @final
-    def achievable(self, model: Model) -> float:
-        """Return the removed fraction of the chosen linears, after rounding down in every row or matrix."""
-        removed = total = 0
+    def removals(self, model: Model) -> dict[str, tuple[int, int]]:
+        """Return how many weights of each chosen linear leave, after rounding down in every row or matrix."""
+        found = {}
         for linear in self.all_chosen(model):
             out, inputs = linear.weight.shape
-            removed += removed_weights((out, inputs), self.sparsity, self.compare)
-            total += out * inputs
-        return removed / total
+            found[linear.label] = removed_weights((out, inputs), self.sparsity, self.compare), out * inputs
+        return found
 
     @final
     def check(self, model: Model) -> None:
