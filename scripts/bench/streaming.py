@@ -50,7 +50,7 @@ def run(source: Path, output: Path, text: Path, flag: str) -> dict[str, float]:
 
 def runtime_peak() -> int:
     """Return the peak memory of a process that only imports what a run imports."""
-    code = "import structprune, structprune.pipeline, structprune.machine as m; print(m.peak_rss_bytes())"
+    code = "import structprune, structprune.machine as m; print(m.peak_rss_bytes())"
     return int(
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     )

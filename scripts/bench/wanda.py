@@ -18,7 +18,8 @@ from model import random_llama, token_file
 
 import structprune
 from structprune.calibration import data
-from structprune.models.streamed import open_model, open_tokenizer
+from structprune.models.streamed import open_model
+from structprune.models.tokenizer import open_tokenizer
 
 SAMPLES, LENGTH, BATCH = 16, 512, 8
 

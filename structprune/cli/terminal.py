@@ -6,7 +6,6 @@ Only the command line, the scripts and the demo use it; the library logs and cal
 import contextlib
 import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -28,6 +27,7 @@ from rich.progress import (
 )
 
 from structprune.errors import Interrupted, StructpruneError
+from structprune.report import plain
 
 # Often enough that silence is no hang, seldom enough for a log file.
 SECONDS_BETWEEN_LINES = 30.0
@@ -55,7 +55,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 def say_json(data: Mapping[str, Any]) -> None:
     """Write one JSON object as one line to stdout; numbers that are not finite become null."""
-    say(json.dumps(_plain(data), allow_nan=False))
+    say(json.dumps(plain(data), allow_nan=False))
 
 
 def complain(error: StructpruneError) -> None:
@@ -216,14 +216,3 @@ def _duration(seconds: float) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON can hold it."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value if value is None or isinstance(value, str | int | bool) else str(value)

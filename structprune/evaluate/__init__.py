@@ -24,7 +24,7 @@ from structprune.evaluate.generations import PROMPTS, beginnings, generations
 from structprune.evaluate.harness import harness, metrics
 from structprune.evaluate.harness import save as save_results
 from structprune.evaluate.perplexity import Scores, score
-from structprune.evaluate.protocol import compare, dtype_of, lay, same_footing, versions
+from structprune.evaluate.protocol import compare, dtype_of, lay, same_footing, stamped_versions
 from structprune.models.streamed import Model
 
 __all__ = ["Evaluation", "compare", "evaluate", "gate", "generations", "harness"]
@@ -132,7 +132,7 @@ def evaluate(
     size, first = window_length(length, longest), opening(tokenizer, bos)
     read = partial(_pieces, column=column, split=split, revision=revision)
     cutting = partial(lay, tokenizer=tokenizer, length=size, opening=first, stride=stride, limit=windows)
-    result = Evaluation(protocol={"texts": {}, "tasks": {}, "versions": versions(), "flags": []})
+    result = Evaluation(protocol={"texts": {}, "tasks": {}, "versions": stamped_versions(), "flags": []})
     # All texts are laid out before the first forward, so that one that is too short stops the run at once.
     laid = {name: cutting(read(source), source=source) for name, source in zip(names, text, strict=True)}
     for name, (found, stamp) in laid.items():

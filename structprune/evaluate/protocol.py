@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from structprune.calibration.data import Opening, encode, hash_of
 from structprune.errors import InputError, UsageError
 from structprune.evaluate.perplexity import Windows, windows_of
+from structprune.machine import versions
 from structprune.models.streamed import Model
 
 # What two perplexities must share to be compared. Library versions are stamped but may differ: they move the
@@ -155,15 +155,9 @@ def hash_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def versions() -> dict[str, str | None]:
+def stamped_versions() -> dict[str, str | None]:
     """Return the versions of the packages that the figures depend on; None for those not installed."""
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    return {name: found for name, found in versions().items() if name in PACKAGES}
 
 
 def _hashed(text: Iterable[str], digest: "hashlib._Hash") -> Iterator[str]:

@@ -86,7 +86,7 @@ def build(
         "machine": machine(),
         "versions": versions(),
     }
-    finite = _finite(report)
+    finite = plain(report)
     assert isinstance(finite, dict)
     return finite
 
@@ -99,7 +99,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> Path:
     """
     path = folder / REPORT_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(report), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    text = json.dumps(plain(report), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     with DurableFile(path) as file:
         file.write(text.encode())
     return path
@@ -157,11 +157,12 @@ def _error_of(metrics: Mapping[str, Mapping[str, float | None]], metric: str) ->
     return metrics.get(f"{name}_stderr{comma}{chosen}", {})
 
 
-def _finite(value: object) -> object:
+def plain(value: Any) -> Any:
+    """Return a value as JSON can hold it: no NaN, no infinity, text for what JSON does not know."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(part) for key, part in value.items()}
+        return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return value
+        return [plain(part) for part in value]
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
