@@ -145,6 +145,17 @@ def test_an_unfinished_run_of_another_kind_is_named_and_forgotten_only_when_told
     assert not list(tmp_path.glob("*.partial-*"))
 
 
+def test_fields_of_a_method_and_keys_of_a_recipe_may_be_given_side_by_side(
+    llama: Path, tmp_path: Path
+) -> None:
+    report = structprune.prune(llama, tmp_path / "out", "magnitude", sparsity="1:4", seed=3, **QUICK)
+    assert (report["asked"], report["sparsity"], report["pattern"]) == ("1:4", 0.75, "1:4")
+    with pytest.raises(UsageError, match="sparisty"):
+        structprune.prune(llama, tmp_path / "other", "magnitude", sparisty=0.5, **QUICK)
+    with pytest.raises(UsageError, match="output"):
+        structprune.prune(llama, None, "magnitude", **QUICK)
+
+
 def test_several_stages_leave_one_plan_each(llama: Path, tmp_path: Path) -> None:
     stages = [{"method": "magnitude", "sparsity": 0.25, "skip": "1"}, {"method": "wanda", "sparsity": 0.5}]
     recipe = structprune.Recipe.model_validate(

@@ -9,7 +9,6 @@ import torch
 import yaml
 
 from structprune.calibration import data
-from structprune.checkpoint import verify as verification
 from structprune.checkpoint.delivery import Clock, Delivery, deliver
 from structprune.checkpoint.export import Progress, export
 from structprune.checkpoint.opened import Source, open_source
@@ -18,16 +17,16 @@ from structprune.checkpoint.source import resolve
 from structprune.checkpoint.verify import silent
 from structprune.cost import weight_bytes
 from structprune.errors import InputError
-from structprune.evaluate import gate
 from structprune.machine import environment, versions
 from structprune.models.identity import architecture_of
-from structprune.pipeline.finish import Done, finish, measure
+from structprune.pipeline.checks import evaluate, verify
+from structprune.pipeline.finish import Done, finish
 from structprune.pipeline.inspection import dry_run, inspect
 from structprune.pipeline.retrain import recover
 from structprune.plan import Plan
 from structprune.pruner import Pruner, achievable, find
 from structprune.recipe import Recipe
-from structprune.recipe.options import EvaluateOptions
+from structprune.recipe.fields import build
 from structprune.storage.output import check_output
 
 logger = logging.getLogger(__name__)
@@ -60,14 +59,14 @@ def prune(
         trust_remote_code: Run code that the model folder brings along.
         reload: Open the result in a fresh process; without it the proof is of the files alone.
         progress: Told (stage, done, total).
-        **options: Further keys of a recipe: seed, dtype, device, calibration, recover, evaluate.
+        **options: Further keys of a recipe (seed, dtype, device, calibration, recover, evaluate), and fields
+            of a method given by its name (sparsity, compare, ...).
 
     Raises:
         StructpruneError: One of `structprune.errors`; nothing is lost, and the input is untouched.
     """
     if not isinstance(recipe, Recipe):
-        stage = {"method": pruner} if isinstance(pruner, str) else pruner
-        recipe = Recipe.model_validate({"model": str(recipe), "output": output, "prune": stage, **options})
+        recipe = _recipe(str(recipe), output, pruner, options)
     clock = Clock()
     with clock.phase("read"):
         folder = resolve(recipe.model, revision=recipe.revision)
@@ -179,6 +178,17 @@ def apply(
         return finish(work, source, clock, done, options=None, reload=reload, progress=progress)
 
 
+def _recipe(
+    model: str, output: str | Path | None, pruner: Pruner | str | None, options: dict[str, Any]
+) -> Recipe:
+    """Return the recipe that `prune` was called with; what is no key of a recipe belongs to the method."""
+    stage: object = pruner
+    if isinstance(pruner, str):
+        stage = {"method": pruner} | {k: v for k, v in options.items() if k not in Recipe.model_fields}
+        options = {k: v for k, v in options.items() if k in Recipe.model_fields}
+    return build(Recipe, {"model": model, "output": output, "prune": stage, **options})
+
+
 def _pruned_folder(recipe: Recipe) -> Path:
     """Return where the pruned model goes: beside the output when a recovery makes the output from it."""
     if recipe.recover is None:
@@ -253,61 +263,3 @@ def _decide(
         pruner.apply(source.model, plan)
         plans.append(plan)
     return plans, resumed
-
-
-def evaluate(
-    model: str,
-    options: EvaluateOptions | None = None,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    stream: bool | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Measure a model, and with `options.compare` the dense one in the same run.
-
-    Args:
-        model: "demo", a folder, a hub name.
-        options: What to measure; held-out text of the demo's world unless given.
-        device: "auto" for the accelerator there is.
-        dtype: What to compute in; "auto" is the dtype of the files.
-        stream: Hold one block in memory; chosen by the free memory unless given.
-        revision: Branch, tag or commit of a hub model.
-        trust_remote_code: Run code that the model folder brings along.
-        progress: Told (stage, done, total).
-
-    Raises:
-        QualityError: `options.max_ppl_ratio` was missed.
-    """
-    options = options or EvaluateOptions()
-
-    def opened(name: str) -> Source:
-        folder = resolve(name, revision=revision if name == model else None)
-        return open_source(
-            name, folder, dtype=dtype, device=device, stream=stream, trust_remote_code=trust_remote_code
-        )
-
-    progress("evaluate", 0, 1)
-    result = measure(opened(model), opened(options.compare) if options.compare else None, options)
-    progress("evaluate", 1, 1)
-    if options.max_ppl_ratio is not None:
-        gate(result, options.max_ppl_ratio)
-    return result.as_json()
-
-
-def verify(
-    folder: str | Path, against: str | None = None, *, stream: bool = False, progress: Progress = silent
-) -> dict[str, Any]:
-    """Measure a folder from its files and reload it in a fresh process.
-
-    Args:
-        folder: What structprune wrote, or any model folder.
-        against: The model it was made from.
-        stream: Hold one block in memory.
-        progress: Told (stage, done, total).
-    """
-    path = resolve(str(folder))
-    source = resolve(against) if against else None
-    return verification.verify(path, source, stream=stream, progress=progress).as_json()
