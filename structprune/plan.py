@@ -186,7 +186,9 @@ class PlanBlock(Mapping[str, Tensor]):
     def make(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], path: Path | None) -> "PlanBlock":
         """Pack `tensors`; with a `path` write them there and keep none in memory."""
         shapes = {key: tuple(tensors[key].shape) for key in sorted(tensors)}
-        packed = {key: pack(tensors[key]) if key.endswith(":mask") else tensors[key] for key in shapes}
+        packed = {
+            key: (pack(tensors[key]) if key.endswith(":mask") else tensors[key]).cpu() for key in shapes
+        }
         digest = _digest(packed, shapes)
         if path is None:
             return cls(packed, shapes, dict(facts), digest, None)

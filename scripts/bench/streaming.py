@@ -35,7 +35,7 @@ def run(source: Path, output: Path, text: Path, flag: str) -> dict[str, float]:
     command += ["--set", f"calibration.batch_size={BATCH}", "--set", f"evaluate.text={text}"]
     command += [
         "--set",
-        "evaluate.windows=4",
+        "evaluate.windows=1",
         "--set",
         f"evaluate.length={LENGTH}",
         "--set",
