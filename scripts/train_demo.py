@@ -244,7 +244,7 @@ def report(
     """Log and return one line: loss against entropy, and the accuracy on `count` questions of each kind."""
     model.train(False)
     loss, entropy = held_out_loss(model, tokenizer, text_seed, 2 * count)
-    kinds: list[Kind] = [*MULTIPLE_CHOICE.values(), "arithmetic"]
+    kinds: list[Kind] = list(MULTIPLE_CHOICE.values())
     marks = ", ".join(f"{kind} {accuracy(model, tokenizer, kind, task_seed, count):.3f}" for kind in kinds)
     line = f"held-out loss {loss:.4f}, entropy {entropy:.4f} nats per token; accuracy: {marks}"
     logger.info("%s", line)

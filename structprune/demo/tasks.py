@@ -18,7 +18,9 @@ from structprune.demo.writers import Kind, Question
 
 CHOICES = 4
 MULTIPLE_CHOICE: dict[str, Kind] = {
-    "demo_facts": "facts",
+    "demo_people": "people",
+    "demo_places": "places",
+    "demo_sums": "arithmetic",
     "demo_context": "context",
     "demo_story": "story",
     "demo_order": "order",

@@ -24,7 +24,7 @@ from structprune.demo.inhabitants import (
     words,
 )
 
-Kind = Literal["facts", "context", "story", "arithmetic", "order"]
+Kind = Literal["people", "places", "context", "story", "arithmetic", "order"]
 
 OBJECTS = words(
     "key coin ring lamp book knife letter cup map clock rope spoon button candle brush hammer comb whistle "
@@ -37,7 +37,8 @@ class Question:
     """A question as it stands in a document.
 
     Attributes:
-        kind: What answering it takes: memory (`facts`), reading back (`context`, `story`, `order`), counting.
+        kind: What answering it takes: memory (`people`, `places`), reading back (`context`, `story`, `order`), or
+            counting.
         prompt: The document up to where the answer begins, without the blank.
         answer: What follows the blank after the prompt; the document sets a full stop behind it.
         near: Wrong answers that stand in the document, or close to the right one.
@@ -172,11 +173,10 @@ def describe_place(dice: Dice, page: Page) -> None:
 def quiz(dice: Dice, page: Page) -> None:
     """Ask for facts that stand nowhere in the text: only memory answers them."""
     for _ in range(dice.number(2, 6)):
-        if dice.happens(0.3):
-            relation = dice.pick(place_relations(visit(dice)))
-        else:
-            relation = dice.pick(person_relations(meet(dice, 1)[0]))
-        page.ask("facts", relation[2], relation[3], [], relation[4])
+        of_a_place = dice.happens(0.3)
+        known = place_relations(visit(dice)) if of_a_place else person_relations(meet(dice, 1)[0])
+        relation = dice.pick(known)
+        page.ask("places" if of_a_place else "people", relation[2], relation[3], [], relation[4])
 
 
 def own(dice: Dice, page: Page) -> None:
