@@ -37,8 +37,8 @@ class Question:
     """A question as it stands in a document.
 
     Attributes:
-        kind: What answering it takes: memory (`people`, `places`), reading back (`context`, `story`, `order`), or
-            counting.
+        kind: What answering it takes: memory (`people`, `places`), reading back (`context`, `story`,
+            `order`), or counting.
         prompt: The document up to where the answer begins, without the blank.
         answer: What follows the blank after the prompt; the document sets a full stop behind it.
         near: Wrong answers that stand in the document, or close to the right one.
