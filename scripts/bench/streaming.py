@@ -15,18 +15,18 @@ from pathlib import Path
 import torch
 from model import random_llama, token_file
 
-SAMPLES, LENGTH, BATCH = 16, 256, 4
+LENGTH, BATCH = 256, 4
 HIDDEN, FFN = 768, 2048
 
 
-def run(source: Path, output: Path, text: Path, flag: str) -> dict[str, float]:
+def run(source: Path, output: Path, text: Path, flag: str, samples: int) -> dict[str, float]:
     """Prune in a process of its own; return its peak memory and the seconds of its phases."""
     command = [sys.executable, "-m", "structprune", "prune", str(source), str(output), "--method", "wanda"]
     command += [
         "--calibration",
         str(text),
         "--samples",
-        str(SAMPLES),
+        str(samples),
         "--length",
         str(LENGTH),
         flag,
@@ -60,19 +60,23 @@ def main() -> None:
     """Run 8 and 32 blocks, streamed and resident, and print the growth and the limits."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    json_wanted = parser.parse_args().json
+    parser.add_argument("--samples", type=int, default=16, help=f"calibration samples of {LENGTH} tokens")
+    options = parser.parse_args()
+    samples = options.samples
     block = (4 * HIDDEN**2 + 3 * HIDDEN * FFN + 2 * HIDDEN) * 4
-    activations = SAMPLES * LENGTH * HIDDEN * 4
+    activations = samples * LENGTH * HIDDEN * 4
     result: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        text = token_file(folder / "text.txt", tokens=SAMPLES * LENGTH * 4)
+        text = token_file(folder / "text.txt", tokens=samples * LENGTH * 4)
         for blocks in (8, 32):
             source = random_llama(
                 folder / f"dense-{blocks}", blocks=blocks, hidden=HIDDEN, ffn=FFN, dtype=torch.float32
             )
             for flag in ("--stream", "--resident"):
-                result[f"{blocks} {flag[2:]}"] = run(source, folder / f"out-{blocks}{flag}", text, flag)
+                result[f"{blocks} {flag[2:]}"] = run(
+                    source, folder / f"out-{blocks}{flag}", text, flag, samples
+                )
     small, large = result["8 stream"], result["32 stream"]
     runtime = runtime_peak()
     figures = {
@@ -83,7 +87,7 @@ def main() -> None:
         "peak_over_limit": large["peak"] / (runtime + max(3 * block, 2 * 8192 * HIDDEN * 4) + activations),
         "seconds_over_resident": large["seconds"] / result["32 resident"]["seconds"],
     }
-    if json_wanted:
+    if options.json:
         print(json.dumps({"runs": result, **figures}))
         return
     for label, row in result.items():
