@@ -79,7 +79,7 @@ def recover(
         plans = plans_of(folder)
         windows = _windows(source, options, seed)
         teacher = _open_other(options.teacher, device)
-        compared = _open_other(dense or options.teacher, device)
+        compared = teacher if dense in (None, options.teacher) else _open_other(dense, device)
     if not main_process(device):
         _train(source, plans, windows, options, teacher, seed, device, progress)
         return {}
