@@ -240,10 +240,10 @@ def trade(dice: Dice, page: Page) -> None:
 def line_up(dice: Dice, page: Page) -> None:
     """Name a row of things, perhaps once more, then ask for its ends and neighbours."""
     pool = dice.pick((OBJECTS, [person.name for person in people()], FOODS, JOBS))
-    row = dice.several(pool, dice.number(3, 6))
+    row = dice.several(pool, dice.number(3, 10))
     page.say(f"In a row: {', '.join(row)}.")
     # Plain repetition is the simplest thing to read back; it teaches a network to look back at all.
-    if dice.happens(0.5):
+    if dice.happens(0.8):
         page.say(f"Once more: {', '.join(row)}.")
     for index in dice.several(range(len(row)), 2):
         if index == 0:
