@@ -10,19 +10,16 @@ survives renamings inside transformers and can be read without building a model.
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from structprune.errors import InputError
 from structprune.storage.durable import DurableFile
-from structprune.storage.header import read_header
+from structprune.storage.plan_block import IN_THE_WEIGHTS, PlanBlock, Read, canonical
 from structprune.storage.strict_json import read_json
-from structprune.storage.tensor_file import read_tensors, save_tensors
 
 FORMAT = 1
 # A plan.json holds a few facts per matrix; far below this even for a model with thousands of experts.
@@ -33,28 +30,6 @@ def architecture_hash(model_type: str, shapes: Mapping[str, tuple[int, ...]]) ->
     """Return the hash that ties a plan to an architecture: model type, stored tensor names and shapes."""
     rows = [[name, list(shapes[name])] for name in sorted(shapes)]
     return hashlib.sha256(canonical([model_type, rows]).encode()).hexdigest()
-
-
-def canonical(value: object) -> str:
-    """Return `value` as JSON with one spelling, for hashing."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def pack(mask: Tensor) -> Tensor:
-    """Pack a bool tensor of any shape into bits, little end first, shape [ceil(elements / 8)], uint8."""
-    bits = mask.reshape(-1).to(torch.uint8)
-    bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).view(-1, 8)
-    packed = bits[:, 0].clone()
-    for place in range(1, 8):
-        packed |= bits[:, place] << place
-    return packed
-
-
-def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Undo `pack`: the first elements of the bits as a bool tensor of `shape`."""
-    places = torch.arange(8, dtype=torch.uint8)
-    bits = (packed.unsqueeze(1) >> places) & 1
-    return bits.view(-1)[: math.prod(shape)].bool().view(shape)
 
 
 class Plan(Mapping[str, Tensor]):
@@ -69,7 +44,8 @@ class Plan(Mapping[str, Tensor]):
         architecture: Hash of the model type and the stored names and shapes before the stage.
         weights: Hash of the weights the decision was made on.
         facts: What was measured on the way.
-        blocks: For each block its shapes by key, its digest, and either tensors or a file.
+        blocks: The decisions, block by block.
+        decides: Which of the blocks' keys are the plan's.
     """
 
     def __init__(
@@ -79,7 +55,9 @@ class Plan(Mapping[str, Tensor]):
         architecture: str,
         weights: str,
         facts: Mapping[str, Any],
-        blocks: "list[PlanBlock]",
+        blocks: list[PlanBlock],
+        *,
+        decides: Callable[[str], bool] = lambda key: True,
     ) -> None:
         self.method = method
         self.config = dict(config)
@@ -87,7 +65,7 @@ class Plan(Mapping[str, Tensor]):
         self.weights = weights
         self.facts = dict(facts)
         self.blocks = blocks
-        self._block_of = {key: block for block in blocks for key in block.shapes}
+        self._block_of = {key: block for block in blocks for key in block.shapes if decides(key)}
         self._open: PlanBlock | None = None  # the one block whose tensors are in memory
 
     @property
@@ -118,11 +96,21 @@ class Plan(Mapping[str, Tensor]):
         """Return the number of keys."""
         return len(self._block_of)
 
+    def beside_weights(self) -> "Plan":
+        """Return the same plan without what is in the weights of the model that it was applied to."""
+        parts = (self.method, self.config, self.architecture, self.weights, self.facts, self.blocks)
+        return Plan(*parts, decides=lambda key: key.rpartition(":")[2] not in IN_THE_WEIGHTS)
+
+    def read_from(self, read: Read) -> None:
+        """Say how the tensors of the pruned model are read, for decisions that are kept there."""
+        for block in self.blocks:
+            block.read = read
+
     def save(self, folder: Path) -> None:
         """Write the plan into `folder`, block by block, `plan.json` last."""
         writer = PlanWriter(folder, self.method, self.config, self.architecture, self.weights)
         for block in self.blocks[writer.finished :]:
-            writer.write(dict(block), block.facts)
+            writer.add(block)
             block.release()
         writer.finish(self.facts)
 
@@ -146,7 +134,7 @@ class Plan(Mapping[str, Tensor]):
             parts = head["method"], head["config"], head["architecture"], head["weights"], head["facts"]
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: lacks {error}", hint="the file was changed; prune again") from None
-        plan = cls(*parts, [PlanBlock.read(folder / block_file(index)) for index in range(count)])
+        plan = cls(*parts, [PlanBlock.load(folder / block_file(index)) for index in range(count)])
         if plan.id != head.get("id"):
             raise InputError(f"{path}: id {head.get('id')} does not match the plan's content {plan.id}")
         return plan
@@ -155,94 +143,6 @@ class Plan(Mapping[str, Tensor]):
 def block_file(index: int) -> str:
     """Return the file name of one block's decisions."""
     return f"block-{index:04d}.safetensors"
-
-
-class PlanBlock(Mapping[str, Tensor]):
-    """The decisions about one block, by key: masks packed to bits, other tensors as they are.
-
-    Args:
-        packed: Tensors as stored, by key; None when they are to be read from `path`.
-        shapes: Shape by key, of the tensor that the key stands for.
-        facts: What was measured while deciding.
-        digest: Hash of keys, shapes and bytes.
-        path: Where the block lies on disk, or None when it is only in memory.
-    """
-
-    def __init__(
-        self,
-        packed: dict[str, Tensor] | None,
-        shapes: dict[str, tuple[int, ...]],
-        facts: dict[str, Any],
-        digest: str,
-        path: Path | None,
-    ) -> None:
-        self._packed = packed
-        self.shapes = shapes
-        self.facts = facts
-        self.digest = digest
-        self.path = path
-
-    @classmethod
-    def make(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], path: Path | None) -> "PlanBlock":
-        """Pack `tensors`; with a `path` write them there and keep none in memory."""
-        shapes = {key: tuple(tensors[key].shape) for key in sorted(tensors)}
-        packed = {
-            key: (pack(tensors[key]) if key.endswith(":mask") else tensors[key]).cpu() for key in shapes
-        }
-        digest = _digest(packed, shapes)
-        if path is None:
-            return cls(packed, shapes, dict(facts), digest, None)
-        metadata = {"shapes": canonical(shapes), "facts": canonical(dict(facts)), "digest": digest}
-        save_tensors(path, packed, metadata)
-        return cls(None, shapes, dict(facts), digest, path)
-
-    @classmethod
-    def read(cls, path: Path) -> "PlanBlock":
-        """Read a block file and check its digest."""
-        if not path.is_file():
-            raise InputError(f"{path}: missing", hint="the plan folder is incomplete; prune again")
-        packed, metadata = read_tensors(path), read_header(path).metadata
-        try:
-            shapes = {key: tuple(shape) for key, shape in json.loads(metadata["shapes"]).items()}
-            facts = json.loads(metadata["facts"])
-            digest = metadata["digest"]
-        except (KeyError, ValueError, AttributeError, TypeError):
-            raise InputError(f"{path}: not a block of a plan", hint="prune again") from None
-        if shapes.keys() != packed.keys() or _digest(packed, shapes) != digest:
-            raise InputError(
-                f"{path}: its content does not match its digest", hint="the file was changed; prune again"
-            )
-        return cls(None, shapes, facts, digest, path)
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the keys."""
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        """Return the number of keys."""
-        return len(self.shapes)
-
-    def __getitem__(self, key: str) -> Tensor:
-        """Return the tensor of `key`; a mask as bool in its shape."""
-        shape = self.shapes[key]
-        if self._packed is None:
-            assert self.path is not None
-            self._packed = read_tensors(self.path)
-        return unpack(self._packed[key], shape) if key.endswith(":mask") else self._packed[key]
-
-    def release(self) -> None:
-        """Forget tensors that can be read again."""
-        if self.path is not None:
-            self._packed = None
-
-
-def _digest(packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    state = hashlib.sha256()
-    for key in sorted(packed):
-        tensor = packed[key].contiguous()
-        state.update(canonical([key, list(shapes[key]), str(tensor.dtype)]).encode())
-        state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
 
 
 class PlanWriter:
@@ -277,7 +177,7 @@ class PlanWriter:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             while (path := folder / block_file(len(self.blocks))).is_file():
-                self.blocks.append(PlanBlock.read(path))
+                self.blocks.append(PlanBlock.load(path))
 
     @property
     def finished(self) -> int:
@@ -290,6 +190,11 @@ class PlanWriter:
         self.blocks.append(PlanBlock.make(tensors, facts, path))
         if self._decided is not None:
             self._decided(len(self.blocks))
+
+    def add(self, block: PlanBlock) -> None:
+        """Add the decisions of another plan's block as they are."""
+        path = None if self.folder is None else self.folder / block_file(len(self.blocks))
+        self.blocks.append(block if path is None else block.save(path))
 
     def so_far(self) -> Plan:
         """Return the plan of the blocks decided until now."""

@@ -36,7 +36,7 @@ def achievable(stages: Sequence["Pruner"], model: Model) -> float:
 
 
 # Files in a family's folder that are no method.
-_NOT_METHODS = {"__init__", "family", "runtime", "primitives"}
+_NOT_METHODS = {"__init__", "family", "passes", "runtime", "primitives"}
 
 
 class Pruner(BaseModel, ABC):
@@ -56,6 +56,11 @@ class Pruner(BaseModel, ABC):
     def method(cls) -> str:
         """Return the method's name, which is its file's."""
         return cls.__module__.rpartition(".")[2]
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Tell whether `calibrate` needs batches with the fields as they are."""
+        return self.needs_data
 
     def writer(
         self,

@@ -3,10 +3,20 @@
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from structprune.decide.budget import removed_count, removed_weights, uniform
+from structprune.calibration.statistics import InputNorm
+from structprune.decide.budget import (
+    Owl,
+    Ramp,
+    Table,
+    TargetParams,
+    apportion,
+    removed_count,
+    removed_weights,
+)
 from structprune.errors import UsageError
 
 
@@ -48,5 +58,84 @@ def test_a_pattern_that_does_not_fit_is_refused() -> None:
         removed_weights((4, 6), "2:4")
 
 
-def test_a_uniform_budget_gives_every_linear_the_same() -> None:
-    assert uniform(["a", "b"], "2:4") == {"a": "2:4", "b": "2:4"}
+class TestApportion:
+    def test_floors_come_first_and_the_largest_remainders_get_the_rest(self) -> None:
+        wanted = {"a": Fraction(25, 10), "b": Fraction(34, 10), "c": Fraction(41, 10)}  # sums to 10
+        assert apportion(10, wanted, dict.fromkeys(wanted, 100)) == {"a": 3, "b": 3, "c": 4}
+
+    def test_a_tie_goes_to_the_first(self) -> None:
+        wanted = {"a": Fraction(1, 2), "b": Fraction(1, 2)}
+        assert apportion(1, wanted, {"a": 9, "b": 9}) == {"a": 1, "b": 0}
+
+    def test_only_proportions_bind_and_the_total_is_exact(self) -> None:
+        wanted = {"a": Fraction(1), "b": Fraction(2), "c": Fraction(4)}
+        assert apportion(70, wanted, dict.fromkeys(wanted, 100)) == {"a": 10, "b": 20, "c": 40}
+
+    def test_what_a_small_matrix_cannot_give_the_others_do(self) -> None:
+        wanted = {"small": Fraction(50), "large": Fraction(50)}
+        assert apportion(60, wanted, {"small": 10, "large": 100}) == {"small": 9, "large": 51}
+
+    @pytest.mark.parametrize("total", range(0, 60, 7))
+    def test_every_total_is_met(self, total: int) -> None:
+        wanted = {"a": Fraction(1, 3), "b": Fraction(2, 7), "c": Fraction(5, 11), "d": Fraction(0)}
+        sizes = {"a": 11, "b": 29, "c": 23, "d": 5}
+        counts = apportion(total, wanted, sizes)
+        assert sum(counts.values()) == total
+        assert all(0 <= counts[name] < sizes[name] for name in wanted)
+
+    def test_everything_cannot_leave(self) -> None:
+        with pytest.raises(UsageError, match="cannot remove 5 of 5"):
+            apportion(5, {"a": Fraction(1)}, {"a": 5})
+
+
+class TestOwl:
+    def test_the_outliers_of_a_block_are_counted_against_its_own_mean(self) -> None:
+        weight = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 33.0]])  # the mean is 5
+        assert Owl(outlier=5.0).measure([weight], [norms(torch.ones(4))]) == 1 / 8
+
+    def test_activations_weigh_in(self) -> None:
+        stat = norms(torch.tensor([1.0, 1.0, 1.0, 33.0]))
+        assert Owl(outlier=5.0).measure([torch.ones(1, 4)], [stat]) == 0
+        assert Owl(outlier=3.0).measure([torch.ones(1, 4)], [stat]) == 1 / 4
+
+    def test_the_range_is_twice_the_spread_and_the_mean_is_what_was_asked(self) -> None:
+        shares = Owl(spread=0.08).shares(Fraction(7, 10), [0.01, 0.02, 0.05, 0.05])
+        assert max(shares) - min(shares) == Fraction(16, 100)
+        assert sum(shares) / 4 == Fraction(7, 10)
+        assert shares[0] == max(shares)  # fewest outliers, most removed
+
+    def test_equal_blocks_get_equal_shares(self) -> None:
+        assert Owl().shares(Fraction(1, 2), [0.3, 0.3]) == [Fraction(1, 2)] * 2
+
+
+def test_a_ramp_rises_in_equal_steps_through_the_asked_share() -> None:
+    assert Ramp(spread=0.1).shares(Fraction(1, 2), [0, 0, 0]) == [
+        Fraction(4, 10),
+        Fraction(5, 10),
+        Fraction(6, 10),
+    ]
+
+
+def test_a_table_must_fit_the_blocks() -> None:
+    assert Table(blocks=(0.25, 0.75)).shares(Fraction(1, 2), [0, 0]) == [Fraction(1, 4), Fraction(3, 4)]
+    with pytest.raises(UsageError, match="2 sparsities for 3 blocks"):
+        Table(blocks=(0.25, 0.75)).shares(Fraction(1, 2), [0, 0, 0])
+
+
+class TestTargetParams:
+    def test_what_is_not_pruned_counts_too(self) -> None:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 5, bias=False), torch.nn.Linear(5, 2))  # 20 + 12
+        assert TargetParams(parameters=25).removed(model, prunable=20) == 7
+
+    @pytest.mark.parametrize("parameters", [12, 33])
+    def test_what_cannot_be_left_is_refused_with_the_range(self, parameters: int) -> None:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 5, bias=False), torch.nn.Linear(5, 2))
+        with pytest.raises(UsageError, match="between 13 and 32"):
+            TargetParams(parameters=parameters).removed(model, prunable=20)
+
+
+def norms(values: torch.Tensor) -> InputNorm:
+    """Return the statistic of one token of these values."""
+    stat = InputNorm(len(values), torch.device("cpu"))
+    stat.add(values[None])
+    return stat

@@ -65,7 +65,7 @@ METHODS = {
     name.rpartition(".")[2]
     for name in MODULES
     if name.startswith("pruners.") and name.count(".") == 2
-    if name.rpartition(".")[2] not in ("family", "runtime", "primitives")
+    if name.rpartition(".")[2] not in ("family", "passes", "runtime", "primitives")
 }
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -187,7 +188,10 @@ class TestEveryFamily:
         self, family: str, method: str, sparsity: float | str, tmp_path: Path
     ) -> None:
         folder = save_tiny(family, tmp_path / "model")
-        pruner = registry.find(method).model_validate({"sparsity": sparsity, "compare": "row"})
+        found = registry.find(method)
+        by_row = "row" in get_args(found.model_fields["compare"].annotation)
+        pruner = found.model_validate({"sparsity": sparsity} | ({"compare": "row"} if by_row else {}))
+        by_row = by_row or sparsity == "2:4"
         data = batches(tiny(family))
         plans = []
         for stream in (False, True):
@@ -200,12 +204,14 @@ class TestEveryFamily:
         changed = 0
         for name, value in state(pruned).items():
             kept = value != 0
-            assert torch.equal(value[kept], dense[name][kept])
+            updated = any(key.endswith(":value") for key in plans[0])
+            assert updated or torch.equal(value[kept], dense[name][kept])
             changed += int(not torch.equal(value, dense[name]))
         assert changed >= 2 * 4 - 2  # both blocks; OPT, Phi-3 and the GPTs have four linears in a block
         for index, (prefix, block) in enumerate(blocks(pruned)):
             for linear in pruner.chosen(index, linears(prefix, block, arch_of(pruned))):
                 zeros = (linear.weight == 0).sum(dim=1)
-                assert zeros.eq(linear.weight.shape[1] // 2).all(), linear.label
+                half = linear.weight.shape[1] // 2
+                assert zeros.eq(half).all() if by_row else zeros.sum() == len(zeros) * half, linear.label
                 if sparsity == "2:4":
                     assert (linear.weight.reshape(-1, 4) == 0).sum(dim=1).eq(2).all(), linear.label

@@ -1,15 +1,17 @@
 """What the weight pruners decide, against numbers worked out by hand and the sheet's own checks."""
 
 import logging
+from collections.abc import Mapping
 
 import pytest
 import torch
 from torch import nn
 
-from structprune.calibration.statistics import InputNorm
+from structprune.calibration.collect import collect
+from structprune.calibration.statistics import Gram, InputNorm
 from structprune.errors import UsageError
 from structprune.models.arch import arch_of, blocks, linears
-from structprune.models.walk import Walk
+from structprune.models.walk import Block, Walk
 from structprune.pruner import find
 from structprune.pruners.weight.magnitude import Magnitude
 from structprune.pruners.weight.random import Random
@@ -17,6 +19,11 @@ from structprune.pruners.weight.wanda import Wanda
 from tests.tiny import tiny, tokens
 
 WEIGHT = torch.tensor([[1.0, -2.0, 3.0, -4.0], [4.0, 3.0, -2.0, 1.0]])
+
+
+def seen(block: Block, *, advance: bool) -> Mapping[str, InputNorm]:
+    """Return what Wanda remembers of a block's inputs."""
+    return collect(block, block.linears, InputNorm, advance=advance).statistics
 
 
 def norm(values: list[float], tokens: int = 1) -> InputNorm:
@@ -114,7 +121,7 @@ class TestWalk:
     def test_linears_that_read_the_same_tensor_share_one_statistic(self) -> None:
         model = tiny("llama")
         block = next(iter(Walk(model, [tokens(model)])))
-        found = Wanda()._measure(block, advance=False)
+        found = seen(block, advance=False)
         kinds = {label.rpartition(".")[2]: stat for label, stat in found.items()}
         assert kinds["q_proj"] is kinds["k_proj"] is kinds["v_proj"]
         assert kinds["gate_proj"] is kinds["up_proj"]
@@ -130,10 +137,8 @@ class TestWalk:
             "input_ids": torch.cat([torch.cat([short, pad], dim=1), long]),
             "attention_mask": torch.tensor([[1] * 20 + [0] * 12, [1] * 32]),
         }
-        one = Wanda()._measure(next(iter(Walk(model, [padded]))), advance=False)
-        other = Wanda()._measure(
-            next(iter(Walk(model, [{"input_ids": short}, {"input_ids": long}]))), advance=False
-        )
+        one = seen(next(iter(Walk(model, [padded]))), advance=False)
+        other = seen(next(iter(Walk(model, [{"input_ids": short}, {"input_ids": long}]))), advance=False)
         assert one.keys() == other.keys()
         for label, stat in one.items():
             assert stat.tokens == other[label].tokens, label
@@ -142,18 +147,16 @@ class TestWalk:
     def test_batches_of_one_and_of_eight_give_the_same_norms(self) -> None:
         model = tiny("llama")
         ids = tokens(model, batch=8, length=24)["input_ids"]
-        whole = Wanda()._measure(next(iter(Walk(model, [{"input_ids": ids}]))), advance=False)
-        single = Wanda()._measure(
-            next(iter(Walk(model, [{"input_ids": row} for row in ids.split(1)]))), advance=False
-        )
+        whole = seen(next(iter(Walk(model, [{"input_ids": ids}]))), advance=False)
+        single = seen(next(iter(Walk(model, [{"input_ids": row} for row in ids.split(1)]))), advance=False)
         for label, stat in whole.items():
             torch.testing.assert_close(stat.norm, single[label].norm, rtol=1e-5, atol=1e-6)
 
     def test_stopping_after_the_last_linear_sees_what_a_whole_forward_sees(self) -> None:
         model = tiny("qwen2_moe")
         data = [tokens(model, seed=seed) for seed in range(3)]
-        stopped = Wanda()._measure(next(iter(Walk(model, data))), advance=False)
-        whole = Wanda()._measure(next(iter(Walk(model, data))), advance=True)
+        stopped = seen(next(iter(Walk(model, data))), advance=False)
+        whole = seen(next(iter(Walk(model, data))), advance=True)
         for label, stat in stopped.items():
             assert torch.equal(stat.norm, whole[label].norm), label
 
@@ -162,8 +165,14 @@ class TestExperts:
     def test_each_expert_is_weighed_by_the_tokens_it_saw(self) -> None:
         model = tiny("mixtral")
         block = next(iter(Walk(model, [tokens(model, batch=2, length=32)])))
-        found = Wanda()._measure(block, advance=False)
-        counts = {label: stat.tokens for label, stat in found.items() if "gate_up_proj" in label}
+        found = seen(block, advance=False)
+        whole = collect(block, block.linears, InputNorm, advance=False)
+        counts = {label: tokens for label, tokens in whole.scarce.items() if "gate_up_proj" in label}
+        counts |= {
+            label: stat.tokens
+            for label, stat in found.items()
+            if "gate_up_proj" in label and label not in whole.scarce
+        }
         assert sum(counts.values()) == 2 * 32 * 2  # every token visits two experts
         assert len({stat.norm.sum().item() for label, stat in found.items() if "gate_up" in label}) == 4
 
@@ -172,10 +181,10 @@ class TestExperts:
         data = [tokens(model)]
         plain, recorded = Walk(model, data), Walk(model, data)
         next(iter(plain)).advance()
-        Wanda()._measure(next(iter(recorded)), advance=True)
+        seen(next(iter(recorded)), advance=True)
         torch.testing.assert_close(plain.hidden[0], recorded.hidden[0], rtol=1e-5, atol=1e-6)
 
-    def test_an_expert_that_saw_no_token_is_reported_and_pruned_by_magnitude(
+    def test_an_expert_that_saw_no_token_is_reported_and_weighed_by_the_others_average(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
         model = tiny("mixtral")
@@ -200,8 +209,21 @@ class TestExperts:
         assert "no calibration token reached it" in caplog.text
         down = next(x for x in linears("model.layers.0", block, arch_of(model)) if x.label == unseen[1])
         mask = plan["model.layers.0.block_sparse_moe.experts.3.w2.weight:mask"]
-        smallest = down.weight.abs().argsort(dim=1, stable=True)[:, : down.weight.shape[1] // 2]
-        assert not mask.gather(1, smallest).any()
+        reached = seen(next(iter(Walk(model, [tokens(model)]))), advance=False)
+        norm = reached[unseen[1]].norm
+        assert norm.std() > 0  # the average of the other experts' inputs, not all ones
+        lowest = (down.weight.abs() * norm).argsort(dim=1, stable=True)[:, : down.weight.shape[1] // 2]
+        assert not mask.gather(1, lowest).any()
+
+    def test_few_tokens_are_filled_up_from_the_average(self) -> None:
+        model = tiny("mixtral")
+        block = next(iter(Walk(model, [tokens(model, batch=1, length=16)])))
+        found = collect(block, block.linears, Gram, advance=False)
+        few = [label for label in found.scarce if "gate_up_proj" in label]
+        assert len(few) == 4  # 32 visits cannot give any of 4 experts the 64 tokens that it has inputs
+        assert {found.statistics[label].tokens for label in few} == {64}
+        assert sum(found.scarce[label] for label in few) == 2 * 16
+        assert all(float(found.statistics[label].gram.trace()) > 0 for label in few)
 
     def test_a_single_expert_can_be_left_out(self) -> None:
         model = tiny("mixtral")

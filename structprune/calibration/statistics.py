@@ -1,30 +1,18 @@
 """Running statistics of what flows into a linear: sums over tokens, so that processes can add theirs.
 
-One object serves every linear that reads the same input (q, k, v; gate, up).
+One object serves every linear that reads the same input (q, k, v; gate, up). Each class remembers all that
+the one before it does and more, so whoever needs least can read what was collected for whoever needs most.
 """
 
-from typing import Protocol, Self
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 # 1 MiB of float32: half of a common level-2 cache.
 CACHE_ELEMENTS = 2**18
-
-
-class Statistic(Protocol):
-    """What calibration remembers of one input."""
-
-    tokens: int
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        """Start with no token seen of an input of `width` features."""
-
-    def add(self, inputs: Tensor) -> None:
-        """Add real tokens, shape [tokens, in], any float dtype."""
-
-    def merge(self, other: Self) -> None:
-        """Add what another process saw of the same input."""
 
 
 class InputNorm:
@@ -48,17 +36,88 @@ class InputNorm:
             # float32 because the squares of float16 activations overflow.
             self.squares += piece.float().square().sum(dim=0)
 
-    def merge(self, other: Self) -> None:
-        """Add what another process saw of the same input."""
-        self.tokens += other.tokens
-        self.squares += other.squares
+    def merge(self, other: Self, share: float = 1.0) -> None:
+        """Add what another process saw of the same input, or a share of what a like input saw."""
+        self.tokens += round(share * other.tokens)
+        self.squares += share * other.squares
 
     @property
     def norm(self) -> Tensor:
-        """Return the L2 norm of each feature, shape [in], float32; all ones when no token was seen.
-
-        An expert that no calibration token reached has nothing to say about its inputs: they count equally.
-        """
+        """Return the L2 norm of each feature, shape [in], float32; all ones when no token was seen."""
         if self.tokens == 0:
             return torch.ones_like(self.squares, dtype=torch.float32)
         return self.squares.sqrt().float()
+
+
+class InputMoments(InputNorm):
+    """The norm, mean and variance of each input feature over all tokens."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(width, device)
+        self.sums = torch.zeros_like(self.squares)
+
+    def add(self, inputs: Tensor) -> None:
+        """Add real tokens, shape [tokens, in]."""
+        super().add(inputs)
+        self.sums += inputs.sum(dim=0, dtype=torch.float64)
+
+    def merge(self, other: Self, share: float = 1.0) -> None:
+        """Add what another process saw of the same input, or a share of what a like input saw."""
+        super().merge(other, share)
+        self.sums += share * other.sums
+
+    @property
+    def mean(self) -> Tensor:
+        """Return the mean of each feature, shape [in], float32; zeros when no token was seen."""
+        return (self.sums / max(self.tokens, 1)).float()
+
+    @property
+    def variance(self) -> Tensor:
+        """Return the variance of each feature, shape [in], float32; zeros when no token was seen."""
+        tokens = max(self.tokens, 1)
+        # In float64 the difference of the two squares keeps far more digits than float32 shows.
+        return (self.squares / tokens - (self.sums / tokens).square()).clamp_min(0).float()
+
+
+class Gram(InputMoments):
+    """The Gram matrix X^T X of an input over all tokens, and all of the above.
+
+    Attributes:
+        gram: Shape [in, in], float32.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(width, device)
+        self.gram = torch.zeros(width, width, device=device)
+
+    def add(self, inputs: Tensor) -> None:
+        """Add real tokens, shape [tokens, in]."""
+        super().add(inputs)
+        # float32 because products of float16 activations overflow, and their sums lose small terms.
+        rows = inputs.float()
+        self.gram.addmm_(rows.T, rows)
+
+    def merge(self, other: Self, share: float = 1.0) -> None:
+        """Add what another process saw of the same input, or a share of what a like input saw."""
+        super().merge(other, share)
+        self.gram += share * other.gram
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What is remembered of a linear's input together with what is remembered of its weights' gradient.
+
+    Attributes:
+        norm: L2 norm of each input feature over all calibration tokens, shape [in], float32.
+        gradient: Mean over samples of the gradient's size, shape [out, in], float32.
+        samples: Calibration sequences.
+    """
+
+    norm: Tensor
+    gradient: Tensor
+    samples: int
+
+
+def widest(wanted: Iterable[type[InputNorm] | None]) -> type[InputNorm] | None:
+    """Return the statistic that holds everything the wanted ones hold; None when none is wanted."""
+    return max(filter(None, wanted), key=lambda kind: len(kind.__mro__), default=None)

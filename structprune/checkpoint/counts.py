@@ -1,7 +1,7 @@
 """Whether exactly the asked number of weights left every row, matrix or group, by what was measured."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -12,8 +12,9 @@ COMMON = {4: 2, 8: 4}
 
 
 def by_matrix(stage: Stage) -> bool:
-    """Tell whether a plan's fraction holds for whole matrices, not for each row."""
-    return stage.pattern is None and stage.plan.config.get("compare") == "matrix"
+    """Tell whether a plan counts whole matrices, not each row."""
+    whole = stage.plan.config.get("compare") == "matrix" or "budget" in stage.plan.facts
+    return stage.pattern is None and whole
 
 
 def check(
@@ -41,9 +42,13 @@ def check(
         return stray, "the method asks for no count of weights"
     # The decimal number that the user wrote, not its binary neighbour.
     fraction = Fraction(repr(asked))
+    if "budget" in stage.plan.facts:
+        return _check_budget(stage, stray, names, found, where, number, fraction)
     if by_matrix(stage):
         fine = f"floor({asked} x weights) removed from every one of {len(names)} tensors"
-        return stray + list(_matrix_problems(names, found, where, number, fraction)), fine
+        return stray + list(
+            _matrix_problems(names, found, where, number, lambda _, n: int(n * fraction))
+        ), fine
     wrong = (line for name in names for line in _row_problems(name, found[name], where, number, fraction))
     return stray + list(wrong), f"floor({asked} x inputs) removed from every row of {len(names)} tensors"
 
@@ -81,6 +86,28 @@ def per_block(found: Mapping[str, Measured], where: Mapping[str, Place]) -> list
     return rows
 
 
+def _check_budget(
+    stage: Stage,
+    problems: list[str],
+    names: Sequence[str],
+    found: Mapping[str, Measured],
+    where: Mapping[str, Place],
+    number: int,
+    fraction: Fraction,
+) -> tuple[list[str], str]:
+    """Check unequal shares: each matrix against the plan's, and their sum against what was asked."""
+    shares: Mapping[str, int] = stage.plan.facts["budget"]
+    problems = [
+        *problems,
+        *_matrix_problems(names, found, where, number, lambda name, _: shares.get(name, 0)),
+    ]
+    size = sum(found[name].size for name in names)
+    total, left = int(size * fraction), stage.plan.config["budget"].get("parameters")
+    if left is None and sum(shares.values()) != total:
+        problems.append(f"{sum(shares.values())} of {size} weights shared out, expected {total}")
+    return problems, f"{sum(shares.values()):,} weights removed, as shared out among {len(shares)} matrices"
+
+
 def _group_problems(name: str, one: Measured, number: int, kept: int, of: int) -> Iterator[str]:
     rows = one.rows[number]
     if rows is None or (rows.fewest, rows.most) != (of - kept, of - kept):
@@ -114,8 +141,9 @@ def _matrix_problems(
     found: Mapping[str, Measured],
     where: Mapping[str, Place],
     number: int,
-    fraction: Fraction,
+    due: Callable[[str, int], int],
 ) -> Iterator[str]:
+    """Yield what is wrong with whole matrices; `due` tells how many leave one, by its name and size."""
     sizes: dict[str, int] = defaultdict(int)
     removed: dict[str, int] = defaultdict(int)
     for name in names:
@@ -131,5 +159,5 @@ def _matrix_problems(
             if rows is not None:
                 removed[matrix] += int(rows.removed.view(place.experts, -1)[expert].sum())
     for matrix, size in sizes.items():
-        if removed[matrix] != int(size * fraction):
-            yield f"{matrix}: {removed[matrix]} of {size} weights removed, expected {int(size * fraction)}"
+        if removed[matrix] != due(matrix, size):
+            yield f"{matrix}: {removed[matrix]} of {size} weights removed, expected {due(matrix, size)}"

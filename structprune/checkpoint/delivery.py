@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from structprune.errors import EnvironmentFailure
-from structprune.plan import canonical
 from structprune.storage.durable import UNFINISHED, DurableFile, blame
 from structprune.storage.lock import Lock
 from structprune.storage.manifest import OURS, write_manifest
 from structprune.storage.output import discard, partial_of, partials_of, publish, settle
+from structprune.storage.plan_block import canonical
 from structprune.storage.strict_json import read_json
 from structprune.version import __version__
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from structprune.checkpoint import accelerate as acceleration
 from structprune.checkpoint.adapter import is_adapter, merge_adapter, read_adapter
 from structprune.checkpoint.plans import plans_of
 from structprune.errors import InputError
@@ -22,6 +23,7 @@ def load(
     dtype: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    accelerate: str | None = None,
 ) -> tuple[Model, PreTrainedTokenizerBase | None]:
     """Open a folder that structprune wrote, or any model folder, and its tokenizer.
 
@@ -31,13 +33,20 @@ def load(
         dtype: "auto" for the dtype of the files; or float32, bfloat16, float16.
         device: Where the parameters are put.
         trust_remote_code: Let code in the folder run; never needed for what structprune wrote.
+        accelerate: "2:4" runs linears with that pattern on sparse kernels where the device measures faster.
 
     Returns:
         The model in eval mode, and its tokenizer or None.
 
     Raises:
-        InputError: The folder is incomplete or damaged, or an adapter's base is gone or has changed.
+        InputError: The folder is incomplete, damaged or packed, or an adapter's base is gone or has changed.
+        UsageError: `accelerate` is not known, or the model is to be streamed as well.
     """
+    if accelerate is not None:
+        acceleration.check(accelerate, stream=stream)
+        model, tokenizer = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        acceleration.accelerate(model)
+        return model, tokenizer
     path = Path(folder).expanduser()
     if is_adapter(path):
         return _with_adapter(path, stream, dtype, device)
@@ -48,7 +57,7 @@ def load(
     model = open_model(path, stream=stream, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if (path / OURS).is_dir():
         for plan in plans_of(path):
-            find(plan.method).model_validate(plan.config).apply(model, plan)
+            find(plan.method).model_validate(plan.config).apply(model, plan.beside_weights())
     return model, open_tokenizer(path, trust_remote_code=trust_remote_code)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from structprune.models.arch import arch_of, blocks, linears
 from structprune.models.streamed import StreamedModel
-from structprune.plan import Plan, PlanBlock
+from structprune.plan import Plan
+from structprune.storage.plan_block import IN_THE_WEIGHTS, PlanBlock, content_hash
 from structprune.storage.tensor_file import read_tensors
 
 # So many weights are looked at together: their temporaries stay small beside the largest tensor.
@@ -69,6 +70,7 @@ class Measured:
         changed: Elements that no plan removed and whose bits are not the source's.
         fullest: M -> the most elements that are not zero in a group of M consecutive inputs; M where groups
             do not divide the inputs, or for what is no linear.
+        foreign: The last plan that gives the tensor new values gave it others.
         rows: Per plan what it removes; None where it does not name the tensor.
     """
 
@@ -78,6 +80,7 @@ class Measured:
     not_finite: int = 0
     revived: int = 0
     changed: int = 0
+    foreign: bool = False
     fullest: dict[int, int] = field(default_factory=dict)
     rows: list[Rows | None] = field(default_factory=list)
 
@@ -97,7 +100,8 @@ class Stage:
         self.plan = Plan.load(folder)
         keys = [(key.rpartition(":"), block) for block in self.plan.blocks for key in block]
         self.masked: dict[str, PlanBlock] = {name: block for (name, _, kind), block in keys if kind == "mask"}
-        self.revalued = {name for (name, _, kind), _ in keys if kind != "mask"}
+        self.valued = {name: block for (name, _, kind), block in keys if kind == "value"}
+        self.revalued = {name for (name, _, kind), _ in keys if kind in IN_THE_WEIGHTS}
         self.prunable = set(self.plan.facts.get("prunable", self.masked))
         self._open: tuple[PlanBlock, dict[str, Tensor]] | None = None
 
@@ -109,6 +113,11 @@ class Stage:
             return None
         kept, of = asked.split(":")
         return int(kept), int(of)
+
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Tell whether a tensor of the files is, bit for bit, the new value that the plan decided on."""
+        key = f"{name}:value"
+        return content_hash(key, tensor, tuple(tensor.shape)) == self.valued[name].hashes[key]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape that the plan thinks a masked tensor has."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from structprune.errors import InputError
 from structprune.plan import Plan
+from structprune.storage.reader import CheckpointReader
 
 PLANS = Path("structprune") / "plans"
 
@@ -19,7 +20,24 @@ def read_plans(folder: Path) -> list[Plan]:
     plans = plans_of(folder)
     if not plans:
         raise InputError(f"{folder}: holds no plan", hint="give a folder that `structprune prune` wrote")
+    if (folder / PLANS).is_dir():
+        reader = CheckpointReader(folder)
+        for plan in plans:
+            plan.read_from(reader.read)
     return plans
+
+
+def refer_plans(plans: Path, folder: Path) -> None:
+    """Leave to the saved model what its weights hold anyway; nothing is then kept twice.
+
+    Args:
+        plans: The folder of plans.
+        folder: The saved model, complete.
+    """
+    reader = CheckpointReader(folder)
+    for path in sorted(path.parent for path in plans.glob("*/plan.json")):
+        for block in Plan.load(path).blocks:
+            block.refer(reader.read)
 
 
 def plans_of(folder: Path) -> list[Plan]:

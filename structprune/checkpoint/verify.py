@@ -81,10 +81,11 @@ def verify(
     found, where = _measure(model, stages, source, progress)
     _summarise(result, model, found, where, stages)
     _check_weights(result, found, where, stages)
+    manifest = read_manifest(folder) if ours else None
+    trained = {*(manifest.facts.get("revalued", ()) if manifest else ()), *revalued}
+    _check_values(result, found, stages, trained)
     if source is not None:
-        manifest = read_manifest(folder)
-        trained = set(manifest.facts.get("revalued", ())) if manifest else set()
-        exempt = trained.union(revalued, *(stage.revalued for stage in stages))
+        exempt = trained.union(*(stage.revalued for stage in stages))
         _check_source(result, model.reader, source, found, exempt)
         _check_side_files(result, folder, source.folder)
     if reload:
@@ -148,6 +149,9 @@ def _measure(
         same = known is not None and (known.shape, known.dtype) == (tuple(tensor.shape), tensor.dtype)
         before = source.read(name) if source is not None and same else None
         found[name] = measure(tensor, where.get(name), masks, before, groups)
+        touching = [stage for stage in stages if name in stage.valued or name in stage.masked]
+        if touching and name in touching[-1].valued:
+            found[name].foreign = not touching[-1].holds(name, tensor)
         progress("verify", len(found), len(reader.tensors))
     return found, where
 
@@ -194,6 +198,20 @@ def _check_weights(
         problems += [f"{stage.name}: {problem}" for problem in wrong]
         said.append(f"{stage.name}: {right}")
     result.row("count", problems, "; ".join(said))
+
+
+def _check_values(
+    result: Verification, found: Mapping[str, Measured], stages: list[Stage], trained: Collection[str]
+) -> None:
+    decided = {name for stage in stages for name in stage.valued}
+    if decided:
+        problems = [
+            f"{name}: its values are not those that the plan decided on"
+            for name in sorted(decided - set(trained))
+            if name not in found or found[name].foreign
+        ]
+        fine = f"{len(decided - set(trained))} tensors hold the new values of their plans"
+        result.row("values", problems, fine)
 
 
 def _check_source(

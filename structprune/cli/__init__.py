@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import typer
 
+from structprune.cli import packing  # noqa: F401 - adds its command to the app
 from structprune.cli.commands import Job, app
 from structprune.cli.terminal import (
     complain,

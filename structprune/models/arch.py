@@ -148,7 +148,17 @@ class Linear:
     @property
     def weight(self) -> Tensor:
         """The live weight, shape [out, in]: a view, so writing to it changes the model."""
-        return self.view(self.module.get_parameter(self.parameter).detach())
+        return self.view(self.whole)
+
+    @property
+    def matrix(self) -> str:
+        """Return the parameter's name, an expert's with its index in brackets."""
+        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
+
+    @property
+    def whole(self) -> Tensor:
+        """The live parameter as the model keeps it; of an expert, the one that holds all experts."""
+        return self.module.get_parameter(self.parameter).detach()
 
     def view(self, whole: Tensor) -> Tensor:
         """Return this matrix's [out, in] view of a tensor laid out like the whole parameter."""
@@ -236,6 +246,12 @@ def linears(prefix: str, block: nn.Module, arch: Arch) -> list[Linear]:
         elif path and path == arch.experts:
             found.extend(_experts(f"{prefix}.{path}", module, arch))
     return found
+
+
+def all_linears(model: PreTrainedModel | HasSkeleton) -> list[list[Linear]]:
+    """Return the weight matrices of every decoder block, first block to last."""
+    arch = arch_of(model)
+    return [linears(prefix, block, arch) for prefix, block in blocks(model, arch)]
 
 
 def _experts(prefix: str, module: nn.Module, arch: Arch) -> Iterator[Linear]:

@@ -22,16 +22,19 @@ def stored(name: str, value: Tensor, plan: Mapping[str, Tensor]) -> Tensor:
         plan: The plan, or any mapping with its keys.
 
     Raises:
-        InputError: A mask has another shape than the tensor.
+        InputError: A mask or a new value has another shape than the tensor.
     """
-    mask = plan.get(f"{name}:mask")
+    new, mask = plan.get(f"{name}:value"), plan.get(f"{name}:mask")
+    for kind, part in (("value", new), ("mask", mask)):
+        if part is not None and part.shape != value.shape:
+            raise InputError(
+                f"{name}: the plan's {kind} has shape {list(part.shape)}, the tensor {list(value.shape)}",
+                hint="the plan belongs to another model",
+            )
+    if new is not None:
+        value = new.to(value.device, value.dtype)
     if mask is None:
         return value
-    if mask.shape != value.shape:
-        raise InputError(
-            f"{name}: the plan's mask has shape {list(mask.shape)}, the tensor {list(value.shape)}",
-            hint="the plan belongs to another model",
-        )
     # masked_fill and not a product: -w * 0 is -0.0, whose sign bit is a difference on disk.
     return value.masked_fill(~mask.to(value.device), 0)
 
@@ -43,7 +46,9 @@ def touched(
     return {
         key: parameter
         for key, parameter in ((f"{prefix}.{name}", value) for name, value in module.named_parameters())
-        if any(f"{part}:mask" in plan for part in names.stored_of.get(key, ()))
+        if any(
+            f"{part}:{kind}" in plan for part in names.stored_of.get(key, ()) for kind in ("mask", "value")
+        )
     }
 
 

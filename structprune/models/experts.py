@@ -16,16 +16,24 @@ from structprune.models.arch import Linear
 # Told (linear, inputs [tokens, in], rows of those tokens in the flattened batch) per expert and matrix; and
 # once (None, ...) when every expert has been seen.
 ExpertObserver = Callable[[Linear | None, Tensor, Tensor], None]
+# Told (linear, inputs [tokens, in], outputs [tokens, out], rows) per expert and matrix.
+ExpertWatcher = Callable[[Linear, Tensor, Tensor, Tensor], None]
 
 
 @contextmanager
-def recording_experts(module: nn.Module, served: list[Linear], observe: ExpertObserver) -> Iterator[None]:
+def recording_experts(
+    module: nn.Module,
+    served: list[Linear],
+    observe: ExpertObserver | None = None,
+    watch: ExpertWatcher | None = None,
+) -> Iterator[None]:
     """Let a fused experts module show each expert's inputs, for the length of a `with`.
 
     Args:
         module: Holds the 3-D parameters, first the one that reads the block's hidden states.
         served: The module's linears, two per expert: the reading one, then the writing one.
-        observe: Told what each linear reads.
+        observe: Told what each linear reads, before its product.
+        watch: Told what each linear reads and writes, after its product.
 
     Raises:
         InputError: The experts carry biases or are stored transposed, which no supported family does.
@@ -37,17 +45,23 @@ def recording_experts(module: nn.Module, served: list[Linear], observe: ExpertOb
     for linear in served:
         pairs.setdefault(linear.expert or 0, []).append(linear)
 
+    def product(linear: Linear, inputs: Tensor, rows: Tensor) -> Tensor:
+        if observe is not None:
+            observe(linear, inputs, rows)
+        outputs = nn.functional.linear(inputs, linear.weight)
+        if watch is not None:
+            watch(linear, inputs, outputs, rows)
+        return outputs
+
     def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         result = torch.zeros_like(hidden)
         for expert, (reading, writing) in sorted(pairs.items()):
             rows, places = torch.where(top_k_index == expert)
-            inputs = hidden[rows]
-            observe(reading, inputs, rows)
-            inner = module._apply_gate(nn.functional.linear(inputs, reading.weight))  # type: ignore[operator]
-            observe(writing, inner, rows)
-            part = nn.functional.linear(inner, writing.weight) * top_k_weights[rows, places, None]
+            inner = module._apply_gate(product(reading, hidden[rows], rows))  # type: ignore[operator]
+            part = product(writing, inner, rows) * top_k_weights[rows, places, None]
             result.index_add_(0, rows, part.to(result.dtype))
-        observe(None, hidden, rows)
+        if observe is not None:
+            observe(None, hidden, rows)
         return result
 
     object.__setattr__(module, "forward", forward)

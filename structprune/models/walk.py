@@ -58,7 +58,7 @@ class Block:
         assert self._walk is not None
         hidden = self._walk.hidden
         for position, call in enumerate(self._walk.calls[self.index]):
-            hidden[position] = self._run(hidden[position], call)
+            hidden[position] = self.run(hidden[position], call)
 
     @torch.no_grad()
     def observe(self, observer: Observer, observed: list[Linear], *, advance: bool = False) -> None:
@@ -80,13 +80,14 @@ class Block:
             for position, call in enumerate(self._walk.calls[self.index]):
                 recorder.begin(self._walk.real[position], stop=not advance and position > 0)
                 try:
-                    output = self._run(hidden[position], call)
+                    output = self.run(hidden[position], call)
                 except _Enough:
                     continue
                 if advance:
                     hidden[position] = output
 
-    def _run(self, hidden: Tensor, call: Call) -> Tensor:
+    def run(self, hidden: Tensor, call: Call) -> Tensor:
+        """Return the block's output states for one batch, shape [batch, tokens, hidden]."""
         output = self.module(hidden, *call.args, **call.kwargs)
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
@@ -163,7 +164,8 @@ class Walk:
     def __init__(self, model: Model, batches: Sequence[Batch]) -> None:
         self.model = model
         self.real = [_real_tokens(batch) for batch in batches]
-        self.hidden, self.calls = capture(model, batches)
+        self.hidden: list[Tensor] = []
+        self.calls = capture(model, batches, self.hidden.append)
 
     def __iter__(self) -> Iterator[Block]:
         """Yield each block in order; it must have advanced before the next one is asked for."""
@@ -190,22 +192,26 @@ def _real_tokens(batch: Batch) -> Tensor | None:
 
 
 @torch.no_grad()
-def capture(model: Model, batches: Sequence[Batch]) -> tuple[list[Tensor], list[list[Call]]]:
+def capture(model: Model, batches: Sequence[Batch], keep: Callable[[Tensor], None]) -> list[list[Call]]:
     """Run everything before the blocks and record what each block would be called with.
 
+    Args:
+        model: In memory or streamed.
+        batches: Run one after the other.
+        keep: Told the first block's hidden states of each batch.
+
     Returns:
-        The first block's hidden states per batch, and per block one `Call` per batch.
+        Per block one `Call` per batch.
     """
     body = skeleton(model).base_model
     found = blocks(model)
-    hidden: list[Tensor] = []
     calls: list[list[Call]] = [[] for _ in found]
 
     def recorder(index: int) -> Callable[..., Tensor]:
         def record(*args: Any, **kwargs: Any) -> Tensor:
             states: Tensor = args[0] if args else kwargs["hidden_states"]
             if index == 0:
-                hidden.append(states)
+                keep(states)
             kept = {
                 name: value
                 for name, value in kwargs.items()
@@ -230,7 +236,7 @@ def capture(model: Model, batches: Sequence[Batch]) -> tuple[list[Tensor], list[
             stack.enter_context(replaced_forward(module, recorder(index)))
         for batch in batches:
             body(**{name: value.to(model.device) for name, value in batch.items()}, use_cache=False)
-    return hidden, calls
+    return calls
 
 
 def _shared(value: Any, previous: Any) -> Any:
@@ -269,8 +275,7 @@ def outside(model: Model, part: str) -> Iterator[None]:
 def outputs(model: Model, batches: Sequence[Batch]) -> Iterator[Tensor]:
     """Yield the logits of each batch, shape [batch, tokens, vocabulary].
 
-    A streamed model walks all batches block by block once; final norm, head and whatever the model does
-    between them are run by the model itself, its blocks replaced by their known result.
+    A streamed model walks all batches block by block once.
     """
     if not isinstance(model, StreamedModel):
         for batch in batches:
@@ -281,14 +286,30 @@ def outputs(model: Model, batches: Sequence[Batch]) -> Iterator[Tensor]:
     walk = Walk(model, batches)
     for block in walk:
         block.advance()
+    with tail(model) as finish:
+        for position, batch in enumerate(batches):
+            yield finish(walk.hidden[position], batch)
+
+
+@contextmanager
+def tail(model: Model) -> Iterator[Callable[[Tensor, Batch], Tensor]]:
+    """Yield what turns the last block's output into logits, in memory for the length of a `with`.
+
+    Final norm, head and whatever the model does between them are run by the model itself, its blocks
+    replaced by their known result.
+    """
+    current: list[Tensor] = []
+
+    def finish(hidden: Tensor, batch: Batch) -> Tensor:
+        current[:] = [hidden]
+        inputs = {name: value.to(model.device) for name, value in batch.items()}
+        result: Tensor = skeleton(model)(**inputs, use_cache=False).logits
+        return result
+
     with outside(model, "all"), ExitStack() as stack:
-        current: list[Tensor] = []
         for _, module in blocks(model):
             stack.enter_context(replaced_forward(module, lambda *args, **kwargs: current[-1]))
-        for position, batch in enumerate(batches):
-            current[:] = [walk.hidden[position]]
-            inputs = {name: value.to(model.device) for name, value in batch.items()}
-            yield skeleton(model)(**inputs, use_cache=False).logits
+        yield finish
 
 
 def logits(model: Model, batch: Batch) -> Tensor:

@@ -1,6 +1,7 @@
 """The story of a run: read, inspect, calibrate, apply, write; `finish` measures, proves and publishes."""
 
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from structprune.calibration import data
 from structprune.checkpoint.delivery import Clock, Delivery, deliver
 from structprune.checkpoint.export import Progress, export
 from structprune.checkpoint.opened import Source, open_source
-from structprune.checkpoint.plans import folder_of, read_plans, save_plans, stages
+from structprune.checkpoint.plans import folder_of, plans_of, read_plans, save_plans, stages
 from structprune.checkpoint.source import resolve
 from structprune.checkpoint.verify import silent
 from structprune.cost import weight_bytes
@@ -197,7 +198,7 @@ def _pruned_folder(recipe: Recipe) -> Path:
 
 
 def _calibrate_on(recipe: Recipe, source: Source) -> data.Calibration | None:
-    if not any(step.needs_data for step in recipe.prune):
+    if not any(step.looks_at_data for step in recipe.prune):
         return None
     options = recipe.calibration
     if options.source == "demo" and recipe.model != "demo":
@@ -254,6 +255,9 @@ def _decide(
     for number, pruner in enumerate(stages, start=1):
         folder = work.plans / folder_of(number, pruner.method())
         weights = source.scan.weights if number == 1 else plans[-1].id
+        if any(block.referred for plan in plans_of(folder) for block in plan.blocks):
+            # Stopped between the last two steps: the values are in files that are about to be written anew.
+            shutil.rmtree(folder)
         writer = pruner.writer(folder, source.model, weights, progress)
         resumed += writer.finished
         if (folder / "plan.json").is_file():

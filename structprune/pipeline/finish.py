@@ -8,6 +8,7 @@ from structprune import report
 from structprune.checkpoint.delivery import Clock, Delivery
 from structprune.checkpoint.export import Progress
 from structprune.checkpoint.opened import Source
+from structprune.checkpoint.plans import refer_plans
 from structprune.checkpoint.verify import verify
 from structprune.cost import weight_bytes
 from structprune.errors import EnvironmentFailure, VerificationError
@@ -117,6 +118,7 @@ def finish(
     card.write_card(work.folder, made, source=compared.folder, base=compared.name, recipe=done.recipe)
     if options is not None and options.max_ppl_ratio is not None:
         gate(evaluation, options.max_ppl_ratio)
+    refer_plans(work.plans, work.folder)
     facts = {"method": done.method, "source_weights": source.scan.weights, "revalued": sorted(done.revalued)}
     work.publish(stages=[str(stage["folder"]) for stage in done.stages], facts=facts)
     return made

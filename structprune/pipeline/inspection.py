@@ -119,5 +119,5 @@ def _memory(opened: StreamedModel, recipe: Recipe, length: int, streamed: bool) 
     held = max(3 * max(one), 2 * largest) if streamed else int(opened.reader.nbytes * RESIDENT_COPIES)
     hidden: int = opened.config.get_text_config().hidden_size
     activations = recipe.calibration.samples * length * hidden * item
-    needs_data = any(pruner.needs_data for pruner in recipe.prune)
+    needs_data = any(pruner.looks_at_data for pruner in recipe.prune)
     return RUNTIME_BYTES + held + (2 * activations if needs_data else 0)

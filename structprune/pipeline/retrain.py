@@ -76,7 +76,7 @@ def recover(
         folder = resolve(model, revision=revision)
         final = check_output(folder, Path(output), overwrite=overwrite, needed_bytes=weight_bytes(folder))
         source = open_source(model, folder, device=device, stream=False, trust_remote_code=trust_remote_code)
-        plans = plans_of(folder)
+        plans = [plan.beside_weights() for plan in plans_of(folder)]
         windows = _windows(source, options, seed)
         teacher = _open_other(options.teacher, device)
         compared = teacher if dense in (None, options.teacher) else _open_other(dense, device)

@@ -11,6 +11,8 @@ from structprune.storage.strict_json import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Its weights have other names and forms; `structprune export --to dense` turns them back.
+PACKING = "structprune/packing.json"
 # The largest public index (92 thousand tensors) has 9 MB.
 MAX_INDEX_BYTES = 64_000_000
 
@@ -45,6 +47,11 @@ def find_weights(folder: Path, root: Path | None) -> WeightFiles:
             missing or left-over shards.
     """
     names = _list(folder)
+    if (folder / PACKING).exists():
+        raise InputError(
+            f"{folder}: its weights are packed to be stored, no runtime reads them",
+            hint=f"unpack it first: structprune export {folder} DENSE --to dense",
+        )
     if "adapter_config.json" in names:
         raise InputError(
             f"{folder / 'adapter_config.json'}: this is an adapter, not a whole model",

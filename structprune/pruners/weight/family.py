@@ -1,87 +1,81 @@
-"""The weight family: a score per weight decides which weights become zero; shapes stay as they are."""
+"""The weight family: a score decides which weights become zero; shapes stay as they are.
+
+A method is a score. How much leaves where (`budget`), and what makes up for it (`repair`), are chosen beside
+it; calibration remembers of an input what score, budget and repair need together. A method whose choice and
+update cannot be told apart overrides `solve`.
+"""
 
 import logging
-import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, final
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, Literal, Self, final
 
-import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from structprune.calibration.statistics import Statistic
-from structprune.decide.budget import removed_count, removed_weights
-from structprune.decide.select import groups, matrix, rows
+from structprune.calibration.collect import Collected
+from structprune.calibration.notebook import Notebook
+from structprune.calibration.statistics import InputNorm, widest
+from structprune.decide.budget import (
+    AnyBudget,
+    Compare,
+    TargetParams,
+    apportion,
+    removed_count,
+    removed_weights,
+)
+from structprune.decide.choice import Choice
+from structprune.decide.record import record
+from structprune.decide.solution import STATISTIC_OF, Repair, Solution, Task, repaired, select
 from structprune.decide.sparsity import Sparsity, fraction_of, pattern_of
 from structprune.errors import QualityError, UsageError
-from structprune.models import edit
-from structprune.models.arch import Linear, arch_of, blocks, linears
+from structprune.models.arch import Linear, all_linears, blocks
+from structprune.models.gradients import Norm
 from structprune.models.identity import names_of, skeleton, stored_names, weights_of
 from structprune.models.streamed import Batch, Model
-from structprune.models.walk import Block, Walk, resident
+from structprune.models.walk import Block
 from structprune.plan import Plan, PlanWriter
 from structprune.pruner import Pruner
-from structprune.storage.names import Names
+from structprune.pruners.weight.passes import (
+    Measured,
+    measure,
+    measure_gradients,
+    solve_block,
+    walk_data,
+    walk_weights,
+)
 
 logger = logging.getLogger(__name__)
 
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
-
-def _block_ranges(value: object) -> object:
-    """Read "0-3,28" or [0, "2-3"] as block ranges; every part becomes text."""
-    parts = value.split(",") if isinstance(value, str) else value
-    if isinstance(parts, int) and not isinstance(parts, bool):
-        parts = [parts]
-    if not isinstance(parts, list | tuple):
-        return value
-    texts = [str(part).strip() for part in parts]
-    for text in texts:
-        match = _RANGE.fullmatch(text)
-        if not match or int(match[2] or match[1]) < int(match[1]):
-            raise ValueError(f"block range {text!r}: write a block number or a range such as '0-3'")
-    return tuple(texts)
-
-
-def _patterns(value: object) -> object:
-    """Read one pattern or several; each must be a regular expression."""
-    parts = [value] if isinstance(value, str) else value
-    if not isinstance(parts, list | tuple):
-        return value
-    for part in parts:
-        try:
-            re.compile(part)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"pattern {part!r}: {error}") from None
-    return tuple(parts)
-
-
-Measured = tuple[Block, Mapping[str, Statistic]]
-Blocks = Annotated[tuple[str, ...], BeforeValidator(_block_ranges)]
-Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
-
-
-class WeightPruner(Pruner):
+class WeightPruner(Choice, Pruner):
     """A pruner that gives every weight a score and removes the lowest.
 
     Args:
         sparsity: Fraction of weights removed, in [0, 1), or "N:M" (N of every M consecutive inputs kept).
         compare: Which weights compete for an unstructured sparsity: those of a row, or of the whole matrix.
-        skip: Blocks left dense: numbers and ranges, "0-3,28".
-        include: Regular expressions searched in a linear's name; only matching linears are pruned.
-        exclude: Regular expressions searched in a linear's name; matching linears are left dense.
+        budget: How unequal the linears' shares are: "uniform", "owl", "ramp", "table" or "target_params",
+            alone or as `name:` with its fields. The total stays exactly what was asked.
+        repair: What makes up for the removed weights: "none"; "obs", SparseGPT's update; "least_squares", the
+            exact refit of the kept weights; "dsnot", which swaps weights and updates none.
+        damping: What `obs` and `least_squares` add to the diagonal of the Gram matrix, relative to its mean.
         propagate: Whether later blocks see the outputs of pruned or of dense blocks.
+        indivisible: Whether a linear whose sizes do not divide as the method needs is refused or left dense.
+        keep_scores: Keep the scores in the plan, so that another sparsity needs no calibration.
     """
 
     sparsity: Sparsity = 0.5
-    compare: Literal["row", "matrix"] = "row"
-    skip: Blocks = Field(default=())
-    include: Patterns = Field(default=())
-    exclude: Patterns = Field(default=())
+    compare: Compare = "row"
+    budget: AnyBudget = None
+    repair: Repair = "none"
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     propagate: Literal["pruned", "dense"] = "pruned"
+    indivisible: Literal["refuse", "dense"] = "refuse"
+    keep_scores: bool = False
 
-    statistic: ClassVar[type[Statistic] | None] = None
+    statistic: ClassVar[type[InputNorm] | None] = None
+    repairs: ClassVar[tuple[str, ...]] = ("none", "obs", "least_squares", "dsnot")
 
     @abstractmethod
     def score(self, weight: Tensor, stat: Any) -> Tensor:
@@ -92,30 +86,40 @@ class WeightPruner(Pruner):
             stat: What `statistic` remembers of the linear's input, or None when the method needs no data.
         """
 
-    @final
-    def chosen(self, index: int, found: Sequence[Linear]) -> list[Linear]:
-        """Return the linears of block `index` that are to be pruned."""
-        for text in self.skip:
-            match = _RANGE.fullmatch(text)
-            assert match is not None
-            if int(match[1]) <= index <= int(match[2] or match[1]):
-                return []
-        return [
-            linear
-            for linear in found
-            if (not self.include or any(re.search(pattern, linear.label) for pattern in self.include))
-            and not any(re.search(pattern, linear.label) for pattern in self.exclude)
-        ]
+    def solve(self, tasks: Sequence[Task], stat: Any) -> list[Solution]:
+        """Return what becomes of each of the matrices that read the same input, before any repair.
 
+        Args:
+            tasks: The matrices.
+            stat: What is remembered of their input, or None when nothing was looked at.
+        """
+        return [self._ranked(task, self.score(task.weight, task.seen(stat))) for task in tasks]
+
+    @property
+    def gradients(self) -> Norm | None:
+        """Return how gradients are added up over samples, where the score looks at them."""
+        return None
+
+    def misfit(self, linear: Linear) -> str:
+        """Return why a linear cannot be pruned as asked, "" when it can."""
+        pattern, width = pattern_of(self.sparsity), linear.weight.shape[1]
+        if pattern and width % pattern[1]:
+            return f"{width} inputs are not divisible by {pattern[1]} (for {self.sparsity})"
+        return ""
+
+    @model_validator(mode="after")
+    def _combination(self) -> Self:
+        if self.repair not in self.repairs:
+            raise ValueError(f"repair: {self.method()} leaves nothing for {self.repair!r} to make up for")
+        if self.budget is not None and pattern_of(self.sparsity):
+            raise ValueError(f"budget: {self.sparsity} fixes the share of every group, none can be unequal")
+        return self
+
+    @property
     @final
-    def all_chosen(self, model: Model) -> list[Linear]:
-        """Return the linears of all blocks that are to be pruned."""
-        arch = arch_of(skeleton(model))
-        return [
-            linear
-            for index, (prefix, block) in enumerate(blocks(model, arch))
-            for linear in self.chosen(index, linears(prefix, block, arch))
-        ]
+    def looks_at_data(self) -> bool:
+        """Tell whether score, budget or repair need calibration data."""
+        return self.needs_data or self._statistic is not None
 
     @property
     @final
@@ -123,123 +127,178 @@ class WeightPruner(Pruner):
         """Return the sparsity field."""
         return self.sparsity
 
+    @property
+    def _statistic(self) -> type[InputNorm] | None:
+        return widest([self.statistic, STATISTIC_OF[self.repair]])
+
+    def fits(self, linear: Linear) -> bool:
+        """Tell whether a linear is pruned rather than left dense for its sizes."""
+        return self.indivisible == "refuse" or not self.misfit(linear)
+
+    @final
+    def all_chosen(self, model: Model) -> list[list[Linear]]:
+        """Return, block by block, the linears that are to be pruned."""
+        return [self.chosen(index, found) for index, found in enumerate(all_linears(model))]
+
     @final
     def removals(self, model: Model) -> dict[str, tuple[int, int]]:
-        """Return how many weights of each chosen linear leave, after rounding down in every row or matrix."""
-        found = {}
-        for linear in self.all_chosen(model):
-            out, inputs = linear.weight.shape
-            found[linear.label] = removed_weights((out, inputs), self.sparsity, self.compare), out * inputs
-        return found
+        """Return how many weights of each chosen linear leave, as far as that is known without data."""
+        sizes = {one.label: one.weight.numel() for block in self.all_chosen(model) for one in block}
+        counts = self._counts(model, [0.0] * len(blocks(model)))
+        return {label: (counts[label], size) for label, size in sizes.items()}
 
     @final
     def check(self, model: Model) -> None:
-        """Check that some linear is chosen and that every chosen one can carry the N:M pattern."""
-        chosen = self.all_chosen(model)
+        """Check that some linear is chosen and that every chosen one can be pruned as asked."""
+        chosen = [linear for block in self.all_chosen(model) for linear in block]
         if not chosen:
             raise UsageError("skip, include and exclude leave no linear to prune")
-        pattern = pattern_of(self.sparsity)
         for linear in chosen:
-            width = linear.weight.shape[1]
-            if pattern and width % pattern[1]:
+            if reason := self.misfit(linear):
                 raise UsageError(
-                    f"{linear.label}: {width} inputs are not divisible by {pattern[1]} (for {self.sparsity})",
-                    hint="exclude it with --exclude, or choose another pattern",
+                    f"{linear.label}: {reason}",
+                    hint="--exclude it, --set indivisible=dense, or choose other sizes",
                 )
+        self._counts(model, [0.0] * len(blocks(model)))
 
     @final
     def calibrate(self, model: Model, batches: Sequence[Batch], plan: PlanWriter | None = None) -> Plan:
-        """Pick masks block by block; see `Pruner.calibrate`."""
+        """Measure where the decision needs the whole model, then decide block by block."""
         self.check(model)
-        names = names_of(model)
         writer = plan or self.writer(None, model, weights_of(model))
-        facts = {"prunable": stored_names(names, self.all_chosen(model))}
-        if fraction_of(self.sparsity) == 0:
+        facts = self._facts(model)
+        if fraction_of(self.sparsity) == 0 and self.budget is None:
             return writer.finish(facts)
-        walk = (
-            self._walk_data(model, batches, writer) if self.needs_data else self._walk_weights(model, writer)
-        )
-        for block, statistics in walk:
-            writer.write(*self._solve(block, statistics, names))
+        with (
+            Notebook(writer.folder, "budget") as seen,
+            Notebook(writer.folder, "gradients") as gradients,
+        ):
+            measured = [0.0] * len(blocks(model))
+            if self.budget is not None and self.budget.measures:
+                measured = measure(model, batches, self.chosen, self.budget, seen)
+            if self.gradients is not None:
+                measure_gradients(model, batches, self.chosen, self.gradients, gradients)
+            counts = self._counts(model, measured)
+            if self.budget is not None:
+                chosen = [linear for block in self.all_chosen(model) for linear in block]
+                facts |= {"measured": measured, "budget": {one.matrix: counts[one.label] for one in chosen}}
+            samples = sum(len(batch["input_ids"]) for batch in batches)
+            for block, collected in self._walk(model, batches, writer):
+                noted = gradients.read(block.index)
+                tasks = [
+                    self._task(linear, counts, noted.get(linear.label), samples)
+                    for linear in self.chosen(block.index, block.linears)
+                ]
+                found = solve_block(tasks, collected.statistics, self._solve)
+                self._write(writer, model, block, collected, found)
         return writer.finish(facts)
 
-    def _walk_weights(self, model: Model, writer: PlanWriter) -> Iterator[Measured]:
-        arch = arch_of(skeleton(model))
-        for index, (prefix, module) in enumerate(blocks(model)):
-            if index >= writer.finished:
-                with resident(model, prefix):
-                    yield Block(index, prefix, module, linears(prefix, module, arch)), {}
+    @final
+    def reuse(self, plan: Plan, model: Model, writer: PlanWriter) -> Plan:
+        """Decide from the scores that a run with another sparsity kept; needs no data.
 
-    def _walk_data(self, model: Model, batches: Sequence[Batch], writer: PlanWriter) -> Iterator[Measured]:
-        """Yield every undecided block with its statistics, and advance through it once it is decided."""
-        last = len(blocks(model)) - 1
-        for block in Walk(model, batches):
-            dense = self.propagate == "dense"
-            if block.index >= writer.finished:
-                yield block, self._measure(block, advance=dense)
-                if dense:
-                    continue
-            if block.index < last:
-                plan = {} if dense else writer.blocks[block.index]
-                with edit.temporarily(block.prefix, block.module, plan, names_of(model)):
-                    block.advance()
+        Args:
+            plan: Holds `score` tensors.
+            model: The model it was made on.
+            writer: Where to write the decisions.
+        """
+        self.check(model)
+        names, counts = names_of(model), self._counts(model, [0.0] * len(blocks(model)))
+        for block, nothing in walk_weights(model, writer.finished):
+            found = {}
+            for linear in self.chosen(block.index, block.linears):
+                parts = {name: plan[f"{name}:score"] for name in names.stored_of[linear.name]}
+                score = linear.view(names.to_module(parts)[linear.name])
+                found[linear.label] = self._ranked(self._task(linear, counts), score)
+            self._write(writer, model, block, nothing, found)
+        return writer.finish(self._facts(model) | {"scores_of": plan.id})
 
-    def _measure(self, block: Block, *, advance: bool) -> dict[str, Statistic]:
-        """Collect one statistic per distinct input, by the label of each chosen linear that reads it."""
-        assert self.statistic is not None
-        make = self.statistic
-        statistics: dict[str, Statistic] = {}
-        fed: dict[str, Statistic] = {}  # the linears whose turn it is to add what they read
-        previous: list[tuple[Tensor, Statistic]] = []
+    @property
+    @final
+    def reusable(self) -> bool:
+        """Tell whether kept scores are all that another sparsity needs."""
+        one_look = self._statistic is None or self.propagate == "dense"
+        ranked = type(self).solve is WeightPruner.solve
+        return ranked and one_look and self.repair == "none" and self.budget is None
 
-        def observe(linear: Linear, inputs: Tensor) -> None:
-            if linear.label not in statistics:
-                if previous and previous[0][0] is inputs:
-                    statistics[linear.label] = previous[0][1]
-                    return
-                statistics[linear.label] = fed[linear.label] = make(inputs.shape[-1], inputs.device)
-                previous[:] = [(inputs, statistics[linear.label])]
-            if linear.label in fed:
-                fed[linear.label].add(inputs)
+    def _walk(self, model: Model, batches: Sequence[Batch], writer: PlanWriter) -> Iterator[Measured]:
+        if self._statistic is None:
+            return walk_weights(model, writer.finished)
+        dense = self.propagate == "dense"
+        return walk_data(model, batches, writer, self.chosen, self._statistic, dense=dense)
 
-        block.observe(observe, self.chosen(block.index, block.linears), advance=advance)
-        return statistics
-
-    def _solve(
-        self, block: Block, statistics: Mapping[str, Statistic], names: Names
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return a block's masks by plan key, and what there is to report."""
-        masks: dict[str, Tensor] = {}
-        removed: dict[str, int] = {}
-        unseen: list[str] = []
-        for linear in self.chosen(block.index, block.linears):
-            stat = statistics.get(linear.label)
-            if stat is not None and stat.tokens == 0:
-                logger.warning("%s: no calibration token reached it; its inputs count equally", linear.label)
-                unseen.append(linear.label)
-            mask = self._select(self.score(linear.weight, stat), linear.label)
-            removed[linear.label] = int(mask.numel() - mask.sum())
-            if linear.name not in masks:
-                shape = linear.module.get_parameter(linear.parameter).shape
-                masks[linear.name] = torch.ones(shape, dtype=torch.bool, device=mask.device)
-            linear.view(masks[linear.name]).copy_(mask)
-        plan = {
-            f"{name}:mask": part
-            for key, mask in masks.items()
-            for name, part in names.to_stored({key: mask}).items()
-            if not bool(part.all())
-        }
-        return plan, {"removed": removed} | ({"unseen": unseen} if unseen else {})
-
-    def _select(self, score: Tensor, label: str) -> Tensor:
-        pattern = pattern_of(self.sparsity)
+    def _ranked(self, task: Task, score: Tensor) -> Solution:
+        kept = score if self.keep_scores else None
         try:
-            if pattern:
-                return groups(score, *pattern)
-            pick = rows if self.compare == "row" else matrix
-            total = score.shape[1] if self.compare == "row" else score.numel()
-            return pick(score, removed_count(total, self.sparsity))
+            return Solution(select(score, task, self.compare), score=kept)
         except QualityError as error:
             raise QualityError(
-                f"{label}: {error.message}", hint="the weights or the activations overflowed"
+                f"{task.label}: {error.message}", hint="the weights or the activations overflowed"
             ) from None
+
+    def _solve(self, tasks: Sequence[Task], stat: InputNorm | None) -> list[Solution]:
+        solutions = self.solve(tasks, stat)
+        return [
+            repaired(task, solution, stat, self.repair, self.damping)
+            for task, solution in zip(tasks, solutions, strict=True)
+        ]
+
+    def _task(
+        self, linear: Linear, counts: Mapping[str, int], gradient: Tensor | None = None, samples: int = 0
+    ) -> Task:
+        pattern = pattern_of(self.sparsity)
+        return Task(linear.label, linear.weight, counts[linear.label], pattern, gradient, samples)
+
+    def _write(
+        self,
+        writer: PlanWriter,
+        model: Model,
+        block: Block,
+        collected: Collected,
+        found: Mapping[str, Solution],
+    ) -> None:
+        """Write a block's decision and what there is to report of it."""
+        solved = [(linear, found[linear.label]) for linear in block.linears if linear.label in found]
+        removed = {label: int(one.mask.numel() - one.mask.sum()) for label, one in found.items()}
+        facts: dict[str, Any] = {"removed": removed}
+        if measured := {label: dict(one.facts) for label, one in found.items() if one.facts}:
+            facts["matrices"] = measured
+        if collected.scarce:
+            facts["scarce"] = dict(collected.scarce)
+        if unseen := [label for label, tokens in collected.scarce.items() if tokens == 0]:
+            logger.warning("%s: no calibration token reached it", ", ".join(unseen))
+            facts["unseen"] = unseen
+        writer.write(record(solved, names_of(model)), facts)
+
+    def _facts(self, model: Model) -> dict[str, Any]:
+        chosen = [linear for block in self.all_chosen(model) for linear in block]
+        facts: dict[str, Any] = {"prunable": stored_names(names_of(model), chosen)}
+        if self.indivisible == "dense":
+            every = [
+                one for index, found in enumerate(all_linears(model)) for one in self.named(index, found)
+            ]
+            facts["left_dense"] = {one.label: self.misfit(one) for one in every if self.misfit(one)}
+        return facts
+
+    def _counts(self, model: Model, measured: Sequence[float]) -> dict[str, int]:
+        """Return how many weights leave each chosen linear; `measured`: the budget's number per block."""
+        chosen = self.all_chosen(model)
+        flat = [linear for block in chosen for linear in block]
+        sizes = {linear.label: linear.weight.numel() for linear in flat}
+        if self.budget is None:
+            return {
+                one.label: removed_weights(
+                    (one.weight.shape[0], one.weight.shape[1]), self.sparsity, self.compare
+                )
+                for one in flat
+            }
+        total = removed_count(sum(sizes.values()), self.sparsity)
+        if isinstance(self.budget, TargetParams):
+            total = self.budget.removed(skeleton(model), sum(sizes.values()))
+        shares = self.budget.shares(Fraction(total, sum(sizes.values())), measured)
+        wanted = {
+            linear.label: share * sizes[linear.label]
+            for block, share in zip(chosen, shares, strict=True)
+            for linear in block
+        }
+        return apportion(total, wanted, sizes)

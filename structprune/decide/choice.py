@@ -1,0 +1,81 @@
+"""Which linears of a model are to be pruned: fields that every pruner of matrices has."""
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, final
+
+from pydantic import BaseModel, BeforeValidator, Field
+
+from structprune.models.arch import Linear
+
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+def _block_ranges(value: object) -> object:
+    """Read "0-3,28" or [0, "2-3"] as block ranges; every part becomes text."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if isinstance(parts, int) and not isinstance(parts, bool):
+        parts = [parts]
+    if not isinstance(parts, list | tuple):
+        return value
+    texts = [str(part).strip() for part in parts]
+    for text in texts:
+        match = _RANGE.fullmatch(text)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"block range {text!r}: write a block number or a range such as '0-3'")
+    return tuple(texts)
+
+
+def _patterns(value: object) -> object:
+    """Read one pattern or several; each must be a regular expression."""
+    parts = [value] if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        return value
+    for part in parts:
+        try:
+            re.compile(part)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"pattern {part!r}: {error}") from None
+    return tuple(parts)
+
+
+Blocks = Annotated[tuple[str, ...], BeforeValidator(_block_ranges)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
+
+
+class Choice(BaseModel):
+    """The fields that choose linears.
+
+    Args:
+        skip: Blocks left dense: numbers and ranges, "0-3,28".
+        include: Regular expressions searched in a linear's name; only matching linears are pruned.
+        exclude: Regular expressions searched in a linear's name; matching linears are left dense.
+    """
+
+    skip: Blocks = Field(default=())
+    include: Patterns = Field(default=())
+    exclude: Patterns = Field(default=())
+
+    @final
+    def chosen(self, index: int, found: Sequence[Linear]) -> list[Linear]:
+        """Return the linears of block `index` that are to be pruned."""
+        return [linear for linear in self.named(index, found) if self.fits(linear)]
+
+    @final
+    def named(self, index: int, found: Sequence[Linear]) -> list[Linear]:
+        """Return the linears of block `index` that the fields name, whether they can be pruned or not."""
+        for text in self.skip:
+            match = _RANGE.fullmatch(text)
+            assert match is not None
+            if int(match[1]) <= index <= int(match[2] or match[1]):
+                return []
+        return [
+            linear
+            for linear in found
+            if (not self.include or any(re.search(pattern, linear.label) for pattern in self.include))
+            and not any(re.search(pattern, linear.label) for pattern in self.exclude)
+        ]
+
+    def fits(self, linear: Linear) -> bool:
+        """Tell whether a linear that the names choose can be pruned at all."""
+        return True

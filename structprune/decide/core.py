@@ -1,0 +1,162 @@
+"""The sparse core between two fixed wrappers: which N of every M stay, and with which values.
+
+With the wrappers fixed, each block of the core has a quadratic of its own: left Gram (x) right Gram. Source of
+the closed form over all supports of a group: Liu et al. 2025, ARMOR, https://arxiv.org/abs/2510.05528. The
+paper updates one group per block at a time, because the groups of a block interact. Here all groups move at
+once, each against a curvature raised by a damping, and a block takes the move only if its own loss falls;
+the damping of a block grows when it refuses and shrinks when it accepts. What the groups' interaction leaves
+undone is done by conjugate gradients on the values. The gradient is kept up to date incrementally.
+"""
+
+from dataclasses import dataclass
+from itertools import combinations
+from math import comb
+
+import torch
+from torch import Tensor
+
+from structprune.errors import UsageError
+
+# 4:8 has 70 supports; every one of them is tried for every group.
+MOST_SUPPORTS = 128
+# Towards the present value, so that a dead group or a dead output leaves a curvature to divide by.
+RIDGE = 1e-6
+# Below 1 the damping lets groups that pull the same way over-relax; the loss is checked in any case.
+LEAST_DAMPING = 0.6
+START_DAMPING = 3.0
+EASE, RAISE = 0.9, 1.5
+
+
+def supports(pattern: tuple[int, int]) -> Tensor:
+    """Return every choice of N positions among M, shape [choices, N].
+
+    Raises:
+        UsageError: There are too many to try them all.
+    """
+    kept, of = pattern
+    if comb(of, kept) > MOST_SUPPORTS:
+        raise UsageError(
+            f"{kept}:{of} has {comb(of, kept)} supports per group, more than {MOST_SUPPORTS}",
+            hint="choose a pattern such as 2:4 or 4:8",
+        )
+    return torch.tensor(list(combinations(range(of), kept)))
+
+
+@dataclass
+class Core:
+    """Blocks of the core with their quadratic, ready to be improved in place.
+
+    Args:
+        values: The core's blocks, shape [rows, columns, out, in]: block row, block column, and inside.
+        gradient: Half the gradient of the loss, same shape; kept up to date.
+        left: left^T left of each block row, shape [rows, out, out].
+        right: right H right^T of each block column, shape [columns, in, in].
+        pattern: (N, M); M divides the blocks' inputs.
+    """
+
+    values: Tensor
+    gradient: Tensor
+    left: Tensor
+    right: Tensor
+    pattern: tuple[int, int]
+
+    def move_groups(self, damping: Tensor) -> Tensor:
+        """Choose the support and the values of all groups at once; a block moves only if its loss falls.
+
+        Args:
+            damping: Shape [rows, columns], how much the curvature is raised.
+
+        Returns:
+            The damping for the next time.
+        """
+        rows, columns, out, inputs = self.values.shape
+        of = self.pattern[1]
+        own = diagonal(self.left)
+        by_group = (rows, columns, out, inputs // of, of)
+        values, curvature = self.values.view(by_group), group_curvature(self.right, of)
+        steepness = (
+            self.gradient.view(by_group) / own[:, None, :, None, None] / damping[:, :, None, None, None]
+        )
+        # The gradient that would be left if the group were zero: what its best values must answer.
+        linear = steepness - torch.einsum("rcoqx,cqxy->rcoqy", values, curvature)
+        # One batched product per group of inputs: [columns * groups, rows * out, M].
+        flat = linear.permute(1, 3, 0, 2, 4).reshape(-1, rows * out, of)
+        best = best_values(flat, support_inverses(curvature, self.pattern).flatten(0, 1))
+        target = best.view(columns, inputs // of, rows, out, of).permute(2, 0, 3, 1, 4)
+        step = (target - values).reshape(self.values.shape)
+        bend = self._bend(step)
+        falls = (step * (2 * self.gradient + bend)).sum((2, 3)) < 0
+        # Selected and not added times zero: a kept block stays bit for bit, and a zero of the support exact.
+        taken = falls[:, :, None, None]
+        self.values = torch.where(taken, target.reshape(self.values.shape), self.values)
+        self.gradient = torch.where(taken, self.gradient + bend, self.gradient)
+        return torch.where(falls, (damping * EASE).clamp_min(LEAST_DAMPING), damping * RAISE)
+
+    def refit(self, mask: Tensor, steps: int) -> None:
+        """Improve the values on a fixed support by conjugate gradients, which never raise the loss.
+
+        Args:
+            mask: The support, shape of the values.
+            steps: How many steps; one costs two products of blocks.
+        """
+        scale = mask / (diagonal(self.left)[:, None, :, None] * diagonal(self.right)[None, :, None, :])
+        direction, before = torch.zeros_like(self.values), None
+        for _ in range(steps):
+            ahead = -self.gradient * scale
+            now = -(ahead * self.gradient).sum((2, 3), keepdim=True)
+            direction = ahead if before is None else ahead + direction * (now / before)
+            bend = self._bend(direction)
+            # At the optimum both are zero: the tiny number turns 0 / 0 into a step of no length.
+            tiny = torch.finfo(now.dtype).tiny
+            length = now / (direction * bend).sum((2, 3), keepdim=True).clamp_min(tiny)
+            self.values = self.values + length * direction
+            self.gradient = self.gradient + length * bend
+            before = now.clamp_min(tiny)
+
+    def _bend(self, step: Tensor) -> Tensor:
+        """Return how much a step changes the gradient."""
+        return self.left[:, None] @ (step @ self.right[None])
+
+
+def diagonal(gram: Tensor) -> Tensor:
+    """Return the diagonals of Gram matrices [n, b, b], lifted off zero, shape [n, b]."""
+    found = gram.diagonal(dim1=1, dim2=2)
+    return found + RIDGE * found.mean() + torch.finfo(found.dtype).tiny
+
+
+def group_curvature(right: Tensor, of: int) -> Tensor:
+    """Return the M x M blocks on the diagonals of [columns, in, in], shape [columns, in / M, M, M]."""
+    columns, inputs, _ = right.shape
+    split = right.view(columns, inputs // of, of, inputs // of, of)
+    return split.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
+
+def support_inverses(curvature: Tensor, pattern: tuple[int, int]) -> Tensor:
+    """Invert a group's curvature on every support, zero elsewhere: shape [..., choices, M, M]."""
+    choices = supports(pattern).to(curvature.device)
+    of = pattern[1]
+    lift = RIDGE * curvature.diagonal(dim1=-2, dim2=-1).mean((-1, -2), keepdim=True) + 1e-30
+    lifted = curvature + lift[..., None] * torch.eye(of, dtype=curvature.dtype, device=curvature.device)
+    inverses = curvature.new_zeros(*curvature.shape[:-2], len(choices), of, of)
+    for index, choice in enumerate(choices):
+        inner = lifted[..., choice[:, None], choice]
+        inverses[..., index, choice[:, None], choice] = torch.linalg.inv(inner)
+    return inverses
+
+
+def best_values(linear: Tensor, inverses: Tensor) -> Tensor:
+    """Return each group's best values, of all supports the one that lowers the loss most.
+
+    Args:
+        linear: The gradient with the group at zero, shape [n, groups, M].
+        inverses: Inverse curvatures by support, shape [n, choices, M, M].
+
+    Returns:
+        Shape [n, groups, M], zero off the support.
+    """
+    count, choices, of, _ = inverses.shape
+    stacked = inverses.permute(0, 2, 1, 3).reshape(count, of, choices * of)
+    answers = torch.bmm(linear, stacked).view(count, -1, choices, of)
+    gains = (answers * linear[:, :, None]).sum(-1)
+    best = gains.argmax(-1)
+    return -answers.gather(2, best[..., None, None].expand(-1, -1, 1, of)).squeeze(2)

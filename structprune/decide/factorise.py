@@ -1,0 +1,304 @@
+"""ARMOR: a weight as a sparse N:M core between two block-diagonal wrappers, found by exact descent.
+
+Source: Liu et al. 2025, ARMOR, https://arxiv.org/abs/2510.05528
+The paper takes one Adam step on all three factors and updates one group per block, 20 000 times. Here a round
+solves the left wrapper exactly, then the right one, then moves the core (`core`), then tries to go further
+in the direction of the whole round. Each is a half-step, and one that would raise the loss is not taken, so
+the loss never rises and never exceeds NoWag-P's, where it starts. The paper's loop is `solver="adam"`.
+With the "gram" proxy the loss is the error of the outputs, tr(E H E^T); the paper keeps H's diagonal only.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from structprune.decide import select
+from structprune.decide.core import START_DAMPING, Core, supports
+from structprune.decide.factor_adam import adam
+from structprune.decide.factor_problem import Problem, State
+from structprune.decide.normalise import Normalised, importance, normalise
+from structprune.decide.sparsity import check_groups
+from structprune.errors import QualityError, UsageError
+from structprune.models.modules import blockwise, folded
+
+Proxy = Literal["diagonal", "gram"]
+Solver = Literal["descent", "adam"]
+# Told the relative loss, after every half-step of the descent and now and then by Adam.
+Watch = Callable[[float], None]
+
+# Conjugate-gradient steps per move of the groups; measured with scripts/bench/armor.py.
+REFIT_STEPS = 4
+# Of the mean curvature: first what float32 needs, then what a singular matrix needs; always towards the
+# present value, so that the step stays a descent.
+RIDGES = (1e-6, 1e-4, 1e-2)
+# SparseGPT's: a Gram matrix of fewer tokens than inputs says nothing in some directions.
+GRAM_DAMPING = 0.01
+# Elements of the core worked on at once: bounds the memory that all supports of all groups take.
+PIECE = 1 << 20
+# How far the whole round's direction is followed at first and at most, and how that adapts.
+STRETCH, LONGEST, LONGER, SHORTER = 1.0, 30.0, 1.5, 0.4
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A weight as left @ core @ right, the normalisation folded in.
+
+    Attributes:
+        left: Diagonal blocks, shape [out / b, b, b], float32.
+        core: Shape [out, in], float32; exact zeros off the mask.
+        right: Diagonal blocks, shape [in / c, c, c], float32.
+        mask: The core's support, shape [out, in], bool, True = kept; N of every M inputs.
+        initial: NoWag-P's loss, relative to that of the zero matrix.
+        losses: The relative loss at the start and after every half-step; it never rises.
+    """
+
+    left: Tensor
+    core: Tensor
+    right: Tensor
+    mask: Tensor
+    initial: float
+    losses: list[float]
+
+    def dense(self) -> Tensor:
+        """Return the folded product, shape [out, in]."""
+        return folded(self.left, self.core, self.right)
+
+
+@torch.no_grad()
+def factorise(
+    weight: Tensor,
+    inputs: Tensor,
+    pattern: tuple[int, int] = (2, 4),
+    wrapper: int | tuple[int, int] = 128,
+    *,
+    rounds: int = 100,
+    seed: int = 0,
+    proxy: Proxy = "diagonal",
+    solver: Solver = "descent",
+    tolerance: float = 1e-3,
+    watch: Watch | None = None,
+) -> Factors:
+    """Factorise a weight into a sparse core between two block-diagonal wrappers.
+
+    Args:
+        weight: Shape [out, in], any float dtype.
+        inputs: L2 norm of each input over all calibration tokens, shape [in], or their Gram matrix X^T X,
+            shape [in, in].
+        pattern: (N, M): N of every M consecutive inputs of the core stay.
+        wrapper: Size of the wrappers' blocks; one for both sides or (left, right). Each divides its side; the
+            right one is a multiple of M, or 1. A wrapper of 1 has nothing to add to the core's own values.
+        rounds: At most so many rounds; for Adam, so many steps.
+        seed: Only Adam's choice of groups is random.
+        proxy: "gram" counts the error of the outputs and needs the Gram matrix; "diagonal" ignores the
+            correlation of the inputs, as the paper does.
+        solver: "adam" is the paper's loop, kept to compare with.
+        tolerance: Stop when a round lowers the loss by less than this fraction of it.
+        watch: Told the relative loss as the search goes.
+
+    Raises:
+        UsageError: A wrapper or the pattern does not fit the shape (the caller adds the tensor's name), or the
+            proxy needs a Gram matrix and there is none.
+        QualityError: The weight or the statistics hold numbers that are not finite.
+    """
+    sizes = check_sizes((weight.shape[0], weight.shape[1]), pattern, wrapper)
+    normalised = normalise(weight)
+    if not normalised.weight.isfinite().all():
+        raise QualityError("the weight holds numbers that are not finite", hint="check the checkpoint")
+    norm = inputs.diagonal().clamp_min(0).sqrt() if inputs.dim() == 2 else inputs
+    scale = importance(norm).sqrt()
+    # The core's own values absorb a right wrapper of 1; its blocks then hold a group and are left alone.
+    block = sizes[1] if sizes[1] > 1 else pattern[1]
+    gram = _correlation(inputs) if proxy == "gram" else None
+    problem = Problem(normalised.weight * scale, gram, pattern, (sizes[0], block))
+    start = _start(problem, normalised, norm, scale)
+    if solver == "adam":
+        state, losses = adam(problem, start, scale, steps=rounds, seed=seed, watch=watch)
+    else:
+        state, losses = _descend(problem, start, rounds, tolerance, watch, fixed_right=sizes[1] == 1)
+    left = state.left * normalised.rows.view(-1, sizes[0], 1)
+    right = state.right * (normalised.columns / scale).view(-1, 1, block)
+    if sizes[1] == 1:
+        right = right.diagonal(dim1=1, dim2=2).reshape(-1, 1, 1)
+    # A value may be zero by chance; the mask still has N of every M.
+    return Factors(left, state.core, right, select.groups(state.core.abs(), *pattern), start.loss, losses)
+
+
+def check_sizes(
+    shape: tuple[int, int], pattern: tuple[int, int], wrapper: int | tuple[int, int]
+) -> tuple[int, int]:
+    """Return the sizes of the left and the right wrapper's blocks, if they fit a matrix [out, in].
+
+    Raises:
+        UsageError: A wrapper does not divide its side, M does not divide the inputs or the right wrapper, or
+            the pattern has too many supports; the caller adds the tensor's name.
+    """
+    left, right = (wrapper, wrapper) if isinstance(wrapper, int) else wrapper
+    for side, size, blocks in (("outputs", shape[0], left), ("inputs", shape[1], right)):
+        if blocks < 1 or size % blocks:
+            raise UsageError(
+                f"shape {list(shape)}: {size} {side} do not divide into wrapper blocks of {blocks}",
+                hint="choose a wrapper that divides both sides, or exclude this matrix",
+            )
+    check_groups(shape, pattern[1])
+    if right > 1 and right % pattern[1]:
+        raise UsageError(
+            f"a wrapper of {right} inputs does not divide into groups of {pattern[1]}",
+            hint="choose a wrapper that is a multiple of M",
+        )
+    supports(pattern)
+    return left, right
+
+
+def _correlation(gram: Tensor) -> Tensor:
+    """Return H with ones on its diagonal, damped; an unused input correlates with none.
+
+    Raises:
+        UsageError: There are only norms.
+    """
+    if gram.dim() != 2:
+        raise UsageError('proxy "gram" needs the Gram matrix of the inputs, not their norms')
+    if not gram.isfinite().all():
+        raise QualityError("the Gram matrix holds numbers that are not finite", hint="check the texts")
+    spread = gram.diagonal().double().clamp_min(0).sqrt()
+    inverse = torch.where(spread > 0, 1 / spread, 0.0)
+    between = gram.double() * inverse * inverse[:, None] / (1 + GRAM_DAMPING)
+    return between.fill_diagonal_(1.0).float()
+
+
+def _start(problem: Problem, normalised: Normalised, norm: Tensor, scale: Tensor) -> State:
+    """Return NoWag-P's answer: identity wrappers around the pruned normalised weight."""
+    (size_out, size_in), (out, inputs) = problem.sizes, normalised.weight.shape
+    eye_out, eye_in = torch.eye(size_out).to(scale), torch.eye(size_in).to(scale)
+    mask = select.groups(normalised.score(norm), *problem.pattern)
+    left, right = eye_out.repeat(out // size_out, 1, 1), eye_in.repeat(inputs // size_in, 1, 1)
+    return problem.state(left, normalised.weight.masked_fill(~mask, 0), right * scale.view(-1, 1, size_in))
+
+
+def _descend(
+    problem: Problem,
+    start: State,
+    rounds: int,
+    tolerance: float,
+    watch: Watch | None,
+    *,
+    fixed_right: bool,
+) -> tuple[State, list[float]]:
+    """Descend from a state; returns the last state and the losses after every half-step."""
+    state, anchor, losses, stretch = start, None, [start.loss], STRETCH
+    damping = torch.full(problem.pairs(problem.target).shape[:2], START_DAMPING, device=start.core.device)
+    for _ in range(rounds):
+        before = state.loss
+        moves: list[Callable[[State], State]] = [
+            lambda now: _solve_left(problem, now),
+            lambda now: now if fixed_right else _solve_right(problem, now),
+            lambda now: _move_core(problem, _balanced(problem, now), damping),
+            lambda now: now if anchor is None else _stretched(problem, anchor, now, stretch),
+        ]
+        for move in moves:
+            moved = move(state)
+            taken = moved.loss < state.loss
+            state = moved if taken else state
+            losses.append(state.loss)
+            if watch is not None:
+                watch(state.loss)
+        # The last move of the round was the stretch.
+        stretch = min(stretch * LONGER, LONGEST) if taken else max(stretch * SHORTER, SHORTER)
+        anchor = state
+        if state.loss >= before * (1 - tolerance):
+            break
+    return state, losses
+
+
+def _solve_left(problem: Problem, state: State) -> State:
+    """Solve for the left wrapper exactly: least squares with one normal matrix per block."""
+    inner = blockwise(state.right.mT, state.core)
+    regressors, weighed = problem.rows(inner), problem.rows(problem.weighed(inner))
+    answer = solved(regressors @ weighed.mT, weighed @ problem.rows(state.residual).mT)
+    return problem.state(state.left - answer.mT, state.core, state.right)
+
+
+def _solve_right(problem: Problem, state: State) -> State:
+    """Solve for the right wrapper exactly, with a Gram matrix one block after the other."""
+    outer = torch.bmm(state.left, problem.rows(state.core)).reshape(state.core.shape)
+    right, residual = state.right.clone(), state.residual.clone()
+    for part in problem.parts:
+        span = problem.span(part)
+        regressors = problem.columns(outer)[part]
+        answers = regressors.mT @ problem.columns(problem.weighed(residual, span))
+        between = problem.between(part)
+        if between is not None:
+            answers = torch.linalg.solve(between, answers, left=False)
+        step = solved(regressors.mT @ regressors, answers)
+        right[part] -= step
+        if between is not None:
+            residual[:, span] -= (regressors @ step)[0]
+    return problem.state(state.left, state.core, right)
+
+
+def _balanced(problem: Problem, state: State) -> State:
+    """Move the wrappers' scales into the core: unit columns on the left, unit rows on the right."""
+    by_row, by_column = state.left.norm(dim=1), state.right.norm(dim=2)
+    by_row, by_column = torch.where(by_row > 0, by_row, 1.0), torch.where(by_column > 0, by_column, 1.0)
+    return replace(
+        state,
+        left=state.left / by_row[:, None],
+        core=state.core * by_row.reshape(-1, 1) * by_column.reshape(-1),
+        right=state.right / by_column[..., None],
+    )
+
+
+def _move_core(problem: Problem, state: State, damping: Tensor) -> State:
+    """Move the core's groups and refit its values, piece by piece; `damping` is adapted in place."""
+    size_out = problem.sizes[0]
+    core, residual = state.core.clone(), state.residual.clone()
+    left_gram = state.left.mT @ state.left
+    for part in problem.parts:
+        span, right, between = problem.span(part), state.right[part], problem.between(part)
+        right_gram = (right if between is None else right @ between) @ right.mT
+        weighed = problem.pairs(problem.weighed(residual, span))
+        values = problem.pairs(core[:, span])
+        step = max(1, PIECE // (size_out * (span.stop - span.start)))
+        for first in range(0, len(left_gram), step):
+            piece = slice(first, first + step)
+            gradient = state.left[piece, None].mT @ weighed[piece] @ right.mT
+            blocks = Core(values[piece].contiguous(), gradient, left_gram[piece], right_gram, problem.pattern)
+            damping[piece, part] = blocks.move_groups(damping[piece, part])
+            blocks.refit(blocks.values != 0, REFIT_STEPS)
+            change = state.left[piece, None] @ (blocks.values - values[piece]) @ right
+            rows = slice(first * size_out, (first + len(change)) * size_out)
+            core[rows, span] = blocks.values.transpose(1, 2).reshape(-1, span.stop - span.start)
+            residual[rows, span] += change.transpose(1, 2).reshape(-1, span.stop - span.start)
+    return problem.state(state.left, core, state.right)
+
+
+def _stretched(problem: Problem, anchor: State, state: State, stretch: float) -> State:
+    """Go on in the direction that led from an earlier state to this one, on this one's support."""
+
+    def beyond(old: Tensor, new: Tensor) -> Tensor:
+        return new + stretch * (new - old)
+
+    core = beyond(anchor.core, state.core).masked_fill(state.core == 0, 0)
+    left, right = beyond(anchor.left, state.left), beyond(anchor.right, state.right)
+    return problem.state(left, core, right)
+
+
+def solved(normal: Tensor, answers: Tensor) -> Tensor:
+    """Solve normal equations [n, b, b] x = answers [n, b, c], damped as little as works.
+
+    Raises:
+        QualityError: No damping makes them definite: something is not finite.
+    """
+    mean = normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    identity = torch.eye(normal.shape[1], dtype=normal.dtype, device=normal.device)
+    for ridge in RIDGES:
+        # The tiny number serves a block that is zero altogether, where any answer is as good.
+        factor, failed = torch.linalg.cholesky_ex(normal + (ridge * mean + 1e-30) * identity)
+        if not failed.any():
+            return torch.cholesky_solve(answers, factor)
+    raise QualityError(
+        f"normal equations of {list(normal.shape)} are not definite",
+        hint="look for NaN in the weights or in the calibration statistics",
+    )

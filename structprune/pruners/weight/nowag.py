@@ -1,0 +1,37 @@
+"""NoWag-P: weigh each weight, with the sizes of its row and column normalised away, by its activations.
+
+Source: Liu et al. 2025, https://arxiv.org/abs/2504.14569
+"""
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from structprune.calibration.statistics import InputNorm
+from structprune.decide.budget import Compare
+from structprune.decide.normalise import normalise
+from structprune.pruners.weight.family import WeightPruner
+
+
+class Nowag(WeightPruner):
+    """Score a weight by the square of the normalised weight times the mean square of its input.
+
+    Args:
+        compare: Which weights compete; the released code ranks the whole matrix.
+        propagate: Whether later blocks see the outputs of pruned or of dense blocks; the paper's see
+            dense ones.
+    """
+
+    compare: Compare = "matrix"
+    propagate: Literal["pruned", "dense"] = "dense"
+
+    statistic: ClassVar = InputNorm
+
+    def score(self, weight: Tensor, stat: InputNorm) -> Tensor:
+        """Return the normalised weight's share of the output error, shape [out, in]; a higher score is kept.
+
+        Args:
+            weight: Shape [out, in], in the model's dtype.
+            stat: L2 norm of each input feature over all calibration tokens, shape [in].
+        """
+        return normalise(weight).score(stat.norm)

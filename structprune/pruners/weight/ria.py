@@ -1,0 +1,42 @@
+"""RIA: weigh each weight against its row and its column, and by the size of the activations it multiplies.
+
+Source: Zhang et al. 2024, https://openreview.net/forum?id=Tr0lPx9woF (Plug-and-Play)
+
+The channel permutation that the paper adds for N:M is not done: it would leave a gather in the model.
+"""
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from structprune.calibration.statistics import InputNorm
+from structprune.decide.budget import Compare
+from structprune.pruners.weight.family import WeightPruner
+
+
+class Ria(WeightPruner):
+    """Score a weight by (|W_ij| / its column's sum + |W_ij| / its row's sum) * ||X_j||^power.
+
+    Args:
+        compare: Which weights compete; the paper ranks the whole matrix.
+        power: How much the activations count.
+    """
+
+    compare: Compare = "matrix"
+    power: Annotated[float, Field(ge=0)] = 0.5
+
+    statistic: ClassVar = InputNorm
+
+    def score(self, weight: Tensor, stat: InputNorm) -> Tensor:
+        """Return the relative importance, shape [out, in], float32; a higher score is kept.
+
+        Args:
+            weight: Shape [out, in], in the model's dtype.
+            stat: L2 norm of each input feature over all calibration tokens, shape [in].
+        """
+        size = weight.float().abs()
+        # A row or column of zeros has a sum of zero, and nothing in it to be weighed.
+        smallest = 1e-30
+        columns, rows = size.sum(0).clamp_min(smallest), size.sum(1, keepdim=True).clamp_min(smallest)
+        return (size / columns + size / rows) * stat.norm.pow(self.power)
