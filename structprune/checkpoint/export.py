@@ -1,14 +1,15 @@
 """Writes a pruned folder from its source: tensor by tensor, shard by shard, everything else byte for byte."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from structprune.models import edit
+from structprune.models import edit, factored
 from structprune.plan import Plan
 from structprune.storage.reader import CheckpointReader
 from structprune.storage.side_files import copy_side_files
+from structprune.storage.tensor_file import Entry
 from structprune.storage.writer import ShardWriter
 
 # Told how far a stage is: (stage, done, total).
@@ -36,12 +37,30 @@ def export(
     """
     total = len(reader.tensors)
     done = 0
-    with ShardWriter(folder, reader.layout, reader.metadata, index_metadata=reader.index_metadata) as writer:
+    layout = {file: list(_entries(entries, plans)) for file, entries in reader.layout.items()}
+    with ShardWriter(folder, layout, reader.metadata, index_metadata=reader.index_metadata) as writer:
         for name in (name for names in reader.shards.values() for name in names):
             value = replaced[name] if replaced and name in replaced else reader.read(name)
+            edited = {name: value}
             for plan in plans:
-                value = edit.stored(name, value, plan)
-            writer.write(name, value)
+                edited = {
+                    part: new
+                    for one, before in edited.items()
+                    for part, new in edit.parts(one, before, plan).items()
+                }
+            for part, new in edited.items():
+                writer.write(part, new)
             done += 1
             progress("write", done, total)
     return writer.hashes | copy_side_files(reader.folder, folder)
+
+
+def _entries(entries: Iterable[Entry], plans: Sequence[Plan]) -> Iterator[Entry]:
+    """Yield what a file will hold in the place of the source's tensors."""
+    for name, dtype, shape in entries:
+        product = next((found for plan in plans if (found := factored.in_plan(name, plan)) is not None), None)
+        if product is None:
+            yield name, dtype, shape
+        else:
+            for part, stored in factored.part_names(name).items():
+                yield stored, dtype, tuple(product[part].shape)

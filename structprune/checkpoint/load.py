@@ -8,7 +8,7 @@ from structprune.checkpoint import accelerate as acceleration
 from structprune.checkpoint.adapter import is_adapter, merge_adapter, read_adapter
 from structprune.checkpoint.plans import plans_of
 from structprune.errors import InputError
-from structprune.models.identity import names_of
+from structprune.models.identity import applied, names_of
 from structprune.models.streamed import Model, open_model
 from structprune.models.tokenizer import open_tokenizer
 from structprune.pruner import find
@@ -57,7 +57,11 @@ def load(
     model = open_model(path, stream=stream, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if (path / OURS).is_dir():
         for plan in plans_of(path):
-            find(plan.method).model_validate(plan.config).apply(model, plan.beside_weights())
+            pruner = find(plan.method).model_validate(plan.config)
+            if pruner.at_run_time:
+                pruner.apply(model, plan)
+            else:  # it is in the weights, and in the shapes that config.json tells of
+                applied(model).append(plan.id)
     return model, open_tokenizer(path, trust_remote_code=trust_remote_code)
 
 

@@ -101,6 +101,7 @@ class Stage:
         keys = [(key.rpartition(":"), block) for block in self.plan.blocks for key in block]
         self.masked: dict[str, PlanBlock] = {name: block for (name, _, kind), block in keys if kind == "mask"}
         self.valued = {name: block for (name, _, kind), block in keys if kind == "value"}
+        self.parts = {name for (name, _, kind), _ in keys if kind == "factor"}
         self.revalued = {name for (name, _, kind), _ in keys if kind in IN_THE_WEIGHTS}
         self.prunable = set(self.plan.facts.get("prunable", self.masked))
         self._open: tuple[PlanBlock, dict[str, Tensor]] | None = None

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from structprune.errors import InputError
 from structprune.machine import available_memory
-from structprune.models.identity import names_of
+from structprune.models.identity import names_of, skeleton
 from structprune.models.streamed import Model, open_model
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
 from structprune.storage.reader import CheckpointReader
@@ -31,6 +31,7 @@ class Source:
         model: The model, in memory or streamed; a run prunes it in place.
         tokenizer: Its tokenizer, or None where the folder has none.
         scan: Hash and zeros of its weights.
+        parameters: How many it has before anything is pruned, tied ones once.
         streamed: Whether one block at a time is in memory.
         dtype: What it computes in; "auto" for the dtype of the files.
         device: Where it computes.
@@ -42,6 +43,7 @@ class Source:
     model: Model
     tokenizer: PreTrainedTokenizerBase | None
     scan: Scan
+    parameters: int
     streamed: bool
     dtype: str
     device: str
@@ -109,6 +111,7 @@ def open_source(
         model,
         tokenizer,
         reader.scan(names_of(model).ignored),
+        sum(parameter.numel() for parameter in skeleton(model).parameters()),
         stream,
         dtype,
         place,

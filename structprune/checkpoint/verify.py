@@ -12,12 +12,14 @@ from structprune.checkpoint.measure import Measured, Place, Stage, measure, plac
 from structprune.checkpoint.reload_streamed import loader
 from structprune.checkpoint.verification import Check, Verification
 from structprune.errors import InputError
-from structprune.models import walk
+from structprune.models import factored, walk
 from structprune.models.identity import architecture_of
 from structprune.models.streamed import Model, StreamedModel, open_model
 from structprune.storage.manifest import MANIFEST, check_manifest, read_manifest
 from structprune.storage.reader import CheckpointReader
 from structprune.storage.side_files import side_files
+from structprune.storage.stored_config import MAX_CONFIG_BYTES
+from structprune.storage.strict_json import read_json
 
 __all__ = ["Check", "Verification", "verify"]
 
@@ -86,7 +88,8 @@ def verify(
     _check_values(result, found, stages, trained)
     if source is not None:
         exempt = trained.union(*(stage.revalued for stage in stages))
-        _check_source(result, model.reader, source, found, exempt)
+        parts = set().union(*(stage.parts for stage in stages))
+        _check_source(result, model.reader, source, found, exempt, parts)
         _check_side_files(result, folder, source.folder)
     if reload:
         _check_reload(result, model, stream=stream, trusted=trust_remote_code, reference=reference)
@@ -220,10 +223,14 @@ def _check_source(
     source: CheckpointReader,
     found: Mapping[str, Measured],
     exempt: Collection[str],
+    parts: Collection[str],
 ) -> None:
-    problems = [f"{name}: not in the source" for name in reader.tensors if name not in source.tensors]
+    new = [name for name in reader.tensors if name not in source.tensors]
+    problems = [f"{name}: not in the source" for name in new if name not in parts]
     for name, info in source.tensors.items():
         other = reader.tensors.get(name)
+        if factored.part_names(name)["left"] in parts:
+            continue  # it became a product
         if other is None:
             problems.append(f"{name}: missing, the source has it")
         elif (other.shape, other.dtype) != (info.shape, info.dtype):
@@ -243,9 +250,21 @@ def _check_side_files(result: Verification, folder: Path, source: Path) -> None:
     for name in names:
         if not (folder / name).is_file():
             problems.append(f"{name}: missing, the source has it")
-        elif (folder / name).read_bytes() != (source / name).read_bytes():
+        elif (folder / name).read_bytes() != (source / name).read_bytes() and not (
+            name == "config.json" and _same_but_for_products(folder / name, source / name)
+        ):
             problems.append(f"{name}: differs from the source's")
     result.row("side files", problems, f"{len(names)} files are byte-equal to the source's")
+
+
+def _same_but_for_products(ours: Path, source: Path) -> bool:
+    """Tell whether a config.json only adds what plain transformers must know of factored linears."""
+    found, before = (read_json(path, limit_bytes=MAX_CONFIG_BYTES) for path in (ours, source))
+    return (
+        factored.CONFIG_KEY in found
+        and {key: value for key, value in found.items() if key not in (factored.CONFIG_KEY, "auto_map")}
+        == before
+    )
 
 
 def _check_reload(
@@ -263,7 +282,9 @@ def _check_reload(
         same, said = fresh.difference(walk.logits(reference, {"input_ids": ids}).cpu(), ours)
         result.row("logits", [] if same else [f"this run's model: {said}"], f"this run's model: {said}")
     dtype = str(model.dtype).removeprefix("torch.")
-    (child,) = fresh.reload([fresh.Job(model.reader.folder, ids, dtype, trusted)], stream=stream)
+    # The modelling file that we wrote ourselves may run in a process that knows nothing else of us.
+    products = factored.CONFIG_KEY in model.reader.config
+    (child,) = fresh.reload([fresh.Job(model.reader.folder, ids, dtype, trusted or products)], stream=stream)
     if child.logits is None:
         result.row("reload", [f"a fresh process could not open the folder: {child.error}"], "")
         return

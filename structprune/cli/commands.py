@@ -59,7 +59,9 @@ def prune(
     model: Annotated[str, typer.Argument(metavar="MODEL|RECIPE.yaml", help="A model, or a whole recipe.")],
     output: Annotated[Path | None, typer.Argument(metavar="OUT", help="The folder to write.")] = None,
     method: Annotated[str | None, typer.Option(help="A method; `structprune methods` lists them.")] = None,
-    sparsity: Annotated[str | None, typer.Option(help="Removed: 0.5 or 50%; or N of M kept: 2:4.")] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="Removed: 0.5 or 50%; or N of M kept: 2:4; several: 0.3,0.5.")
+    ] = None,
     sparsity_ratio: Annotated[float | None, typer.Option(help="The fraction, in Wanda's words.")] = None,
     sparsity_type: Annotated[str | None, typer.Option(help="unstructured or N:M, in Wanda's words.")] = None,
     calibration: Annotated[str | None, typer.Option(help="A text file, a data set's name, or demo.")] = None,
@@ -72,6 +74,9 @@ def prune(
     sets: Sets = None,
     include: Annotated[list[str] | None, typer.Option(help="Prune only linears whose name matches.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave linears dense whose name matches.")] = None,
+    fold: Annotated[bool, typer.Option("--fold", help="Write products as dense matrices.")] = False,
+    keep_scores: Annotated[bool, typer.Option("--keep-scores", help="Keep scores in the plan.")] = False,
+    scores: Annotated[Path | None, typer.Option(metavar="DIR", help="Decide from kept scores.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     restart: Restart = False,
     overwrite: Overwrite = False,
@@ -82,6 +87,7 @@ def prune(
     debug: Debug = False,
 ) -> Job:
     """Prune a model, prove the result and report on it."""
+    several = sparsity.split(",") if sparsity else [None]
     flags = {
         "output": output,
         "seed": seed,
@@ -89,7 +95,9 @@ def prune(
         "dtype": dtype,
         "revision": revision,
         "prune.method": method,
-        "prune.sparsity": sparsity_of(sparsity, ratio=sparsity_ratio, kind=sparsity_type),
+        "prune.sparsity": sparsity_of(several[0], ratio=sparsity_ratio, kind=sparsity_type),
+        "prune.fold": fold or None,
+        "prune.keep_scores": keep_scores or None,
         "prune.include": include or None,
         "prune.exclude": exclude or None,
         "calibration.source": calibration,
@@ -105,16 +113,20 @@ def prune(
             ),
             summary.listed,
         )
+    options: dict[str, Any] = {
+        "stream": stream,
+        "restart": restart,
+        "overwrite": overwrite,
+        "trust_remote_code": trust_remote_code,
+    }
+    if len(several) > 1:
+        wanted = [one for text in several if (one := sparsity_of(text)) is not None]
+        return Job(
+            lambda progress: pipeline.prune_each(chosen, wanted, progress=progress, **options),
+            summary.pruned_each,
+        )
     return Job(
-        lambda progress: pipeline.prune(
-            chosen,
-            stream=stream,
-            restart=restart,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        ),
-        summary.pruned,
+        lambda progress: pipeline.prune(chosen, scores=scores, progress=progress, **options), summary.pruned
     )
 
 

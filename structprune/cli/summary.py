@@ -42,6 +42,11 @@ def recovered(result: Result) -> str:
     return f"{table(rows)}\n{pruned(result)}"
 
 
+def pruned_each(result: Result) -> str:
+    """Return what several runs of one command did, one after the other."""
+    return "\n\n".join(pruned(run) for run in result["runs"].values())
+
+
 def verified(result: Result) -> str:
     """Return one line per check, and what was measured."""
     rows = [("ok" if check["ok"] else "FAILED", check["name"], check["detail"]) for check in result["checks"]]

@@ -1,11 +1,11 @@
 """The sparse core between two fixed wrappers: which N of every M stay, and with which values.
 
-With the wrappers fixed, each block of the core has a quadratic of its own: left Gram (x) right Gram. Source of
-the closed form over all supports of a group: Liu et al. 2025, ARMOR, https://arxiv.org/abs/2510.05528. The
-paper updates one group per block at a time, because the groups of a block interact. Here all groups move at
-once, each against a curvature raised by a damping, and a block takes the move only if its own loss falls;
-the damping of a block grows when it refuses and shrinks when it accepts. What the groups' interaction leaves
-undone is done by conjugate gradients on the values. The gradient is kept up to date incrementally.
+Source: Liu et al. 2025, ARMOR, https://arxiv.org/abs/2510.05528 (the closed form over a group's supports)
+With the wrappers fixed, each block of the core has a quadratic of its own: left Gram (x) right Gram. The
+paper updates one group per block at a time, because the groups of a block interact. Here a sample of them
+moves at once, and a block takes the move only if its own loss falls; the sample of a block shrinks when it
+refuses and grows when it accepts. What the groups' interaction leaves undone is done by conjugate gradients
+on the values. The gradient is kept up to date incrementally.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,8 @@ from structprune.errors import UsageError
 MOST_SUPPORTS = 128
 # Towards the present value, so that a dead group or a dead output leaves a curvature to divide by.
 RIDGE = 1e-6
-# Below 1 the damping lets groups that pull the same way over-relax; the loss is checked in any case.
-LEAST_DAMPING = 0.6
-START_DAMPING = 3.0
-EASE, RAISE = 0.9, 1.5
+# The share of a block's groups that move together: at first, and how it adapts to being accepted.
+START_SHARE, LEAST_SHARE, MORE, LESS = 0.3, 0.002, 1.2, 0.6
 
 
 def supports(pattern: tuple[int, int]) -> Tensor:
@@ -60,37 +58,40 @@ class Core:
     right: Tensor
     pattern: tuple[int, int]
 
-    def move_groups(self, damping: Tensor) -> Tensor:
-        """Choose the support and the values of all groups at once; a block moves only if its loss falls.
+    def move_groups(self, share: Tensor, generator: torch.Generator, sweeps: int) -> Tensor:
+        """Choose supports and values of a sample of the groups at once, each exactly, the others held.
 
         Args:
-            damping: Shape [rows, columns], how much the curvature is raised.
+            share: Shape [rows, columns], how large a part of its groups a block moves.
+            generator: Draws the groups.
+            sweeps: How often.
 
         Returns:
-            The damping for the next time.
+            The share for the next time.
         """
         rows, columns, out, inputs = self.values.shape
-        of = self.pattern[1]
-        own = diagonal(self.left)
+        of, own = self.pattern[1], diagonal(self.left)[:, None, :, None, None]
         by_group = (rows, columns, out, inputs // of, of)
-        values, curvature = self.values.view(by_group), group_curvature(self.right, of)
-        steepness = (
-            self.gradient.view(by_group) / own[:, None, :, None, None] / damping[:, :, None, None, None]
-        )
-        # The gradient that would be left if the group were zero: what its best values must answer.
-        linear = steepness - torch.einsum("rcoqx,cqxy->rcoqy", values, curvature)
-        # One batched product per group of inputs: [columns * groups, rows * out, M].
-        flat = linear.permute(1, 3, 0, 2, 4).reshape(-1, rows * out, of)
-        best = best_values(flat, support_inverses(curvature, self.pattern).flatten(0, 1))
-        target = best.view(columns, inputs // of, rows, out, of).permute(2, 0, 3, 1, 4)
-        step = (target - values).reshape(self.values.shape)
-        bend = self._bend(step)
-        falls = (step * (2 * self.gradient + bend)).sum((2, 3)) < 0
-        # Selected and not added times zero: a kept block stays bit for bit, and a zero of the support exact.
-        taken = falls[:, :, None, None]
-        self.values = torch.where(taken, target.reshape(self.values.shape), self.values)
-        self.gradient = torch.where(taken, self.gradient + bend, self.gradient)
-        return torch.where(falls, (damping * EASE).clamp_min(LEAST_DAMPING), damping * RAISE)
+        curvature = group_curvature(self.right, of)
+        inverses = support_inverses(curvature, self.pattern).flatten(0, 1)
+        for _ in range(sweeps):
+            values = self.values.view(by_group)
+            # The gradient that would be left if a group were zero: what its best values must answer.
+            linear = self.gradient.view(by_group) / own - torch.einsum("rcoqx,cqxy->rcoqy", values, curvature)
+            # One batched product per group of inputs: [columns * groups, rows * out, M].
+            best = best_values(linear.permute(1, 3, 0, 2, 4).reshape(-1, rows * out, of), inverses)
+            target = best.view(columns, inputs // of, rows, out, of).permute(2, 0, 3, 1, 4)
+            drawn = torch.rand(by_group[:-1], generator=generator).to(share) < share[:, :, None, None]
+            target = torch.where(drawn[..., None], target, values).reshape(self.values.shape)
+            step = target - self.values
+            bend = self._bend(step)
+            falls = (step * (2 * self.gradient + bend)).sum((2, 3)) <= 0
+            # Selected and not added: what stays stays bit for bit, and a zero is exactly zero.
+            taken = falls[:, :, None, None]
+            self.values = torch.where(taken, target, self.values)
+            self.gradient = torch.where(taken, self.gradient + bend, self.gradient)
+            share = torch.where(falls, (share * MORE).clamp_max(1.0), (share * LESS).clamp_min(LEAST_SHARE))
+        return share
 
     def refit(self, mask: Tensor, steps: int) -> None:
         """Improve the values on a fixed support by conjugate gradients, which never raise the loss.

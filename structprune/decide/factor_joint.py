@@ -64,18 +64,24 @@ def _direction(problem: Problem, state: State, steps: int) -> Step:
     pull = back(residual)
     toward = eased(pull)
     before = _dot(pull, toward)
-    direction, total = toward, tuple(torch.zeros_like(part) for part in toward)
+    direction, total = toward, _plus(toward, -1.0, toward)
     for _ in range(steps):
+        if before <= 0:  # nothing is left to gain
+            break
         reach = ahead(direction)
         length = before / max(float((reach * problem.weighed(reach)).sum()), torch.finfo(reach.dtype).tiny)
-        total = tuple(sum_ + length * part for sum_, part in zip(total, direction))
+        total = _plus(total, length, direction)
         residual = residual - length * reach
         pull = back(residual)
         toward = eased(pull)
         now = _dot(pull, toward)
-        direction = tuple(new + now / max(before, 1e-300) * old for new, old in zip(toward, direction))
+        direction = _plus(toward, now / before, direction)
         before = now
     return total
+
+
+def _plus(one: Step, factor: float, other: Step) -> Step:
+    return one[0] + factor * other[0], one[1] + factor * other[1], one[2] + factor * other[2]
 
 
 def _dot(one: Step, other: Step) -> float:
@@ -86,4 +92,5 @@ def inverted(normal: Tensor) -> Tensor:
     """Invert normal matrices [n, b, b], lifted off singularity."""
     mean = normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     identity = torch.eye(normal.shape[1], dtype=normal.dtype, device=normal.device)
-    return torch.linalg.inv(normal + (RIDGE * mean + 1e-30) * identity)
+    inverse: Tensor = torch.linalg.inv(normal + (RIDGE * mean + 1e-30) * identity)
+    return inverse

@@ -2,8 +2,8 @@
 
 Source: Liu et al. 2025, ARMOR, https://arxiv.org/abs/2510.05528
 The paper takes one Adam step on all three factors and updates one group per block, 20 000 times. Here a round
-solves the left wrapper exactly, then the right one, then moves the core (`core`), then tries to go further
-in the direction of the whole round. Each is a half-step, and one that would raise the loss is not taken, so
+solves the left wrapper exactly, then the right one, moves the core (`core`), then all three together
+(`factor_joint`). Each is a half-step, and one that would raise the loss is not taken, so
 the loss never rises and never exceeds NoWag-P's, where it starts. The paper's loop is `solver="adam"`.
 With the "gram" proxy the loss is the error of the outputs, tr(E H E^T); the paper keeps H's diagonal only.
 """
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from structprune.decide import select
-from structprune.decide.core import START_DAMPING, Core, supports
+from structprune.decide.core import START_SHARE, Core, supports
 from structprune.decide.factor_adam import adam
+from structprune.decide.factor_joint import joint_step
 from structprune.decide.factor_problem import Problem, State
 from structprune.decide.normalise import Normalised, importance, normalise
 from structprune.decide.sparsity import check_groups
@@ -29,8 +30,12 @@ Solver = Literal["descent", "adam"]
 # Told the relative loss, after every half-step of the descent and now and then by Adam.
 Watch = Callable[[float], None]
 
-# Conjugate-gradient steps per move of the groups; measured with scripts/bench/armor.py.
-REFIT_STEPS = 4
+# Measured with scripts/bench/armor.py: moves of the groups per round, then conjugate-gradient steps on the
+# values.
+SWEEPS, REFIT_STEPS = 4, 5
+# Conjugate-gradient steps of the joint step: in the first round, more in every later one, and at most. While
+# the supports still change much, a precise step is wasted.
+JOINT_FIRST, JOINT_MORE, JOINT_MOST = 5, 5, 120
 # Of the mean curvature: first what float32 needs, then what a singular matrix needs; always towards the
 # present value, so that the step stays a descent.
 RIDGES = (1e-6, 1e-4, 1e-2)
@@ -38,8 +43,6 @@ RIDGES = (1e-6, 1e-4, 1e-2)
 GRAM_DAMPING = 0.01
 # Elements of the core worked on at once: bounds the memory that all supports of all groups take.
 PIECE = 1 << 20
-# How far the whole round's direction is followed at first and at most, and how that adapts.
-STRETCH, LONGEST, LONGER, SHORTER = 1.0, 30.0, 1.5, 0.4
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def factorise(
     pattern: tuple[int, int] = (2, 4),
     wrapper: int | tuple[int, int] = 128,
     *,
-    rounds: int = 100,
+    rounds: int = 40,
     seed: int = 0,
     proxy: Proxy = "diagonal",
     solver: Solver = "descent",
@@ -91,7 +94,7 @@ def factorise(
         wrapper: Size of the wrappers' blocks; one for both sides or (left, right). Each divides its side; the
             right one is a multiple of M, or 1. A wrapper of 1 has nothing to add to the core's own values.
         rounds: At most so many rounds; for Adam, so many steps.
-        seed: Only Adam's choice of groups is random.
+        seed: Chooses the groups that move together.
         proxy: "gram" counts the error of the outputs and needs the Gram matrix; "diagonal" ignores the
             correlation of the inputs, as the paper does.
         solver: "adam" is the paper's loop, kept to compare with.
@@ -99,8 +102,8 @@ def factorise(
         watch: Told the relative loss as the search goes.
 
     Raises:
-        UsageError: A wrapper or the pattern does not fit the shape (the caller adds the tensor's name), or the
-            proxy needs a Gram matrix and there is none.
+        UsageError: A wrapper or the pattern does not fit the shape (the caller adds the tensor's name), or
+            the proxy needs a Gram matrix and there is none.
         QualityError: The weight or the statistics hold numbers that are not finite.
     """
     sizes = check_sizes((weight.shape[0], weight.shape[1]), pattern, wrapper)
@@ -117,7 +120,7 @@ def factorise(
     if solver == "adam":
         state, losses = adam(problem, start, scale, steps=rounds, seed=seed, watch=watch)
     else:
-        state, losses = _descend(problem, start, rounds, tolerance, watch, fixed_right=sizes[1] == 1)
+        state, losses = _descend(problem, start, rounds, tolerance, seed, watch, fixed_right=sizes[1] == 1)
     left = state.left * normalised.rows.view(-1, sizes[0], 1)
     right = state.right * (normalised.columns / scale).view(-1, 1, block)
     if sizes[1] == 1:
@@ -182,31 +185,32 @@ def _descend(
     start: State,
     rounds: int,
     tolerance: float,
+    seed: int,
     watch: Watch | None,
     *,
     fixed_right: bool,
 ) -> tuple[State, list[float]]:
     """Descend from a state; returns the last state and the losses after every half-step."""
-    state, anchor, losses, stretch = start, None, [start.loss], STRETCH
-    damping = torch.full(problem.pairs(problem.target).shape[:2], START_DAMPING, device=start.core.device)
-    for _ in range(rounds):
+    state, losses = start, [start.loss]
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.full(problem.pairs(problem.target).shape[:2], START_SHARE, device=start.core.device)
+    moves: list[Callable[[State, int], State]] = [
+        lambda now, _: _solve_left(problem, now),
+        lambda now, _: _solve_right(problem, now),
+        lambda now, _: _move_core(problem, _balanced(now), share, generator),
+        lambda now, joint: joint_step(problem, now, joint),
+    ]
+    if fixed_right:
+        del moves[3], moves[1]
+    for index in range(rounds):
         before = state.loss
-        moves: list[Callable[[State], State]] = [
-            lambda now: _solve_left(problem, now),
-            lambda now: now if fixed_right else _solve_right(problem, now),
-            lambda now: _move_core(problem, _balanced(problem, now), damping),
-            lambda now: now if anchor is None else _stretched(problem, anchor, now, stretch),
-        ]
+        joint = min(JOINT_FIRST + index * JOINT_MORE, JOINT_MOST)
         for move in moves:
-            moved = move(state)
-            taken = moved.loss < state.loss
-            state = moved if taken else state
+            moved = move(state, joint)
+            state = moved if moved.loss < state.loss else state
             losses.append(state.loss)
             if watch is not None:
                 watch(state.loss)
-        # The last move of the round was the stretch.
-        stretch = min(stretch * LONGER, LONGEST) if taken else max(stretch * SHORTER, SHORTER)
-        anchor = state
         if state.loss >= before * (1 - tolerance):
             break
     return state, losses
@@ -238,7 +242,7 @@ def _solve_right(problem: Problem, state: State) -> State:
     return problem.state(state.left, state.core, right)
 
 
-def _balanced(problem: Problem, state: State) -> State:
+def _balanced(state: State) -> State:
     """Move the wrappers' scales into the core: unit columns on the left, unit rows on the right."""
     by_row, by_column = state.left.norm(dim=1), state.right.norm(dim=2)
     by_row, by_column = torch.where(by_row > 0, by_row, 1.0), torch.where(by_column > 0, by_column, 1.0)
@@ -250,8 +254,8 @@ def _balanced(problem: Problem, state: State) -> State:
     )
 
 
-def _move_core(problem: Problem, state: State, damping: Tensor) -> State:
-    """Move the core's groups and refit its values, piece by piece; `damping` is adapted in place."""
+def _move_core(problem: Problem, state: State, share: Tensor, generator: torch.Generator) -> State:
+    """Move the core's groups and refit its values, piece by piece; `share` is adapted in place."""
     size_out = problem.sizes[0]
     core, residual = state.core.clone(), state.residual.clone()
     left_gram = state.left.mT @ state.left
@@ -265,24 +269,13 @@ def _move_core(problem: Problem, state: State, damping: Tensor) -> State:
             piece = slice(first, first + step)
             gradient = state.left[piece, None].mT @ weighed[piece] @ right.mT
             blocks = Core(values[piece].contiguous(), gradient, left_gram[piece], right_gram, problem.pattern)
-            damping[piece, part] = blocks.move_groups(damping[piece, part])
+            share[piece, part] = blocks.move_groups(share[piece, part], generator, SWEEPS)
             blocks.refit(blocks.values != 0, REFIT_STEPS)
             change = state.left[piece, None] @ (blocks.values - values[piece]) @ right
             rows = slice(first * size_out, (first + len(change)) * size_out)
             core[rows, span] = blocks.values.transpose(1, 2).reshape(-1, span.stop - span.start)
             residual[rows, span] += change.transpose(1, 2).reshape(-1, span.stop - span.start)
     return problem.state(state.left, core, state.right)
-
-
-def _stretched(problem: Problem, anchor: State, state: State, stretch: float) -> State:
-    """Go on in the direction that led from an earlier state to this one, on this one's support."""
-
-    def beyond(old: Tensor, new: Tensor) -> Tensor:
-        return new + stretch * (new - old)
-
-    core = beyond(anchor.core, state.core).masked_fill(state.core == 0, 0)
-    left, right = beyond(anchor.left, state.left), beyond(anchor.right, state.right)
-    return problem.state(left, core, right)
 
 
 def solved(normal: Tensor, answers: Tensor) -> Tensor:

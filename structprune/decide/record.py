@@ -1,13 +1,19 @@
 """From the solutions of a block's matrices to the tensors of a plan: the files' names, layouts and dtypes."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from structprune.calibration.collect import Collected
 from structprune.decide.solution import Solution
 from structprune.models.arch import Linear
+from structprune.models.factored import part_names
 from structprune.storage.names import Names
+
+logger = logging.getLogger(__name__)
 
 Solved = Sequence[tuple[Linear, Solution]]
 
@@ -20,6 +26,15 @@ def record(solved: Solved, names: Names) -> dict[str, Tensor]:
         names: The model's names.
     """
     plan: dict[str, Tensor] = {}
+    for linear, solution in solved:
+        if solution.factors is None:
+            continue
+        for part, name in part_names(names.stored_of[linear.name][0]).items():
+            value: Tensor = getattr(solution.factors, part.partition(".")[0])
+            plan[f"{name}:factor"] = value.to(linear.weight.dtype).contiguous()
+            if part == "core.weight":
+                plan[f"{name}:mask"] = solution.mask
+    solved = [pair for pair in solved if pair[1].factors is None]
     for name, mask in _stored(_whole("mask", solved), names):
         if not bool(mask.all()):
             plan[f"{name}:mask"] = mask
@@ -30,6 +45,21 @@ def record(solved: Solved, names: Names) -> dict[str, Tensor]:
             plan[f"{name}:value"] = value
     plan |= {f"{name}:score": score for name, score in _stored(_whole("score", solved), names)}
     return plan
+
+
+def told(found: Mapping[str, Solution], collected: Collected) -> dict[str, Any]:
+    """Return what a plan says of a block: what left, what was measured, and which experts saw few tokens."""
+    facts: dict[str, Any] = {
+        "removed": {label: int(one.mask.numel() - one.mask.sum()) for label, one in found.items()}
+    }
+    if measured := {label: dict(one.facts) for label, one in found.items() if one.facts}:
+        facts["matrices"] = measured
+    if collected.scarce:
+        facts["scarce"] = dict(collected.scarce)
+    if unseen := [label for label, tokens in collected.scarce.items() if tokens == 0]:
+        logger.warning("%s: no calibration token reached it", ", ".join(unseen))
+        facts["unseen"] = unseen
+    return facts
 
 
 def _whole(what: str, solved: Solved) -> dict[str, Tensor]:

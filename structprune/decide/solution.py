@@ -122,7 +122,9 @@ def repaired(
     weight = task.weight.float()
     if repair == "dsnot":
         assert isinstance(stat, InputMoments)
-        mask = dsnot(weight, solution.mask, stat.mean, stat.variance, stat.norm, pattern=task.pattern)
+        # The paper's mean is that of the samples' sums, and its threshold holds in that scale.
+        mean = stat.mean * (stat.tokens / max(task.samples, 1))
+        mask = dsnot(weight, solution.mask, mean, stat.variance, stat.norm, pattern=task.pattern)
         return replace(solution, mask=mask)
     assert isinstance(stat, Gram)
     if repair == "least_squares":

@@ -3,13 +3,14 @@
 Both ways go through `stored`, so that a streamed export, a resident model and a reload do the same.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from structprune.errors import InputError
+from structprune.models import factored
 from structprune.storage.names import Names
 
 
@@ -39,6 +40,22 @@ def stored(name: str, value: Tensor, plan: Mapping[str, Tensor]) -> Tensor:
     return value.masked_fill(~mask.to(value.device), 0)
 
 
+def parts(name: str, value: Tensor, plan: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what becomes of a stored tensor, by name in the files: one tensor, or the parts of a product.
+
+    Args:
+        name: The tensor's name in the checkpoint files.
+        value: The tensor, in its stored layout; never changed.
+        plan: The plan, or any mapping with its keys.
+    """
+    product = factored.in_plan(name, plan)
+    if product is None:
+        return {name: stored(name, value, plan)}
+    return {
+        stored_name: product[part].to(value.dtype) for part, stored_name in factored.part_names(name).items()
+    }
+
+
 def touched(
     prefix: str, module: nn.Module, plan: Mapping[str, Tensor], names: Names
 ) -> dict[str, nn.Parameter]:
@@ -53,7 +70,9 @@ def touched(
 
 
 @torch.no_grad()
-def apply(prefix: str, module: nn.Module, plan: Mapping[str, Tensor], names: Names) -> None:
+def apply(
+    prefix: str, module: nn.Module, plan: Mapping[str, Tensor], names: Names
+) -> Callable[[], None] | None:
     """Carry a plan out on one block in place.
 
     Args:
@@ -61,20 +80,27 @@ def apply(prefix: str, module: nn.Module, plan: Mapping[str, Tensor], names: Nam
         module: The block, its parameters materialised.
         plan: The plan, or any mapping with its keys.
         names: The model's names.
+
+    Returns:
+        Puts replaced modules back; None where none was replaced.
     """
     for key, parameter in touched(prefix, module, plan, names).items():
         parts = names.to_stored({key: parameter.data})
         edited = {name: stored(name, value, plan) for name, value in parts.items()}
         parameter.data.copy_(names.to_module(edited)[key])
+    return factored.install(prefix, module, plan, names)
 
 
 @contextmanager
 def temporarily(prefix: str, module: nn.Module, plan: Mapping[str, Tensor], names: Names) -> Iterator[None]:
     """Carry a plan out on one block for the length of a `with`, then restore every bit."""
     before = {key: value.data.clone() for key, value in touched(prefix, module, plan, names).items()}
+    undo = None
     try:
-        apply(prefix, module, plan, names)
+        undo = apply(prefix, module, plan, names)
         yield
     finally:
+        if undo is not None:
+            undo()
         for key, parameter in touched(prefix, module, plan, names).items():
             parameter.data.copy_(before[key])

@@ -65,19 +65,20 @@ def carry_out(model: Model, plan: Plan) -> None:
     Raises:
         InputError: The plan belongs to another architecture; the model is left as it was.
     """
+    if plan.id in applied(model):
+        return
     if plan.architecture != architecture_of(model):
         raise InputError(
             f"the plan of {plan.method!r} is for another architecture than this {model.config.model_type}",
             hint="a plan fits only models with the same tensor names and shapes",
         )
-    if plan.id in applied(model):
-        return
     names = names_of(model)
     if isinstance(model, StreamedModel):
         model.edits.append(lambda prefix, block: edit.apply(prefix, block, plan, names))
     else:
-        for prefix, block in blocks(model):
-            edit.apply(prefix, block, plan, names)
+        undone = [edit.apply(prefix, block, plan, names) for prefix, block in blocks(model)]
+        if any(undone):
+            remembered(model).names = None  # replaced modules have tensors of other names
     applied(model).append(plan.id)
 
 

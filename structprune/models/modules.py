@@ -99,4 +99,5 @@ class FactoredLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Name the sizes that the children do not show."""
-        return f"wrapper_in={self.right.shape[1]}, wrapper_out={self.left.shape[1]}, bias={self.bias is not None}"
+        wrappers = f"wrapper_in={self.right.shape[1]}, wrapper_out={self.left.shape[1]}"
+        return f"{wrappers}, bias={self.bias is not None}"

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from structprune.errors import InputError, UsageError
+from structprune.models import factored
 from structprune.models.arch import block_prefixes
 from structprune.models.remembered import remembered
 from structprune.storage import agreement
@@ -56,7 +57,7 @@ class StreamedModel:
         config: The model's config.
         blocks: Paths of the decoder blocks, first to last.
         edits: Called with path and module of every block just filled, to carry out on it what is decided but
-            not in the files.
+            not in the files; may return what puts replaced modules back.
     """
 
     def __init__(
@@ -72,7 +73,8 @@ class StreamedModel:
         self.dtype, self.device = dtype, device
         self.config: PreTrainedConfig = skeleton.config
         self.blocks = block_prefixes(skeleton)
-        self.edits: list[Callable[[str, nn.Module], None]] = []
+        self.edits: list[Callable[[str, nn.Module], Callable[[], None] | None]] = []
+        self._undo: dict[str, list[Callable[[], None]]] = {}
         # The empty parameters themselves: putting them back is what frees the memory.
         self._empty: dict[str, Tensor] = dict(skeleton.state_dict(keep_vars=True))
         self._filled: set[str] = set()
@@ -142,8 +144,8 @@ class StreamedModel:
             self._put_all(name, tensor, set(alone))
         for prefix in self.blocks if self.edits else ():
             if any(name.startswith(f"{prefix}.") for name in new):
-                for edit in self.edits:
-                    edit(prefix, self.skeleton.get_submodule(prefix))
+                undone = [edit(prefix, self.skeleton.get_submodule(prefix)) for edit in self.edits]
+                self._undo[prefix] = [undo for undo in undone if undo is not None]
 
     def _put_all(self, name: str, tensor: Tensor, wanted: Collection[str]) -> None:
         value = tensor.to(self.device, self._dtype_of(name, tensor))
@@ -159,7 +161,13 @@ class StreamedModel:
         self._filled.add(name)
 
     def _drop(self, names: Iterable[str]) -> None:
-        for name in names:
+        gone = list(names)
+        for prefix in [
+            prefix for prefix in self._undo if any(name.startswith(f"{prefix}.") for name in gone)
+        ]:
+            for undo in reversed(self._undo.pop(prefix)):
+                undo()
+        for name in gone:
             self._put(name, self._empty[name])
             self._filled.discard(name)
 
@@ -258,6 +266,7 @@ def _skeleton(reader: CheckpointReader, config: PreTrainedConfig, dtype: torch.d
         raise InputError(f"{reader.folder / 'config.json'}: {_one_line(error)}") from error
     # Again, because moving parameters to the meta device one by one has untied them.
     skeleton.tie_weights()
+    factored.build(skeleton, reader.config, str(reader.folder / "config.json"))
     file = reader.folder / "generation_config.json"
     if skeleton.can_generate() and file.exists():
         try:

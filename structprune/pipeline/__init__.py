@@ -1,30 +1,27 @@
 """The story of a run: read, inspect, calibrate, apply, write; `finish` measures, proves and publishes."""
 
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from structprune.calibration import data
-from structprune.checkpoint.delivery import Clock, Delivery, deliver
-from structprune.checkpoint.export import Progress, export
-from structprune.checkpoint.opened import Source, open_source
-from structprune.checkpoint.plans import folder_of, plans_of, read_plans, save_plans, stages
+from structprune.checkpoint.delivery import Clock, deliver
+from structprune.checkpoint.export import Progress
+from structprune.checkpoint.opened import open_source
+from structprune.checkpoint.plans import read_plans, save_plans, stages
 from structprune.checkpoint.source import resolve
 from structprune.checkpoint.verify import silent
 from structprune.cost import weight_bytes
 from structprune.errors import InputError
-from structprune.machine import environment, versions
-from structprune.models.identity import architecture_of
+from structprune.machine import environment
 from structprune.pipeline.checks import evaluate, verify
-from structprune.pipeline.finish import Done, finish
+from structprune.pipeline.decision import calibrate_on, code, decide, fingerprint, read_scores, write
+from structprune.pipeline.finish import Done, done_by, finish
 from structprune.pipeline.inspection import dry_run, inspect
 from structprune.pipeline.retrain import recover
-from structprune.plan import Plan
+from structprune.pipeline.sweep import at, shared, sweep
 from structprune.pruner import Pruner, achievable, find
 from structprune.recipe import Recipe
 from structprune.recipe.fields import build
@@ -32,7 +29,17 @@ from structprune.storage.output import check_output
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["apply", "dry_run", "environment", "evaluate", "inspect", "prune", "recover", "verify"]
+__all__ = [
+    "apply",
+    "dry_run",
+    "environment",
+    "evaluate",
+    "inspect",
+    "prune",
+    "prune_each",
+    "recover",
+    "verify",
+]
 
 
 def prune(
@@ -45,6 +52,7 @@ def prune(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     reload: bool = True,
+    scores: str | Path | None = None,
     progress: Progress = silent,
     **options: Any,
 ) -> dict[str, Any]:
@@ -59,6 +67,7 @@ def prune(
         overwrite: Replace an existing output once the new one is complete.
         trust_remote_code: Run code that the model folder brings along.
         reload: Open the result in a fresh process; without it the proof is of the files alone.
+        scores: A folder that an earlier run wrote with `keep_scores`: decide from them, look at no data.
         progress: Told (stage, done, total).
         **options: Further keys of a recipe (seed, dtype, device, calibration, recover, evaluate), and fields
             of a method given by its name (sparsity, compare, ...).
@@ -84,25 +93,17 @@ def prune(
         )
         for step in recipe.prune:
             step.check(source.model)
-        calibration = _calibrate_on(recipe, source)
-    with deliver(
-        final, _fingerprint(recipe, source, calibration), restart=restart, overwrite=overwrite
-    ) as work:
+        kept = read_scores(Path(scores), recipe.prune, source) if scores else None
+        calibration = None if kept else calibrate_on(recipe, source)
+    run = fingerprint(recipe, source, calibration) | ({"scores": kept.id} if kept else {})
+    with deliver(final, run, restart=restart, overwrite=overwrite) as work:
+        goal = achievable(recipe.prune, source.model)
         with clock.phase("calibrate"):
-            plans, resumed = _decide(recipe.prune, source, calibration, work, progress)
-        work.write_text("structprune/recipe.yaml", recipe.text())
+            plans, resumed = decide(recipe.prune, source, calibration, work, progress, kept)
+        done = done_by(recipe, plans, calibration, goal, resumed)
         with clock.phase("write"):
-            work.hashes |= export(source.reader, work.folder, plans, progress)
-        asked = [step.asked for step in recipe.prune]
-        done = Done(
-            method="+".join(step.method() for step in recipe.prune),
-            recipe=recipe.text(),
-            asked=asked[0] if len(asked) == 1 else " + ".join(map(str, asked)),
-            achievable=achievable(recipe.prune, source.model),
-            stages=stages(plans),
-            calibration=calibration.facts if calibration else None,
-            blocks_resumed=resumed,
-        )
+            work.write_text("structprune/recipe.yaml", recipe.text())
+            write(source, work, plans, progress)
         result = finish(work, source, clock, done, options=recipe.evaluate, reload=reload, progress=progress)
     if recipe.recover is not None:
         return recover(
@@ -118,6 +119,28 @@ def prune(
             progress=progress,
         )
     return result
+
+
+def prune_each(
+    recipe: Recipe, sparsities: Sequence[float | str], *, progress: Progress = silent, **options: Any
+) -> dict[str, Any]:
+    """Prune a checkpoint to several sparsities, each into a folder of its own in the recipe's output.
+
+    Where what calibration sees does not depend on the sparsity, the model is looked at once for all of them.
+
+    Args:
+        recipe: Of one stage; its sparsity is ignored.
+        sparsities: Fractions or patterns; a folder is called what its sparsity is written as.
+        progress: Told (stage, done, total).
+        **options: As for `prune`.
+
+    Returns:
+        "runs": the report of each sparsity, by what it is written as.
+    """
+    if shared(recipe):
+        return sweep(recipe, sparsities, progress=progress, **options)
+    runs = (prune(at(recipe, one), progress=progress, **options) for one in sparsities)
+    return {"runs": {str(one): made for one, made in zip(sparsities, runs, strict=True)}}
 
 
 def apply(
@@ -160,13 +183,13 @@ def apply(
                 f"({source.scan.weights[:12]})",
                 hint="give the model that the plan was made from",
             )
-    fingerprint = {"plans": [one.id for one in plans], "weights": source.scan.weights, "versions": _code()}
-    with deliver(final, fingerprint, overwrite=overwrite) as work:
+    run = {"plans": [one.id for one in plans], "weights": source.scan.weights, "versions": code()}
+    with deliver(final, run, overwrite=overwrite) as work:
         for one in plans:
             find(one.method).model_validate(one.config).apply(source.model, one)
         save_plans(plans, work.plans)
         with clock.phase("write"):
-            work.hashes |= export(source.reader, work.folder, plans, progress)
+            write(source, work, plans, progress)
         done = Done(
             method="+".join(one.method for one in plans),
             recipe=yaml.safe_dump(
@@ -195,75 +218,3 @@ def _pruned_folder(recipe: Recipe) -> Path:
     if recipe.recover is None:
         return recipe.output
     return recipe.output.with_name(f"{recipe.output.name}.pruned")
-
-
-def _calibrate_on(recipe: Recipe, source: Source) -> data.Calibration | None:
-    if not any(step.looks_at_data for step in recipe.prune):
-        return None
-    options = recipe.calibration
-    if options.source == "demo" and recipe.model != "demo":
-        logger.warning(
-            "calibrating on the built-in demo text; give --calibration text like what the model will read"
-        )
-    return data.load(
-        options.source,
-        source.reading(),
-        samples=options.samples,
-        length=options.length,
-        seed=recipe.seed,
-        batch_size=options.batch_size,
-        column=options.column,
-        split=options.split,
-        revision=options.revision,
-        max_length=data.positions(source.model.config),
-    )
-
-
-def _fingerprint(recipe: Recipe, source: Source, calibration: data.Calibration | None) -> dict[str, Any]:
-    """Return everything that shapes the bytes of the result."""
-    return {
-        "prune": [{"method": step.method(), **step.model_dump(mode="json")} for step in recipe.prune],
-        "weights": source.scan.weights,
-        "architecture": architecture_of(source.model),
-        "calibration": calibration.facts | {"batch_size": recipe.calibration.batch_size}
-        if calibration
-        else None,
-        "dtype": recipe.dtype,
-        "device": source.device,
-        # Sums are split among threads, so their number shows in the last bits.
-        "threads": torch.get_num_threads(),
-        "versions": _code(),
-    }
-
-
-def _code() -> dict[str, str | None]:
-    return {
-        name: value for name, value in versions().items() if name in ("structprune", "torch", "transformers")
-    }
-
-
-def _decide(
-    stages: Sequence[Pruner],
-    source: Source,
-    calibration: data.Calibration | None,
-    work: Delivery,
-    progress: Progress,
-) -> tuple[list[Plan], int]:
-    """Calibrate and apply stage after stage; return the plans and how many blocks were already decided."""
-    plans: list[Plan] = []
-    resumed = 0
-    for number, pruner in enumerate(stages, start=1):
-        folder = work.plans / folder_of(number, pruner.method())
-        weights = source.scan.weights if number == 1 else plans[-1].id
-        if any(block.referred for plan in plans_of(folder) for block in plan.blocks):
-            # Stopped between the last two steps: the values are in files that are about to be written anew.
-            shutil.rmtree(folder)
-        writer = pruner.writer(folder, source.model, weights, progress)
-        resumed += writer.finished
-        if (folder / "plan.json").is_file():
-            plan = Plan.load(folder)
-        else:
-            plan = pruner.calibrate(source.model, calibration.batches if calibration else [], writer)
-        pruner.apply(source.model, plan)
-        plans.append(plan)
-    return plans, resumed

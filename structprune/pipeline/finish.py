@@ -5,16 +5,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from structprune import report
+from structprune.calibration.data import Calibration
 from structprune.checkpoint.delivery import Clock, Delivery
 from structprune.checkpoint.export import Progress
 from structprune.checkpoint.opened import Source
-from structprune.checkpoint.plans import refer_plans
+from structprune.checkpoint.plans import refer_plans, stages
 from structprune.checkpoint.verify import verify
 from structprune.cost import weight_bytes
 from structprune.errors import EnvironmentFailure, VerificationError
 from structprune.evaluate import Evaluation, evaluate, gate
-from structprune.models.identity import skeleton
 from structprune.models.streamed import Model
+from structprune.plan import Plan
+from structprune.recipe import Recipe
 from structprune.recipe.options import EvaluateOptions
 from structprune.report import card, plots
 
@@ -48,6 +50,34 @@ class Done:
     blocks_resumed: int = 0
     revalued: Collection[str] = ()
     more: Mapping[str, Any] = field(default_factory=dict)
+
+
+def done_by(
+    recipe: Recipe,
+    plans: Sequence[Plan],
+    calibration: Calibration | None,
+    achievable: float,
+    resumed: int,
+) -> Done:
+    """Return what a run of a recipe did.
+
+    Args:
+        recipe: The recipe.
+        plans: One per stage.
+        calibration: What it looked at.
+        achievable: Fraction that rounding allows.
+        resumed: Blocks that an earlier, interrupted run had decided.
+    """
+    asked = [step.asked for step in recipe.prune]
+    return Done(
+        method="+".join(step.method() for step in recipe.prune),
+        recipe=recipe.text(),
+        asked=asked[0] if len(asked) == 1 else " + ".join(map(str, asked)),
+        achievable=achievable,
+        stages=stages(plans),
+        calibration=calibration.facts if calibration else None,
+        blocks_resumed=resumed,
+    )
 
 
 def finish(
@@ -95,9 +125,7 @@ def finish(
     if not verification.ok:
         check = verification.failed[0]
         raise VerificationError(f"{work.folder}: {check.name}: {check.detail}", hint="nothing was published")
-    size = report.Size(
-        sum(p.numel() for p in skeleton(compared.model).parameters()), weight_bytes(compared.folder)
-    )
+    size = report.Size(compared.parameters, weight_bytes(compared.folder))
     made = report.build(
         verification,
         output=work.final,

@@ -1,7 +1,7 @@
 """One block's decisions on disk: a safetensors file whose digest says what was decided, wherever it is kept.
 
-New values and factors are as large as the weights. In a finished folder they are not kept twice: the block has
-the saved tensor's name and hash instead, and the same digest.
+New values and factors are as large as the weights. In a finished folder they are not kept twice: the block
+has the saved tensor's name and hash instead, and the same digest.
 """
 
 import hashlib

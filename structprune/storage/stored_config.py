@@ -14,6 +14,9 @@ logger = logging.getLogger(__name__)
 # Configurations with a per-layer list for everything stay under 1 MB.
 MAX_CONFIG_BYTES = 4_000_000
 
+# What a folder with factored linears names as its class for plain transformers.
+FACTORED_CLASS = "modeling_factored.FactoredModel"
+
 # Written by older transformers versions into every config; without effect, so removed without a warning.
 _HARMLESS = frozenset(
     {"_name_or_path", "_commit_hash", "_attn_implementation_autoset", "_flash_attn_2_enabled"}
@@ -60,8 +63,17 @@ def read_config(path: Path, root: Path | None) -> dict[str, Any]:
 
 
 def has_custom_code(config: Mapping[str, Any]) -> bool:
-    """Tell whether the configuration, or one inside it, asks for code that is shipped with the model."""
-    return any("auto_map" in part for _, part in _parts(config))
+    """Tell whether the configuration, or one inside it, asks for code that is shipped with the model.
+
+    The file that structprune ships for plain transformers does not count: structprune itself never runs it.
+    """
+    return any("auto_map" in part for key, part in _parts(config) if key or not _is_ours(part))
+
+
+def _is_ours(config: Mapping[str, Any]) -> bool:
+    """Tell whether everything that `auto_map` asks for is the file that structprune ships."""
+    wanted = config.get("auto_map")
+    return isinstance(wanted, dict) and bool(wanted) and set(wanted.values()) == {FACTORED_CLASS}
 
 
 def refuse_quantised_tensors(tensors: Mapping[str, TensorInfo], folder: Path) -> None:

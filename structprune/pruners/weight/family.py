@@ -5,10 +5,8 @@ it; calibration remembers of an input what score, budget and repair need togethe
 update cannot be told apart overrides `solve`.
 """
 
-import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, Self, final
 
 from pydantic import Field, model_validator
@@ -17,16 +15,10 @@ from torch import Tensor
 from structprune.calibration.collect import Collected
 from structprune.calibration.notebook import Notebook
 from structprune.calibration.statistics import InputNorm, widest
-from structprune.decide.budget import (
-    AnyBudget,
-    Compare,
-    TargetParams,
-    apportion,
-    removed_count,
-    removed_weights,
-)
+from structprune.decide.budget import AnyBudget, Compare
 from structprune.decide.choice import Choice
-from structprune.decide.record import record
+from structprune.decide.record import record, told
+from structprune.decide.shares import counts
 from structprune.decide.solution import STATISTIC_OF, Repair, Solution, Task, repaired, select
 from structprune.decide.sparsity import Sparsity, fraction_of, pattern_of
 from structprune.errors import QualityError, UsageError
@@ -45,8 +37,7 @@ from structprune.pruners.weight.passes import (
     walk_data,
     walk_weights,
 )
-
-logger = logging.getLogger(__name__)
+from structprune.storage.names import Names
 
 
 class WeightPruner(Choice, Pruner):
@@ -129,7 +120,17 @@ class WeightPruner(Choice, Pruner):
 
     @property
     def _statistic(self) -> type[InputNorm] | None:
-        return widest([self.statistic, STATISTIC_OF[self.repair]])
+        return widest([self.needs, STATISTIC_OF[self.repair]])
+
+    @property
+    def needs(self) -> type[InputNorm] | None:
+        """Return what the method remembers of an input with the fields as they are."""
+        return self.statistic
+
+    @property
+    def leaves_zeros(self) -> bool:
+        """Tell whether the written matrices hold the zeros."""
+        return True
 
     def fits(self, linear: Linear) -> bool:
         """Tell whether a linear is pruned rather than left dense for its sizes."""
@@ -144,8 +145,8 @@ class WeightPruner(Choice, Pruner):
     def removals(self, model: Model) -> dict[str, tuple[int, int]]:
         """Return how many weights of each chosen linear leave, as far as that is known without data."""
         sizes = {one.label: one.weight.numel() for block in self.all_chosen(model) for one in block}
-        counts = self._counts(model, [0.0] * len(blocks(model)))
-        return {label: (counts[label], size) for label, size in sizes.items()}
+        leaving = self._counts(model, [0.0] * len(blocks(model)))
+        return {label: (leaving[label] if self.leaves_zeros else 0, size) for label, size in sizes.items()}
 
     @final
     def check(self, model: Model) -> None:
@@ -164,11 +165,37 @@ class WeightPruner(Choice, Pruner):
     @final
     def calibrate(self, model: Model, batches: Sequence[Batch], plan: PlanWriter | None = None) -> Plan:
         """Measure where the decision needs the whole model, then decide block by block."""
-        self.check(model)
         writer = plan or self.writer(None, model, weights_of(model))
-        facts = self._facts(model)
-        if fraction_of(self.sparsity) == 0 and self.budget is None:
-            return writer.finish(facts)
+        return self.calibrate_each(model, batches, [(self, writer)])[0]
+
+    @final
+    def calibrate_each(
+        self, model: Model, batches: Sequence[Batch], wanted: Sequence[tuple[Self, PlanWriter]]
+    ) -> list[Plan]:
+        """Decide for several sparsities with one look at the model.
+
+        Args:
+            model: The dense model.
+            batches: Calibration data.
+            wanted: Pruners that differ from this one only in the sparsity, each with its plan's writer; more
+                than one only where `one_look` says so.
+        """
+        for pruner, _ in wanted:
+            pruner.check(model)
+        going = [pair for pair in wanted if fraction_of(pair[0].sparsity) or pair[0].budget is not None]
+        facts = {id(writer): pruner._facts(model) for pruner, writer in wanted}
+        if going:
+            self._decide(model, batches, going, facts)
+        return [writer.finish(facts[id(writer)]) for _, writer in wanted]
+
+    def _decide(
+        self,
+        model: Model,
+        batches: Sequence[Batch],
+        going: Sequence[tuple[Self, PlanWriter]],
+        facts: Mapping[int, dict[str, Any]],
+    ) -> None:
+        writer = going[0][1]
         with (
             Notebook(writer.folder, "budget") as seen,
             Notebook(writer.folder, "gradients") as gradients,
@@ -177,21 +204,27 @@ class WeightPruner(Choice, Pruner):
             if self.budget is not None and self.budget.measures:
                 measured = measure(model, batches, self.chosen, self.budget, seen)
             if self.gradients is not None:
-                measure_gradients(model, batches, self.chosen, self.gradients, gradients)
-            counts = self._counts(model, measured)
+                measure_gradients(model, batches, self.chosen, self.gradients, gradients, spill=writer.folder)
+            leaving = [pruner._counts(model, measured) for pruner, _ in going]
             if self.budget is not None:
-                chosen = [linear for block in self.all_chosen(model) for linear in block]
-                facts |= {"measured": measured, "budget": {one.matrix: counts[one.label] for one in chosen}}
+                matrices = {one.label: one.matrix for block in self.all_chosen(model) for one in block}
+                for (_, each), count in zip(going, leaving, strict=True):
+                    shares = {matrix: count[label] for label, matrix in matrices.items()}
+                    facts[id(each)].update(measured=measured, budget=shares)
             samples = sum(len(batch["input_ids"]) for batch in batches)
-            for block, collected in self._walk(model, batches, writer):
+            for block, collected in self._walk(
+                model, batches, min(going, key=lambda one: one[1].finished)[1]
+            ):
                 noted = gradients.read(block.index)
-                tasks = [
-                    self._task(linear, counts, noted.get(linear.label), samples)
-                    for linear in self.chosen(block.index, block.linears)
-                ]
-                found = solve_block(tasks, collected.statistics, self._solve)
-                self._write(writer, model, block, collected, found)
-        return writer.finish(facts)
+                for (pruner, each), count in zip(going, leaving, strict=True):
+                    if block.index < each.finished:
+                        continue
+                    tasks = [
+                        pruner._task(linear, count, noted.get(linear.label), samples)
+                        for linear in self.chosen(block.index, block.linears)
+                    ]
+                    found = solve_block(tasks, collected.statistics, pruner._solve)
+                    pruner._write(each, model, block, collected, found)
 
     @final
     def reuse(self, plan: Plan, model: Model, writer: PlanWriter) -> Plan:
@@ -203,13 +236,13 @@ class WeightPruner(Choice, Pruner):
             writer: Where to write the decisions.
         """
         self.check(model)
-        names, counts = names_of(model), self._counts(model, [0.0] * len(blocks(model)))
+        names, leaving = names_of(model), self._counts(model, [0.0] * len(blocks(model)))
         for block, nothing in walk_weights(model, writer.finished):
             found = {}
             for linear in self.chosen(block.index, block.linears):
                 parts = {name: plan[f"{name}:score"] for name in names.stored_of[linear.name]}
                 score = linear.view(names.to_module(parts)[linear.name])
-                found[linear.label] = self._ranked(self._task(linear, counts), score)
+                found[linear.label] = self._ranked(self._task(linear, leaving), score)
             self._write(writer, model, block, nothing, found)
         return writer.finish(self._facts(model) | {"scores_of": plan.id})
 
@@ -217,9 +250,14 @@ class WeightPruner(Choice, Pruner):
     @final
     def reusable(self) -> bool:
         """Tell whether kept scores are all that another sparsity needs."""
-        one_look = self._statistic is None or self.propagate == "dense"
         ranked = type(self).solve is WeightPruner.solve
-        return ranked and one_look and self.repair == "none" and self.budget is None
+        return ranked and self.one_look and self.repair == "none" and self.budget is None
+
+    @property
+    @final
+    def one_look(self) -> bool:
+        """Tell whether what calibration sees is the same for every sparsity."""
+        return self._statistic is None or self.propagate == "dense"
 
     def _walk(self, model: Model, batches: Sequence[Batch], writer: PlanWriter) -> Iterator[Measured]:
         if self._statistic is None:
@@ -228,26 +266,24 @@ class WeightPruner(Choice, Pruner):
         return walk_data(model, batches, writer, self.chosen, self._statistic, dense=dense)
 
     def _ranked(self, task: Task, score: Tensor) -> Solution:
-        kept = score if self.keep_scores else None
-        try:
-            return Solution(select(score, task, self.compare), score=kept)
-        except QualityError as error:
-            raise QualityError(
-                f"{task.label}: {error.message}", hint="the weights or the activations overflowed"
-            ) from None
+        return Solution(select(score, task, self.compare), score=score if self.keep_scores else None)
 
     def _solve(self, tasks: Sequence[Task], stat: InputNorm | None) -> list[Solution]:
-        solutions = self.solve(tasks, stat)
-        return [
-            repaired(task, solution, stat, self.repair, self.damping)
-            for task, solution in zip(tasks, solutions, strict=True)
-        ]
+        try:
+            return [
+                repaired(task, solution, stat, self.repair, self.damping)
+                for task, solution in zip(tasks, self.solve(tasks, stat), strict=True)
+            ]
+        except (QualityError, UsageError) as error:
+            names = ", ".join(task.label for task in tasks)
+            hint = error.hint or "the weights or the activations overflowed"
+            raise type(error)(f"{names}: {error.message}", hint=hint) from None
 
     def _task(
-        self, linear: Linear, counts: Mapping[str, int], gradient: Tensor | None = None, samples: int = 0
+        self, linear: Linear, leaving: Mapping[str, int], gradient: Tensor | None = None, samples: int = 0
     ) -> Task:
         pattern = pattern_of(self.sparsity)
-        return Task(linear.label, linear.weight, counts[linear.label], pattern, gradient, samples)
+        return Task(linear.label, linear.weight, leaving[linear.label], pattern, gradient, samples)
 
     def _write(
         self,
@@ -257,22 +293,12 @@ class WeightPruner(Choice, Pruner):
         collected: Collected,
         found: Mapping[str, Solution],
     ) -> None:
-        """Write a block's decision and what there is to report of it."""
         solved = [(linear, found[linear.label]) for linear in block.linears if linear.label in found]
-        removed = {label: int(one.mask.numel() - one.mask.sum()) for label, one in found.items()}
-        facts: dict[str, Any] = {"removed": removed}
-        if measured := {label: dict(one.facts) for label, one in found.items() if one.facts}:
-            facts["matrices"] = measured
-        if collected.scarce:
-            facts["scarce"] = dict(collected.scarce)
-        if unseen := [label for label, tokens in collected.scarce.items() if tokens == 0]:
-            logger.warning("%s: no calibration token reached it", ", ".join(unseen))
-            facts["unseen"] = unseen
-        writer.write(record(solved, names_of(model)), facts)
+        writer.write(record(solved, names_of(model)), told(found, collected))
 
     def _facts(self, model: Model) -> dict[str, Any]:
         chosen = [linear for block in self.all_chosen(model) for linear in block]
-        facts: dict[str, Any] = {"prunable": stored_names(names_of(model), chosen)}
+        facts: dict[str, Any] = {"prunable": self._prunable(names_of(model), chosen)}
         if self.indivisible == "dense":
             every = [
                 one for index, found in enumerate(all_linears(model)) for one in self.named(index, found)
@@ -280,25 +306,10 @@ class WeightPruner(Choice, Pruner):
             facts["left_dense"] = {one.label: self.misfit(one) for one in every if self.misfit(one)}
         return facts
 
+    def _prunable(self, names: Names, chosen: Sequence[Linear]) -> list[str]:
+        """Return the stored tensors that will hold the zeros."""
+        return stored_names(names, chosen) if self.leaves_zeros else []
+
     def _counts(self, model: Model, measured: Sequence[float]) -> dict[str, int]:
-        """Return how many weights leave each chosen linear; `measured`: the budget's number per block."""
         chosen = self.all_chosen(model)
-        flat = [linear for block in chosen for linear in block]
-        sizes = {linear.label: linear.weight.numel() for linear in flat}
-        if self.budget is None:
-            return {
-                one.label: removed_weights(
-                    (one.weight.shape[0], one.weight.shape[1]), self.sparsity, self.compare
-                )
-                for one in flat
-            }
-        total = removed_count(sum(sizes.values()), self.sparsity)
-        if isinstance(self.budget, TargetParams):
-            total = self.budget.removed(skeleton(model), sum(sizes.values()))
-        shares = self.budget.shares(Fraction(total, sum(sizes.values())), measured)
-        wanted = {
-            linear.label: share * sizes[linear.label]
-            for block, share in zip(chosen, shares, strict=True)
-            for linear in block
-        }
-        return apportion(total, wanted, sizes)
+        return counts(chosen, self.sparsity, self.compare, self.budget, skeleton(model), measured)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -53,7 +54,13 @@ def measure(
 
 
 def measure_gradients(
-    model: Model, batches: Sequence[Batch], choose: Choose, norm: Norm, notes: Notebook
+    model: Model,
+    batches: Sequence[Batch],
+    choose: Choose,
+    norm: Norm,
+    notes: Notebook,
+    *,
+    spill: Path | None = None,
 ) -> None:
     """Walk backward through the dense model and note the size of every chosen weight's gradient.
 
@@ -63,10 +70,11 @@ def measure_gradients(
         choose: Returns the linears of a block that are pruned.
         norm: How the gradients of the samples are added up.
         notes: Holds what an interrupted run measured; nothing is done when that is all.
+        spill: Where hidden states wait for their turn; None for a temporary folder.
     """
     if all(notes.has(index) for index in range(len(blocks(model)))):
         return
-    for block, found in backward(model, batches, norms=(norm,)):
+    for block, found in backward(model, batches, norms=(norm,), folder=spill):
         chosen = [linear.label for linear in choose(block.index, block.linears)]
         notes.write(block.index, {label: getattr(found[label], norm) for label in chosen})
 

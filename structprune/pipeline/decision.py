@@ -1,0 +1,163 @@
+"""How a run comes to its decisions: the data it looks at, what shapes its bytes, and its plans."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from structprune.calibration import data
+from structprune.checkpoint.delivery import Delivery
+from structprune.checkpoint.export import Progress, export
+from structprune.checkpoint.modelling import ship
+from structprune.checkpoint.opened import Source
+from structprune.checkpoint.plans import folder_of, plans_of, read_plans
+from structprune.errors import InputError, UsageError
+from structprune.machine import versions
+from structprune.models.identity import architecture_of
+from structprune.plan import Plan, PlanWriter
+from structprune.pruner import Pruner
+from structprune.pruners.weight.family import WeightPruner
+from structprune.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def calibrate_on(recipe: Recipe, source: Source) -> data.Calibration | None:
+    """Return the data that a recipe calibrates on; None where no stage looks at any."""
+    if not any(step.looks_at_data for step in recipe.prune):
+        return None
+    options = recipe.calibration
+    if options.source == "demo" and recipe.model != "demo":
+        logger.warning(
+            "calibrating on the built-in demo text; give --calibration text like what the model will read"
+        )
+    return data.load(
+        options.source,
+        source.reading(),
+        samples=options.samples,
+        length=options.length,
+        seed=recipe.seed,
+        batch_size=options.batch_size,
+        column=options.column,
+        split=options.split,
+        revision=options.revision,
+        max_length=data.positions(source.model.config),
+    )
+
+
+def fingerprint(recipe: Recipe, source: Source, calibration: data.Calibration | None) -> dict[str, Any]:
+    """Return everything that shapes the bytes of the result."""
+    return {
+        "prune": [{"method": step.method(), **step.model_dump(mode="json")} for step in recipe.prune],
+        "weights": source.scan.weights,
+        "architecture": architecture_of(source.model),
+        "calibration": calibration.facts | {"batch_size": recipe.calibration.batch_size}
+        if calibration
+        else None,
+        "dtype": recipe.dtype,
+        "device": source.device,
+        # Sums are split among threads, so their number shows in the last bits.
+        "threads": torch.get_num_threads(),
+        "versions": code(),
+    }
+
+
+def code() -> dict[str, str | None]:
+    """Return the versions of the packages that shape the bytes of a result."""
+    return {
+        name: value for name, value in versions().items() if name in ("structprune", "torch", "transformers")
+    }
+
+
+def decide(
+    stages: Sequence[Pruner],
+    source: Source,
+    calibration: data.Calibration | None,
+    work: Delivery,
+    progress: Progress,
+    scores: Plan | None = None,
+) -> tuple[list[Plan], int]:
+    """Calibrate and apply stage after stage; return the plans and how many blocks were already decided.
+
+    Args:
+        stages: In order.
+        source: What is pruned, in place.
+        calibration: What the stages look at.
+        work: Where the plans go.
+        progress: Told (stage, done, total).
+        scores: What the only stage decides from, instead of data.
+    """
+    plans: list[Plan] = []
+    resumed = 0
+    for number, pruner in enumerate(stages, start=1):
+        weights = source.scan.weights if number == 1 else plans[-1].id
+        writer, plan = begun(pruner, number, source, weights, work, progress)
+        resumed += writer.finished
+        if plan is None and scores is not None:
+            assert isinstance(pruner, WeightPruner)
+            plan = pruner.reuse(scores, source.model, writer)
+        elif plan is None:
+            plan = pruner.calibrate(source.model, calibration.batches if calibration else [], writer)
+        pruner.apply(source.model, plan)
+        plans.append(plan)
+    return plans, resumed
+
+
+def begun(
+    pruner: Pruner, number: int, source: Source, weights: str, work: Delivery, progress: Progress
+) -> tuple[PlanWriter, Plan | None]:
+    """Return the writer of a stage's plan, which goes on where an earlier run stopped, and a finished plan.
+
+    Args:
+        pruner: The stage.
+        number: Its place, from 1.
+        source: What is pruned.
+        weights: Hash of the weights that the stage finds.
+        work: Where the plan goes.
+        progress: Told (stage, done, total).
+    """
+    folder = work.plans / folder_of(number, pruner.method())
+    if any(block.referred for plan in plans_of(folder) for block in plan.blocks):
+        # Stopped between the last two steps: the values are in files that are about to be written anew.
+        shutil.rmtree(folder)
+    writer = pruner.writer(folder, source.model, weights, progress)
+    return writer, Plan.load(folder) if (folder / "plan.json").is_file() else None
+
+
+def write(source: Source, work: Delivery, plans: Sequence[Plan], progress: Progress) -> None:
+    """Write the pruned model: its weights, the files beside them, and what products need to be opened."""
+    work.hashes |= export(source.reader, work.folder, plans, progress)
+    work.hashes |= ship(work.folder, plans)
+
+
+def read_scores(folder: Path, stages: Sequence[Pruner], source: Source) -> Plan:
+    """Return the plan of a folder whose scores another sparsity of the same method can be decided from.
+
+    Raises:
+        InputError: It keeps no scores, or was made on other weights.
+        UsageError: It was made with other settings, or the method needs more than scores.
+    """
+    plan, *more = read_plans(folder)
+    pruner = stages[0]
+    if len(stages) > 1 or more or not isinstance(pruner, WeightPruner) or not pruner.reusable:
+        raise UsageError(
+            f"--scores {folder}: scores alone do not decide here",
+            hint="only for one stage that ranks scores, propagate=dense where it reads data, no repair",
+        )
+    if plan.weights != source.scan.weights:
+        raise InputError(f"{folder}: its scores are of other weights than {source.folder} holds")
+    if not any(key.endswith(":score") for key in plan):
+        raise InputError(f"{folder}: keeps no scores", hint="prune with --keep-scores first")
+    free = ("sparsity", "keep_scores", "compare")
+    config = {key: value for key, value in pruner.model_dump(mode="json").items() if key not in free}
+    before = {key: value for key, value in plan.config.items() if key not in free}
+    if plan.method != pruner.method() or config != before:
+        differing = sorted(key for key in config if config[key] != before.get(key)) or ["method"]
+        raise UsageError(
+            f"--scores {folder}: made with another {', '.join(differing)}",
+            hint="only the sparsity may differ",
+        )
+    return plan

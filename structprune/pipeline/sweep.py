@@ -1,0 +1,132 @@
+"""Several sparsities of one method: where the model looks the same to all of them, it is looked at once."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from structprune.checkpoint.delivery import Clock, deliver
+from structprune.checkpoint.export import Progress
+from structprune.checkpoint.opened import open_source
+from structprune.checkpoint.plans import folder_of
+from structprune.checkpoint.source import resolve
+from structprune.checkpoint.verify import silent
+from structprune.cost import weight_bytes
+from structprune.errors import UsageError
+from structprune.pipeline.decision import begun, calibrate_on, fingerprint, write
+from structprune.pipeline.finish import done_by, finish
+from structprune.plan import Plan
+from structprune.pruner import achievable
+from structprune.pruners.weight.family import WeightPruner
+from structprune.recipe import Recipe
+from structprune.storage.output import check_output
+
+
+def at(recipe: Recipe, sparsity: float | str) -> Recipe:
+    """Return a recipe with another sparsity, which writes into a folder of that name in its output."""
+    (stage,) = recipe.prune
+    fields = {**stage.model_dump(), "sparsity": sparsity}
+    other = type(stage).model_validate(fields)
+    return recipe.model_copy(update={"prune": (other,), "output": recipe.output / str(other.asked)})
+
+
+def shared(recipe: Recipe) -> bool:
+    """Tell whether one look at the model serves every sparsity.
+
+    Raises:
+        UsageError: The recipe has several stages, or one of another family.
+    """
+    return stage_of(recipe).one_look and recipe.recover is None
+
+
+def stage_of(recipe: Recipe) -> WeightPruner:
+    """Return the only stage of a recipe.
+
+    Raises:
+        UsageError: The recipe has several stages, or one of another family.
+    """
+    if len(recipe.prune) != 1 or not isinstance(recipe.prune[0], WeightPruner):
+        raise UsageError("several sparsities need one stage of the weight family", hint="run them one by one")
+    return recipe.prune[0]
+
+
+def sweep(
+    recipe: Recipe,
+    sparsities: Sequence[float | str],
+    *,
+    stream: bool | None = None,
+    restart: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    reload: bool = True,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Prune a checkpoint to several sparsities with one look at it, each into a folder of its own.
+
+    Args:
+        recipe: One of which `shared` is true.
+        sparsities: Fractions or patterns; a folder is called what its sparsity is written as.
+        stream: As for `prune`, and so are all further arguments.
+        restart: As for `prune`.
+        overwrite: As for `prune`.
+        trust_remote_code: As for `prune`.
+        reload: As for `prune`.
+        progress: As for `prune`.
+
+    Returns:
+        "runs": the report of each sparsity, by what it is written as.
+    """
+    assert shared(recipe)
+    first = stage_of(recipe)
+    recipes = {str(one): at(recipe, one) for one in sparsities}
+    pruners = {name: stage_of(one) for name, one in recipes.items()}
+    clock = Clock()
+    with clock.phase("read"):
+        folder = resolve(recipe.model, revision=recipe.revision)
+        needed = weight_bytes(folder)
+        finals = {
+            name: check_output(folder, one.output, overwrite=overwrite, needed_bytes=needed)
+            for name, one in recipes.items()
+        }
+        source = open_source(
+            recipe.model,
+            folder,
+            dtype=recipe.dtype,
+            device=recipe.device,
+            stream=stream,
+            trust_remote_code=trust_remote_code,
+        )
+        for pruner in pruners.values():
+            pruner.check(source.model)
+        calibration = calibrate_on(recipe, source)
+    runs = {}
+    with ExitStack() as stack:
+        works = {
+            name: stack.enter_context(
+                deliver(
+                    finals[name], fingerprint(one, source, calibration), restart=restart, overwrite=overwrite
+                )
+            )
+            for name, one in recipes.items()
+        }
+        begin = {
+            name: begun(pruners[name], 1, source, source.scan.weights, works[name], progress)
+            for name in recipes
+        }
+        resumed = {name: writer.finished for name, (writer, _) in begin.items()}
+        open_ = [(pruners[name], writer) for name, (writer, plan) in begin.items() if plan is None]
+        with clock.phase("calibrate"):
+            batches = calibration.batches if calibration else []
+            if open_:
+                first.calibrate_each(source.model, batches, open_)
+        for name, one in recipes.items():
+            own = replace(source, model=source.again())
+            plan = Plan.load(works[name].plans / folder_of(1, first.method()))
+            done = done_by(one, [plan], calibration, achievable(one.prune, own.model), resumed[name])
+            pruners[name].apply(own.model, plan)
+            works[name].write_text("structprune/recipe.yaml", one.text())
+            write(own, works[name], [plan], progress)
+            runs[name] = finish(
+                works[name], own, clock, done, options=one.evaluate, reload=reload, progress=progress
+            )
+    return {"runs": runs}

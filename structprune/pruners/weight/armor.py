@@ -1,0 +1,122 @@
+"""ARMOR: an N:M core between two block-diagonal wrappers.
+
+Source: Liu et al. 2025, https://arxiv.org/abs/2510.05528
+
+The paper optimises wrappers and core with Adam; here the loss never rises. `solver: adam` is there to compare.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from structprune.calibration.statistics import Gram, InputNorm
+from structprune.decide.factorise import check_sizes, factorise
+from structprune.decide.normalise import normalise
+from structprune.decide.solution import Factors, Solution, Task
+from structprune.decide.sparsity import Sparsity, fraction_of, pattern_of
+from structprune.errors import UsageError
+from structprune.models.arch import Linear
+from structprune.models.factored import part_names
+from structprune.pruners.weight.family import WeightPruner
+from structprune.storage.names import Names
+
+WRAPPER = 128  # the paper's
+
+
+class Armor(WeightPruner):
+    """Store a weight as left @ core @ right: the core holds N:M, the wrappers are block-diagonal.
+
+    Args:
+        sparsity: The core's pattern, "N:M".
+        wrapper_size: Side of the wrappers' blocks; unless given, the largest that divides 128 and the side.
+        proxy: What is minimised: "diagonal" weighs inputs as the paper does, "gram" is the outputs' error.
+        solver: "descent" in closed form, or the paper's "adam", which exists to compare.
+        rounds: Rounds of the solver at most; with "adam" so many steps.
+        fold: Write the product as an ordinary dense matrix: any loader opens it, and nothing in it is zero.
+        propagate: Whether later blocks see the outputs of pruned or of dense blocks; the paper's see dense
+            ones.
+    """
+
+    sparsity: Sparsity = "2:4"
+    wrapper_size: Annotated[int, Field(ge=1)] | None = None
+    proxy: Literal["diagonal", "gram"] = "diagonal"
+    solver: Literal["descent", "adam"] = "descent"
+    rounds: Annotated[int, Field(ge=1)] = 40
+    fold: bool = False
+    propagate: Literal["pruned", "dense"] = "dense"
+
+    statistic: ClassVar = InputNorm
+    repairs: ClassVar = ("none",)
+
+    @model_validator(mode="after")
+    def _needs_a_pattern(self) -> Self:
+        if fraction_of(self.sparsity) and not pattern_of(self.sparsity):
+            raise ValueError(f"sparsity: found {self.sparsity}, the core needs a pattern such as 2:4")
+        return self
+
+    @property
+    def needs(self) -> type[InputNorm]:
+        """Return what is remembered of an input: with `proxy: gram` its Gram matrix."""
+        return Gram if self.proxy == "gram" else InputNorm
+
+    @property
+    def leaves_zeros(self) -> bool:
+        """Tell whether the written matrices hold the zeros: a folded product is dense."""
+        return not self.fold
+
+    def misfit(self, linear: Linear) -> str:
+        """Return why a linear cannot be factorised as asked, "" when it can."""
+        if not self.fold and (linear.transposed or linear.expert is not None):
+            kind = "a fused expert" if linear.expert is not None else "a Conv1D"
+            return f"{kind} cannot be stored as a product (--fold writes the product itself)"
+        if reason := super().misfit(linear):
+            return reason
+        pattern = pattern_of(self.sparsity)
+        try:
+            if pattern:
+                out, inputs = linear.weight.shape
+                check_sizes((out, inputs), pattern, self._wrappers(linear.weight))
+        except UsageError as error:
+            return error.message
+        return ""
+
+    def score(self, weight: Tensor, stat: InputNorm) -> Tensor:
+        """Return NoWag-P's score, where the search starts, shape [out, in], float32; a higher score is kept.
+
+        Args:
+            weight: Shape [out, in], in the model's dtype.
+            stat: L2 norm of each input feature over all calibration tokens, shape [in].
+        """
+        return normalise(weight).score(stat.norm)
+
+    def solve(self, tasks: Sequence[Task], stat: Any) -> list[Solution]:
+        """Return the factors of the matrices that read the same input, or their products.
+
+        Args:
+            tasks: The matrices, each [out, in].
+            stat: What is remembered of their input: norms, shape [in], or a Gram matrix, shape [in, in].
+        """
+        return [self._solved(task, stat.gram if self.proxy == "gram" else stat.norm) for task in tasks]
+
+    def _solved(self, task: Task, inputs: Tensor) -> Solution:
+        assert task.pattern is not None
+        sizes, rounds = self._wrappers(task.weight), self.rounds
+        found = factorise(
+            task.weight, inputs, task.pattern, sizes, rounds=rounds, proxy=self.proxy, solver=self.solver
+        )
+        facts = {"nowag_loss": found.initial, "losses": found.losses}
+        if self.fold:
+            return Solution(found.mask | True, weight=found.dense(), facts=facts)
+        return Solution(found.mask, factors=Factors(found.left, found.core, found.right), facts=facts)
+
+    def _prunable(self, names: Names, chosen: Sequence[Linear]) -> list[str]:
+        return [part_names(name)["core.weight"] for name in super()._prunable(names, chosen)]
+
+    def _wrappers(self, weight: Tensor) -> tuple[int, int]:
+        out, inputs = weight.shape
+        if self.wrapper_size is not None:
+            return self.wrapper_size, self.wrapper_size
+        return math.gcd(out, WRAPPER), math.gcd(inputs, WRAPPER)
