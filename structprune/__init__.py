@@ -14,7 +14,8 @@ from structprune.errors import (
     UsageError,
     VerificationError,
 )
-from structprune.pipeline import apply, evaluate, inspect, prune, recover, verify
+from structprune.pipeline import apply, evaluate, inspect, prune, prune_each, recover, verify
+from structprune.pipeline.packing import export
 from structprune.plan import Plan
 from structprune.pruner import Pruner, find
 from structprune.recipe import Recipe
@@ -34,10 +35,12 @@ __all__ = [
     "__version__",
     "apply",
     "evaluate",
+    "export",
     "find",
     "inspect",
     "load",
     "prune",
+    "prune_each",
     "recover",
     "verify",
 ]

@@ -50,7 +50,7 @@ def run(source: Path, output: Path, text: Path, flag: str, samples: int) -> dict
 
 def runtime_peak() -> int:
     """Return the peak memory of a process that only imports what a run imports."""
-    code = "import structprune, structprune.machine as m; print(m.peak_rss_bytes())"
+    code = "import structprune, structprune.machine as m; print(m.peak_rss())"
     return int(
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     )
@@ -74,9 +74,9 @@ def main() -> None:
                 folder / f"dense-{blocks}", blocks=blocks, hidden=HIDDEN, ffn=FFN, dtype=torch.float32
             )
             for flag in ("--stream", "--resident"):
-                result[f"{blocks} {flag[2:]}"] = run(
-                    source, folder / f"out-{blocks}{flag}", text, flag, samples
-                )
+                label = f"{blocks} {flag[2:]}"
+                result[label] = run(source, folder / f"out-{blocks}{flag}", text, flag, samples)
+                print(label, json.dumps(result[label]), file=sys.stderr)
     small, large = result["8 stream"], result["32 stream"]
     runtime = runtime_peak()
     figures = {

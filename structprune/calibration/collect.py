@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from structprune.calibration.statistics import InputNorm
+from structprune.calibration.statistics import Gram, InputNorm
 from structprune.errors import EnvironmentFailure
 from structprune.models.arch import Linear
 from structprune.models.walk import Block
@@ -68,6 +68,13 @@ def collect(block: Block, chosen: Sequence[Linear], make: type[InputNorm], *, ad
     for name in sorted({linear.name for linear in experts if linear.label in scarce}):
         _borrow([linear for linear in experts if linear.name == name], statistics, make)
     return Collected(statistics, scarce)
+
+
+def remembered_bytes(chosen: Sequence[Linear], make: type[InputNorm] | None, gradients: bool) -> int:
+    """Return at most how many bytes Gram matrices, and gradients where wanted, of a block's linears take."""
+    shapes = [linear.weight.shape for linear in chosen]
+    gram = make is not None and issubclass(make, Gram)
+    return 4 * sum(inputs * inputs * gram + out * inputs * gradients for out, inputs in shapes)
 
 
 def _borrow(experts: Sequence[Linear], statistics: dict[str, InputNorm], make: type[InputNorm]) -> None:

@@ -61,15 +61,39 @@ def save_plans(plans: Sequence[Plan], folder: Path) -> None:
 
 
 def stages(plans: Sequence[Plan]) -> list[dict[str, Any]]:
-    """Return what a report says about each plan: folder, method, config, id, experts that saw no token."""
+    """Return what a report says about each plan: folder, method, config, id, and what is out of the ordinary.
+
+    That is: experts that no token reached ("unseen") or few did ("scarce"), linears whose sizes did not fit
+    ("left_dense"), and how what is stored differs from a model with zeros ("note").
+    """
     rows = []
     for number, plan in enumerate(plans, start=1):
-        unseen = [label for block in plan.blocks for label in block.facts.get("unseen", [])]
+        odd: dict[str, Any] = {
+            "unseen": [label for block in plan.blocks for label in block.facts.get("unseen", [])],
+            "scarce": {
+                label: tokens
+                for block in plan.blocks
+                for label, tokens in block.facts.get("scarce", {}).items()
+            },
+            "left_dense": plan.facts.get("left_dense"),
+            "note": _note(plan),
+        }
         row = {
             "folder": folder_of(number, plan.method),
             "method": plan.method,
             "config": plan.config,
             "plan": plan.id,
         }
-        rows.append(row | ({"unseen": unseen} if unseen else {}))
+        rows.append(row | {key: value for key, value in odd.items() if value})
     return rows
+
+
+def _note(plan: Plan) -> str:
+    if any(key.endswith(":factor") for key in plan):
+        return (
+            "linears are stored as products of a sparse core and two wrappers; the folder opens with "
+            "`structprune.load`, and in plain transformers with `trust_remote_code=True`"
+        )
+    return (
+        "products are folded into dense matrices: nothing in them is zero" if plan.config.get("fold") else ""
+    )

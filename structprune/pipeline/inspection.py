@@ -120,4 +120,5 @@ def _memory(opened: StreamedModel, recipe: Recipe, length: int, streamed: bool) 
     hidden: int = opened.config.get_text_config().hidden_size
     activations = recipe.calibration.samples * length * hidden * item
     needs_data = any(pruner.looks_at_data for pruner in recipe.prune)
-    return RUNTIME_BYTES + held + (2 * activations if needs_data else 0)
+    looked_at = max(pruner.remembered_bytes(opened) for pruner in recipe.prune)
+    return RUNTIME_BYTES + held + (2 * activations + looked_at if needs_data else 0)

@@ -67,6 +67,7 @@ def _sections(folder: Path, report: Mapping[str, Any], name: str, base: str, rec
     yield f"`{base}`, pruned with **{report['method']}** by {made_by}."
     pattern = report["pattern"]
     yield PLAIN + (PATTERN.format(pattern=pattern) if ":" in str(pattern) else "")
+    yield from (f"Note: {stage['note']}." for stage in report.get("stages", ()) if "note" in stage)
     yield "## Dense and pruned"
     yield _markdown(("", "dense", "pruned"), table(report))
     yield from _protocol(report)

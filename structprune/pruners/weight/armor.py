@@ -2,7 +2,7 @@
 
 Source: Liu et al. 2025, https://arxiv.org/abs/2510.05528
 
-The paper optimises wrappers and core with Adam; here the loss never rises. `solver: adam` is there to compare.
+The paper optimises wrappers and core with Adam; here the loss never rises. `solver: adam` exists to compare.
 """
 
 import math

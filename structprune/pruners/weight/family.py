@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, final
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from structprune.calibration.collect import Collected
+from structprune.calibration.collect import Collected, remembered_bytes
 from structprune.calibration.notebook import Notebook
 from structprune.calibration.statistics import InputNorm, widest
 from structprune.decide.budget import AnyBudget, Compare
@@ -127,6 +127,11 @@ class WeightPruner(Choice, Pruner):
         """Return what the method remembers of an input with the fields as they are."""
         return self.statistic
 
+    def remembered_bytes(self, model: Model) -> int:
+        """Return at most how many bytes the Gram matrices and gradients of one block take."""
+        gradients = self.gradients is not None
+        return max(remembered_bytes(block, self._statistic, gradients) for block in self.all_chosen(model))
+
     @property
     def leaves_zeros(self) -> bool:
         """Tell whether the written matrices hold the zeros."""
@@ -153,7 +158,7 @@ class WeightPruner(Choice, Pruner):
         """Check that some linear is chosen and that every chosen one can be pruned as asked."""
         chosen = [linear for block in self.all_chosen(model) for linear in block]
         if not chosen:
-            raise UsageError("skip, include and exclude leave no linear to prune")
+            raise UsageError("skip, include, exclude and indivisible leave no linear to prune")
         for linear in chosen:
             if reason := self.misfit(linear):
                 raise UsageError(
