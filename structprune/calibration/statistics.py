@@ -13,7 +13,7 @@ from torch import Tensor
 
 # 1 MiB of float32: half of a common level-2 cache.
 CACHE_ELEMENTS = 2**18
-# Columns of a Gram matrix added at once: narrower pieces multiply slower, wider ones skip less of the triangle.
+# Columns of a Gram matrix added at once: narrower pieces multiply slower, wider ones skip less of a triangle.
 PANEL = 256
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from structprune.models import factored, modules
 from structprune.plan import Plan
 from structprune.storage.durable import DurableFile
+from structprune.storage.names import Names
 from structprune.storage.stored_config import FACTORED_CLASS, MAX_CONFIG_BYTES
 from structprune.storage.strict_json import read_json
 
@@ -43,17 +44,18 @@ class {name}({base}):
 '''
 
 
-def ship(folder: Path, plans: Sequence[Plan]) -> dict[str, str]:
+def ship(folder: Path, plans: Sequence[Plan], names: Names) -> dict[str, str]:
     """Write config.json and the modelling file of a folder whose plans store products; nothing for others.
 
     Args:
         folder: The folder under work, its side files copied.
         plans: What was carried out on it.
+        names: The names of the dense model.
 
     Returns:
         The sha256 of each written file, by file name.
     """
-    listed = factored.listed(plans)
+    listed = factored.listed(plans, names)
     if not listed:
         return {}
     config = read_json(folder / "config.json", limit_bytes=MAX_CONFIG_BYTES)

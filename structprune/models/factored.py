@@ -94,14 +94,21 @@ def build(model: nn.Module, config: Mapping[str, Any], where: str) -> None:
         setattr(model.get_submodule(parent), name, factored)
 
 
-def listed(plans: Iterable[Mapping[str, Tensor]]) -> dict[str, list[int]]:
-    """Return what the configuration lists: path -> sizes of the blocks of left and right wrapper."""
+def listed(plans: Iterable[Mapping[str, Tensor]], names: Names) -> dict[str, list[int]]:
+    """Return what the configuration lists: module path -> sizes of the blocks of left and right wrapper.
+
+    Args:
+        plans: What was carried out.
+        names: The model's names, before.
+    """
     found = {}
     for plan in plans:
         for key in plan:
             path, is_left, _ = key.partition(".left:factor")
             if is_left:
-                found[path] = [plan[key].shape[1], plan[f"{path}.right:factor"].shape[1]]
+                # The files of a vision-language model may call its parts otherwise than the model does.
+                module = names.module_of[f"{path}.weight"].removesuffix(".weight")
+                found[module] = [plan[key].shape[1], plan[f"{path}.right:factor"].shape[1]]
     return found
 
 

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from structprune.errors import InputError, UsageError
+from structprune.machine import give_back_memory
 from structprune.models import factored
 from structprune.models.arch import block_prefixes
 from structprune.models.remembered import remembered
@@ -170,6 +171,7 @@ class StreamedModel:
         for name in gone:
             self._put(name, self._empty[name])
             self._filled.discard(name)
+        give_back_memory()
 
     def _dtype_of(self, name: str, tensor: Tensor) -> torch.dtype:
         if not tensor.is_floating_point():

@@ -16,7 +16,7 @@ from structprune.checkpoint.opened import Source
 from structprune.checkpoint.plans import folder_of, plans_of, read_plans
 from structprune.errors import InputError, UsageError
 from structprune.machine import versions
-from structprune.models.identity import architecture_of
+from structprune.models.identity import architecture_of, names_of
 from structprune.plan import Plan, PlanWriter
 from structprune.pruner import Pruner
 from structprune.pruners.weight.family import WeightPruner
@@ -130,7 +130,7 @@ def begun(
 def write(source: Source, work: Delivery, plans: Sequence[Plan], progress: Progress) -> None:
     """Write the pruned model: its weights, the files beside them, and what products need to be opened."""
     work.hashes |= export(source.reader, work.folder, plans, progress)
-    work.hashes |= ship(work.folder, plans)
+    work.hashes |= ship(work.folder, plans, names_of(source.model))
 
 
 def read_scores(folder: Path, stages: Sequence[Pruner], source: Source) -> Plan:
