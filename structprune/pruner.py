@@ -62,6 +62,10 @@ class Pruner(BaseModel, ABC):
         """Tell whether `calibrate` needs batches with the fields as they are."""
         return self.needs_data
 
+    def added_parameters(self, model: Model) -> int:
+        """Return how many parameters the result has more than the model."""
+        return 0
+
     def remembered_bytes(self, model: Model) -> int:
         """Return at most how many bytes calibration remembers of one block, beside the activations."""
         return 0

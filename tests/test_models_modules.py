@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from structprune.models.arch import all_linears
 from structprune.models.modules import FactoredLinear, blockwise, folded, overhead
+from structprune.pruner import find
 
 # hidden, keys and values, feed-forward: Qwen2.5, and the published growth in percent at wrapper 128.
 QWEN = {
@@ -65,3 +68,22 @@ def test_the_overhead_is_the_published_one(size: str) -> None:
     linears = [(hidden, hidden)] * 2 + [(hidden, keys)] * 2 + [(hidden, ffn)] * 2 + [(ffn, hidden)]
     extra = sum(overhead(inputs, out, 128, 128) for inputs, out in linears)
     assert round(100 * extra / sum(inputs * out for inputs, out in linears), 2) == percent
+
+
+@pytest.mark.parametrize("size", QWEN)
+def test_so_it_is_on_the_models_themselves(size: str) -> None:
+    hidden, kv, ffn, percent = QWEN[size]
+    # The share does not depend on how many blocks there are; a key-value head has 128 columns.
+    config = Qwen2Config(
+        hidden_size=hidden,
+        num_hidden_layers=2,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=kv // 128,
+        intermediate_size=ffn,
+        vocab_size=1024,
+    )
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(config)
+    pruner = find("armor").model_validate({"wrapper_size": 128})
+    weights = sum(linear.weight.numel() for block in all_linears(model) for linear in block)
+    assert round(100 * pruner.added_parameters(model) / weights, 2) == percent

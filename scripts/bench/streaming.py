@@ -40,20 +40,14 @@ def run(source: Path, output: Path, text: Path, flag: str, samples: int) -> dict
         f"evaluate.length={LENGTH}",
         "--set",
         "evaluate.batch_size=1",
+        "--set",
+        "evaluate.generations=false",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     report = json.loads(done.stdout)
     ours = sum(seconds for phase, seconds in report["phases"].items() if phase not in ("evaluate", "prove"))
     return {"peak": report["peak_rss_bytes"], "seconds": ours, "bytes": report["bytes"]["dense"]}
-
-
-def runtime_peak() -> int:
-    """Return the peak memory of a process that only imports what a run imports."""
-    code = "import structprune, structprune.machine as m; print(m.peak_rss())"
-    return int(
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    )
 
 
 def main() -> None:
@@ -64,7 +58,8 @@ def main() -> None:
     options = parser.parse_args()
     samples = options.samples
     block = (4 * HIDDEN**2 + 3 * HIDDEN * FFN + 2 * HIDDEN) * 4
-    activations = samples * LENGTH * HIDDEN * 4
+    # The hidden states of all samples, and what one batch is made into on its way through a block.
+    activations = samples * LENGTH * HIDDEN * 4 + BATCH * LENGTH * (6 * HIDDEN + 3 * FFN) * 4
     result: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -77,8 +72,10 @@ def main() -> None:
                 label = f"{blocks} {flag[2:]}"
                 result[label] = run(source, folder / f"out-{blocks}{flag}", text, flag, samples)
                 print(label, json.dumps(result[label]), file=sys.stderr)
+        # The same run on a model of next to no size: what the programs take whatever is pruned.
+        tiny = random_llama(folder / "tiny", blocks=2, hidden=64, ffn=128, dtype=torch.float32)
+        runtime = run(tiny, folder / "out-tiny", text, "--stream", samples)["peak"]
     small, large = result["8 stream"], result["32 stream"]
-    runtime = runtime_peak()
     figures = {
         "block_bytes": block,
         "runtime_bytes": runtime,

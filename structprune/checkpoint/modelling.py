@@ -50,7 +50,7 @@ def ship(folder: Path, plans: Sequence[Plan], names: Names) -> dict[str, str]:
     Args:
         folder: The folder under work, its side files copied.
         plans: What was carried out on it.
-        names: The names of the dense model.
+        names: The model's names.
 
     Returns:
         The sha256 of each written file, by file name.

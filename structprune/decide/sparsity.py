@@ -5,7 +5,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Annotated
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from structprune.errors import UsageError
 
@@ -36,6 +36,16 @@ def normalise(value: object) -> float | str:
 
 Sparsity = Annotated[float | str, BeforeValidator(normalise)]
 """A pydantic field type: the fraction removed, in [0, 1), or "N:M", N of every M consecutive inputs kept."""
+
+
+def _needs_groups(value: float | str) -> float | str:
+    if fraction_of(value) and pattern_of(value) is None:
+        raise ValueError(f'found {value!r:.40}, this method needs a pattern "N:M" such as "2:4"')
+    return value
+
+
+Pattern = Annotated[float | str, BeforeValidator(normalise), AfterValidator(_needs_groups)]
+"""A pydantic field type: "N:M", N of every M consecutive inputs kept, or 0 for nothing removed."""
 
 
 def pattern_of(sparsity: float | str) -> tuple[int, int] | None:

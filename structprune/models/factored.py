@@ -99,7 +99,7 @@ def listed(plans: Iterable[Mapping[str, Tensor]], names: Names) -> dict[str, lis
 
     Args:
         plans: What was carried out.
-        names: The model's names, before.
+        names: The model's names, before or after.
     """
     found = {}
     for plan in plans:
@@ -107,7 +107,8 @@ def listed(plans: Iterable[Mapping[str, Tensor]], names: Names) -> dict[str, lis
             path, is_left, _ = key.partition(".left:factor")
             if is_left:
                 # The files of a vision-language model may call its parts otherwise than the model does.
-                module = names.module_of[f"{path}.weight"].removesuffix(".weight")
+                known = f"{path}.left" if f"{path}.left" in names.module_of else f"{path}.weight"
+                module = names.module_of[known].rpartition(".")[0]
                 found[module] = [plan[key].shape[1], plan[f"{path}.right:factor"].shape[1]]
     return found
 

@@ -88,19 +88,21 @@ def dry_run(
         pruner.check(opened)
     streamed = stream if stream is not None else opened.reader.nbytes * RESIDENT_COPIES > available_memory()
     length = window_length(recipe.calibration.length, positions(opened.config))
+    dense = sum(p.numel() for p in opened.skeleton.parameters())
+    added = sum(pruner.added_parameters(opened) for pruner in recipe.prune)
     return {
         "recipe": recipe.text(),
         "stages": [
             {"method": pruner.method(), "asked": pruner.asked, "achievable": achievable([pruner], opened)}
             for pruner in recipe.prune
         ],
-        "parameters": {"dense": sum(p.numel() for p in opened.skeleton.parameters())},
+        "parameters": {"dense": dense, "pruned": dense + added},
         # Zeros stay in the dense files, so that every loader opens them: they take the room they took.
-        "bytes": {"dense": size, "pruned": size},
+        "bytes": {"dense": size, "pruned": size + added * opened.dtype.itemsize},
         "streamed": streamed,
         "memory_bytes": _memory(opened, recipe, length, streamed),
         "disk_bytes": size + opened.reader.nbytes // 16,
-        "loads_in": ["transformers", "structprune"],
+        "loads_in": ["transformers with trust_remote_code" if added else "transformers", "structprune"],
         "note": "zeros make neither the files smaller nor dense kernels faster",
     }
 

@@ -7,19 +7,21 @@ The paper optimises wrappers and core with Adam; here the loss never rises. `sol
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from structprune.calibration.statistics import Gram, InputNorm
 from structprune.decide.factorise import check_sizes, factorise
 from structprune.decide.normalise import normalise
 from structprune.decide.solution import Factors, Solution, Task
-from structprune.decide.sparsity import Sparsity, fraction_of, pattern_of
+from structprune.decide.sparsity import Pattern, pattern_of
 from structprune.errors import UsageError
 from structprune.models.arch import Linear
 from structprune.models.factored import part_names
+from structprune.models.modules import overhead
+from structprune.models.streamed import Model
 from structprune.pruners.weight.family import WeightPruner
 from structprune.storage.names import Names
 
@@ -40,7 +42,7 @@ class Armor(WeightPruner):
             ones.
     """
 
-    sparsity: Sparsity = "2:4"
+    sparsity: Pattern = "2:4"
     wrapper_size: Annotated[int, Field(ge=1)] | None = None
     proxy: Literal["diagonal", "gram"] = "diagonal"
     solver: Literal["descent", "adam"] = "descent"
@@ -50,12 +52,6 @@ class Armor(WeightPruner):
 
     statistic: ClassVar = InputNorm
     repairs: ClassVar = ("none",)
-
-    @model_validator(mode="after")
-    def _needs_a_pattern(self) -> Self:
-        if fraction_of(self.sparsity) and not pattern_of(self.sparsity):
-            raise ValueError(f"sparsity: found {self.sparsity}, the core needs a pattern such as 2:4")
-        return self
 
     @property
     def needs(self) -> type[InputNorm]:
@@ -74,11 +70,9 @@ class Armor(WeightPruner):
             return f"{kind} cannot be stored as a product (--fold writes the product itself)"
         if reason := super().misfit(linear):
             return reason
-        pattern = pattern_of(self.sparsity)
         try:
-            if pattern:
-                out, inputs = linear.weight.shape
-                check_sizes((out, inputs), pattern, self._wrappers(linear.weight))
+            out, inputs = linear.weight.shape
+            check_sizes((out, inputs), pattern_of(self.sparsity) or (1, 1), self._wrappers(linear.weight))
         except UsageError as error:
             return error.message
         return ""
@@ -103,14 +97,18 @@ class Armor(WeightPruner):
 
     def _solved(self, task: Task, inputs: Tensor) -> Solution:
         assert task.pattern is not None
-        sizes, rounds = self._wrappers(task.weight), self.rounds
-        found = factorise(
-            task.weight, inputs, task.pattern, sizes, rounds=rounds, proxy=self.proxy, solver=self.solver
-        )
+        how: dict[str, Any] = {"rounds": self.rounds, "proxy": self.proxy, "solver": self.solver}
+        found = factorise(task.weight, inputs, task.pattern, self._wrappers(task.weight), **how)
         facts = {"nowag_loss": found.initial, "losses": found.losses}
         if self.fold:
             return Solution(found.mask | True, weight=found.dense(), facts=facts)
         return Solution(found.mask, factors=Factors(found.left, found.core, found.right), facts=facts)
+
+    def added_parameters(self, model: Model) -> int:
+        """Return how many parameters the wrappers add."""
+        chosen = [] if self.fold else [one for block in self.all_chosen(model) for one in block]
+        sizes = [(*one.weight.shape[::-1], *self._wrappers(one.weight)[::-1]) for one in chosen]
+        return sum(overhead(*size) for size in sizes)
 
     def _prunable(self, names: Names, chosen: Sequence[Linear]) -> list[str]:
         return [part_names(name)["core.weight"] for name in super()._prunable(names, chosen)]
