@@ -120,7 +120,17 @@ def factorise(
     if solver == "adam":
         state, losses = adam(problem, start, scale, steps=rounds, seed=seed, watch=watch)
     else:
-        state, losses = _descend(problem, start, rounds, tolerance, seed, watch, fixed_right=sizes[1] == 1)
+        begin, fixed_right = start, sizes[1] == 1
+        if gram is not None:
+            # The diagonal's answer is found sooner, and the output's error only falls from there.
+            easier = replace(problem, gram=None)
+            first = easier.state(start.left, start.core, start.right)
+            near, _ = _descend(easier, first, rounds, tolerance, seed, None, fixed_right=fixed_right)
+            nearer = problem.state(near.left, near.core, near.right)
+            begin = nearer if nearer.loss < start.loss else start
+        state, losses = _descend(problem, begin, rounds, tolerance, seed, watch, fixed_right=fixed_right)
+        if begin is not start:
+            losses.insert(0, start.loss)
     left = state.left * normalised.rows.view(-1, sizes[0], 1)
     right = state.right * (normalised.columns / scale).view(-1, 1, block)
     if sizes[1] == 1:

@@ -18,7 +18,7 @@ from structprune.decide.normalise import normalise
 from structprune.decide.solution import Factors, Solution, Task
 from structprune.decide.sparsity import Pattern, pattern_of
 from structprune.errors import UsageError
-from structprune.models.arch import Linear
+from structprune.models.arch import LANGUAGE_MODELS, Linear
 from structprune.models.factored import part_names
 from structprune.models.modules import overhead
 from structprune.models.streamed import Model
@@ -65,8 +65,10 @@ class Armor(WeightPruner):
 
     def misfit(self, linear: Linear) -> str:
         """Return why a linear cannot be factorised as asked, "" when it can."""
-        if not self.fold and (linear.transposed or linear.expert is not None):
-            kind = "a fused expert" if linear.expert is not None else "a Conv1D"
+        kinds = {"a fused expert": linear.expert is not None, "a Conv1D": linear.transposed}
+        # transformers does not rename the tensors of a class that comes with the folder.
+        kinds["a vision-language model's"] = linear.label.startswith(tuple(LANGUAGE_MODELS.values()))
+        if kind := "" if self.fold else next((kind for kind, found in kinds.items() if found), ""):
             return f"{kind} cannot be stored as a product (--fold writes the product itself)"
         if reason := super().misfit(linear):
             return reason
