@@ -52,12 +52,20 @@ def plain_gram(inputs: Tensor) -> Tensor:
     return inputs.T @ inputs
 
 
+def our_gram(inputs: Tensor) -> Tensor:
+    """Return X^T X as calibration adds it up, beside the moments."""
+    statistic = Gram(inputs.shape[1], inputs.device)
+    statistic.add(inputs)
+    return statistic.gram
+
+
 def plain_factor(gram: Tensor) -> Tensor:
     """Return the upper Cholesky factor of the inverse, by way of the inverse."""
     hessian = gram.clone()
     hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True)
+    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper
 
 
 def plain(
@@ -70,7 +78,7 @@ def plain(
     kept = torch.ones_like(new, dtype=torch.bool) if given is None else given
     for first in range(0, inputs, BLOCK):
         last = min(first + BLOCK, inputs)
-        part, errors = new[:, first:last].clone(), torch.zeros(out, last - first)
+        part, errors = new[:, first:last].clone(), new.new_zeros(out, last - first)
         local = upper[first:last, first:last]
         if given is None and not isinstance(sparsity, tuple):
             scores = (part**2 / local.diagonal() ** 2).flatten()
@@ -107,9 +115,7 @@ def compare(name: str, outs: list[int], width: int, sparsity: Sparsity, repeats:
     mix = torch.randn(width, width, generator=generator) / width**0.5 + 0.5 * torch.eye(width)
     inputs = torch.randn(TOKENS, width, generator=generator) @ mix
     weights = [torch.randn(out, width, generator=generator) * 0.02 for out in outs]
-    statistic = Gram(width, torch.device("cpu"))
-    statistic.add(inputs)
-    gram = statistic.gram
+    gram = our_gram(inputs)
 
     def ours() -> Solved:
         solved = sparsegpt(weights, factor(gram), [sparsity] * len(weights))
@@ -129,7 +135,7 @@ def compare(name: str, outs: list[int], width: int, sparsity: Sparsity, repeats:
     for _ in range(repeats):
         timed(ours, taken["ours"])
         timed(baseline, taken["baseline"])
-        timed(lambda: Gram(width, torch.device("cpu")).gram.addmm_(inputs.T, inputs), taken["ours_gram"])
+        timed(lambda: our_gram(inputs), taken["ours_gram"])
         timed(lambda: [plain_gram(inputs) for _ in weights], taken["baseline_gram"])
     medians = {key: statistics.median(seconds) for key, seconds in taken.items()}
     shown = f"{sparsity[0]}:{sparsity[1]}" if isinstance(sparsity, tuple) else str(sparsity)

@@ -100,9 +100,9 @@ class Stage:
         self.plan = Plan.load(folder)
         keys = [(key.rpartition(":"), block) for block in self.plan.blocks for key in block]
         self.masked: dict[str, PlanBlock] = {name: block for (name, _, kind), block in keys if kind == "mask"}
-        self.valued = {name: block for (name, _, kind), block in keys if kind == "value"}
+        self.valued = {name: (block, kind) for (name, _, kind), block in keys if kind in IN_THE_WEIGHTS}
         self.parts = {name for (name, _, kind), _ in keys if kind == "factor"}
-        self.revalued = {name for (name, _, kind), _ in keys if kind in IN_THE_WEIGHTS}
+        self.revalued = set(self.valued)
         self.prunable = set(self.plan.facts.get("prunable", self.masked))
         self._open: tuple[PlanBlock, dict[str, Tensor]] | None = None
 
@@ -117,8 +117,9 @@ class Stage:
 
     def holds(self, name: str, tensor: Tensor) -> bool:
         """Tell whether a tensor of the files is, bit for bit, the new value that the plan decided on."""
-        key = f"{name}:value"
-        return content_hash(key, tensor, tuple(tensor.shape)) == self.valued[name].hashes[key]
+        block, kind = self.valued[name]
+        key = f"{name}:{kind}"
+        return content_hash(key, tensor, tuple(tensor.shape)) == block.hashes[key]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape that the plan thinks a masked tensor has."""

@@ -116,7 +116,5 @@ class Armor(WeightPruner):
         return [part_names(name)["core.weight"] for name in super()._prunable(names, chosen)]
 
     def _wrappers(self, weight: Tensor) -> tuple[int, int]:
-        out, inputs = weight.shape
-        if self.wrapper_size is not None:
-            return self.wrapper_size, self.wrapper_size
-        return math.gcd(out, WRAPPER), math.gcd(inputs, WRAPPER)
+        size, (out, inputs) = self.wrapper_size, weight.shape
+        return (size, size) if size else (math.gcd(out, WRAPPER), math.gcd(inputs, WRAPPER))

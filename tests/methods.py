@@ -1,0 +1,63 @@
+"""The methods that the tests go through, found as the command line finds them, and runs that are short."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from structprune import pruner as registry
+from structprune.pruner import Pruner
+from structprune.pruners.weight.family import WeightPruner
+
+# Any text will do; a short one is tokenised at once.
+TEXT = str(Path(__file__).with_name("words.txt"))
+CALIBRATION = {"source": TEXT, "samples": 6, "length": 32, "batch_size": 4}
+EVALUATION = {"text": TEXT, "windows": 1, "length": 16, "generations": False}
+QUICK: dict[str, Any] = {"calibration": CALIBRATION, "evaluate": EVALUATION, "reload": False}
+
+METHODS = sorted(registry.names())
+WEIGHT_METHODS = [name for name in METHODS if issubclass(registry.find(name), WeightPruner)]
+
+
+def accepts(method: str, **fields: Any) -> bool:
+    """Tell whether a method can have these fields."""
+    try:
+        registry.find(method).model_validate(fields)
+    except ValidationError:
+        return False
+    return True
+
+
+def quick(method: str, **fields: Any) -> Pruner:
+    """Build a pruner that stops its search early, where it searches at all."""
+    found = registry.find(method)
+    few = {"rounds": 2} if "rounds" in found.model_fields else {}
+    return found.model_validate(few | fields)
+
+
+def weigher(method: str, **fields: Any) -> WeightPruner:
+    """Build a pruner of the weight family that stops its search early."""
+    pruner = quick(method, **fields)
+    assert isinstance(pruner, WeightPruner)
+    return pruner
+
+
+def usual(method: str) -> float | str:
+    """Return half of the weights as a fraction, or as a pattern where the method needs one."""
+    return 0.5 if accepts(method, sparsity=0.5) else "2:4"
+
+
+@contextmanager
+def short_runs() -> Iterator[None]:
+    """Draw no plots, and evaluate next to nothing where nothing was said."""
+    # By its path: the package has a function of that name too.
+    finish = import_module("structprune.pipeline.finish")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "draw", lambda *_: None)
+        patch.setattr(finish, "DEFAULT", {"text": (TEXT,), "windows": 1})
+        patch.setattr(finish, "DEFAULT_LENGTH", 16)
+        yield

@@ -1,0 +1,69 @@
+"""Running statistics: sums over tokens that do not depend on how tokens arrive."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from structprune.calibration.statistics import PANEL, Gram, InputMoments, InputNorm
+
+CPU = torch.device("cpu")
+# Two whole panels and a bit.
+WIDE = 2 * PANEL + 3
+
+
+def seen(inputs: Tensor, *pieces: int) -> Gram:
+    """Return what is remembered of inputs that arrive in pieces."""
+    statistic = Gram(inputs.shape[1], CPU)
+    for piece in torch.split(inputs, list(pieces) or [len(inputs)]):
+        statistic.add(piece)
+    return statistic
+
+
+def test_sums_by_hand() -> None:
+    statistic = seen(torch.tensor([[1.0, 2.0], [3.0, -4.0]]))
+    assert statistic.tokens == 2
+    assert statistic.norm.tolist() == pytest.approx([10**0.5, 20**0.5])
+    assert statistic.mean.tolist() == [2.0, -1.0]
+    assert statistic.variance.tolist() == [1.0, 9.0]
+    assert statistic.gram.tolist() == [[10.0, -10.0], [-10.0, 20.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gram_matrix_of_several_panels_is_whole(dtype: torch.dtype) -> None:
+    inputs = torch.randn(40, WIDE, generator=torch.Generator().manual_seed(0)).to(dtype)
+    gram = seen(inputs).gram
+    exact = inputs.double().T @ inputs.double()
+    torch.testing.assert_close(gram.double(), exact, rtol=1e-5, atol=1e-4)
+    # The part below the panels is a copy, not a second sum.
+    assert torch.equal(gram[PANEL:, :PANEL], gram[:PANEL, PANEL:].T)
+
+
+def test_tokens_may_arrive_after_the_gram_matrix_was_read() -> None:
+    inputs = torch.randint(-3, 4, (12, WIDE), generator=torch.Generator().manual_seed(0)).float()
+    statistic = seen(inputs[:5])
+    assert torch.equal(statistic.gram, inputs[:5].T @ inputs[:5])
+    statistic.add(inputs[5:])
+    assert torch.equal(statistic.gram, inputs.T @ inputs)
+
+
+def test_two_processes_add_up_to_one_whether_or_not_they_were_read() -> None:
+    inputs = torch.randint(-3, 4, (12, WIDE), generator=torch.Generator().manual_seed(0)).float()
+    first, second, whole = seen(inputs[:5]), seen(inputs[5:]), seen(inputs, 3, 9)
+    assert first.gram.any()
+    first.merge(second)
+    assert first.tokens == whole.tokens
+    assert torch.equal(first.gram, whole.gram)
+    assert torch.equal(first.squares, whole.squares)
+    assert torch.equal(first.sums, whole.sums)
+
+
+def test_who_remembers_more_remembers_the_same() -> None:
+    inputs = torch.randn(1500, WIDE, generator=torch.Generator().manual_seed(0)) + 3
+    least, more, most = InputNorm(WIDE, CPU), InputMoments(WIDE, CPU), Gram(WIDE, CPU)
+    for statistic in (least, more, most):
+        statistic.add(inputs)
+    assert torch.equal(least.norm, more.norm)
+    assert torch.equal(more.norm, most.norm)
+    assert torch.equal(more.mean, most.mean)
+    torch.testing.assert_close(more.mean, inputs.mean(dim=0, dtype=torch.float64).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(more.variance, inputs.double().var(dim=0, correction=0).float())
