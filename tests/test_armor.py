@@ -286,7 +286,7 @@ class TestSizes:
         assert f"{Q}.core.weight" in saved
 
     def test_a_fraction_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="the core needs a pattern such as 2:4"):
+        with pytest.raises(ValueError, match="this method needs a pattern"):
             Armor(sparsity=0.5)
 
 

@@ -7,23 +7,33 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import CONFIG_MAPPING
+
 from structprune.models import factored, modules
 from structprune.plan import Plan
 from structprune.storage.durable import DurableFile
 from structprune.storage.names import Names
-from structprune.storage.stored_config import FACTORED_CLASS, MAX_CONFIG_BYTES
+from structprune.storage.stored_config import FACTORED_CLASSES, FACTORED_TYPE, MAX_CONFIG_BYTES
 from structprune.storage.strict_json import read_json
 
-FILE = f"{FACTORED_CLASS.partition('.')[0]}.py"
+FILE = f"{FACTORED_CLASSES[0].partition('.')[0]}.py"
 
 # What follows the text of `structprune/models/modules.py` in the file.
 TEMPLATE = '''
 
-from transformers import {base}  # noqa: E402
+from transformers import {base}, {config}  # noqa: E402
 
 
-class {name}({base}):
+class FactoredConfig({config}):
+    """{config} under a type of its own, so that nothing takes the folder for a dense one."""
+
+    model_type = "{kind}"
+
+
+class FactoredModel({base}):
     """{base} with the linears that config.json lists stored as products."""
+
+    config_class = FactoredConfig
 
     def __init__(self, config, *args, **kwargs):
         """Build the dense model, then put the products in the place of the listed linears."""
@@ -61,11 +71,19 @@ def ship(folder: Path, plans: Sequence[Plan], names: Names) -> dict[str, str]:
     config = read_json(folder / "config.json", limit_bytes=MAX_CONFIG_BYTES)
     base = config["architectures"][0]
     vision = "ForConditionalGeneration" in base
-    kind = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
-    config |= {"auto_map": {kind: FACTORED_CLASS}, factored.CONFIG_KEY: listed}
-    name = FACTORED_CLASS.rpartition(".")[2]
-    text = Path(modules.__file__).read_text(encoding="utf-8")
-    text += TEMPLATE.format(base=base, name=name, key=factored.CONFIG_KEY)
+    factory = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
+    dense = config["model_type"]
+    config |= {
+        "model_type": f"{FACTORED_TYPE}{dense}",
+        "auto_map": dict(zip(("AutoConfig", factory), FACTORED_CLASSES, strict=True)),
+        factored.CONFIG_KEY: listed,
+    }
+    text = Path(modules.__file__).read_text(encoding="utf-8") + TEMPLATE.format(
+        base=base,
+        config=CONFIG_MAPPING[dense].__name__,
+        kind=config["model_type"],
+        key=factored.CONFIG_KEY,
+    )
     hashes = {}
     for file, content in (("config.json", json.dumps(config, indent=2) + "\n"), (FILE, text)):
         with DurableFile(folder / file) as output:

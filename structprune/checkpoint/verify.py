@@ -18,7 +18,7 @@ from structprune.models.streamed import Model, StreamedModel, open_model
 from structprune.storage.manifest import MANIFEST, check_manifest, read_manifest
 from structprune.storage.reader import CheckpointReader
 from structprune.storage.side_files import side_files
-from structprune.storage.stored_config import MAX_CONFIG_BYTES
+from structprune.storage.stored_config import MAX_CONFIG_BYTES, plain
 from structprune.storage.strict_json import read_json
 
 __all__ = ["Check", "Verification", "verify"]
@@ -260,11 +260,8 @@ def _check_side_files(result: Verification, folder: Path, source: Path) -> None:
 def _same_but_for_products(ours: Path, source: Path) -> bool:
     """Tell whether a config.json only adds what plain transformers must know of factored linears."""
     found, before = (read_json(path, limit_bytes=MAX_CONFIG_BYTES) for path in (ours, source))
-    return (
-        factored.CONFIG_KEY in found
-        and {key: value for key, value in found.items() if key not in (factored.CONFIG_KEY, "auto_map")}
-        == before
-    )
+    seen = plain(found)
+    return seen.pop(factored.CONFIG_KEY, None) is not None and seen == before
 
 
 def _check_reload(

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from structprune.calibration.statistics import Gram
 from structprune.decide import hessian
+from structprune.decide.joint_obs import thanos
 from structprune.decide.solution import Solution, Task
-from structprune.decide.thanos import thanos
 from structprune.pruners.weight.family import WeightPruner
 
 

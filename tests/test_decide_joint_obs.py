@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from structprune.decide.hessian import damped, factor
+from structprune.decide.joint_obs import thanos
 from structprune.decide.obs import obs, sparsegpt
 from structprune.decide.select import matrix
-from structprune.decide.thanos import thanos
 from structprune.errors import QualityError, UsageError
 
 
