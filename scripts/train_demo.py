@@ -264,7 +264,7 @@ def main() -> None:
     # What is measured is what was written: the weights after rounding to bfloat16.
     saved = LlamaForCausalLM.from_pretrained(args.output, dtype=torch.float32)
     print(f"trained on {tokens} tokens")
-    print(report(saved, tokenizer, HELD_OUT_SEED, TASK_SEED, min(500, 10 * args.steps)))
+    print(report(saved, tokenizer, HELD_OUT_SEED, TASK_SEED, min(500, 2 * args.steps)))
 
 
 if __name__ == "__main__":

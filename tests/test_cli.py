@@ -103,7 +103,8 @@ def test_the_flags_of_prune_become_a_recipe(calls, command):
     )
     assert recipe.evaluate.max_ppl_ratio == 1.5
     assert options.pop("progress")
-    assert options == {"stream": True, "restart": True, "overwrite": True, "trust_remote_code": True}
+    given = {"stream": True, "restart": True, "overwrite": True, "trust_remote_code": True}
+    assert options == given | {"scores": None}
 
 
 @pytest.mark.parametrize("dash", ["-", "_"])

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import structprune
-from structprune import plan
 from structprune import pruner as registry
 from structprune.checkpoint.verify import verify
 from structprune.errors import EnvironmentFailure, InputError, Interrupted, UsageError, VerificationError
 from structprune.pipeline.packing import export
+from structprune.storage import plan_block
 from structprune.storage.manifest import check_manifest
 from structprune.storage.packing import Form, holds
 from tests.tiny import save_tiny, tiny
@@ -100,7 +100,7 @@ class TestForms:
         assert parts["w.values"].tolist() == [2, -0.0, 9]
         assert parts["w.bitmask"].tolist() == [0b00001010, 0b10]
         alive = bits(weight).view(2, 5, 4).any(dim=2)
-        assert torch.equal(parts["w.bitmask"], plan.pack(alive))
+        assert torch.equal(parts["w.bitmask"], plan_block.pack(alive))
         assert torch.equal(bits(form.unpack(parts, "file")), bits(weight))
 
     @pytest.mark.parametrize("dtype", NAMES)

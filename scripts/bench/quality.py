@@ -219,14 +219,14 @@ def losses(cells: Sequence[Cell]) -> Iterator[str]:
 
 
 def draw(cells: Sequence[Cell], path: Path, title: str) -> None:
-    """Draw KL and perplexity against sparsity; N:M stands as points at the right."""
+    """Draw KL and perplexity (dotted: dense) against sparsity; N:M stands as points at the right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5), layout="constrained")
-    for number, label in enumerate(("KL(dense || pruned), nats per token", "perplexity (dotted: dense)")):
+    for number, label in enumerate(("KL(dense || pruned), nats per token", "perplexity, without random")):
         axes = figure.add_subplot(1, 2, number + 1)
         axes.plot(SPARSITIES, [math.nan] * len(SPARSITIES))  # fixes the order of the columns
-        for place, row in enumerate(ROWS):
+        for place, row in enumerate([*ROWS][number:], number):
             cells_of = {at: [*each.values()] for at in SPARSITIES if (each := cells_at(cells, row, at))}
             found = {at: (divergence_of(c)[0], perplexity_of(c))[number] for at, c in cells_of.items()}
             style: dict[str, Any] = {
@@ -242,7 +242,7 @@ def draw(cells: Sequence[Cell], path: Path, title: str) -> None:
         axes.set(yscale="log", xlabel="sparsity", ylabel=label)
         axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     axes.axhline(cells[0]["dense_perplexity"], color="#333333", linestyle=":")
-    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     figure.suptitle(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

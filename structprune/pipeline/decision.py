@@ -155,7 +155,8 @@ def read_scores(folder: Path, stages: Sequence[Pruner], source: Source) -> Plan:
     config = {key: value for key, value in pruner.model_dump(mode="json").items() if key not in free}
     before = {key: value for key, value in plan.config.items() if key not in free}
     if plan.method != pruner.method() or config != before:
-        differing = sorted(key for key in config if config[key] != before.get(key)) or ["method"]
+        same = plan.method == pruner.method()
+        differing = sorted(key for key in config if config[key] != before.get(key)) if same else ["method"]
         raise UsageError(
             f"--scores {folder}: made with another {', '.join(differing)}",
             hint="only the sparsity may differ",
