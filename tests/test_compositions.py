@@ -341,3 +341,17 @@ def _inputs(model: Any, data: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """Return what the first block's attention reads, shape [tokens, hidden]."""
     embedded = [model.model.embed_tokens(batch["input_ids"]) for batch in data]
     return torch.cat([model.model.layers[0].input_layernorm(one).flatten(0, 1) for one in embedded]).detach()
+
+
+def test_a_score_without_data_is_calibrated_where_its_budget_looks_at_some(tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "model")
+    report = structprune.prune(
+        str(source), tmp_path / "out", "magnitude", budget="owl", calibration={"samples": 4, "length": 16}
+    )
+    assert report["calibration"] is not None
+    assert report["sparsity"] == 0.5
+
+
+def test_a_number_of_parameters_is_what_was_asked() -> None:
+    budget = {"name": "target_params", "parameters": 12}
+    assert registry.find("magnitude").model_validate({"budget": budget}).asked == "12 parameters"

@@ -41,15 +41,7 @@ class FactoredModel({base}):
         for path, (left, right) in config.{key}.items():
             parent, _, name = path.rpartition(".")
             linear = self.get_submodule(path)
-            new = FactoredLinear(
-                linear.in_features,
-                linear.out_features,
-                right,
-                left,
-                bias=linear.bias is not None,
-                device=linear.weight.device,
-                dtype=linear.weight.dtype,
-            )
+            new = FactoredLinear.like(linear, right, left)
             setattr(self.get_submodule(parent), name, new)
 '''
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any, Literal
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from structprune.calibration.statistics import Gram, InputMoments, InputNorm, Sensitivity
 from structprune.decide import hessian
 from structprune.decide.budget import Compare
+from structprune.decide.factorise import Factors
 from structprune.decide.obs import obs
 from structprune.decide.repair import dsnot, least_squares
 from structprune.decide.select import groups, matrix, rows
@@ -42,26 +44,16 @@ class Task:
     gradient: Tensor | None = None
     samples: int = 0
 
+    @property
+    def amount(self) -> tuple[int, int] | Fraction:
+        """Return how much leaves, as the solvers take it: the pattern, or the exact fraction."""
+        return self.pattern or Fraction(self.removed, self.weight.numel())
+
     def seen(self, stat: InputNorm | None) -> InputNorm | Sensitivity | None:
         """Return what a score is told of this matrix: its input's statistic, and its gradient where known."""
         if self.gradient is None or stat is None:
             return stat
         return Sensitivity(stat.norm, self.gradient.to(self.weight.device), self.samples)
-
-
-@dataclass(frozen=True)
-class Factors:
-    """A matrix as a product of two block-diagonal matrices around a sparse one.
-
-    Attributes:
-        left: Blocks on the outputs' side, shape [out / b, b, b].
-        core: Shape [out, in]; carries the zeros.
-        right: Blocks on the inputs' side, shape [in / b, b, b].
-    """
-
-    left: Tensor
-    core: Tensor
-    right: Tensor
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def install(
             continue
         assert isinstance(linear, nn.Linear)
         sizes = parts["right"].shape[1], parts["left"].shape[1]
-        factored = _like(linear, *sizes)
+        factored = FactoredLinear.like(linear, *sizes)
         for part, value in parts.items():
             factored.get_parameter(part).data.copy_(value)
         if linear.bias is not None:
@@ -87,7 +87,7 @@ def build(model: nn.Module, config: Mapping[str, Any], where: str) -> None:
             raise InputError(f"{where}: {CONFIG_KEY} names {path!r}, which is no linear of the model")
         try:
             left, right = (int(size) for size in sizes)
-            factored = _like(linear, right, left)
+            factored = FactoredLinear.like(linear, right, left)
         except (TypeError, ValueError) as error:
             raise InputError(f"{where}: {CONFIG_KEY}.{path} is {str(sizes)[:40]}: {error}") from None
         parent, _, name = path.rpartition(".")
@@ -111,15 +111,3 @@ def listed(plans: Iterable[Mapping[str, Tensor]], names: Names) -> dict[str, lis
                 module = names.module_of[known].rpartition(".")[0]
                 found[module] = [plan[key].shape[1], plan[f"{path}.right:factor"].shape[1]]
     return found
-
-
-def _like(linear: nn.Linear, right: int, left: int) -> FactoredLinear:
-    return FactoredLinear(
-        linear.in_features,
-        linear.out_features,
-        right,
-        left,
-        bias=linear.bias is not None,
-        device=linear.weight.device,
-        dtype=linear.weight.dtype,
-    )

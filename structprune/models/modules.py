@@ -88,6 +88,19 @@ class FactoredLinear(nn.Module):
         zeros = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
 
+    @classmethod
+    def like(cls, linear: nn.Linear, wrapper_in: int, wrapper_out: int) -> "FactoredLinear":
+        """Return one that takes a linear's place: its sizes, device and dtype, a bias where it has one."""
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            wrapper_in,
+            wrapper_out,
+            bias=linear.bias is not None,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
         outputs = blockwise(self.left, self.core(blockwise(self.right, inputs)))

@@ -24,10 +24,10 @@ from structprune.storage.output import check_output
 
 def at(recipe: Recipe, sparsity: float | str) -> Recipe:
     """Return a recipe with another sparsity, which writes into a folder of that name in its output."""
-    (stage,) = recipe.prune
+    stage = stage_of(recipe)
     fields = {**stage.model_dump(), "sparsity": sparsity}
     other = type(stage).model_validate(fields)
-    return recipe.model_copy(update={"prune": (other,), "output": recipe.output / str(other.asked)})
+    return recipe.model_copy(update={"prune": (other,), "output": recipe.output / str(other.sparsity)})
 
 
 def shared(recipe: Recipe) -> bool:

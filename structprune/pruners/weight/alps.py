@@ -4,7 +4,6 @@ Source: Meng et al. 2024, https://arxiv.org/abs/2406.07831
 """
 
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import ClassVar
 
 from torch import Tensor
@@ -46,9 +45,8 @@ class Alps(WeightPruner):
         """
         solutions = []
         for task in tasks:
-            amount = task.pattern or Fraction(task.removed, task.weight.numel())
             mask, weight, facts = alps(
-                task.weight, stat.gram, amount, compare=self.compare, damping=self.damping
+                task.weight, stat.gram, task.amount, compare=self.compare, damping=self.damping
             )
             solutions.append(Solution(mask, weight, facts=facts))
         return solutions

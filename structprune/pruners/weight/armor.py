@@ -15,7 +15,7 @@ from torch import Tensor
 from structprune.calibration.statistics import Gram, InputNorm
 from structprune.decide.factorise import check_sizes, factorise
 from structprune.decide.normalise import normalise
-from structprune.decide.solution import Factors, Solution, Task
+from structprune.decide.solution import Solution, Task
 from structprune.decide.sparsity import Pattern, pattern_of
 from structprune.errors import UsageError
 from structprune.models.arch import LANGUAGE_MODELS, Linear
@@ -104,7 +104,7 @@ class Armor(WeightPruner):
         facts = {"nowag_loss": found.initial, "losses": found.losses}
         if self.fold:
             return Solution(found.mask | True, weight=found.dense(), facts=facts)
-        return Solution(found.mask, factors=Factors(found.left, found.core, found.right), facts=facts)
+        return Solution(found.mask, factors=found, facts=facts)
 
     def added_parameters(self, model: Model) -> int:
         """Return how many parameters the wrappers add."""

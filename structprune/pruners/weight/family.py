@@ -15,7 +15,7 @@ from torch import Tensor
 from structprune.calibration.collect import Collected, remembered_bytes
 from structprune.calibration.notebook import Notebook
 from structprune.calibration.statistics import InputNorm, widest
-from structprune.decide.budget import AnyBudget, Compare
+from structprune.decide.budget import AnyBudget, Compare, TargetParams
 from structprune.decide.choice import Choice
 from structprune.decide.record import record, told
 from structprune.decide.shares import counts
@@ -110,13 +110,14 @@ class WeightPruner(Choice, Pruner):
     @final
     def looks_at_data(self) -> bool:
         """Tell whether score, budget or repair need calibration data."""
-        return self.needs_data or self._statistic is not None
+        return bool(self.needs_data or self._statistic or (self.budget and self.budget.measures))
 
     @property
     @final
     def asked(self) -> float | str:
-        """Return the sparsity field."""
-        return self.sparsity
+        """Return the sparsity, or how many parameters were to be left."""
+        left = self.budget.parameters if isinstance(self.budget, TargetParams) else None
+        return self.sparsity if left is None else f"{left} parameters"
 
     @property
     def _statistic(self) -> type[InputNorm] | None:
@@ -305,10 +306,9 @@ class WeightPruner(Choice, Pruner):
         chosen = [linear for block in self.all_chosen(model) for linear in block]
         facts: dict[str, Any] = {"prunable": self._prunable(names_of(model), chosen)}
         if self.indivisible == "dense":
-            every = [
-                one for index, found in enumerate(all_linears(model)) for one in self.named(index, found)
-            ]
-            facts["left_dense"] = {one.label: self.misfit(one) for one in every if self.misfit(one)}
+            named = [self.named(index, found) for index, found in enumerate(all_linears(model))]
+            reasons = ((one.label, self.misfit(one)) for block in named for one in block)
+            facts["left_dense"] = {label: reason for label, reason in reasons if reason}
         return facts
 
     def _prunable(self, names: Names, chosen: Sequence[Linear]) -> list[str]:

@@ -7,7 +7,6 @@ solved stacked. It removes one weight too many in every block of columns; here t
 """
 
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -53,7 +52,7 @@ class Sparsegpt(WeightPruner):
             stat: Gram matrix of their input, shape [in, in].
         """
         factored = hessian.factor(stat.gram, self.damping)
-        amounts = [task.pattern or Fraction(task.removed, task.weight.numel()) for task in tasks]
+        amounts = [task.amount for task in tasks]
         weights = [task.weight for task in tasks]
         solved = obs.sparsegpt(weights, factored, amounts, block=self.block, joint=self.joint)
         return [

@@ -4,7 +4,6 @@ Source: Ilin and Richtarik 2025, https://arxiv.org/abs/2504.05346
 """
 
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -50,7 +49,6 @@ class Thanos(WeightPruner):
         factored = hessian.factor(stat.gram, self.damping)
         solutions = []
         for task in tasks:
-            amount = task.pattern or Fraction(task.removed, task.weight.numel())
-            mask, weight, loss = thanos(task.weight, stat.norm, factored, amount, block=self.block)
+            mask, weight, loss = thanos(task.weight, stat.norm, factored, task.amount, block=self.block)
             solutions.append(Solution(mask, weight, facts={"error": loss, **factored.facts}))
         return solutions
