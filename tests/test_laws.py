@@ -183,6 +183,13 @@ class TestLaws:
         assert again.finished == 1
         assert pruner.calibrate(model, batches(model), again).id == whole.id
 
+    def test_what_is_decided_leaves_memory_for_the_disk(self, method: str, tmp_path: Path) -> None:
+        model = tiny("llama")
+        pruner = quick(method)
+        plan = pruner.calibrate(model, batches(model), pruner.writer(tmp_path, model, "0" * 64))
+        assert len(plan.blocks) == len(blocks(model))
+        assert all(vars(block)["_packed"] is None for block in plan.blocks)
+
 
 # What looks at the whole model before it decides: outlier shares and gradients, each noted block by block.
 FIRST_LOOKS = [

@@ -127,9 +127,9 @@ def test_body_blocks_and_rest_are_the_whole_model(family: str, tmp_path: Path) -
         assert on_meta(stream) == inside | {"lm_head.weight"}
     with stream.outside():
         assert on_meta(stream) == inside
-    stream.fill_rest()
-    assert on_meta(stream) == inside
-    stream.drop_rest()
+    with stream.outside(embeddings=False):
+        (embeddings,) = on_meta(stream) - inside
+        assert stream.skeleton.get_parameter(embeddings) is stream.skeleton.get_input_embeddings().weight
     assert on_meta(stream) == everything
 
 
@@ -176,14 +176,13 @@ def test_tied_embeddings_are_one_parameter_however_they_are_filled(family: str, 
     def weight(path: str) -> Tensor:
         return stream.skeleton.get_parameter(f"{path}.weight")
 
-    stream.fill_rest()
-    assert weight(head) is weight(embeddings)
-    stream.drop(embeddings)
-    assert weight(embeddings).is_meta
-    assert not weight(head).is_meta
-    stream.fill(embeddings)
-    assert weight(head) is weight(embeddings)
-    stream.drop_rest()
+    with stream.outside():
+        assert weight(head) is weight(embeddings)
+        stream.drop(embeddings)
+        assert weight(embeddings).is_meta
+        assert not weight(head).is_meta
+        stream.fill(embeddings)
+        assert weight(head) is weight(embeddings)
     assert weight(head) is weight(embeddings)
     stream.fill(head)
     assert not weight(head).is_meta

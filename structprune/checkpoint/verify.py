@@ -12,6 +12,7 @@ from structprune.checkpoint.measure import Measured, Place, Stage, measure, plac
 from structprune.checkpoint.reload_streamed import loader
 from structprune.checkpoint.verification import Check, Verification
 from structprune.errors import InputError
+from structprune.machine import give_back_memory
 from structprune.models import factored, walk
 from structprune.models.identity import architecture_of
 from structprune.models.streamed import Model, StreamedModel, open_model
@@ -155,6 +156,7 @@ def _measure(
         touching = [stage for stage in stages if name in stage.valued or name in stage.masked]
         if touching and name in touching[-1].valued:
             found[name].foreign = not touching[-1].holds(name, tensor)
+        give_back_memory()
         progress("verify", len(found), len(reader.tensors))
     return found, where
 

@@ -95,14 +95,6 @@ class StreamedModel:
         """Release every parameter under a module path; a tied one stays alive under its other names."""
         self._drop(self._under(prefix))
 
-    def fill_rest(self) -> None:
-        """Read everything outside the blocks: embeddings, final norm, head, vision tower."""
-        self._fill(self._outside(head=True))
-
-    def drop_rest(self) -> None:
-        """Release everything outside the blocks."""
-        self._drop(self._outside(head=True))
-
     @contextmanager
     def resident(self, prefix: str) -> Iterator[nn.Module]:
         """Hold the parameters under a module path for the length of a `with`; what was there before stays."""
@@ -110,9 +102,14 @@ class StreamedModel:
             yield self.skeleton.get_submodule(prefix)
 
     @contextmanager
-    def outside(self, *, head: bool = True) -> Iterator[None]:
-        """Hold what is outside the blocks for the length of a `with`, except the head when not asked for."""
-        with self._held(self._outside(head=head)):
+    def outside(self, *, head: bool = True, embeddings: bool = True) -> Iterator[None]:
+        """Hold what is outside the blocks for the length of a `with`: norms, positions, a vision tower.
+
+        Args:
+            head: Hold the head.
+            embeddings: Hold the token embeddings; a head that is tied to them is held by its own name.
+        """
+        with self._held(self._outside(head=head, embeddings=embeddings)):
             yield
 
     @contextmanager
@@ -127,10 +124,13 @@ class StreamedModel:
     def _under(self, prefix: str) -> list[str]:
         return [name for name in self._empty if not prefix or name.startswith(f"{prefix}.")]
 
-    def _outside(self, *, head: bool) -> list[str]:
+    def _outside(self, *, head: bool, embeddings: bool) -> list[str]:
         base = "" if head else f"{self.skeleton.base_model_prefix}."
-        inside = tuple(f"{prefix}." for prefix in self.blocks)
-        return [name for name in self._empty if name.startswith(base) and not name.startswith(inside)]
+        skipped = [f"{prefix}." for prefix in self.blocks]
+        if not embeddings:
+            tokens = self.skeleton.get_input_embeddings()
+            skipped += [f"{name}." for name, module in self.skeleton.named_modules() if module is tokens]
+        return [name for name in self._empty if name.startswith(base) and not name.startswith(tuple(skipped))]
 
     def _fill(self, wanted: Iterable[str]) -> None:
         new = [name for name in wanted if name not in self._filled]
@@ -217,6 +217,8 @@ def open_model(
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not known", hint=f"one of: auto, {', '.join(DTYPES)}")
+    if stream:
+        give_back_memory()
     reader = CheckpointReader(path, allow_external_symlinks=allow_external_symlinks)
     config = _open_config(reader, trust_remote_code)
     kept = _stored_dtype(reader) if dtype == "auto" else DTYPES[dtype]

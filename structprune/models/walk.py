@@ -263,9 +263,9 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def outside(model: Model, part: str) -> Iterator[None]:
-    """Hold what is not in the blocks in memory: "body" (embeddings, norms) or "all" (the head too)."""
+    """Hold what is not in the blocks: the "body" without the head, or the "tail" without embeddings."""
     if isinstance(model, StreamedModel):
-        with model.outside(head=part == "all"):
+        with model.outside(head=part == "tail", embeddings=part == "body"):
             yield
     else:
         yield
@@ -296,9 +296,13 @@ def tail(model: Model) -> Iterator[Callable[[Tensor, Batch], Tensor]]:
     """Yield what turns the last block's output into logits, in memory for the length of a `with`.
 
     Final norm, head and whatever the model does between them are run by the model itself, its blocks
-    replaced by their known result.
+    replaced by their known result; what it looks up for its first block is zeros.
     """
     current: list[Tensor] = []
+    embedding = skeleton(model).get_input_embeddings()
+
+    def nothing(ids: Tensor) -> Tensor:
+        return current[-1].new_zeros(*ids.shape, embedding.embedding_dim)
 
     def finish(hidden: Tensor, batch: Batch) -> Tensor:
         current[:] = [hidden]
@@ -306,7 +310,8 @@ def tail(model: Model) -> Iterator[Callable[[Tensor, Batch], Tensor]]:
         result: Tensor = skeleton(model)(**inputs, use_cache=False).logits
         return result
 
-    with outside(model, "all"), ExitStack() as stack:
+    with outside(model, "tail"), ExitStack() as stack:
+        stack.enter_context(replaced_forward(embedding, nothing))
         for _, module in blocks(model):
             stack.enter_context(replaced_forward(module, lambda *args, **kwargs: current[-1]))
         yield finish

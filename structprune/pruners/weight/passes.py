@@ -119,9 +119,10 @@ def walk_data(
             if dense:
                 continue
         if block.index < last:
-            plan = {} if dense else writer.blocks[block.index]
-            with edit.temporarily(block.prefix, block.module, plan, names_of(model)):
+            decided = writer.blocks[block.index]
+            with edit.temporarily(block.prefix, block.module, {} if dense else decided, names_of(model)):
                 block.advance()
+            decided.release()
 
 
 def solve_block(
