@@ -24,7 +24,7 @@ from structprune.checkpoint.accelerate import (
     unable,
 )
 from structprune.errors import UsageError
-from structprune.models.walk import logits
+from structprune.models.outputs import logits
 from tests.tiny import save_tiny, tiny, tokens
 
 

@@ -24,8 +24,9 @@ from structprune.checkpoint.verify import verify
 from structprune.errors import EnvironmentFailure, UsageError
 from structprune.models.arch import all_linears, blocks
 from structprune.models.modules import FactoredLinear, overhead
+from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
-from structprune.models.walk import Walk, logits
+from structprune.models.walk import Walk
 from structprune.pruners.weight.armor import Armor
 from structprune.pruners.weight.sparsegpt import Sparsegpt
 from structprune.pruners.weight.wanda import Wanda

@@ -19,8 +19,8 @@ from structprune.checkpoint.verify import verify
 from structprune.errors import InputError, UsageError
 from structprune.models.arch import all_linears
 from structprune.models.edit import stored
+from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
-from structprune.models.walk import logits
 from structprune.pipeline import prune_each
 from structprune.plan import Plan
 from structprune.pruners.weight.family import WeightPruner

@@ -16,8 +16,8 @@ from structprune import pruner as registry
 from structprune.calibration.notebook import Notebook
 from structprune.errors import InputError, Interrupted, UsageError
 from structprune.models.arch import all_linears, arch_of, blocks, linears
+from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
-from structprune.models.walk import logits
 from structprune.plan import Plan, PlanWriter
 from structprune.pruner import Pruner
 from structprune.pruners.weight.family import WeightPruner

@@ -19,8 +19,8 @@ from structprune import pruner as registry
 from structprune.calibration.notebook import Notebook
 from structprune.checkpoint import fresh
 from structprune.errors import EnvironmentFailure, InputError, Interrupted, QualityError, UsageError
+from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
-from structprune.models.walk import logits
 from tests.methods import CALIBRATION, TEXT, accepts, quick
 from tests.tiny import save_tiny
 

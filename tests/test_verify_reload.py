@@ -8,7 +8,7 @@ import torch
 from structprune.checkpoint import fresh
 from structprune.checkpoint.measure import Place, measure
 from structprune.checkpoint.verify import verify
-from structprune.models import walk
+from structprune.models.outputs import logits
 from structprune.models.streamed import StreamedModel, open_model
 from structprune.storage.reader import CheckpointReader
 from structprune.storage.side_files import copy_side_files
@@ -99,7 +99,7 @@ class TestTheFreshProcess:
             assert found.missing == ()
             assert found.same_with_cache is True
             assert found.logits is not None
-            expected = walk.logits(models[folder], {"input_ids": ids[folder]})
+            expected = logits(models[folder], {"input_ids": ids[folder]})
             assert fresh.difference(found.logits, expected)[0]
         assert "AutoModelForCausalLM" in results[0].loader
         assert "AutoModelForImageTextToText" in results[1].loader

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from structprune.models import walk
+from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
 from structprune.storage.tensor_file import read_tensors, save_tensors
 from structprune.version import __version__
@@ -29,8 +29,8 @@ def main(jobs_file: str) -> None:
             model = open_model(
                 Path(job["folder"]), stream=True, dtype=job["dtype"], trust_remote_code=job["trusted"]
             )
-            logits = walk.logits(model, read_tensors(Path(job["probe"])))
-            save_tensors(Path(job["logits"]), {"logits": logits})
+            found = logits(model, read_tensors(Path(job["probe"])))
+            save_tensors(Path(job["logits"]), {"logits": found})
         line = {"folder": job["folder"], "loader": f"{loader()} (streamed)"}
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()

@@ -13,8 +13,9 @@ from structprune.checkpoint.reload_streamed import loader
 from structprune.checkpoint.verification import Check, Verification
 from structprune.errors import InputError
 from structprune.machine import give_back_memory
-from structprune.models import factored, walk
+from structprune.models import factored
 from structprune.models.identity import architecture_of
+from structprune.models.outputs import logits
 from structprune.models.streamed import Model, StreamedModel, open_model
 from structprune.storage.manifest import MANIFEST, check_manifest, read_manifest
 from structprune.storage.reader import CheckpointReader
@@ -271,14 +272,14 @@ def _check_reload(
 ) -> None:
     ids = fresh.probe(model.config)
     if stream:
-        ours = walk.logits(model, {"input_ids": ids})
+        ours = logits(model, {"input_ids": ids})
     else:
         with model.resident(""):
-            ours = walk.logits(model.skeleton, {"input_ids": ids})
+            ours = logits(model.skeleton, {"input_ids": ids})
     result.loads_in.append(loader())
     # An accelerator rounds differently from the processor that the folder is run on here.
     if reference is not None and reference.device.type == "cpu":
-        same, said = fresh.difference(walk.logits(reference, {"input_ids": ids}).cpu(), ours)
+        same, said = fresh.difference(logits(reference, {"input_ids": ids}).cpu(), ours)
         result.row("logits", [] if same else [f"this run's model: {said}"], f"this run's model: {said}")
     dtype = str(model.dtype).removeprefix("torch.")
     # The modelling file that we wrote ourselves may run in a process that knows nothing else of us.

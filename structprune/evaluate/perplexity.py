@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from structprune.calibration.data import begin, cut
 from structprune.errors import InputError
-from structprune.models import walk
+from structprune.models.outputs import outputs
 from structprune.models.streamed import Batch, Model
 
 # The float32 copies that one chunk of tokens takes, of which there are up to four: 64 MB is 128 tokens at a
@@ -119,10 +119,8 @@ def score(model: Model, text: Windows, *, dense: Model | None = None, batch_size
     starts = iter(text.starts)
     for low in range(0, len(batches), held):
         group = batches[low : low + held]
-        others: Iterator[Tensor | None] = (
-            repeat(None, len(group)) if dense is None else walk.outputs(dense, group)
-        )
-        for batch, mine, other in zip(group, walk.outputs(model, group), others, strict=True):
+        others: Iterator[Tensor | None] = repeat(None, len(group)) if dense is None else outputs(dense, group)
+        for batch, mine, other in zip(group, outputs(model, group), others, strict=True):
             for row, ids in enumerate(batch["input_ids"]):
                 start = next(starts)
                 rival = None if other is None else other[row, start - 1 : -1]

@@ -24,9 +24,10 @@ from structprune.models.arch import Linear, arch_of, blocks, linears
 from structprune.models.experts import recording_experts
 from structprune.models.gradients import NORMS, GradientNorm, Norm
 from structprune.models.identity import skeleton
+from structprune.models.outputs import tail
 from structprune.models.spill import Spilled
 from structprune.models.streamed import Batch, Model
-from structprune.models.walk import Block, Call, capture, replaced_forward, resident, tail
+from structprune.models.walk import Block, Call, capture, replaced_forward, resident
 from structprune.storage.durable import blame
 
 # The largest gradient that enters a block is brought to between 2**4 and 2**5. Float16 ends at 2**16, which
