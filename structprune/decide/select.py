@@ -92,14 +92,15 @@ def groups(scores: Tensor, kept: int, of: int) -> Tensor:
     if of > PAIRWISE_LIMIT:
         return rows(scores.reshape(-1, of), of - kept).view(scores.shape)
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    place: Array = None
+    behind: Array = None
     for piece, out in _pieces(scores, mask):
         flat = piece.reshape(-1)
-        if place is None:  # the first piece is the longest
-            place = _places(scores.device, len(flat), of)
-            inside = [place < of - shift for shift in range(1, of)]
-        rank = _rank(flat, of - 1 - place[: len(flat)], inside)
-        out[:] = (rank >= of - kept).reshape(out.shape)
+        if behind is None:  # the first piece is the longest
+            behind = of - 1 - _places(scores.device, len(flat), of)
+            inside = [behind >= shift for shift in range(1, of)]
+        rank = _rank(flat, behind[: len(flat)] + 0, inside)
+        library = np if isinstance(rank, np.ndarray) else torch
+        library.greater_equal(rank, of - kept, out=out.reshape(-1))
     return mask
 
 
