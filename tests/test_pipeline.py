@@ -263,3 +263,42 @@ def test_inspect_counts_what_the_model_has(llama: Path) -> None:
     assert found["prunable"] == 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
     assert found["patterns"] == ["1:4", "2:4", "3:4", "4:8"]
     assert found["sparsity"] == 0.0
+
+
+def test_a_run_stopped_in_its_recovery_goes_on_there(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recovery = {"teacher": str(llama), "steps": 2, "check_every": 1, "length": 16, "learning_rate": 1e-3}
+
+    def run(**more: Any) -> dict[str, Any]:
+        found: dict[str, Any] = structprune.prune(
+            llama, tmp_path / "out", "wanda", sparsity=0.6, recover=recovery, **QUICK, **more
+        )
+        return found
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "recover", stopped)
+        with pytest.raises(Interrupted):
+            run()
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "decide", stopped)
+        assert run()["sparsity"] == pytest.approx(0.6, abs=0.01)
+        with pytest.raises(EnvironmentFailure, match="out: "):
+            run()
+        with pytest.raises(Interrupted):
+            run(restart=True, overwrite=True)
+
+
+def test_restart_forgets_an_unfinished_recovery_too(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial-0123456789abcdef" / "structprune").mkdir(parents=True)
+    recovery = {"teacher": str(llama), "steps": 2, "check_every": 1, "length": 16, "learning_rate": 1e-3}
+    with pytest.raises(EnvironmentFailure, match="unfinished"):
+        structprune.prune(llama, tmp_path / "out", "wanda", recover=recovery, **QUICK)
+    structprune.prune(
+        llama, tmp_path / "out", "wanda", recover=recovery, restart=True, overwrite=True, **QUICK
+    )
+    assert (tmp_path / "out" / "structprune.json").is_file()
+    assert not list(tmp_path.glob("*.partial-*"))

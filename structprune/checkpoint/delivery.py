@@ -16,7 +16,7 @@ from typing import Any
 from structprune.errors import EnvironmentFailure
 from structprune.storage.durable import UNFINISHED, DurableFile, blame
 from structprune.storage.lock import Lock
-from structprune.storage.manifest import OURS, write_manifest
+from structprune.storage.manifest import MANIFEST, OURS, check_manifest, write_manifest
 from structprune.storage.output import discard, partial_of, partials_of, publish, settle
 from structprune.storage.plan_block import canonical
 from structprune.storage.strict_json import read_json
@@ -114,6 +114,17 @@ def deliver(
         work = Delivery(final, folder, overwrite=overwrite)
         work.write_text(FINGERPRINT, json.dumps(dict(fingerprint), indent=1, sort_keys=True) + "\n")
         yield work
+
+
+def delivered(final: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Tell whether a folder is the complete and untouched result of a run with this fingerprint.
+
+    Raises:
+        EnvironmentFailure: A file cannot be read.
+    """
+    file = final / FINGERPRINT
+    same = file.is_file() and read_json(file, limit_bytes=FINGERPRINT_LIMIT) == dict(fingerprint)
+    return same and (final / MANIFEST).is_file() and not check_manifest(final)
 
 
 def _refuse(left: Path, fingerprint: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ ROUNDINGS = 16
 
 
 def open_plainly(folder: str, dtype: str, *, trusted: bool) -> tuple[Any, str, dict[str, list[str]]]:
-    """Return the model, the class that opened it, and the tensors that transformers missed or misfit."""
+    """Return the model, what opened it, and the tensors that transformers missed or misfit."""
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trusted}
     config = AutoConfig.from_pretrained(folder, **options)
     vision = config.get_text_config() is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -37,7 +37,10 @@ def open_plainly(folder: str, dtype: str, *, trusted: bool) -> tuple[Any, str, d
         folder, dtype=getattr(torch, dtype), output_loading_info=True, **options
     )
     keys = {kind: sorted(str(key) for key in found[f"{kind}_keys"]) for kind in ("missing", "mismatched")}
-    return model.eval(), factory.__name__, keys
+    loader = factory.__name__
+    if hasattr(config, "auto_map") and trusted:
+        loader += ", trust_remote_code=True"
+    return model.eval(), loader, keys
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from structprune.checkpoint.delivery import Clock, deliver
+from structprune.checkpoint.delivery import Clock, deliver, delivered
 from structprune.checkpoint.export import Progress
 from structprune.checkpoint.opened import open_source
 from structprune.checkpoint.plans import read_plans, save_plans, stages
@@ -80,9 +80,11 @@ def prune(
     clock = Clock()
     with clock.phase("read"):
         folder = resolve(recipe.model, revision=recipe.revision)
-        final = check_output(
-            folder, _pruned_folder(recipe), overwrite=overwrite, needed_bytes=weight_bytes(folder)
-        )
+        needed = weight_bytes(folder)
+        final = check_output(folder, recipe.output, overwrite=overwrite, needed_bytes=needed)
+        if recipe.recover is not None:  # which makes the output from a pruned model beside it
+            pruned = recipe.output.with_name(f"{recipe.output.name}.pruned")
+            final = check_output(folder, pruned, overwrite=True, needed_bytes=needed)
         source = open_source(
             recipe.model,
             folder,
@@ -96,29 +98,35 @@ def prune(
         kept = read_scores(Path(scores), recipe.prune, source) if scores else None
         calibration = None if kept else calibrate_on(recipe, source)
     run = fingerprint(recipe, source, calibration) | ({"scores": kept.id} if kept else {})
-    with deliver(final, run, restart=restart, overwrite=overwrite) as work:
-        goal = achievable(recipe.prune, source.model)
-        with clock.phase("calibrate"):
-            plans, resumed = decide(recipe.prune, source, calibration, work, progress, kept)
-        done = done_by(recipe, plans, calibration, goal, resumed)
-        with clock.phase("write"):
-            work.write_text("structprune/recipe.yaml", recipe.text())
-            write(source, work, plans, progress)
-        result = finish(work, source, clock, done, options=recipe.evaluate, reload=reload, progress=progress)
-    if recipe.recover is not None:
-        return recover(
-            str(work.final),
-            recipe.output,
-            recipe.recover,
-            seed=recipe.seed,
-            overwrite=overwrite,
-            device=recipe.device,
-            evaluate=recipe.evaluate,
-            dense=str(folder),
-            reload=reload,
-            progress=progress,
-        )
-    return result
+    if recipe.recover is None or restart or not delivered(final, run):
+        check_output(folder, final, overwrite=overwrite)
+        with deliver(final, run, restart=restart, overwrite=overwrite) as work:
+            goal = achievable(recipe.prune, source.model)
+            with clock.phase("calibrate"):
+                plans, resumed = decide(recipe.prune, source, calibration, work, progress, kept)
+            done = done_by(recipe, plans, calibration, goal, resumed)
+            with clock.phase("write"):
+                work.write_text("structprune/recipe.yaml", recipe.text())
+                write(source, work, plans, progress)
+            result = finish(
+                work, source, clock, done, options=recipe.evaluate, reload=reload, progress=progress
+            )
+        if recipe.recover is None:
+            return result
+    return recover(
+        str(final),
+        recipe.output,
+        recipe.recover,
+        seed=recipe.seed,
+        overwrite=overwrite,
+        restart=restart,
+        device=recipe.device,
+        trust_remote_code=trust_remote_code,
+        evaluate=recipe.evaluate,
+        dense=str(folder),
+        reload=reload,
+        progress=progress,
+    )
 
 
 def prune_each(
@@ -211,10 +219,3 @@ def _recipe(
         stage = {"method": pruner} | {k: v for k, v in options.items() if k not in Recipe.model_fields}
         options = {k: v for k, v in options.items() if k in Recipe.model_fields}
     return build(Recipe, {"model": model, "output": output, "prune": stage, **options})
-
-
-def _pruned_folder(recipe: Recipe) -> Path:
-    """Return where the pruned model goes: beside the output when a recovery makes the output from it."""
-    if recipe.recover is None:
-        return recipe.output
-    return recipe.output.with_name(f"{recipe.output.name}.pruned")
