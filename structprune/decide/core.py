@@ -2,19 +2,22 @@
 
 Source: Liu et al. 2025, ARMOR, https://arxiv.org/abs/2510.05528 (the closed form over a group's supports)
 With the wrappers fixed, each block of the core has a quadratic of its own: left Gram (x) right Gram. The
-paper updates one group per block at a time, because the groups of a block interact. Here a sample of them
-moves at once, and a block takes the move only if its own loss falls; the sample of a block shrinks when it
-refuses and grows when it accepts. What the groups' interaction leaves undone is done by conjugate gradients
-on the values. The gradient is kept up to date incrementally.
+paper updates one group per block at a time, because the groups of a block interact. Here all groups are first
+searched together by ADMM, as ALPS does for a whole matrix: the product of two small Gram matrices is solved
+exactly through their eigenvectors. Then a sample of the groups moves at once, each exactly; the sample of a
+block shrinks when it refuses and grows when it accepts. What the groups' interaction leaves undone is done by
+conjugate gradients on the values. A block takes what it is offered only if its own loss falls. The gradient
+is kept up to date incrementally.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import comb
 
 import torch
 from torch import Tensor
 
+from structprune.decide import select
 from structprune.errors import UsageError
 
 # 4:8 has 70 supports; every one of them is tried for every group.
@@ -23,6 +26,9 @@ MOST_SUPPORTS = 128
 RIDGE = 1e-6
 # The share of a block's groups that move together: at first, and how it adapts to being accepted.
 START_SHARE, LEAST_SHARE, MORE, LESS = 0.3, 0.002, 1.2, 0.6
+# What pulls the two copies of ADMM together, first and last, where the quadratic's diagonal is 1. Below, the
+# support never settles; above, it never moves (measured with scripts/bench/armor.py).
+PULL = 0.1, 0.6
 
 
 def supports(pattern: tuple[int, int]) -> Tensor:
@@ -57,6 +63,46 @@ class Core:
     left: Tensor
     right: Tensor
     pattern: tuple[int, int]
+
+    def search(self, steps: int, refits: int) -> Tensor:
+        """Search the supports of all groups together by ADMM and refit the values on what it finds.
+
+        Args:
+            steps: Steps of ADMM; one costs four products of blocks.
+            refits: Conjugate-gradient steps on the support that it ends with.
+
+        Returns:
+            Which blocks took what was found, shape [rows, columns], bool.
+        """
+        values = self._by_admm(steps)
+        found = replace(self, values=values, gradient=self.gradient + self._bend(values - self.values))
+        found.refit(values != 0, refits)
+        falls = ((found.values - self.values) * (self.gradient + found.gradient)).sum((2, 3)) < 0
+        taken = falls[:, :, None, None]
+        self.values = torch.where(taken, found.values, self.values)
+        self.gradient = torch.where(taken, found.gradient, self.gradient)
+        return falls
+
+    def _by_admm(self, steps: int) -> Tensor:
+        """Return the sparse one of two copies of the values; the other is free to minimise the quadratic."""
+        (left, by_row), (right, by_column) = scaled(self.left), scaled(self.right)
+        scale = by_row[:, None, :, None] * by_column[None, :, None, :]
+        (bends, turn), (curves, spin) = torch.linalg.eigh(left), torch.linalg.eigh(right)
+        curvature = bends.clamp_min(0)[:, None, :, None] * curves.clamp_min(0)[None, :, None, :]
+        turn, spin, unturn, unspin = turn[:, None], spin[None], turn.mT[:, None], spin.mT[None]
+        sparse = self.values * scale
+        # In the basis of the eigenvectors: the quadratic's own minimum, times its curvature.
+        aim = curvature * (unturn @ sparse @ spin) - unturn @ (self.gradient / scale) @ spin
+        apart, (pull, last) = torch.zeros_like(sparse), PULL
+        growth = (last / pull) ** (1 / steps)
+        for _ in range(steps):
+            free = unturn @ (sparse - apart) @ spin
+            free = turn @ free.mul_(pull).add_(aim).div_(curvature + pull) @ unspin
+            free += apart
+            sparse = free * select.groups(free.abs().flatten(0, -2), *self.pattern).view(free.shape)
+            apart = (free - sparse).div_(growth)
+            pull *= growth
+        return sparse / scale
 
     def move_groups(self, share: Tensor, generator: torch.Generator, sweeps: int) -> Tensor:
         """Choose supports and values of a sample of the groups at once, each exactly, the others held.
@@ -123,6 +169,12 @@ def diagonal(gram: Tensor) -> Tensor:
     """Return the diagonals of Gram matrices [n, b, b], lifted off zero, shape [n, b]."""
     found = gram.diagonal(dim1=1, dim2=2)
     return found + RIDGE * found.mean() + torch.finfo(found.dtype).tiny
+
+
+def scaled(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale Gram matrices [n, b, b] to a diagonal of ones; returns them and the scales, shape [n, b]."""
+    scale = diagonal(gram).sqrt()
+    return gram / scale[:, :, None] / scale[:, None, :], scale
 
 
 def group_curvature(right: Tensor, of: int) -> Tensor:

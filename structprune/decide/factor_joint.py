@@ -6,6 +6,8 @@ linearised problem sees them. The exact solutions for the wrappers precondition 
 Source of the problem: Liu et al. 2025, ARMOR, https://arxiv.org/abs/2510.05528
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,11 +43,12 @@ def joint_step(problem: Problem, state: State, steps: int) -> State:
 def _direction(problem: Problem, state: State, steps: int) -> Step:
     """Return the direction that conjugate gradients find for the linearised problem."""
     left, core, right = state.left, state.core, state.right
-    inner, mask = problem.rows(blockwise(right.mT, core)), core != 0
+    inner = problem.rows(blockwise(right.mT, core))
     outer = problem.columns((left @ problem.rows(core)).reshape(core.shape))
     left_inverse = inverted(inner @ problem.rows(problem.weighed(inner.reshape(core.shape))).mT)
     right_inverse = inverted(outer.mT @ outer)
     own = diagonal(left.mT @ left).reshape(-1, 1) * diagonal(right @ right.mT).reshape(-1)
+    ease = (core != 0) / own  # zero off the support, where nothing may move
 
     def ahead(step: Step) -> Tensor:
         turned = problem.rows(blockwise(right.mT, step[1]) + blockwise(step[2].mT, core))
@@ -55,37 +58,36 @@ def _direction(problem: Problem, state: State, steps: int) -> Step:
         weighed = problem.rows(problem.weighed(residual))
         pulled = (left.mT @ weighed).reshape(core.shape)
         by_column = problem.columns(core).mT @ problem.columns(pulled)
-        return weighed @ inner.mT, blockwise(right, pulled) * mask, by_column
+        return weighed @ inner.mT, blockwise(right, pulled), by_column
 
     def eased(step: Step) -> Step:
-        return step[0] @ left_inverse, step[1] / own, right_inverse @ step[2]
+        return step[0] @ left_inverse, step[1] * ease, right_inverse @ step[2]
 
     residual = -state.residual
     pull = back(residual)
     toward = eased(pull)
     before = _dot(pull, toward)
-    direction, total = toward, _plus(toward, -1.0, toward)
+    direction = toward
+    total = torch.zeros_like(left), torch.zeros_like(core), torch.zeros_like(right)
     for _ in range(steps):
         if before <= 0:  # nothing is left to gain
             break
         reach = ahead(direction)
-        length = before / max(float((reach * problem.weighed(reach)).sum()), torch.finfo(reach.dtype).tiny)
-        total = _plus(total, length, direction)
-        residual = residual - length * reach
+        length = before / max(_dot((reach,), (problem.weighed(reach),)), torch.finfo(reach.dtype).tiny)
+        for part, change in zip(total, direction):
+            part.add_(change, alpha=length)
+        residual.sub_(reach, alpha=length)
         pull = back(residual)
         toward = eased(pull)
         now = _dot(pull, toward)
-        direction = _plus(toward, now / before, direction)
+        for change, fresh in zip(direction, toward):
+            change.mul_(now / before).add_(fresh)
         before = now
     return total
 
 
-def _plus(one: Step, factor: float, other: Step) -> Step:
-    return one[0] + factor * other[0], one[1] + factor * other[1], one[2] + factor * other[2]
-
-
-def _dot(one: Step, other: Step) -> float:
-    return sum(float((a * b).sum()) for a, b in zip(one, other))
+def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    return sum(float(torch.dot(a.reshape(-1), b.reshape(-1))) for a, b in zip(one, other))
 
 
 def inverted(normal: Tensor) -> Tensor:

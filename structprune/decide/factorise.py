@@ -2,9 +2,9 @@
 
 Source: Liu et al. 2025, ARMOR, https://arxiv.org/abs/2510.05528
 The paper takes one Adam step on all three factors and updates one group per block, 20 000 times. Here a round
-solves the left wrapper exactly, then the right one, moves the core (`core`), then all three together
-(`factor_joint`). Each is a half-step, and one that would raise the loss is not taken, so
-the loss never rises and never exceeds NoWag-P's, where it starts. The paper's loop is `solver="adam"`.
+solves the left wrapper exactly, then the right one, searches and refits the core (`core`), then moves all
+three together (`factor_joint`). Each is a half-step, and one that would raise the loss is not taken, so the
+loss never rises and never exceeds NoWag-P's, where it starts. The paper's loop is `solver="adam"`.
 With the "gram" proxy the loss is the error of the outputs, tr(E H E^T); the paper keeps H's diagonal only.
 """
 
@@ -30,12 +30,12 @@ Solver = Literal["descent", "adam"]
 # Told the relative loss, after every half-step of the descent and now and then by Adam.
 Watch = Callable[[float], None]
 
-# Measured with scripts/bench/armor.py: moves of the groups per round, then conjugate-gradient steps on the
-# values.
-SWEEPS, REFIT_STEPS = 4, 5
+# Measured with scripts/bench/armor.py. For the core: steps of ADMM, conjugate-gradient steps on the values it
+# ends with, moves of the groups where it was refused, and conjugate-gradient steps after them.
+ADMM_STEPS, ADMM_REFITS, SWEEPS, REFITS = 20, 10, 1, 5
 # Conjugate-gradient steps of the joint step: in the first round, more in every later one, and at most. While
 # the supports still change much, a precise step is wasted.
-JOINT_FIRST, JOINT_MORE, JOINT_MOST = 5, 5, 120
+JOINT_FIRST, JOINT_MORE, JOINT_MOST = 20, 5, 120
 # Of the mean curvature: first what float32 needs, then what a singular matrix needs; always towards the
 # present value, so that the step stays a descent.
 RIDGES = (1e-6, 1e-4, 1e-2)
@@ -279,8 +279,11 @@ def _move_core(problem: Problem, state: State, share: Tensor, generator: torch.G
             piece = slice(first, first + step)
             gradient = state.left[piece, None].mT @ weighed[piece] @ right.mT
             blocks = Core(values[piece].contiguous(), gradient, left_gram[piece], right_gram, problem.pattern)
-            share[piece, part] = blocks.move_groups(share[piece, part], generator, SWEEPS)
-            blocks.refit(blocks.values != 0, REFIT_STEPS)
+            refused = ~blocks.search(ADMM_STEPS, ADMM_REFITS)
+            if refused.any():
+                moved = blocks.move_groups(share[piece, part] * refused, generator, SWEEPS)
+                share[piece, part] = torch.where(refused, moved, share[piece, part])
+            blocks.refit(blocks.values != 0, REFITS)
             change = state.left[piece, None] @ (blocks.values - values[piece]) @ right
             rows = slice(first * size_out, (first + len(change)) * size_out)
             core[rows, span] = blocks.values.transpose(1, 2).reshape(-1, span.stop - span.start)
