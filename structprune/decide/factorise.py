@@ -35,7 +35,7 @@ Watch = Callable[[float], None]
 ADMM_STEPS, ADMM_REFITS, SWEEPS, REFITS = 20, 10, 1, 5
 # Conjugate-gradient steps of the joint step: in the first round, more in every later one, and at most. While
 # the supports still change much, a precise step is wasted.
-JOINT_FIRST, JOINT_MORE, JOINT_MOST = 20, 5, 120
+JOINT_FIRST, JOINT_MORE, JOINT_MOST = 20, 2, 60
 # Of the mean curvature: first what float32 needs, then what a singular matrix needs; always towards the
 # present value, so that the step stays a descent.
 RIDGES = (1e-6, 1e-4, 1e-2)
@@ -77,7 +77,7 @@ def factorise(
     pattern: tuple[int, int] = (2, 4),
     wrapper: int | tuple[int, int] = 128,
     *,
-    rounds: int = 40,
+    rounds: int = 20,
     seed: int = 0,
     proxy: Proxy = "diagonal",
     solver: Solver = "descent",

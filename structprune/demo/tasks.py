@@ -56,10 +56,21 @@ def write_tasks(folder: Path, seed: int = TASK_SEED, size: int = 200) -> list[st
     for name, kind in MULTIPLE_CHOICE.items():
         dice = Dice(seed)
         rows = [_choice_row(question, dice) for question in islice(questions(kind, seed), size)]
-        _write(folder, name, rows, _multiple_choice())
+        write_choices(folder, name, rows)
     sums = [{"prompt": q.prompt, "answer": q.answer} for q in islice(questions("arithmetic", seed), size)]
     _write(folder, "demo_arithmetic", sums, _generate())
     return ["demo_text", *MULTIPLE_CHOICE, "demo_arithmetic"]
+
+
+def write_choices(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    """Write an lm-eval task of multiple choice.
+
+    Args:
+        folder: Where the task's file and its data go; it exists.
+        name: The task's.
+        rows: `prompt`, `choices` as they continue it, and `answer`, the index of the right one.
+    """
+    _write(folder, name, rows, _multiple_choice())
 
 
 def questions(kind: Kind, seed: int) -> Iterator[Question]:

@@ -46,7 +46,7 @@ class Armor(WeightPruner):
     wrapper_size: Annotated[int, Field(ge=1)] | None = None
     proxy: Literal["diagonal", "gram"] = "diagonal"
     solver: Literal["descent", "adam"] = "descent"
-    rounds: Annotated[int, Field(ge=1)] = 40
+    rounds: Annotated[int, Field(ge=1)] = 20
     fold: bool = False
     propagate: Literal["pruned", "dense"] = "dense"
 
