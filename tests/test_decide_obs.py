@@ -238,6 +238,17 @@ def test_one_nan_is_refused_wherever_it_is() -> None:
         factor(-torch.eye(4))
 
 
+def test_a_float64_gram_matrix_is_solved_in_float64() -> None:
+    [weight], gram = problem(inputs=160, outs=(20,))
+    found = factor(gram.double())
+    exact = torch.linalg.cholesky(torch.linalg.inv(damped(gram.double()).hessian), upper=True)
+    torch.testing.assert_close(found.upper, exact, rtol=1e-9, atol=1e-12)
+    [(mask, new, _)] = sparsegpt([weight], found, [HALF])
+    wanted_mask, wanted = column_by_column(weight, exact, HALF, 128)
+    assert torch.equal(mask, wanted_mask) and new.dtype == torch.float64
+    torch.testing.assert_close(new, wanted, rtol=1e-9, atol=1e-12)
+
+
 def test_bfloat16_weights_are_read_as_float32() -> None:
     [weight], gram = problem()
     factored = factor(gram)

@@ -34,7 +34,8 @@ class Damped:
     """A Hessian that can be inverted.
 
     Args:
-        hessian: H with its damping, shape [in, in], float32, in the units of the Gram matrix.
+        hessian: H with its damping, shape [in, in], in the units of the Gram matrix; float32, or float64 if
+            the Gram matrix is.
         dead: Which inputs were zero on every token, shape [in], bool.
         mean: The mean of the diagonal over the inputs that are not dead; 1 when all are.
     """
@@ -49,7 +50,8 @@ class Factored:
     """The factor of an inverse Hessian: H^-1 = U^T U.
 
     Args:
-        upper: U, upper triangular, shape [in, in], float32.
+        upper: U, upper triangular, shape [in, in]; float32, or float64 if the Gram matrix is. The solvers
+            work in its precision.
         dead: Which inputs were zero on every token, shape [in], bool.
         damping: The damping that was used, in mean diagonals.
         raises: How often the damping had to be raised.
@@ -79,13 +81,13 @@ def is_finite(values: Tensor) -> bool:
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
-def read_weight(weight: Tensor) -> Tensor:
-    """Return a weight in float32, apart from its gradient; not a copy when it is float32.
+def read_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a weight in some precision, apart from its gradient; not a copy when it has that already.
 
     Raises:
         QualityError: It holds NaN or infinity.
     """
-    dense = weight.detach().float()
+    dense = weight.detach().to(dtype)
     if not is_finite(dense):
         raise QualityError(
             f"a weight of {list(weight.shape)} is NaN or infinite",
@@ -106,7 +108,7 @@ def damped(gram: Tensor, damping: float = DAMPING) -> Damped:
     """
     if damping < 0:
         raise ValueError(f"a damping of {damping} is negative")
-    hessian = gram.detach().to(torch.float32, copy=True)
+    hessian = gram.detach().to(torch.promote_types(gram.dtype, torch.float32), copy=True)
     diagonal = hessian.diagonal()
     if not is_finite(hessian) or bool((diagonal < 0).any()):
         raise QualityError(
@@ -139,7 +141,7 @@ def factor(gram: Tensor, damping: float = DAMPING) -> Factored:
     if level < 0:
         raise ValueError(f"a damping of {level} is negative")
     while True:
-        for precision in (torch.float32, torch.float64):
+        for precision in dict.fromkeys((base.hessian.dtype, torch.float64)):
             upper = _inverse_factor(base, level, precision)
             if upper is not None:
                 return Factored(upper, base.dead, level, raises, str(precision).removeprefix("torch."))
@@ -160,7 +162,7 @@ def _inverse_factor(base: Damped, damping: float, precision: torch.dtype) -> Ten
     # Every pivot is at least the damping; one that rounding could have made up says nothing.
     if not _eliminate(hessian, upper, noise=torch.finfo(precision).eps * len(hessian)):
         return None
-    upper = upper.div_(base.mean**0.5).float()
+    upper = upper.div_(base.mean**0.5).to(base.hessian.dtype)
     return upper if is_finite(upper) else None
 
 

@@ -42,7 +42,7 @@ def thanos(
         UsageError: The inputs do not divide into groups of M.
         QualityError: A weight is NaN or infinite.
     """
-    new = read_weight(weight).clone()
+    new = read_weight(weight, factored.upper.dtype).clone()
     shape = pattern(sparsity)
     if shape is not None:
         check_groups(tuple(weight.shape), shape[1])

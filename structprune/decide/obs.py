@@ -26,7 +26,7 @@ Amount = Fraction | float | str | tuple[int, int]
 """How much leaves: a fraction removed, "N:M", or (kept, of)."""
 
 Solved = tuple[Tensor, Tensor, float]
-"""Mask [out, in], bool; new weight [out, in], float32, zero where removed; loss."""
+"""Mask [out, in], bool; new weight [out, in], in the factor's precision, zero where removed; loss."""
 
 # What is asked about some columns: weights [columns, rows] as they are now, and the index of the first.
 Choose = Callable[[Tensor, int], Tensor]  # which of them stay
@@ -154,7 +154,7 @@ def _score(factored: Factored) -> Score:
 
 def _solve(weights: Sequence[Tensor], factored: Factored, choose: Choose, step: int) -> list[Solved]:
     """Solve a stack of matrices; `choose` is asked for `step` columns at a time."""
-    dense = [read_weight(weight) for weight in weights]
+    dense = [read_weight(weight, factored.upper.dtype) for weight in weights]
     outs = [len(weight) for weight in dense]
     # One buffer serves the stack on its way in, the errors, and the stack on its way out: fresh memory costs
     # as much as the work on it.
