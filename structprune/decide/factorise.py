@@ -20,10 +20,11 @@ from structprune.decide.core import START_SHARE, Core, supports
 from structprune.decide.factor_adam import adam
 from structprune.decide.factor_joint import joint_step
 from structprune.decide.factor_problem import Problem, State
+from structprune.decide.factor_wrappers import solve_left, solve_right
 from structprune.decide.normalise import Normalised, importance, normalise
 from structprune.decide.sparsity import check_groups
 from structprune.errors import QualityError, UsageError
-from structprune.models.modules import blockwise, folded
+from structprune.models.modules import folded
 
 Proxy = Literal["diagonal", "gram"]
 Solver = Literal["descent", "adam"]
@@ -36,9 +37,6 @@ ADMM_STEPS, ADMM_REFITS, SWEEPS, REFITS = 20, 10, 1, 5
 # Conjugate-gradient steps of the joint step: in the first round, more in every later one, and at most. While
 # the supports still change much, a precise step is wasted.
 JOINT_FIRST, JOINT_MORE, JOINT_MOST = 20, 2, 60
-# Of the mean curvature: first what float32 needs, then what a singular matrix needs; always towards the
-# present value, so that the step stays a descent.
-RIDGES = (1e-6, 1e-4, 1e-2)
 # SparseGPT's: a Gram matrix of fewer tokens than inputs says nothing in some directions.
 GRAM_DAMPING = 0.01
 # Elements of the core worked on at once: bounds the memory that all supports of all groups take.
@@ -205,8 +203,8 @@ def _descend(
     generator = torch.Generator().manual_seed(seed)
     share = torch.full(problem.pairs(problem.target).shape[:2], START_SHARE, device=start.core.device)
     moves: list[Callable[[State, int], State]] = [
-        lambda now, _: _solve_left(problem, now),
-        lambda now, _: _solve_right(problem, now),
+        lambda now, _: solve_left(problem, now),
+        lambda now, _: solve_right(problem, now),
         lambda now, _: _move_core(problem, _balanced(now), share, generator),
         lambda now, joint: joint_step(problem, now, joint),
     ]
@@ -224,32 +222,6 @@ def _descend(
         if state.loss >= before * (1 - tolerance):
             break
     return state, losses
-
-
-def _solve_left(problem: Problem, state: State) -> State:
-    """Solve for the left wrapper exactly: least squares with one normal matrix per block."""
-    inner = blockwise(state.right.mT, state.core)
-    regressors, weighed = problem.rows(inner), problem.rows(problem.weighed(inner))
-    answer = solved(regressors @ weighed.mT, weighed @ problem.rows(state.residual).mT)
-    return problem.state(state.left - answer.mT, state.core, state.right)
-
-
-def _solve_right(problem: Problem, state: State) -> State:
-    """Solve for the right wrapper exactly, with a Gram matrix one block after the other."""
-    outer = torch.bmm(state.left, problem.rows(state.core)).reshape(state.core.shape)
-    right, residual = state.right.clone(), state.residual.clone()
-    for part in problem.parts:
-        span = problem.span(part)
-        regressors = problem.columns(outer)[part]
-        answers = regressors.mT @ problem.columns(problem.weighed(residual, span))
-        between = problem.between(part)
-        if between is not None:
-            answers = torch.linalg.solve(between, answers, left=False)
-        step = solved(regressors.mT @ regressors, answers)
-        right[part] -= step
-        if between is not None:
-            residual[:, span] -= (regressors @ step)[0]
-    return problem.state(state.left, state.core, right)
 
 
 def _balanced(state: State) -> State:
@@ -289,22 +261,3 @@ def _move_core(problem: Problem, state: State, share: Tensor, generator: torch.G
             core[rows, span] = blocks.values.transpose(1, 2).reshape(-1, span.stop - span.start)
             residual[rows, span] += change.transpose(1, 2).reshape(-1, span.stop - span.start)
     return problem.state(state.left, core, state.right)
-
-
-def solved(normal: Tensor, answers: Tensor) -> Tensor:
-    """Solve normal equations [n, b, b] x = answers [n, b, c], damped as little as works.
-
-    Raises:
-        QualityError: No damping makes them definite: something is not finite.
-    """
-    mean = normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    identity = torch.eye(normal.shape[1], dtype=normal.dtype, device=normal.device)
-    for ridge in RIDGES:
-        # The tiny number serves a block that is zero altogether, where any answer is as good.
-        factor, failed = torch.linalg.cholesky_ex(normal + (ridge * mean + 1e-30) * identity)
-        if not failed.any():
-            return torch.cholesky_solve(answers, factor)
-    raise QualityError(
-        f"normal equations of {list(normal.shape)} are not definite",
-        hint="look for NaN in the weights or in the calibration statistics",
-    )
