@@ -18,11 +18,18 @@ from structprune import pipeline
 from structprune import pruner as registry
 from structprune.calibration.notebook import Notebook
 from structprune.checkpoint import fresh
-from structprune.errors import EnvironmentFailure, InputError, Interrupted, QualityError, UsageError
+from structprune.errors import (
+    EnvironmentFailure,
+    InputError,
+    Interrupted,
+    QualityError,
+    StructpruneError,
+    UsageError,
+)
 from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
 from tests.methods import CALIBRATION, TEXT, accepts, quick
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny
 
 EVALUATION = {"text": TEXT, "windows": 2, "length": 32, "generations": False}
 QUICK: dict[str, Any] = {"calibration": CALIBRATION, "evaluate": EVALUATION, "reload": False}
@@ -302,3 +309,20 @@ def test_restart_forgets_an_unfinished_recovery_too(llama: Path, tmp_path: Path)
     )
     assert (tmp_path / "out" / "structprune.json").is_file()
     assert not list(tmp_path.glob("*.partial-*"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_recovery_that_must_fail_is_refused_before_anything_is_pruned(
+    stream: bool, llama: Path, tmp_path: Path
+) -> None:
+    model = tiny("llama")
+    model.resize_token_embeddings(400)
+    model.save_pretrained(other := tmp_path / "other")
+    recoveries = {
+        "400 tokens in its vocabulary, the model": {"teacher": str(other), "steps": 2, "length": 16},
+        "nowhere.txt": {"data": str(tmp_path / "nowhere.txt"), "steps": 2, "length": 16},
+    }
+    for said, recovery in recoveries.items():
+        with pytest.raises(StructpruneError, match=said):
+            structprune.prune(llama, tmp_path / "out", "wanda", recover=recovery, stream=stream, **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]

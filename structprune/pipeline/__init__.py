@@ -17,10 +17,18 @@ from structprune.cost import weight_bytes
 from structprune.errors import InputError
 from structprune.machine import environment
 from structprune.pipeline.checks import evaluate, verify
-from structprune.pipeline.decision import calibrate_on, code, decide, fingerprint, read_scores, write
+from structprune.pipeline.decision import (
+    calibrate_on,
+    code,
+    decide,
+    fingerprint,
+    opened,
+    read_scores,
+    write,
+)
 from structprune.pipeline.finish import Done, done_by, finish
 from structprune.pipeline.inspection import dry_run, inspect
-from structprune.pipeline.retrain import recover
+from structprune.pipeline.retrain import foresee, recover
 from structprune.pipeline.sweep import at, shared, sweep
 from structprune.pruner import Pruner, achievable, find
 from structprune.recipe import Recipe
@@ -85,16 +93,9 @@ def prune(
         if recipe.recover is not None:  # which makes the output from a pruned model beside it
             pruned = recipe.output.with_name(f"{recipe.output.name}.pruned")
             final = check_output(folder, pruned, overwrite=True, needed_bytes=needed)
-        source = open_source(
-            recipe.model,
-            folder,
-            dtype=recipe.dtype,
-            device=recipe.device,
-            stream=stream,
-            trust_remote_code=trust_remote_code,
-        )
-        for step in recipe.prune:
-            step.check(source.model)
+        source = opened(recipe, folder, recipe.prune, stream=stream, trust_remote_code=trust_remote_code)
+        if recipe.recover is not None:
+            foresee(recipe.recover, source, recipe.seed)
         kept = read_scores(Path(scores), recipe.prune, source) if scores else None
         calibration = None if kept else calibrate_on(recipe, source)
     run = fingerprint(recipe, source, calibration) | ({"scores": kept.id} if kept else {})

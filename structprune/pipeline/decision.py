@@ -12,7 +12,7 @@ from structprune.calibration import data
 from structprune.checkpoint.delivery import Delivery
 from structprune.checkpoint.export import Progress, export
 from structprune.checkpoint.modelling import ship
-from structprune.checkpoint.opened import Source
+from structprune.checkpoint.opened import Source, open_source
 from structprune.checkpoint.plans import folder_of, plans_of, read_plans
 from structprune.errors import InputError, UsageError
 from structprune.machine import versions
@@ -23,6 +23,31 @@ from structprune.pruners.weight.family import WeightPruner
 from structprune.recipe import Recipe
 
 logger = logging.getLogger(__name__)
+
+
+def opened(
+    recipe: Recipe, folder: Path, stages: Sequence[Pruner], *, stream: bool | None, trust_remote_code: bool
+) -> Source:
+    """Open the model of a recipe and ask every stage whether it can prune it.
+
+    Args:
+        recipe: How to open it.
+        folder: Where it is.
+        stages: What will prune it.
+        stream: Hold one block in memory; None chooses by the memory that is free.
+        trust_remote_code: Let code in the folder run.
+    """
+    source = open_source(
+        recipe.model,
+        folder,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        stream=stream,
+        trust_remote_code=trust_remote_code,
+    )
+    for stage in stages:
+        stage.check(source.model)
+    return source
 
 
 def calibrate_on(recipe: Recipe, source: Source) -> data.Calibration | None:

@@ -22,11 +22,20 @@ from structprune.checkpoint.verify import silent
 from structprune.cost import weight_bytes
 from structprune.errors import QualityError
 from structprune.machine import versions
-from structprune.models.identity import names_of
+from structprune.models.identity import names_of, skeleton
+from structprune.models.streamed import open_model
 from structprune.pipeline.finish import Done, finish, measure
 from structprune.plan import Plan
 from structprune.recipe.options import EvaluateOptions, RecoverOptions
-from structprune.recover import Recovery, Windows, draw, main_process, nonzero_masks, train
+from structprune.recover import (
+    Recovery,
+    Windows,
+    check_teacher,
+    draw,
+    main_process,
+    nonzero_masks,
+    train,
+)
 from structprune.storage.output import check_output, discard
 
 logger = logging.getLogger(__name__)
@@ -122,6 +131,19 @@ def recover(
         return finish(
             work, source, clock, done, options=evaluate, dense=compared, reload=reload, progress=progress
         )
+
+
+def foresee(options: RecoverOptions, source: Source, seed: int) -> None:
+    """Refuse what a recovery would refuse of its data and its teacher, before there is anything to recover.
+
+    Raises:
+        InputError: The data cannot be read or are too few, or the teacher cannot be opened or knows other
+            tokens.
+    """
+    _windows(source, options, seed)
+    if options.teacher is not None:
+        teacher = open_model(resolve(options.teacher), stream=True)
+        check_teacher(skeleton(source.model), skeleton(teacher))
 
 
 def _resident(source: Source) -> PreTrainedModel:

@@ -7,13 +7,12 @@ from typing import Any
 
 from structprune.checkpoint.delivery import Clock, deliver
 from structprune.checkpoint.export import Progress
-from structprune.checkpoint.opened import open_source
 from structprune.checkpoint.plans import folder_of
 from structprune.checkpoint.source import resolve
 from structprune.checkpoint.verify import silent
 from structprune.cost import weight_bytes
 from structprune.errors import UsageError
-from structprune.pipeline.decision import begun, calibrate_on, fingerprint, write
+from structprune.pipeline.decision import begun, calibrate_on, fingerprint, opened, write
 from structprune.pipeline.finish import done_by, finish
 from structprune.plan import Plan
 from structprune.pruner import achievable
@@ -88,16 +87,9 @@ def sweep(
             name: check_output(folder, one.output, overwrite=overwrite, needed_bytes=needed)
             for name, one in recipes.items()
         }
-        source = open_source(
-            recipe.model,
-            folder,
-            dtype=recipe.dtype,
-            device=recipe.device,
-            stream=stream,
-            trust_remote_code=trust_remote_code,
+        source = opened(
+            recipe, folder, [*pruners.values()], stream=stream, trust_remote_code=trust_remote_code
         )
-        for pruner in pruners.values():
-            pruner.check(source.model)
         calibration = calibrate_on(recipe, source)
     runs = {}
     with ExitStack() as stack:

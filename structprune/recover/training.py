@@ -104,7 +104,8 @@ def train(
         InputError: Too few windows, a tensor that cannot be trained, or a teacher with another vocabulary.
     """
     training, held_out = split_off(windows, options.held_out, seed)
-    _check_teacher(model, teacher)
+    if teacher is not None:
+        check_teacher(model, teacher)
     reapply(model, masks)
     removed = {name: zeros(model.get_parameter(name)) for name in masks}
     dtypes = {name: model.get_parameter(name).dtype for name in masks}
@@ -266,10 +267,12 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
-    """Refuse a teacher that speaks of other tokens."""
-    if teacher is None:
-        return
+def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Refuse a teacher that speaks of other tokens; both may be without weights.
+
+    Raises:
+        InputError: The vocabularies differ in size.
+    """
     ours, theirs = (m.get_input_embeddings().get_parameter("weight").shape[0] for m in (model, teacher))
     if ours != theirs:
         raise InputError(
