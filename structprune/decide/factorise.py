@@ -237,7 +237,10 @@ def _balanced(state: State) -> State:
 
 
 def _move_core(problem: Problem, state: State, share: Tensor, generator: torch.Generator) -> State:
-    """Move the core's groups and refit its values, piece by piece; `share` is adapted in place."""
+    """Search the core's supports and refit its values, piece by piece; `share` is adapted in place.
+
+    A block that refuses what the search found moves a share of its groups, each exactly.
+    """
     size_out = problem.sizes[0]
     core, residual = state.core.clone(), state.residual.clone()
     left_gram = state.left.mT @ state.left
