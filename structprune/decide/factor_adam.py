@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from structprune.decide.core import best_values, support_inverses
+from structprune.decide.factor_core import best_values, support_inverses
 from structprune.decide.factor_problem import Problem, State
 from structprune.errors import UsageError
 from structprune.models.modules import blockwise

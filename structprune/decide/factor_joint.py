@@ -11,7 +11,7 @@ Source of the problem: Liu et al. 2025, ARMOR, https://arxiv.org/abs/2510.05528
 import torch
 from torch import Tensor
 
-from structprune.decide.core import diagonal
+from structprune.decide.factor_core import diagonal
 from structprune.decide.factor_problem import Problem, State
 from structprune.decide.factor_wrappers import solve_left
 from structprune.models.modules import blockwise

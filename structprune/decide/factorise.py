@@ -2,9 +2,10 @@
 
 Source: Liu et al. 2025, ARMOR, https://arxiv.org/abs/2510.05528
 The paper takes one Adam step on all three factors and updates one group per block, 20 000 times. Here a round
-solves the left wrapper exactly, then the right one, searches and refits the core (`core`), then moves all
-three together (`factor_joint`). Each is a half-step, and one that would raise the loss is not taken, so the
-loss never rises and never exceeds NoWag-P's, where it starts. The paper's loop is `solver="adam"`.
+solves the left wrapper exactly, then the right one (`factor_wrappers`), searches and refits the core
+(`factor_core`), then moves all three together (`factor_joint`). Each is a half-step, and one that would raise
+the loss is not taken, so the loss never rises and never exceeds NoWag-P's, where it starts. The paper's loop
+is `solver="adam"` (`factor_adam`).
 With the "gram" proxy the loss is the error of the outputs, tr(E H E^T); the paper keeps H's diagonal only.
 """
 
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from structprune.decide import select
-from structprune.decide.core import START_SHARE, Core, supports
 from structprune.decide.factor_adam import adam
+from structprune.decide.factor_core import START_SHARE, Core, supports
 from structprune.decide.factor_joint import joint_step
 from structprune.decide.factor_problem import Problem, State
 from structprune.decide.factor_wrappers import solve_left, solve_right

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from structprune.decide import select
-from structprune.decide.core import Core, supports
+from structprune.decide.factor_core import Core, supports
 
 
 def problem(out: int = 8, inputs: int = 16, *, pattern: tuple[int, int] = (2, 4), seed: int = 0) -> Core:
