@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from structprune.decide.admm import alps
 from structprune.decide.hessian import damped, factor
+from structprune.decide.joint_obs import thanos
 from structprune.decide.obs import obs, sparsegpt
 from structprune.decide.repair import least_squares
 from structprune.errors import QualityError, UsageError
@@ -241,12 +243,22 @@ def test_one_nan_is_refused_wherever_it_is() -> None:
 def test_a_float64_gram_matrix_is_solved_in_float64() -> None:
     [weight], gram = problem(inputs=160, outs=(20,))
     found = factor(gram.double())
-    exact = torch.linalg.cholesky(torch.linalg.inv(damped(gram.double()).hessian), upper=True)
+    exact = torch.linalg.cholesky(torch.linalg.inv(damped(gram, dtype=torch.float64).hessian), upper=True)
     torch.testing.assert_close(found.upper, exact, rtol=1e-9, atol=1e-12)
     [(mask, new, _)] = sparsegpt([weight], found, [HALF])
     wanted_mask, wanted = column_by_column(weight, exact, HALF, 128)
     assert torch.equal(mask, wanted_mask) and new.dtype == torch.float64
     torch.testing.assert_close(new, wanted, rtol=1e-9, atol=1e-12)
+    # Every other solver takes such a matrix too, in the precision that it works in.
+    norm = gram.diagonal().sqrt()
+    for solve in (
+        lambda h: thanos(weight, norm, factor(h), HALF)[:2],
+        lambda h: alps(weight, h, HALF)[:2],
+        lambda h: (mask, least_squares(weight, mask, h)[0]),
+    ):
+        (ours, values), (theirs, others) = solve(gram), solve(gram.double())
+        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(values, others.float(), rtol=1e-3, atol=1e-4)
 
 
 def test_bfloat16_weights_are_read_as_float32() -> None:

@@ -76,7 +76,7 @@ def alps(
         QualityError: A value is NaN or infinite.
     """
     found = damped(gram, damping)
-    dense = read_weight(weight, found.hessian.dtype)
+    dense = read_weight(weight)
     # Inputs are scaled to a Hessian with a diagonal of ones, where size tells what a weight is worth.
     scale = found.hessian.diagonal().sqrt()
     hessian = found.hessian / scale / scale[:, None]

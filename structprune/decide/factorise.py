@@ -32,7 +32,7 @@ Solver = Literal["descent", "adam"]
 # Told the relative loss, after every half-step of the descent and now and then by Adam.
 Watch = Callable[[float], None]
 
-# Measured with scripts/bench/armor.py. For the core: steps of ADMM, conjugate-gradient steps on the values it
+# Chosen as `factor_core.PULL` was. For the core: steps of ADMM, conjugate-gradient steps on what it
 # ends with, moves of the groups where it was refused, and conjugate-gradient steps after them.
 ADMM_STEPS, ADMM_REFITS, SWEEPS, REFITS = 20, 10, 1, 5
 # Conjugate-gradient steps of the joint step: in the first round, more in every later one, and at most. While

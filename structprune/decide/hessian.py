@@ -34,8 +34,7 @@ class Damped:
     """A Hessian that can be inverted.
 
     Args:
-        hessian: H with its damping, shape [in, in], in the units of the Gram matrix; float32, or float64 if
-            the Gram matrix is.
+        hessian: H with its damping, shape [in, in], in the units of the Gram matrix.
         dead: Which inputs were zero on every token, shape [in], bool.
         mean: The mean of the diagonal over the inputs that are not dead; 1 when all are.
     """
@@ -96,19 +95,20 @@ def read_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return dense
 
 
-def damped(gram: Tensor, damping: float = DAMPING) -> Damped:
+def damped(gram: Tensor, damping: float = DAMPING, dtype: torch.dtype = torch.float32) -> Damped:
     """Add `damping` mean diagonals to the diagonal; a dead input gets one mean diagonal and no neighbours.
 
     Args:
         gram: X^T X over all tokens, shape [in, in]; its scale does not matter.
         damping: At least 0, in units of the mean diagonal.
+        dtype: Of the result.
 
     Raises:
         QualityError: The matrix holds NaN or infinity, or a negative diagonal.
     """
     if damping < 0:
         raise ValueError(f"a damping of {damping} is negative")
-    hessian = gram.detach().to(torch.promote_types(gram.dtype, torch.float32), copy=True)
+    hessian = gram.detach().to(dtype, copy=True)
     diagonal = hessian.diagonal()
     if not is_finite(hessian) or bool((diagonal < 0).any()):
         raise QualityError(
@@ -136,7 +136,7 @@ def factor(gram: Tensor, damping: float = DAMPING) -> Factored:
     Raises:
         QualityError: The matrix holds NaN or infinity, or no damping up to one mean diagonal helps.
     """
-    base = damped(gram, damping=0.0)
+    base = damped(gram, damping=0.0, dtype=torch.promote_types(gram.dtype, torch.float32))
     level, raises = damping, 0
     if level < 0:
         raise ValueError(f"a damping of {level} is negative")

@@ -35,8 +35,8 @@ def thanos(
         block: Columns at a time; for N:M it is rounded down to whole groups, but holds at least one.
 
     Returns:
-        Mask [out, in], bool, True = kept; new weight [out, in], float32, zero where removed; and the loss,
-        half of tr(dW H dW^T) with the damped H.
+        Mask [out, in], bool, True = kept; new weight [out, in], zero where removed, in the factor's
+        precision; and the loss, half of tr(dW H dW^T) with the damped H.
 
     Raises:
         UsageError: The inputs do not divide into groups of M.
@@ -84,7 +84,7 @@ def _remove(new: Tensor, mask: Tensor, upper: Tensor, first: int, last: int) -> 
         lost = new[rows, first:last].gather(1, inputs).masked_fill_(~real, 0)
         force = torch.cholesky_solve(lost[..., None], torch.linalg.cholesky(systems))[..., 0]
         loss += float((force * lost).sum(dtype=torch.float64)) / 2
-        forces = torch.zeros(len(rows), last - first, device=new.device).scatter_add_(1, inputs, force)
+        forces = new.new_zeros(len(rows), last - first).scatter_add_(1, inputs, force)
         new[rows, first:] -= forces @ inverse
         start += len(rows)
     new[:, first:last].masked_fill_(removed, 0)

@@ -83,7 +83,9 @@ def sparsegpt(
 
 
 def obs(weight: Tensor, mask: Tensor, factored: Factored, *, block: int = BLOCK) -> Tensor:
-    """Return the weight [out, in], float32, with what a given mask removes made up for, as SparseGPT does.
+    """Return the weight [out, in] with what a given mask removes made up for, as SparseGPT does.
+
+    It is in the precision of the factor.
 
     Args:
         weight: Shape [out, in], any float dtype.

@@ -51,7 +51,7 @@ def least_squares(
     found = damped(gram, damping)
     # A mean of 1, so that squares of tiny activations' residuals do not underflow and look solved.
     hessian = found.hessian.div_(found.mean)
-    dense = read_weight(weight, found.hessian.dtype)
+    dense = read_weight(weight)
     widest = int(mask.sum(1).max()) if mask.numel() else 0
     facts: Facts = {"error_before": found.mean * _error(dense.masked_fill(mask, 0), hessian)}
     if 4 * widest**2 * FEWEST <= limit:
