@@ -4,7 +4,9 @@ report = structprune.prune("demo", "out", "wanda")
 model, tokenizer = structprune.load("out")
 """
 
-from structprune.checkpoint.load import load
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from structprune.errors import (
     EnvironmentFailure,
     InputError,
@@ -14,12 +16,43 @@ from structprune.errors import (
     UsageError,
     VerificationError,
 )
-from structprune.pipeline import apply, evaluate, inspect, prune, prune_each, recover, verify
-from structprune.pipeline.packing import export
-from structprune.plan import Plan
-from structprune.pruner import Pruner, find
-from structprune.recipe import Recipe
 from structprune.version import __version__
+
+if TYPE_CHECKING:
+    from structprune.checkpoint.load import load as load
+    from structprune.machine import environment as environment
+    from structprune.pipeline.apply import apply as apply
+    from structprune.pipeline.dry_run import dry_run as dry_run
+    from structprune.pipeline.evaluate import evaluate as evaluate
+    from structprune.pipeline.export import export as export
+    from structprune.pipeline.inspect import inspect as inspect
+    from structprune.pipeline.prune import prune as prune
+    from structprune.pipeline.recover import recover as recover
+    from structprune.pipeline.sweep import prune_each as prune_each
+    from structprune.pipeline.verify import verify as verify
+    from structprune.plan.plan import Plan as Plan
+    from structprune.pruners.pruner import Pruner as Pruner
+    from structprune.pruners.pruner import find as find
+    from structprune.recipe.recipe import Recipe as Recipe
+
+# Found when they are first asked for: torch and transformers take seconds to import, `--help` should not.
+_HOMES = {
+    "Plan": "plan.plan",
+    "Pruner": "pruners.pruner",
+    "Recipe": "recipe.recipe",
+    "apply": "pipeline.apply",
+    "dry_run": "pipeline.dry_run",
+    "environment": "machine",
+    "evaluate": "pipeline.evaluate",
+    "export": "pipeline.export",
+    "find": "pruners.pruner",
+    "inspect": "pipeline.inspect",
+    "load": "checkpoint.load",
+    "prune": "pipeline.prune",
+    "prune_each": "pipeline.sweep",
+    "recover": "pipeline.recover",
+    "verify": "pipeline.verify",
+}
 
 __all__ = [
     "EnvironmentFailure",
@@ -34,6 +67,8 @@ __all__ = [
     "VerificationError",
     "__version__",
     "apply",
+    "dry_run",
+    "environment",
     "evaluate",
     "export",
     "find",
@@ -44,3 +79,10 @@ __all__ = [
     "recover",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public function or class from the module that it lives in."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'structprune' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"structprune.{_HOMES[name]}"), name)

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from structprune.plan import PlanWriter, architecture_hash
-from structprune.storage.manifest import write_manifest
+from structprune.checkpoint.manifest import write_manifest
+from structprune.checkpoint.side_files import copy_side_files
+from structprune.plan.plan import PlanWriter, architecture_hash
 from structprune.storage.reader import CheckpointReader
-from structprune.storage.side_files import copy_side_files
 from structprune.storage.tensor_file import save_tensors
 
 PLAN = "structprune/plans/01-magnitude"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from structprune.storage import agreement
+from structprune.models import agreement
 from structprune.storage.reader import CheckpointReader, refuse_custom_code
 
 HIDDEN, INNER, WORDS, BLOCKS = 8, 12, 16, 2

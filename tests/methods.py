@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from structprune import pruner as registry
-from structprune.pruner import Pruner
-from structprune.pruners.weight.family import WeightPruner
+from structprune.pruners import pruner as registry
+from structprune.pruners.pruner import Pruner
+from structprune.pruners.weight._family import WeightPruner
 
 # Any text will do; a short one is tokenised at once.
 TEXT = str(Path(__file__).with_name("words.txt"))

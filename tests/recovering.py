@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from structprune.recipe.options import RecoverOptions
-from structprune.recover import Recovery, nonzero_masks, train
-from structprune.recover.objective import next_token_losses
+from structprune.recovery.masks import nonzero_masks
+from structprune.recovery.objective import next_token_losses
+from structprune.recovery.training import Recovery, train
 from tests.tiny import TEXT_IDS, tiny
 
 LENGTH = 24

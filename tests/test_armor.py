@@ -18,19 +18,19 @@ from transformers import AutoModelForCausalLM
 import structprune
 from structprune.calibration.collect import collect
 from structprune.calibration.statistics import Gram
-from structprune.checkpoint import fresh
+from structprune.checkpoint.manifest import write_manifest
 from structprune.checkpoint.plans import plans_of
-from structprune.checkpoint.verify import verify
 from structprune.errors import EnvironmentFailure, UsageError
 from structprune.models.arch import all_linears, blocks
 from structprune.models.modules import FactoredLinear, overhead
 from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
 from structprune.models.walk import Walk
+from structprune.proof import fresh
+from structprune.proof.verify import verify
 from structprune.pruners.weight.armor import Armor
 from structprune.pruners.weight.sparsegpt import Sparsegpt
 from structprune.pruners.weight.wanda import Wanda
-from structprune.storage.manifest import write_manifest
 from tests.methods import QUICK, short_runs
 from tests.tiny import save_tiny, tiny, tokens
 

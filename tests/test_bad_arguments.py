@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from structprune import pipeline
-from structprune.recipe import load
+import structprune
+from structprune.recipe.recipe import load
 
 HEAD = "model: demo\noutput: out\n"
 WANDA = "prune: {method: wanda, sparsity: 0.5}\n"
@@ -36,7 +36,7 @@ def refused(command, tmp_path, monkeypatch):
 @pytest.fixture
 def without_reload(monkeypatch):
     """Leave out the fresh process at the end of a run, which would take most of the time here."""
-    monkeypatch.setattr(pipeline, "prune", functools.partial(pipeline.prune, reload=False))
+    monkeypatch.setattr(structprune, "prune", functools.partial(structprune.prune, reload=False))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from structprune.errors import InputError, StructpruneError
-from structprune.storage import agreement, reader
+from structprune.models import agreement
+from structprune.storage import reader
 from structprune.storage.reader import CheckpointReader, refuse_custom_code
 from structprune.storage.writer import ShardWriter
 from tests import damage

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from structprune import pipeline, pruner
+import structprune
 from structprune.cli.terminal import progress_on_stderr, say, stoppable
 from structprune.errors import InputError, Interrupted, QualityError
+from structprune.pruners import pruner
 from structprune.recipe.options import EvaluateOptions, RecoverOptions
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +48,7 @@ def calls(monkeypatch):
             print("a library prints to stdout")  # what datasets and lm-eval do
             return result
 
-        monkeypatch.setattr(pipeline, name, run)
+        monkeypatch.setattr(structprune, name, run)
 
     fake("prune", DONE)
     fake("dry_run", {"recipe": "model: demo\n", "bytes": {"dense": 1}})
@@ -285,7 +286,7 @@ def test_an_error_has_its_code_and_one_line(command, monkeypatch, error, code, k
     def fail(*words, **options):
         raise error
 
-    monkeypatch.setattr(pipeline, "inspect", fail)
+    monkeypatch.setattr(structprune, "inspect", fail)
     done = command("inspect", "demo", "--json")
 
     assert done.code == done.json["code"] == code
@@ -299,7 +300,7 @@ def test_a_bug_keeps_its_traceback_and_is_one_in_json(command, monkeypatch, caps
     def fail(*words, **options):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(pipeline, "inspect", fail)
+    monkeypatch.setattr(structprune, "inspect", fail)
     with pytest.raises(ZeroDivisionError):
         command("inspect", "demo", "--json")
     out, err = capsys.readouterr()
@@ -311,7 +312,7 @@ def test_a_bug_keeps_its_traceback_and_is_one_in_json(command, monkeypatch, caps
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_the_run_and_says_how_to_go_on(command, monkeypatch, number):
-    monkeypatch.setattr(pipeline, "inspect", lambda *words, **options: os.kill(os.getpid(), number))
+    monkeypatch.setattr(structprune, "inspect", lambda *words, **options: os.kill(os.getpid(), number))
     # Whoever started the tests in the background may have had the signal ignored.
     former = signal.signal(number, signal.SIG_DFL)
     try:

@@ -12,18 +12,18 @@ import torch
 from pydantic import ValidationError
 
 import structprune
-from structprune import pruner as registry
-from structprune.checkpoint import fresh
+from structprune import prune_each
 from structprune.checkpoint.plans import plans_of
-from structprune.checkpoint.verify import verify
 from structprune.errors import InputError, UsageError
 from structprune.models.arch import all_linears
 from structprune.models.edit import stored
 from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
-from structprune.pipeline import prune_each
-from structprune.plan import Plan
-from structprune.pruners.weight.family import WeightPruner
+from structprune.plan.plan import Plan
+from structprune.proof import fresh
+from structprune.proof.verify import verify
+from structprune.pruners import pruner as registry
+from structprune.pruners.weight._family import WeightPruner
 from tests.conftest import Command
 from tests.methods import CALIBRATION, EVALUATION, QUICK, WEIGHT_METHODS, accepts, quick, short_runs, usual
 from tests.tiny import save_tiny, tiny, tokens
@@ -245,7 +245,7 @@ class TestSeveralSparsities:
             asked.append((recipe.prune[0].method(), sparsities))
             raise stop
 
-        monkeypatch.setattr("structprune.pipeline.prune_each", note)
+        monkeypatch.setattr("structprune.prune_each", note)
         assert command("prune", "x", "out", "--method", "nowag", "--sparsity", "0.3,50%,2:4").code == 2
         assert asked == [("nowag", [0.3, 0.5, "2:4"])]
 
@@ -324,7 +324,7 @@ class TestKeptScores:
             asked.append((getattr(recipe.prune[0], "keep_scores", None), options["scores"]))
             raise UsageError("seen")
 
-        monkeypatch.setattr("structprune.pipeline.prune", note)
+        monkeypatch.setattr("structprune.pipeline.prune.prune", note)
         command("prune", "x", "out", "--method", "random", "--keep-scores")
         command("prune", "x", "out", "--method", "random", "--scores", "kept")
         assert asked == [(True, None), (False, Path("kept"))]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from structprune.calibration.statistics import InputNorm
-from structprune.decide.budget import (
+from structprune.decide.budgets.budget import (
     Owl,
     Ramp,
     Table,

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from structprune import pruner as registry
 from structprune.calibration.notebook import Notebook
 from structprune.errors import InputError, Interrupted, UsageError
 from structprune.models.arch import all_linears, arch_of, blocks, linears
 from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
-from structprune.plan import Plan, PlanWriter
-from structprune.pruner import Pruner
-from structprune.pruners.weight.family import WeightPruner
+from structprune.plan.plan import Plan, PlanWriter
+from structprune.pruners import pruner as registry
+from structprune.pruners.pruner import Pruner
+from structprune.pruners.weight._family import WeightPruner
 from tests.methods import METHODS, WEIGHT_METHODS, accepts, quick, weigher
 from tests.tiny import FAMILIES, save_tiny, tiny, tokens
 

@@ -17,13 +17,10 @@ from transformers import PreTrainedModel
 from structprune.calibration.collect import collect
 from structprune.calibration.statistics import Gram, InputNorm, Sensitivity
 from structprune.decide import select
-from structprune.decide.normalise import FLOOR
-from structprune.decide.solution import Task
-from structprune.decide.solution import select as choose
 from structprune.models.arch import Linear, all_linears
 from structprune.models.walk import Walk
-from structprune.plan import Plan
-from structprune.pruner import find
+from structprune.plan.plan import Plan
+from structprune.pruners.pruner import find
 from structprune.pruners.weight.armor import Armor
 from structprune.pruners.weight.gblm import Gblm
 from structprune.pruners.weight.magnitude import Magnitude
@@ -32,6 +29,9 @@ from structprune.pruners.weight.ria import Ria
 from structprune.pruners.weight.sparsegpt import Sparsegpt
 from structprune.pruners.weight.thanos import Thanos
 from structprune.pruners.weight.wanda import Wanda
+from structprune.solvers.nowag import FLOOR
+from structprune.solvers.solution import Task
+from structprune.solvers.solution import select as choose
 from tests.tiny import tiny, tokens
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from structprune.models.arch import all_linears
 from structprune.models.modules import FactoredLinear, blockwise, folded, overhead
-from structprune.pruner import find
+from structprune.pruners.pruner import find
 
 # hidden, keys and values, feed-forward: Qwen2.5, and the published growth in percent at wrapper 128.
 QWEN = {

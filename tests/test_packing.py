@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import structprune
-from structprune import pruner as registry
-from structprune.checkpoint.verify import verify
+from structprune.checkpoint.manifest import check_manifest
+from structprune.checkpoint.packing import Form, holds
 from structprune.errors import EnvironmentFailure, InputError, Interrupted, UsageError, VerificationError
-from structprune.pipeline.packing import export
-from structprune.storage import plan_block
-from structprune.storage.manifest import check_manifest
-from structprune.storage.packing import Form, holds
+from structprune.pipeline.export import export
+from structprune.plan import block as plan_block
+from structprune.proof.verify import verify
+from structprune.pruners import pruner as registry
 from tests.tiny import save_tiny, tiny
 
 EVALUATION = {"text": "demo", "windows": 1, "length": 32, "generations": False}

@@ -14,10 +14,8 @@ import pytest
 import torch
 
 import structprune
-from structprune import pipeline
-from structprune import pruner as registry
+import structprune.pipeline.prune as prune_module
 from structprune.calibration.notebook import Notebook
-from structprune.checkpoint import fresh
 from structprune.errors import (
     EnvironmentFailure,
     InputError,
@@ -28,6 +26,8 @@ from structprune.errors import (
 )
 from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
+from structprune.proof import fresh
+from structprune.pruners import pruner as registry
 from tests.methods import CALIBRATION, TEXT, accepts, quick
 from tests.tiny import save_tiny, tiny
 
@@ -77,7 +77,7 @@ def test_the_input_is_never_touched_and_the_output_is_complete(llama: Path, tmp_
     before = digests(llama, of="*.*")
     report = structprune.prune(llama, tmp_path / "out", "wanda", **QUICK)
     assert digests(llama, of="*.*") == before
-    assert pipeline.verify(tmp_path / "out", str(llama))["ok"]
+    assert structprune.verify(tmp_path / "out", str(llama))["ok"]
     for name in ("README.md", "structprune.json", "structprune/report.json", "structprune/recipe.yaml"):
         assert (tmp_path / "out" / name).is_file()
     assert not list(tmp_path.glob("*.partial-*")) and not list(tmp_path.glob("*.lock"))
@@ -257,7 +257,7 @@ def test_the_dry_run_says_what_is_needed_and_writes_nothing(llama: Path, tmp_pat
     recipe = structprune.Recipe.model_validate(
         {"model": str(llama), "output": tmp_path / "out", "prune": {"method": "wanda", "sparsity": "2:4"}}
     )
-    found = pipeline.dry_run(recipe, stream=True)
+    found = structprune.dry_run(recipe, stream=True)
     assert found["stages"] == [{"method": "wanda", "asked": "2:4", "achievable": 0.5}]
     assert found["bytes"]["dense"] == sum(path.stat().st_size for path in llama.glob("*.safetensors"))
     assert found["memory_bytes"] > found["bytes"]["dense"]
@@ -287,11 +287,11 @@ def test_a_run_stopped_in_its_recovery_goes_on_there(
         raise Interrupted(signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "recover", stopped)
+        patched.setattr(prune_module, "recover", stopped)
         with pytest.raises(Interrupted):
             run()
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "decide", stopped)
+        patched.setattr(prune_module, "decide", stopped)
         assert run()["sparsity"] == pytest.approx(0.6, abs=0.01)
         with pytest.raises(EnvironmentFailure, match="out: "):
             run()

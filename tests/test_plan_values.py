@@ -14,10 +14,10 @@ from torch import Tensor
 
 import structprune
 from structprune.checkpoint.plans import plans_of, read_plans
-from structprune.checkpoint.verify import verify
 from structprune.errors import InputError, Interrupted
-from structprune.plan import Plan
-from structprune.recipe import EvaluateOptions, RecoverOptions
+from structprune.plan.plan import Plan
+from structprune.proof.verify import verify
+from structprune.recipe.recipe import EvaluateOptions, RecoverOptions
 from tests.methods import EVALUATION, QUICK, quick, short_runs
 from tests.tiny import save_tiny
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from structprune import pipeline, pruner
+import structprune
 from structprune.decide.sparsity import fraction_of
 from structprune.errors import UsageError
-from structprune.recipe import Recipe, assemble, choose, describe, load, options
+from structprune.pruners import pruner
 from structprune.recipe.options import EvaluateOptions, RecoverOptions, sparsity_of
+from structprune.recipe.recipe import Recipe, assemble, choose, describe, load, options
 from structprune.storage import strict_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -44,7 +45,7 @@ def test_a_shipped_recipe_prunes_a_tiny_model(path, llama, tmp_path):
         sets += [f"recover.teacher={llama}", "recover.steps=2", "recover.check_every=1", "recover.length=16"]
     recipe = load(path, sets=sets, flags={"model": str(llama), "output": tmp_path / "out"})
 
-    report = pipeline.prune(recipe, reload=False)
+    report = structprune.prune(recipe, reload=False)
 
     assert report["verification"]["ok"]
     if len(recipe.prune) == 1:

@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from structprune import machine
-from structprune.checkpoint.verification import Check, Verification
-from structprune.report import Size, build, plots, table, write_report
+from structprune.proof.verification import Check, Verification
+from structprune.report import plots
 from structprune.report.card import write_card
+from structprune.report.report import Size, build, table, write_report
 
 EVALUATION = {
     "perplexity": {"demo": {"model": 3.4567, "dense": 3.1}, "broken": {"model": None, "dense": 3.0}},

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from structprune.errors import InputError
-from structprune.storage import agreement
+from structprune.models import agreement
 from structprune.storage.header import read_header
 from structprune.storage.reader import CheckpointReader
 from structprune.storage.safe_open import read_at

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from structprune.checkpoint.side_files import copy_side_files
 from structprune.errors import InputError
 from structprune.storage.reader import CheckpointReader
-from structprune.storage.side_files import copy_side_files
 from structprune.storage.tensor_file import save_tensors
 from structprune.storage.writer import ShardWriter
 from tests.checkpoints import change_header, fingerprint, tensors, write

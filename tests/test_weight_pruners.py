@@ -12,7 +12,7 @@ from structprune.calibration.statistics import Gram, InputNorm
 from structprune.errors import UsageError
 from structprune.models.arch import arch_of, blocks, linears
 from structprune.models.walk import Block, Walk
-from structprune.pruner import find
+from structprune.pruners.pruner import find
 from structprune.pruners.weight.magnitude import Magnitude
 from structprune.pruners.weight.random import Random
 from structprune.pruners.weight.wanda import Wanda

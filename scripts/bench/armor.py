@@ -15,7 +15,7 @@ from matplotlib import pyplot
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from structprune.decide.factorise import Solver, factorise
+from structprune.solvers.armor.descent import Solver, factorise
 
 SIZE, TOKENS, LENGTH = 512, 4096, 512
 Curve = list[tuple[float, float]]

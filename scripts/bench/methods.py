@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from structprune.calibration import data
-from structprune.checkpoint.source import resolve
+from structprune.checkpoint.locate import resolve
 from structprune.demo.world import HELD_OUT_SEED, text
-from structprune.evaluate.perplexity import Scores, Windows, score, windows_of
+from structprune.evaluation.perplexity import Scores, Windows, score, windows_of
 from structprune.models.streamed import Model, open_model
 from structprune.models.tokenizer import open_tokenizer
-from structprune.pruner import find
+from structprune.pruners.pruner import find
 
 METHODS = ("random", "magnitude", "wanda")
 SPARSITIES: tuple[float | str, ...] = (0.5, 0.6, 0.7, "2:4")

@@ -44,15 +44,15 @@ from quality_tables import (
 from transformers import PreTrainedTokenizerBase
 
 from structprune.calibration import data
-from structprune.checkpoint.source import resolve
+from structprune.checkpoint.locate import resolve
 from structprune.demo.tasks import MULTIPLE_CHOICE, write_choices, write_tasks
 from structprune.demo.world import HELD_OUT_SEED, text
-from structprune.evaluate.harness import harness, metrics
-from structprune.evaluate.perplexity import Windows, score, windows_of
+from structprune.evaluation.harness import harness, metrics
+from structprune.evaluation.perplexity import Windows, score, windows_of
 from structprune.models.arch import all_linears
 from structprune.models.streamed import Model, open_model
 from structprune.models.tokenizer import open_tokenizer
-from structprune.pruner import find
+from structprune.pruners.pruner import find
 
 MOST_OVERHEAD = 0.125
 # Words that a question shows, words in each of its answers, and answers.

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from structprune.calibration.statistics import Gram
-from structprune.decide.hessian import DAMPING, factor
-from structprune.decide.obs import BLOCK, sparsegpt
+from structprune.solvers.hessian import DAMPING, factor
+from structprune.solvers.sparsegpt import BLOCK, sparsegpt
 
 TOKENS = 8192
 Solved = tuple[list[Tensor], list[Tensor]]

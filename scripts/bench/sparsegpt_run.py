@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from structprune.calibration.statistics import Gram
-from structprune.decide.hessian import factor
-from structprune.decide.obs import sparsegpt
-from structprune.decide.solution import Solution, Task
 from structprune.models.streamed import Batch, open_model
-from structprune.plan import Plan
+from structprune.plan.plan import Plan
 from structprune.pruners.weight.sparsegpt import Sparsegpt
+from structprune.solvers.hessian import factor
+from structprune.solvers.solution import Solution, Task
+from structprune.solvers.sparsegpt import sparsegpt
 
 SAMPLES, LENGTH, BATCH, HIDDEN, FFN = 16, 512, 8, 768, 2048
 TOKENS = SAMPLES * LENGTH

@@ -7,18 +7,17 @@ run that differs in anything that shapes the bytes is told what differs, and sta
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from structprune.checkpoint.lock import Lock
+from structprune.checkpoint.manifest import MANIFEST, OURS, check_manifest, write_manifest
+from structprune.checkpoint.output import discard, partial_of, partials_of, publish, settle
 from structprune.errors import EnvironmentFailure
+from structprune.plan.block import canonical
 from structprune.storage.durable import UNFINISHED, DurableFile, blame
-from structprune.storage.lock import Lock
-from structprune.storage.manifest import MANIFEST, OURS, check_manifest, write_manifest
-from structprune.storage.output import discard, partial_of, partials_of, publish, settle
-from structprune.storage.plan_block import canonical
 from structprune.storage.strict_json import read_json
 from structprune.version import __version__
 
@@ -26,28 +25,6 @@ logger = logging.getLogger(__name__)
 
 FINGERPRINT = f"{OURS}/fingerprint.json"
 FINGERPRINT_LIMIT = 2**20
-
-
-class Clock:
-    """Seconds per phase of a run."""
-
-    def __init__(self) -> None:
-        self.phases: dict[str, float] = {}
-        self._start = time.perf_counter()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the seconds of a `with` block to a phase."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
-
-    @property
-    def seconds(self) -> float:
-        """Return the seconds since the clock was made."""
-        return time.perf_counter() - self._start
 
 
 class Delivery:

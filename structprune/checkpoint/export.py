@@ -1,19 +1,17 @@
 """Writes a pruned folder from its source: tensor by tensor, shard by shard, everything else byte for byte."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from structprune.checkpoint.side_files import copy_side_files
 from structprune.models import edit, factored
-from structprune.plan import Plan
+from structprune.plan.plan import Plan
+from structprune.progress import Progress
 from structprune.storage.reader import CheckpointReader
-from structprune.storage.side_files import copy_side_files
 from structprune.storage.tensor_file import Entry
 from structprune.storage.writer import ShardWriter
-
-# Told how far a stage is: (stage, done, total).
-Progress = Callable[[str, int, int], None]
 
 
 def export(

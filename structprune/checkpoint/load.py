@@ -6,13 +6,13 @@ from transformers import PreTrainedTokenizerBase
 
 from structprune.checkpoint import accelerate as acceleration
 from structprune.checkpoint.adapter import is_adapter, merge_adapter, read_adapter
+from structprune.checkpoint.manifest import OURS, read_manifest
 from structprune.checkpoint.plans import plans_of
 from structprune.errors import InputError
 from structprune.models.identity import applied, names_of
 from structprune.models.streamed import Model, open_model
 from structprune.models.tokenizer import open_tokenizer
-from structprune.pruner import find
-from structprune.storage.manifest import OURS, read_manifest
+from structprune.pruners.pruner import find
 from structprune.storage.reader import CheckpointReader
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING
 
 from structprune.models import factored, modules
-from structprune.plan import Plan
+from structprune.models.names import Names
+from structprune.plan.plan import Plan
 from structprune.storage.durable import DurableFile
-from structprune.storage.names import Names
 from structprune.storage.stored_config import FACTORED_CLASSES, FACTORED_TYPE, MAX_CONFIG_BYTES
 from structprune.storage.strict_json import read_json
 

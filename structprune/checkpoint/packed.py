@@ -9,17 +9,18 @@ spelled as safetensors spells them.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
 from torch import Tensor
 
+from structprune.checkpoint.manifest import MANIFEST, OURS, list_files
+from structprune.checkpoint.packing import Form, PackedFile, Packing, Scheme
 from structprune.errors import InputError, VerificationError
+from structprune.progress import Progress
 from structprune.storage.durable import DurableFile, blame
 from structprune.storage.header import DTYPE_NAMES, Header, read_header
-from structprune.storage.manifest import MANIFEST, OURS, list_files
-from structprune.storage.packing import Form, PackedFile, Packing, Scheme
 from structprune.storage.reader import CheckpointReader
 from structprune.storage.safe_open import CHUNK_BYTES, open_regular, read_at
 from structprune.storage.strict_json import read_json
@@ -36,7 +37,6 @@ MAX_PACKING_BYTES = 256_000_000
 FORMAT_NOTE = {"format": "structprune-packed"}
 
 # Told (stage, done, total).
-Progress = Callable[[str, int, int], None]
 
 
 def is_packed(folder: Path) -> bool:

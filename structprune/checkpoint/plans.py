@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from structprune.errors import InputError
-from structprune.plan import Plan
+from structprune.plan.plan import Plan
 from structprune.storage.reader import CheckpointReader
 
 PLANS = Path("structprune") / "plans"

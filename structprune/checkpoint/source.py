@@ -1,69 +1,119 @@
-"""From what a user typed to a folder with a model in it: the built-in one, a local folder, or a hub name."""
+"""A model folder, opened for a run: files checked, weights hashed, streamed where memory is short."""
 
-import re
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 
-from structprune.errors import EnvironmentFailure, InputError
+import torch
+from transformers import PreTrainedTokenizerBase
 
-# Nothing else is fetched: no pickles, no other frameworks' weights.
-WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md", "*.py")
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+from structprune.errors import InputError
+from structprune.machine import available_memory
+from structprune.models.identity import names_of, skeleton
+from structprune.models.streamed import Model, open_model
+from structprune.models.tokenizer import check_vocabulary, open_tokenizer
+from structprune.storage.reader import CheckpointReader
+from structprune.storage.scan import Scan
+
+logger = logging.getLogger(__name__)
+
+# A resident run holds the dense and the pruned model while it compares them, and the activations.
+RESIDENT_COPIES = 2.5
 
 
-def resolve(model: str, *, revision: str | None = None) -> Path:
-    """Return the folder of a model.
+@dataclass
+class Source:
+    """A model folder that passed every check.
+
+    Attributes:
+        name: What the user called it.
+        reader: Its files.
+        model: The model, in memory or streamed; a run prunes it in place.
+        tokenizer: Its tokenizer, or None where the folder has none.
+        scan: Hash and zeros of its weights.
+        parameters: How many it has before anything is pruned, tied ones once.
+        streamed: Whether one block at a time is in memory.
+        dtype: What it computes in; "auto" for the dtype of the files.
+        device: Where it computes.
+        trusted: Whether code in the folder may run.
+    """
+
+    name: str
+    reader: CheckpointReader
+    model: Model
+    tokenizer: PreTrainedTokenizerBase | None
+    scan: Scan
+    parameters: int
+    streamed: bool
+    dtype: str
+    device: str
+    trusted: bool
+
+    @property
+    def folder(self) -> Path:
+        """Return the model folder."""
+        return self.reader.folder
+
+    def again(self) -> Model:
+        """Open the model as its files hold it a second time."""
+        return open_model(
+            self.folder,
+            stream=self.streamed,
+            dtype=self.dtype,
+            device=self.device,
+            trust_remote_code=self.trusted,
+        )
+
+    def reading(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer.
+
+        Raises:
+            InputError: The folder has none, or it knows more tokens than the model.
+        """
+        if self.tokenizer is None:
+            raise InputError(
+                f"{self.folder}: there is no tokenizer, and this run reads text",
+                hint="copy the tokenizer's files into the folder, or use a method that needs no data",
+            )
+        check_vocabulary(self.tokenizer, self.model)
+        return self.tokenizer
+
+
+def open_source(
+    name: str,
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    stream: bool | None = None,
+    trust_remote_code: bool = False,
+) -> Source:
+    """Open a model folder after every check of its files.
 
     Args:
-        model: "demo" for the built-in model, a local folder, or a hub name "owner/name".
-        revision: Branch, tag or commit of a hub name.
-
-    Raises:
-        InputError: Nothing of that name exists here, and it is no hub name.
-        EnvironmentFailure: The hub cannot be reached, or refuses.
+        name: What the user called it.
+        folder: Where it is.
+        dtype: "auto" for the dtype of the files.
+        device: "auto" for the accelerator there is.
+        stream: Hold one block in memory at a time; None chooses by the memory that is free.
+        trust_remote_code: Let code in the folder run.
     """
-    if model == "demo":
-        return demo_folder()
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise InputError(
-            f"{model}: a file, expected a model folder", hint="give the folder that holds config.json"
-        )
-    if not _HUB_NAME.fullmatch(model) or model.startswith("."):
-        raise InputError(
-            f"{model}: no such folder", hint="give a model folder, 'demo', or a hub name 'owner/name'"
-        )
-    return _download(model, revision)
-
-
-def demo_folder() -> Path:
-    """Return the folder of the built-in model."""
-    return Path(__file__).parents[1] / "demo" / "model"
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
+    reader = CheckpointReader(folder)
+    if stream is None:
+        stream = reader.nbytes * RESIDENT_COPIES > available_memory()
+        logger.info("%s is %s", folder, "streamed block by block" if stream else "held in memory")
+    place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    model = open_model(folder, stream=stream, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
+    tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return Source(
+        name,
+        reader,
+        model,
+        tokenizer,
+        reader.scan(names_of(model).ignored),
+        sum(parameter.numel() for parameter in skeleton(model).parameters()),
+        stream,
+        dtype,
+        place,
+        trust_remote_code,
     )
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(WANTED)))
-    except GatedRepoError:
-        hint = "ask for access on its page, then log in with `hf auth login`"
-        raise EnvironmentFailure(f"{name}: access is restricted", hint=hint) from None
-    except RepositoryNotFoundError:
-        hint = "check the name; a private model needs `hf auth login`"
-        raise EnvironmentFailure(
-            f"{name}: no such folder here and no such model on the hub", hint=hint
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = type(error).__name__
-        hint = "no network? give a local folder"
-        raise EnvironmentFailure(
-            f"{name}: no such folder here, and the hub could not be asked ({reason})", hint=hint
-        ) from None

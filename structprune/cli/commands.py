@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from structprune import pipeline, pruner, recipe
+import structprune
 from structprune.cli import summary
 from structprune.cli.terminal import Report
+from structprune.pruners.pruner import names
+from structprune.recipe import recipe
 from structprune.recipe.options import EvaluateOptions, RecoverOptions, Where, sparsity_of
 
 app = typer.Typer(
@@ -108,7 +110,7 @@ def prune(
     chosen = recipe.choose(model, sets=sets or (), flags=flags)
     if dry_run:
         return Job(
-            lambda _: pipeline.dry_run(
+            lambda _: structprune.dry_run(
                 chosen, stream=stream, overwrite=overwrite, trust_remote_code=trust_remote_code
             ),
             summary.listed,
@@ -122,11 +124,12 @@ def prune(
     if len(several) > 1:
         wanted = [one for text in several if (one := sparsity_of(text)) is not None]
         return Job(
-            lambda progress: pipeline.prune_each(chosen, wanted, progress=progress, **options),
+            lambda progress: structprune.prune_each(chosen, wanted, progress=progress, **options),
             summary.pruned_each,
         )
     return Job(
-        lambda progress: pipeline.prune(chosen, scores=scores, progress=progress, **options), summary.pruned
+        lambda progress: structprune.prune(chosen, scores=scores, progress=progress, **options),
+        summary.pruned,
     )
 
 
@@ -144,7 +147,7 @@ def apply(
 ) -> Job:
     """Carry out the plan of an earlier run; needs no data."""
     return Job(
-        lambda progress: pipeline.apply(
+        lambda progress: structprune.apply(
             model,
             output,
             plan,
@@ -168,7 +171,7 @@ def inspect(
 ) -> Job:
     """Say what a model is, and what can be pruned in it."""
     return Job(
-        lambda _: pipeline.inspect(model, revision=revision, trust_remote_code=trust_remote_code),
+        lambda _: structprune.inspect(model, revision=revision, trust_remote_code=trust_remote_code),
         summary.listed,
     )
 
@@ -182,7 +185,7 @@ def methods(
     """List the methods, or the fields of one."""
     if name is not None:
         return Job(lambda _: recipe.describe(name), summary.method)
-    return Job(lambda _: {"methods": [recipe.describe(known) for known in pruner.names()]}, summary.methods)
+    return Job(lambda _: {"methods": [recipe.describe(known) for known in names()]}, summary.methods)
 
 
 @app.command()
@@ -195,7 +198,7 @@ def verify(
     debug: Debug = False,
 ) -> Job:
     """Measure a folder from its files, reload it in a fresh process and compare."""
-    return Job(lambda progress: pipeline.verify(output, against, progress=progress), summary.verified)
+    return Job(lambda progress: structprune.verify(output, against, progress=progress), summary.verified)
 
 
 @app.command()
@@ -236,7 +239,7 @@ def evaluate(
     options = recipe.options(EvaluateOptions, sets=sets or (), flags=flags)
     where = recipe.options(Where, flags={"device": device, "dtype": dtype})
     return Job(
-        lambda progress: pipeline.evaluate(
+        lambda progress: structprune.evaluate(
             model,
             options,
             device=where.device,
@@ -286,7 +289,7 @@ def recover(
     options = recipe.options(RecoverOptions, sets=sets or (), flags=flags)
     where = recipe.options(Where, flags={"seed": seed, "device": device})
     return Job(
-        lambda progress: pipeline.recover(
+        lambda progress: structprune.recover(
             model,
             output,
             options,
@@ -305,4 +308,4 @@ def recover(
 @app.command()
 def env(json: Json = False, debug: Debug = False) -> Job:
     """Print what a bug report needs: the machine and the versions."""
-    return Job(lambda _: pipeline.environment(), summary.listed)
+    return Job(lambda _: structprune.environment(), summary.listed)

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+import structprune
 from structprune.cli.commands import Debug, Job, Json, Overwrite, Restart, Trust, app
 from structprune.cli.summary import table
-from structprune.pipeline import packing
 
 
 @app.command()
@@ -24,7 +24,7 @@ def export(
 ) -> Job:
     """Store a pruned model without its zeros, or write such a folder dense again, bit by bit."""
     return Job(
-        lambda progress: packing.export(
+        lambda progress: structprune.export(
             model,
             output,
             to,

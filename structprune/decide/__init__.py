@@ -1,1 +1,1 @@
-"""From scores to decisions: how much leaves (`sparsity`, `budget`) and which (`select`)."""
+"""From scores to decisions: which linears, how much of each leaves, and which weights."""

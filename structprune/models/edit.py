@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from structprune.errors import InputError
 from structprune.models import factored
-from structprune.storage.names import Names
+from structprune.models.names import Names
 
 
 def stored(name: str, value: Tensor, plan: Mapping[str, Tensor]) -> Tensor:

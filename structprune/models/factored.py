@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from structprune.errors import InputError
 from structprune.models.modules import FactoredLinear
-from structprune.storage.names import Names
+from structprune.models.names import Names
 
 CONFIG_KEY = "factored_linears"
 PARTS = ("left", "core.weight", "right")

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 from structprune.errors import InputError
 from structprune.models import edit
 from structprune.models.arch import Linear, blocks
+from structprune.models.names import Names
 from structprune.models.remembered import remembered
 from structprune.models.streamed import Model, StreamedModel
-from structprune.plan import Plan, architecture_hash
+from structprune.plan.plan import Plan, architecture_hash
 from structprune.storage.header import TensorInfo
-from structprune.storage.names import Names
 from structprune.storage.scan import combine
 from structprune.storage.tensor_file import bytes_of
 

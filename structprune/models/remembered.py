@@ -2,7 +2,7 @@
 
 from typing import Self
 
-from structprune.storage.names import Names
+from structprune.models.names import Names
 
 _ATTRIBUTE = "_structprune"
 

@@ -30,11 +30,10 @@ from transformers import (
 
 from structprune.errors import InputError, UsageError
 from structprune.machine import give_back_memory
-from structprune.models import factored
+from structprune.models import agreement, factored
 from structprune.models.arch import block_prefixes
+from structprune.models.names import Names
 from structprune.models.remembered import remembered
-from structprune.storage import agreement
-from structprune.storage.names import Names
 from structprune.storage.reader import CheckpointReader, refuse_custom_code
 from structprune.storage.strict_json import read_json
 

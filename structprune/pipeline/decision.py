@@ -10,17 +10,18 @@ import torch
 
 from structprune.calibration import data
 from structprune.checkpoint.delivery import Delivery
-from structprune.checkpoint.export import Progress, export
+from structprune.checkpoint.export import export
 from structprune.checkpoint.modelling import ship
-from structprune.checkpoint.opened import Source, open_source
 from structprune.checkpoint.plans import folder_of, plans_of, read_plans
+from structprune.checkpoint.source import Source, open_source
 from structprune.errors import InputError, UsageError
 from structprune.machine import versions
 from structprune.models.identity import architecture_of, names_of
-from structprune.plan import Plan, PlanWriter
-from structprune.pruner import Pruner
-from structprune.pruners.weight.family import WeightPruner
-from structprune.recipe import Recipe
+from structprune.plan.plan import Plan, PlanWriter
+from structprune.progress import Progress
+from structprune.pruners.pruner import Pruner
+from structprune.pruners.weight._family import WeightPruner
+from structprune.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 

@@ -4,21 +4,20 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from structprune import report
 from structprune.calibration.data import Calibration
-from structprune.checkpoint.delivery import Clock, Delivery
-from structprune.checkpoint.export import Progress
-from structprune.checkpoint.opened import Source
+from structprune.checkpoint.delivery import Delivery
 from structprune.checkpoint.plans import refer_plans, stages
-from structprune.checkpoint.verify import verify
-from structprune.cost import weight_bytes
+from structprune.checkpoint.source import Source
 from structprune.errors import EnvironmentFailure, VerificationError
-from structprune.evaluate import Evaluation, evaluate, gate
+from structprune.evaluation.evaluation import Evaluation, evaluate, gate
+from structprune.models.cost import weight_bytes
 from structprune.models.streamed import Model
-from structprune.plan import Plan
-from structprune.recipe import Recipe
+from structprune.plan.plan import Plan
+from structprune.progress import Clock, Progress
+from structprune.proof.verify import verify
 from structprune.recipe.options import EvaluateOptions
-from structprune.report import card, plots
+from structprune.recipe.recipe import Recipe
+from structprune.report import card, plots, report
 
 # Without an `evaluate:` a run still measures what it did, on built-in text: enough for every tokenizer.
 DEFAULT = {"text": ("demo",), "windows": 16}

@@ -5,20 +5,42 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from structprune.checkpoint.delivery import Clock, deliver
-from structprune.checkpoint.export import Progress
+from structprune.checkpoint.delivery import deliver
+from structprune.checkpoint.locate import resolve
+from structprune.checkpoint.output import check_output
 from structprune.checkpoint.plans import folder_of
-from structprune.checkpoint.source import resolve
-from structprune.checkpoint.verify import silent
-from structprune.cost import weight_bytes
 from structprune.errors import UsageError
+from structprune.models.cost import weight_bytes
 from structprune.pipeline.decision import begun, calibrate_on, fingerprint, opened, write
 from structprune.pipeline.finish import done_by, finish
-from structprune.plan import Plan
-from structprune.pruner import achievable
-from structprune.pruners.weight.family import WeightPruner
-from structprune.recipe import Recipe
-from structprune.storage.output import check_output
+from structprune.pipeline.prune import prune
+from structprune.plan.plan import Plan
+from structprune.progress import Clock, Progress, silent
+from structprune.pruners.pruner import achievable
+from structprune.pruners.weight._family import WeightPruner
+from structprune.recipe.recipe import Recipe
+
+
+def prune_each(
+    recipe: Recipe, sparsities: Sequence[float | str], *, progress: Progress = silent, **options: Any
+) -> dict[str, Any]:
+    """Prune a checkpoint to several sparsities, each into a folder of its own in the recipe's output.
+
+    Where what calibration sees does not depend on the sparsity, the model is looked at once for all of them.
+
+    Args:
+        recipe: Of one stage; its sparsity is ignored.
+        sparsities: Fractions or patterns; a folder is called what its sparsity is written as.
+        progress: Told (stage, done, total).
+        **options: As for `prune`.
+
+    Returns:
+        "runs": the report of each sparsity, by what it is written as.
+    """
+    if shared(recipe):
+        return sweep(recipe, sparsities, progress=progress, **options)
+    runs = (prune(at(recipe, one), progress=progress, **options) for one in sparsities)
+    return {"runs": {str(one): made for one, made in zip(sparsities, runs, strict=True)}}
 
 
 def at(recipe: Recipe, sparsity: float | str) -> Recipe:

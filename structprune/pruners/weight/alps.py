@@ -9,10 +9,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from structprune.calibration.statistics import Gram
-from structprune.decide.admm import alps
-from structprune.decide.budget import Compare
-from structprune.decide.solution import Solution, Task
-from structprune.pruners.weight.family import WeightPruner
+from structprune.decide.budgets.budget import Compare
+from structprune.pruners.weight._family import WeightPruner
+from structprune.solvers.alps import alps
+from structprune.solvers.solution import Solution, Task
 
 
 class Alps(WeightPruner):

@@ -13,17 +13,17 @@ from pydantic import Field
 from torch import Tensor
 
 from structprune.calibration.statistics import Gram, InputNorm
-from structprune.decide.factorise import check_sizes, factorise
-from structprune.decide.normalise import normalise
-from structprune.decide.solution import Solution, Task
 from structprune.decide.sparsity import Pattern, pattern_of
 from structprune.errors import UsageError
 from structprune.models.arch import LANGUAGE_MODELS, Linear
 from structprune.models.factored import part_names
 from structprune.models.modules import overhead
+from structprune.models.names import Names
 from structprune.models.streamed import Model
-from structprune.pruners.weight.family import WeightPruner
-from structprune.storage.names import Names
+from structprune.pruners.weight._family import WeightPruner
+from structprune.solvers.armor.descent import check_sizes, factorise
+from structprune.solvers.nowag import normalise
+from structprune.solvers.solution import Solution, Task
 
 WRAPPER = 128  # the paper's
 

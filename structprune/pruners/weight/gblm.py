@@ -15,7 +15,7 @@ from torch import Tensor
 
 from structprune.calibration.statistics import InputNorm, Sensitivity
 from structprune.models.gradients import Norm
-from structprune.pruners.weight.family import WeightPruner
+from structprune.pruners.weight._family import WeightPruner
 
 PAPER_SAMPLES = 128
 

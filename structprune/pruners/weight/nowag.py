@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from structprune.calibration.statistics import InputNorm
-from structprune.decide.budget import Compare
-from structprune.decide.normalise import normalise
-from structprune.pruners.weight.family import WeightPruner
+from structprune.decide.budgets.budget import Compare
+from structprune.pruners.weight._family import WeightPruner
+from structprune.solvers.nowag import normalise
 
 
 class Nowag(WeightPruner):

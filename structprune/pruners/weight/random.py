@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from structprune.pruners.weight.family import WeightPruner
+from structprune.pruners.weight._family import WeightPruner
 
 
 class Random(WeightPruner):

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from structprune.calibration.statistics import InputNorm
-from structprune.decide.budget import Compare
-from structprune.pruners.weight.family import WeightPruner
+from structprune.decide.budgets.budget import Compare
+from structprune.pruners.weight._family import WeightPruner
 
 
 class Ria(WeightPruner):

@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor
 
 from structprune.calibration.statistics import Gram
-from structprune.decide import hessian, obs
-from structprune.decide.solution import Solution, Task
-from structprune.pruners.weight.family import WeightPruner
+from structprune.pruners.weight._family import WeightPruner
+from structprune.solvers import hessian, sparsegpt
+from structprune.solvers.solution import Solution, Task
 
 
 class Sparsegpt(WeightPruner):
@@ -54,7 +54,7 @@ class Sparsegpt(WeightPruner):
         factored = hessian.factor(stat.gram, self.damping)
         amounts = [task.amount for task in tasks]
         weights = [task.weight for task in tasks]
-        solved = obs.sparsegpt(weights, factored, amounts, block=self.block, joint=self.joint)
+        solved = sparsegpt.sparsegpt(weights, factored, amounts, block=self.block, joint=self.joint)
         return [
             Solution(mask, weight, facts={"error": loss, **factored.facts}) for mask, weight, loss in solved
         ]

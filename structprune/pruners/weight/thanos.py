@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from structprune.calibration.statistics import Gram
-from structprune.decide import hessian
-from structprune.decide.joint_obs import thanos
-from structprune.decide.solution import Solution, Task
-from structprune.pruners.weight.family import WeightPruner
+from structprune.pruners.weight._family import WeightPruner
+from structprune.solvers import hessian
+from structprune.solvers.solution import Solution, Task
+from structprune.solvers.thanos import thanos
 
 
 class Thanos(WeightPruner):

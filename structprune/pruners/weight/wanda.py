@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from structprune.calibration.statistics import InputNorm
-from structprune.pruners.weight.family import WeightPruner
+from structprune.pruners.weight._family import WeightPruner
 
 
 class Wanda(WeightPruner):

@@ -1,0 +1,69 @@
+"""From what a user typed to a folder with a model in it: the built-in one, a local folder, or a hub name."""
+
+import re
+from pathlib import Path
+
+from structprune.errors import EnvironmentFailure, InputError
+
+# Nothing else is fetched: no pickles, no other frameworks' weights.
+WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md", "*.py")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve(model: str, *, revision: str | None = None) -> Path:
+    """Return the folder of a model.
+
+    Args:
+        model: "demo" for the built-in model, a local folder, or a hub name "owner/name".
+        revision: Branch, tag or commit of a hub name.
+
+    Raises:
+        InputError: Nothing of that name exists here, and it is no hub name.
+        EnvironmentFailure: The hub cannot be reached, or refuses.
+    """
+    if model == "demo":
+        return demo_folder()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(
+            f"{model}: a file, expected a model folder", hint="give the folder that holds config.json"
+        )
+    if not _HUB_NAME.fullmatch(model) or model.startswith("."):
+        raise InputError(
+            f"{model}: no such folder", hint="give a model folder, 'demo', or a hub name 'owner/name'"
+        )
+    return _download(model, revision)
+
+
+def demo_folder() -> Path:
+    """Return the folder of the built-in model."""
+    return Path(__file__).parents[1] / "demo" / "model"
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(WANTED)))
+    except GatedRepoError:
+        hint = "ask for access on its page, then log in with `hf auth login`"
+        raise EnvironmentFailure(f"{name}: access is restricted", hint=hint) from None
+    except RepositoryNotFoundError:
+        hint = "check the name; a private model needs `hf auth login`"
+        raise EnvironmentFailure(
+            f"{name}: no such folder here and no such model on the hub", hint=hint
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = type(error).__name__
+        hint = "no network? give a local folder"
+        raise EnvironmentFailure(
+            f"{name}: no such folder here, and the hub could not be asked ({reason})", hint=hint
+        ) from None

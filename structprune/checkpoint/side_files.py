@@ -1,0 +1,78 @@
+"""The files of a model folder beside the weights: configuration, tokenizer, template, processor, licence."""
+
+import re
+from pathlib import Path
+
+from structprune.checkpoint.manifest import MANIFEST, OURS
+from structprune.storage.durable import DurableFile, blame
+from structprune.storage.safe_open import CHUNK_BYTES, open_regular, read_at
+
+# Weights in any format (the new folder gets its own), archives, and pictures of the old model card.
+_LEFT_BEHIND = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|nemo|distcp|pkl|gguf|onnx|onnx_data|npz|npy|h5|msgpack|tflite|mlmodel"
+    r"|safetensors\.index\.json|bin\.index\.json|h5\.index\.json|msgpack\.index\.json"
+    r"|zip|tar|gz|xz|zst|7z|png|jpg|jpeg|gif|svg|webp|mp4|pdf|log|tmp|lock)"
+    # A card describes the model that was read; the new one gets its own.
+    r"|readme(\.md|\.txt|\.rst)?"
+    r"|trainer_state\.json",
+    re.IGNORECASE,
+)
+
+# The one folder that transformers keeps beside the files: chat templates other than the default.
+_FOLDERS = ("additional_chat_templates",)
+
+
+def side_files(source: Path) -> list[str]:
+    """Return the names of the files that belong to a model besides its weights, sorted."""
+    names = [
+        path.name
+        for path in source.iterdir()
+        if not path.is_dir()
+        and not path.name.startswith(".")
+        and path.name not in (MANIFEST, OURS)
+        and not _LEFT_BEHIND.fullmatch(path.name)
+    ]
+    for folder in _FOLDERS:
+        if (source / folder).is_dir():
+            names += [
+                f"{folder}/{path.name}" for path in (source / folder).iterdir() if path.suffix == ".jinja"
+            ]
+    return sorted(names)
+
+
+def copy_side_files(source: Path, dest: Path, *, allow_external_symlinks: bool = False) -> dict[str, str]:
+    """Copy the files beside the weights byte for byte; links become files.
+
+    Left behind: weights and pickles of any format, README (the result gets a card of its own), hidden files,
+    archives, pictures, and what structprune wrote (`structprune/`, `structprune.json`).
+
+    Args:
+        source: A model folder.
+        dest: An existing folder; files of the same name are replaced.
+        allow_external_symlinks: Accept links that lead out of `source`.
+
+    Returns:
+        Name of each copied file, relative to `dest` -> sha256.
+
+    Raises:
+        InputError: A file is not a regular one, or a link leads out of the folder.
+        EnvironmentFailure: A file cannot be read or written.
+    """
+    root = None if allow_external_symlinks else source
+    hashes: dict[str, str] = {}
+    for name in side_files(source):
+        with blame(dest / name):
+            (dest / name).parent.mkdir(exist_ok=True)
+        hashes[name] = _copy(source / name, dest / name, root)
+    return hashes
+
+
+def _copy(source: Path, target: Path, root: Path | None) -> str:
+    with open_regular(source, root) as descriptor, DurableFile(target) as output:
+        size = source.stat().st_size
+        buffer = bytearray(min(size, CHUNK_BYTES))
+        for start in range(0, size, CHUNK_BYTES):
+            chunk = memoryview(buffer)[: min(CHUNK_BYTES, size - start)]
+            read_at(descriptor, chunk, start, source)
+            output.write(chunk)
+    return output.sha256

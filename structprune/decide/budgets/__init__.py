@@ -1,0 +1,1 @@
+"""How much leaves where: one file per budget."""

@@ -1,0 +1,246 @@
+"""How good a model is: perplexity with its protocol stamped on it, divergence from dense, lm-eval tasks.
+
+A perplexity means nothing without its text, window length, stride, beginning-of-sequence rule and dtype;
+published figures differ most often in just these. They are therefore part of the result, and two results are
+compared only when they agree.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from structprune.calibration.data import Bos, opening, positions, window_length
+from structprune.calibration.texts import DEMO, name_of, pieces
+from structprune.demo.world import HELD_OUT_SEED
+from structprune.demo.world import text as demo_text
+from structprune.errors import QualityError, UsageError
+from structprune.evaluation.generations import PROMPTS, beginnings, generations
+from structprune.evaluation.harness import harness, metrics
+from structprune.evaluation.harness import save as save_results
+from structprune.evaluation.perplexity import Scores, score
+from structprune.evaluation.protocol import compare, dtype_of, lay, same_footing, stamped_versions
+from structprune.models.streamed import Model
+
+__all__ = ["Evaluation", "compare", "evaluate", "gate", "generations", "harness"]
+
+log = logging.getLogger(__name__)
+
+DEMO_CHARACTERS = 200_000
+
+Numbers = dict[str, dict[str, float | None]]
+
+
+@dataclass
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        perplexity: Text name -> "model", "dense" (None without a dense model, or when it is not finite).
+        divergence: Text name -> "kl" (mean KL(dense || model) per token, in nats), "kl_se" (its standard
+            error over windows), "top1_agreement" (fraction of tokens, 0-1); empty without a dense model.
+        tasks: Task -> metric -> "model", "dense".
+        protocol: "texts" (per text, how it was measured, as `protocol.lay` stamps it), "tasks", "versions",
+            and "flags": sentences about figures that could not be computed.
+        generations: "prompt", "model", "dense": texts; left out of the JSON, because they belong into a
+            report.
+        harness: "model", "dense": lm-eval's own results, untouched.
+    """
+
+    perplexity: Numbers = field(default_factory=dict)
+    divergence: Numbers = field(default_factory=dict)
+    tasks: dict[str, Numbers] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)
+    generations: list[dict[str, str | None]] = field(default_factory=list)
+    harness: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `structprune evaluate --json` prints; figures that are not finite are None."""
+        return {
+            "perplexity": self.perplexity,
+            "divergence": self.divergence,
+            "tasks": self.tasks,
+            "protocol": self.protocol,
+        }
+
+    def save_harness(self, folder: Path) -> list[Path]:
+        """Write lm-eval's results as lm_eval-model.json and lm_eval-dense.json; the folder is made."""
+        paths = {which: folder / f"lm_eval-{which}.json" for which in self.harness}
+        for which, path in paths.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            save_results(self.harness[which], path)
+        return list(paths.values())
+
+
+def evaluate(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    include_path: Path | None = None,
+    dense: Model | None = None,
+    dense_tokenizer: PreTrainedTokenizerBase | None = None,
+    length: int | None = None,
+    stride: int | None = None,
+    windows: int | None = None,
+    batch_size: int = 8,
+    limit: int | None = None,
+    column: str | None = None,
+    split: str = "test",
+    revision: str | None = None,
+    bos: Bos = "auto",
+    prompts: int = PROMPTS,
+) -> Evaluation:
+    """Measure a model and, in the same run, the dense model it was made from.
+
+    Args:
+        model: In memory or streamed; tasks need it in memory.
+        tokenizer: The model's.
+        text: Sources as for `calibration.texts`; "demo" is held-out text of the demo's generator.
+        tasks: lm-eval tasks.
+        include_path: A folder with lm-eval task files of your own.
+        dense: The model to compare with.
+        dense_tokenizer: The dense model's, to check that both read the same tokens.
+        length: Tokens per window; min(2048, max_position_embeddings) by default.
+        stride: Tokens from one window to the next; by default none overlap.
+        windows: Only the first so many windows of each text.
+        batch_size: Windows, or lm-eval requests, per forward.
+        limit: Only so many documents of each task.
+        column: Which column holds the text.
+        split: Which split of a data set.
+        revision: Which commit or branch of a data set.
+        bos: Where beginning-of-sequence tokens go, as for `calibration.data.opening`.
+        prompts: How many beginnings from the first text both models continue; 0 for none.
+
+    Raises:
+        UsageError: A size is impossible, a task is unknown, or both models do not share the protocol.
+        InputError: A text is too short, or a text or task cannot be trusted.
+        EnvironmentFailure: Data cannot be reached, or lm-eval is not installed.
+    """
+    names = [name_of(source) for source in text]
+    if len(set(names)) < len(names):
+        raise UsageError(f"two texts have the same name: {', '.join(names)}", hint="results are listed by it")
+    if dense is not None:
+        same_footing(model, tokenizer, dense, dense_tokenizer)
+    longest = positions(model.config)
+    size, first = window_length(length, longest), opening(tokenizer, bos)
+    read = partial(_pieces, column=column, split=split, revision=revision)
+    cutting = partial(lay, tokenizer=tokenizer, length=size, opening=first, stride=stride, limit=windows)
+    result = Evaluation(protocol={"texts": {}, "tasks": {}, "versions": stamped_versions(), "flags": []})
+    # All texts are laid out before the first forward, so that one that is too short stops the run at once.
+    laid = {name: cutting(read(source), source=source) for name, source in zip(names, text, strict=True)}
+    for name, (found, stamp) in laid.items():
+        log.info("perplexity on %s: %d windows of %d tokens", name, stamp["windows"], size)
+        origin = {"column": column, "split": split, "revision": revision, "dtype": dtype_of(model)}
+        result.protocol["texts"][name] = stamp | origin
+        _add_text(result, name, score(model, found, dense=dense, batch_size=batch_size))
+    if text and prompts:
+        chosen = beginnings(read(text[0]), tokenizer, count=prompts, max_length=longest)
+        result.generations = _side_by_side(chosen, model, dense, tokenizer, first.window)
+    if tasks:
+        for which, one in (("model", model), ("dense", dense)):
+            if one is not None:
+                log.info("lm-eval on the %s: %s", which, ", ".join(tasks))
+                result.harness[which] = harness(
+                    one, tokenizer, tasks, include_path=include_path, batch_size=batch_size, limit=limit
+                )
+        _add_tasks(result, limit)
+    return result
+
+
+def gate(evaluation: Evaluation, max_ppl_ratio: float) -> None:
+    """Hold a model to a limit: its perplexity divided by the dense one's, on every text.
+
+    Raises:
+        QualityError: A ratio is over `max_ppl_ratio`, or a perplexity is not finite.
+        UsageError: There is nothing to compare with.
+    """
+    for name, figures in evaluation.perplexity.items():
+        if name not in evaluation.divergence:
+            break
+        mine, dense = figures["model"], figures["dense"]
+        if mine is None or dense is None:
+            raise QualityError(f"the perplexity on {name} is not finite (model {mine}, dense {dense})")
+        if not mine / dense <= max_ppl_ratio:
+            raise QualityError(
+                f"the perplexity on {name} is {mine:.4g}, {mine / dense:.3g} times the dense {dense:.4g}; "
+                f"at most {max_ppl_ratio:g} times were allowed",
+                hint="prune less, recover, or raise max_ppl_ratio",
+            )
+    if not evaluation.divergence:
+        raise UsageError("max_ppl_ratio needs a text and a dense model to compare with")
+
+
+def _pieces(source: str, *, column: str | None, split: str, revision: str | None) -> Iterator[str]:
+    if source == DEMO:
+        # The built-in file is what calibration reads; what is measured must be text that it has not seen.
+        return iter([demo_text(HELD_OUT_SEED, DEMO_CHARACTERS)])
+    return pieces(source, column=column, split=split, revision=revision)
+
+
+def _side_by_side(
+    prompts: Sequence[str],
+    model: Model,
+    dense: Model | None,
+    tokenizer: PreTrainedTokenizerBase,
+    first: int | None,
+) -> list[dict[str, str | None]]:
+    mine: Sequence[str] = generations(model, tokenizer, prompts, first=first)
+    other: Sequence[str | None] = [None] * len(prompts)
+    if dense is not None:
+        other = generations(dense, tokenizer, prompts, first=first)
+    return [
+        {"prompt": prompt, "model": one, "dense": two}
+        for prompt, one, two in zip(prompts, mine, other, strict=True)
+    ]
+
+
+def _add_text(result: Evaluation, name: str, scores: Scores) -> None:
+    """Turn window sums into figures; what is not finite becomes None and a flag."""
+
+    def checked(value: float, what: str) -> float | None:
+        if math.isfinite(value):
+            return value
+        result.protocol["flags"].append(f"{name}: {what} is not finite")
+        return None
+
+    def perplexity(sums: list[float], which: str) -> float | None:
+        mean = scores.mean(sums)
+        # math.exp raises past 709, where a perplexity has long ceased to be one.
+        return checked(math.exp(mean) if mean < 700 else math.inf, f"the perplexity of the {which} model")
+
+    compared = bool(scores.dense)
+    result.perplexity[name] = {
+        "model": perplexity(scores.model, "given"),
+        "dense": perplexity(scores.dense, "dense") if compared else None,
+    }
+    if compared:
+        result.divergence[name] = {
+            "kl": checked(scores.mean(scores.kl), "KL(dense || model)"),
+            "kl_se": checked(scores.error(scores.kl), "the standard error of KL over windows"),
+            "top1_agreement": checked(scores.mean(scores.agree), "top-1 agreement"),
+        }
+
+
+def _add_tasks(result: Evaluation, limit: int | None) -> None:
+    """Set lm-eval's figures side by side and stamp how they were measured."""
+    figures = {which: metrics(results) for which, results in result.harness.items()}
+    dense = figures.get("dense", {})
+    raw = result.harness["model"]
+    for task, found in figures["model"].items():
+        result.tasks[task] = {
+            metric: {"model": value, "dense": dense.get(task, {}).get(metric)}
+            for metric, value in found.items()
+        }
+        result.protocol["tasks"][task] = {
+            "version": raw["versions"].get(task),
+            "fewshot": raw["n-shot"].get(task),
+            "samples": raw["n-samples"].get(task, {}).get("effective"),
+            "limit": limit,
+        }

@@ -1,0 +1,166 @@
+"""How a perplexity was measured: what is stamped on it, and the refusal to compare unlike things."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from structprune.calibration.data import Opening, encode, hash_of
+from structprune.errors import InputError, UsageError
+from structprune.evaluation.perplexity import Windows, windows_of
+from structprune.machine import versions
+from structprune.models.streamed import Model
+
+# What two perplexities must share to be compared. Library versions are stamped but may differ: they move the
+# last digits, and refusing them would make every older result useless.
+SHARED = (
+    "sha256",
+    "tokenizer",
+    "tokens_sha256",
+    "length",
+    "stride",
+    "windows",
+    "scored_tokens",
+    "bos",
+    "dtype",
+)
+PACKAGES = ("structprune", "torch", "transformers", "lm_eval")
+
+
+def lay(
+    text: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source: str,
+    length: int,
+    opening: Opening,
+    stride: int | None = None,
+    limit: int | None = None,
+) -> tuple[Windows, dict[str, Any]]:
+    """Tokenise a text and lay windows over it.
+
+    Args:
+        text: The running text, in pieces.
+        tokenizer: The model's.
+        source: What to call the text in an error.
+        length: Tokens per window.
+        opening: Which beginning-of-sequence token goes where.
+        stride: Tokens from one window's beginning to the next; by default none overlap.
+        limit: Only so many windows; the text is then read only as far as they need, in pieces.
+
+    Returns:
+        The windows, and their stamp: `source`, `sha256` of the text that was read, `tokens_sha256`,
+        `tokenizer`, `tokens` (in the text that was read), `length`, `stride` (None: no overlap), `windows`,
+        `scored_tokens`, `bos`.
+
+    Raises:
+        UsageError: `stride` is not between 1 and `length`, or `limit` is not positive.
+        InputError: The text is shorter than one window.
+    """
+    if stride is not None and not 1 <= stride <= length:
+        raise UsageError(f"stride is {stride}, expected 1 to the length of a window, {length}")
+    if limit is not None and limit < 1:
+        raise UsageError(f"windows is {limit}, expected at least 1")
+    body = length - (opening.window is not None)
+    step = body if stride is None else min(stride, body)
+    digest = hashlib.sha256()
+    needed = None if limit is None else body + (limit - 1) * step
+    ids = encode(_hashed(text, digest), tokenizer, limit=needed, first=opening.text)
+    found = windows_of(ids, length, stride=step, first=opening.window)
+    if not found.starts:
+        raise InputError(
+            f"{source}: {ids.numel()} tokens are too few for one window of length {length}",
+            hint=f"use a longer text, or a length of at most {ids.numel() + length - body}",
+        )
+    return found, {
+        "source": source,
+        "sha256": digest.hexdigest(),
+        "tokens_sha256": hash_of(found.inputs),
+        "tokenizer": hash_of_tokenizer(tokenizer),
+        "tokens": ids.numel(),
+        "length": length,
+        "stride": None if step == body else step,
+        "windows": len(found.starts),
+        "scored_tokens": found.scored,
+        "bos": opening.rule,
+    }
+
+
+def compare(result: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, float | None]:
+    """Set two results of `evaluate` side by side, measured in different runs.
+
+    Args:
+        result: A model's JSON.
+        dense: The dense model's JSON; its "model" figures are what counts.
+
+    Returns:
+        Text name -> perplexity divided by the dense one; None where either is missing. Texts that only one of
+        the two has are left out.
+
+    Raises:
+        UsageError: They have no text in common, or were measured differently; names what differs.
+    """
+    mine, other = (one["protocol"]["texts"] for one in (result, dense))
+    common = [name for name in mine if name in other]
+    if not common:
+        raise UsageError("the two results have no text in common", hint=f"{sorted(mine)} and {sorted(other)}")
+    for name in common:
+        differing = [key for key in SHARED if mine[name].get(key) != other[name].get(key)]
+        if differing:
+            told = "; ".join(f"{key}: {mine[name].get(key)} and {other[name].get(key)}" for key in differing)
+            raise UsageError(f"{name} was measured in two ways, so its figures cannot be compared: {told}")
+    ratios: dict[str, float | None] = {}
+    for name in common:
+        pair = [one["perplexity"][name]["model"] for one in (result, dense)]
+        ratios[name] = None if None in pair else pair[0] / pair[1]
+    return ratios
+
+
+def same_footing(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    dense: Model,
+    dense_tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Check that a model and the one it is compared with compute in one dtype and read the same tokens.
+
+    Raises:
+        UsageError: They do not; names what differs.
+    """
+    if model.dtype != dense.dtype:
+        raise UsageError(
+            f"the model computes in {dtype_of(model)}, the one it is compared with in {dtype_of(dense)}",
+            hint="open both with the same dtype",
+        )
+    if dense_tokenizer is not None and hash_of_tokenizer(tokenizer) != hash_of_tokenizer(dense_tokenizer):
+        raise UsageError("the two models have different tokenizers, so their figures cannot be compared")
+
+
+def dtype_of(model: Model) -> str:
+    """Return the name of the dtype that a model computes in, such as "bfloat16"."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def hash_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the sha256 of what decides how a tokenizer cuts a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    else:
+        content = json.loads(backend.to_str())
+        # Left behind by whoever called the tokenizer last; every call of ours sets its own.
+        content.update(truncation=None, padding=None)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def stamped_versions() -> dict[str, str | None]:
+    """Return the versions of the packages that the figures depend on; None for those not installed."""
+    return {name: found for name, found in versions().items() if name in PACKAGES}
+
+
+def _hashed(text: Iterable[str], digest: "hashlib._Hash") -> Iterator[str]:
+    for piece in text:
+        digest.update(piece.encode())
+        yield piece

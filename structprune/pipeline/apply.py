@@ -1,0 +1,77 @@
+"""Carries out an earlier decision on the model it was made on; needs no data."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from structprune.checkpoint.delivery import deliver
+from structprune.checkpoint.locate import resolve
+from structprune.checkpoint.output import check_output
+from structprune.checkpoint.plans import read_plans, save_plans, stages
+from structprune.checkpoint.source import open_source
+from structprune.errors import InputError
+from structprune.models.cost import weight_bytes
+from structprune.pipeline.decision import code, write
+from structprune.pipeline.finish import Done, finish
+from structprune.progress import Clock, Progress, silent
+from structprune.pruners.pruner import find
+
+
+def apply(
+    model: str,
+    output: str | Path,
+    plan: str | Path,
+    *,
+    stream: bool | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    reload: bool = True,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Carry the plans of an earlier run out on the model they were decided on; needs no data.
+
+    Args:
+        model: "demo", a folder, a hub name.
+        output: The folder to write.
+        plan: A plan's folder, a folder of plans, or a folder that structprune wrote.
+        stream: Hold one block in memory; chosen by the free memory unless given.
+        overwrite: Replace an existing output once the new one is complete.
+        trust_remote_code: Run code that the model folder brings along.
+        revision: Branch, tag or commit of a hub model.
+        reload: Open the result in a fresh process.
+        progress: Told (stage, done, total).
+
+    Raises:
+        InputError: The plan is damaged, or was decided on another architecture or other weights.
+    """
+    clock = Clock()
+    with clock.phase("read"):
+        folder = resolve(model, revision=revision)
+        final = check_output(folder, Path(output), overwrite=overwrite, needed_bytes=weight_bytes(folder))
+        plans = read_plans(Path(plan))
+        source = open_source(model, folder, stream=stream, trust_remote_code=trust_remote_code)
+        if plans[0].weights != source.scan.weights:
+            raise InputError(
+                f"{plan}: decided on other weights ({plans[0].weights[:12]}) than {folder} holds "
+                f"({source.scan.weights[:12]})",
+                hint="give the model that the plan was made from",
+            )
+    run = {"plans": [one.id for one in plans], "weights": source.scan.weights, "versions": code()}
+    with deliver(final, run, overwrite=overwrite) as work:
+        for one in plans:
+            find(one.method).model_validate(one.config).apply(source.model, one)
+        save_plans(plans, work.plans)
+        with clock.phase("write"):
+            write(source, work, plans, progress)
+        done = Done(
+            method="+".join(one.method for one in plans),
+            recipe=yaml.safe_dump(
+                {"model": model, "output": str(output), "plan": str(plan)}, sort_keys=False
+            ),
+            asked=plans[-1].config.get("sparsity"),
+            achievable=None,
+            stages=stages(plans),
+        )
+        return finish(work, source, clock, done, options=None, reload=reload, progress=progress)

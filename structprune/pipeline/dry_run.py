@@ -1,0 +1,69 @@
+"""What a run would do and need, after every check that needs no computation."""
+
+from typing import Any
+
+from structprune.calibration.data import positions, window_length
+from structprune.checkpoint.locate import resolve
+from structprune.checkpoint.output import check_output
+from structprune.checkpoint.source import RESIDENT_COPIES
+from structprune.machine import available_memory
+from structprune.models.arch import blocks
+from structprune.models.cost import weight_bytes
+from structprune.models.streamed import StreamedModel
+from structprune.pipeline.inspect import open_skeleton
+from structprune.pruners.pruner import achievable
+from structprune.recipe.recipe import Recipe
+
+# What Python, torch and transformers take before any weight is read; measured on Linux, CPU build.
+RUNTIME_BYTES = 450_000_000
+
+
+def dry_run(
+    recipe: Recipe, *, stream: bool | None = None, overwrite: bool = False, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Say what a run would do and need, after every check that needs no computation; nothing is written.
+
+    Args:
+        recipe: The run.
+        stream: As for `prune`.
+        overwrite: As for `prune`.
+        trust_remote_code: As for `prune`.
+    """
+    folder = resolve(recipe.model, revision=recipe.revision)
+    size = weight_bytes(folder)
+    check_output(folder, recipe.output, overwrite=overwrite, needed_bytes=size)
+    opened = open_skeleton(folder, trust_remote_code)
+    for pruner in recipe.prune:
+        pruner.check(opened)
+    streamed = stream if stream is not None else opened.reader.nbytes * RESIDENT_COPIES > available_memory()
+    length = window_length(recipe.calibration.length, positions(opened.config))
+    dense = sum(p.numel() for p in opened.skeleton.parameters())
+    added = sum(pruner.added_parameters(opened) for pruner in recipe.prune)
+    return {
+        "recipe": recipe.text(),
+        "stages": [
+            {"method": pruner.method(), "asked": pruner.asked, "achievable": achievable([pruner], opened)}
+            for pruner in recipe.prune
+        ],
+        "parameters": {"dense": dense, "pruned": dense + added},
+        # Zeros stay in the dense files, so that every loader opens them: they take the room they took.
+        "bytes": {"dense": size, "pruned": size + added * opened.dtype.itemsize},
+        "streamed": streamed,
+        "memory_bytes": _memory(opened, recipe, length, streamed),
+        "disk_bytes": size + opened.reader.nbytes // 16,
+        "loads_in": ["transformers with trust_remote_code" if added else "transformers", "structprune"],
+        "note": "zeros make neither the files smaller nor dense kernels faster",
+    }
+
+
+def _memory(opened: StreamedModel, recipe: Recipe, length: int, streamed: bool) -> int:
+    """Return the peak that a run is expected to need: runtime, weights held at once, activations."""
+    item = opened.dtype.itemsize
+    largest = max(info.nbytes for info in opened.reader.tensors.values())
+    one = [sum(p.numel() for p in block.parameters()) * item for _, block in blocks(opened)]
+    held = max(3 * max(one), 2 * largest) if streamed else int(opened.reader.nbytes * RESIDENT_COPIES)
+    hidden: int = opened.config.get_text_config().hidden_size
+    activations = recipe.calibration.samples * length * hidden * item
+    needs_data = any(pruner.looks_at_data for pruner in recipe.prune)
+    looked_at = max(pruner.remembered_bytes(opened) for pruner in recipe.prune)
+    return RUNTIME_BYTES + held + (2 * activations + looked_at if needs_data else 0)

@@ -1,0 +1,234 @@
+"""From a folder with zeros to a packed one that leaves them out, and back, bit by bit."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from structprune.checkpoint import packed, packing
+from structprune.checkpoint.delivery import FINGERPRINT, Delivery, deliver
+from structprune.checkpoint.locate import resolve
+from structprune.checkpoint.manifest import MANIFEST, Manifest, hash_file, list_files, read_manifest
+from structprune.checkpoint.output import check_output, discard
+from structprune.checkpoint.packing import Form, Scheme
+from structprune.checkpoint.side_files import copy_side_files
+from structprune.errors import InputError, UsageError
+from structprune.models.cost import weight_bytes
+from structprune.models.streamed import StreamedModel, open_model
+from structprune.progress import Progress, silent
+from structprune.proof.measure import Place, places
+from structprune.storage.header import DTYPE_NAMES
+from structprune.storage.reader import CheckpointReader
+from structprune.storage.weight_files import PACKING
+
+HINTS: Mapping[str, str] = {
+    "2:4": "prune with --sparsity 2:4, or use --to bitmask for other zeros",
+    "bitmask": "prune the model first; a bitmask saves bytes from one zero in 16 on",
+}
+CARD = """# Packed weights
+
+`{name}` holds the weights of a pruned model without their zeros ({scheme}). No runtime loads it as it is;
+this gives back the folder it was made from, bit by bit:
+
+    structprune export {name} DENSE --to dense
+"""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What can be packed.
+
+    Attributes:
+        forms: Stored tensor -> how it is to be written.
+        left: Tensor that stays as it is -> why.
+    """
+
+    forms: dict[str, Form]
+    left: dict[str, str]
+
+
+def export(
+    model: str,
+    output: str | Path,
+    to: str,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write a model's folder packed, or a packed folder dense again, and return the report.
+
+    Args:
+        model: A folder; for `dense` one that this function packed.
+        output: The folder to write.
+        to: "2:4", "bitmask" or "dense".
+        overwrite: Replace an existing output once the new one is complete.
+        restart: Forget what an interrupted run left.
+        trust_remote_code: Run code that the model folder brings along.
+        progress: Told (stage, done, total).
+
+    Raises:
+        UsageError: `to` is none of the above.
+        InputError: Nothing can be packed, the folder is packed already or not at all, or it is damaged.
+        VerificationError: What was written does not unpack to the bytes that were read; nothing is published.
+    """
+    schemes: dict[str, Scheme] = {scheme: scheme for scheme in get_args(Scheme)}
+    if to not in (*schemes, "dense"):
+        raise UsageError(f"{to!r} is no way to store weights", hint="one of: 2:4, bitmask, dense")
+    folder = resolve(model)
+    final = check_output(folder, Path(output), overwrite=overwrite, needed_bytes=_needed(folder, to))
+    fingerprint = {"export": to, "files": _stamps(folder)}
+    start = time.perf_counter()
+    if to == "dense":
+        made = _unpack(folder, final, fingerprint, overwrite, restart, progress)
+    else:
+        made = _pack(folder, final, schemes[to], fingerprint, overwrite, restart, trust_remote_code, progress)
+    return {"output": str(final), "to": to, **made, "seconds": time.perf_counter() - start}
+
+
+def _pack(
+    folder: Path,
+    final: Path,
+    scheme: Scheme,
+    fingerprint: Mapping[str, Any],
+    overwrite: bool,
+    restart: bool,
+    trusted: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    opened = open_model(folder, stream=True, trust_remote_code=trusted)
+    assert isinstance(opened, StreamedModel)
+    reader = opened.reader
+    survey = _survey(reader, places(opened, by_matrix=False), scheme, progress)
+    chosen = [name for name, form in survey.forms.items() if form.scheme]
+    if not chosen:
+        what = "holds 2:4" if scheme == "2:4" else "has zeros enough to become smaller"
+        raise InputError(f"{folder}: no linear of its decoder blocks {what}", hint=HINTS[scheme])
+    with _whole(final, fingerprint, restart, overwrite) as work:
+        written, hashes = packed.write_packed(reader, work.folder, survey.forms, scheme, progress)
+        work.hashes |= hashes | copy_side_files(folder, work.folder)
+        packed.prove(work.folder, written, progress)
+        work.write_text("README.md", CARD.format(name=final.name, scheme=scheme))
+        sizes = {"dense": weight_bytes(folder), "packed": weight_bytes(work.folder)}
+        work.publish(stages=[], facts={"packed": scheme})
+    respelled = packed.respelled(reader, written)
+    return {
+        "bytes": sizes,
+        "linears": {
+            "packed": len(chosen),
+            "dense_bytes": sum(reader.tensors[name].nbytes for name in chosen),
+            "packed_bytes": sum(survey.forms[name].nbytes for name in chosen),
+        },
+        "packed": chosen,
+        "left": [{"name": name, "reason": reason} for name, reason in survey.left.items()],
+        # The tensors always come back bit by bit; a file's header may have been spelled in another way.
+        "same_files": not respelled,
+        "respelled": respelled,
+    }
+
+
+@contextmanager
+def _whole(final: Path, fingerprint: Mapping[str, Any], restart: bool, overwrite: bool) -> Iterator[Delivery]:
+    """Deliver a folder, and leave nothing of it when it fails: no later run goes on from half an export."""
+    with deliver(final, fingerprint, restart=restart, overwrite=overwrite) as work:
+        try:
+            yield work
+        finally:
+            discard(work.folder)
+
+
+def _survey(
+    reader: CheckpointReader, where: Mapping[str, Place], scheme: Scheme, progress: Progress
+) -> Survey:
+    """Look at every linear and choose how each tensor is written; one is in memory at a time.
+
+    Args:
+        reader: The model's files.
+        where: Which stored tensors are linears of decoder blocks.
+        scheme: How linears are to be packed.
+        progress: Told after every tensor.
+    """
+    forms: dict[str, Form] = {}
+    left: dict[str, str] = {}
+    for done, (name, info) in enumerate(reader.tensors.items(), start=1):
+        place = where.get(name)
+        plain = Form(name=name, dtype=DTYPE_NAMES[info.dtype], shape=info.shape)
+        forms[name] = plain
+        if place is None:
+            left[name] = "no linear of a decoder block"
+        elif scheme == "2:4" and not packing.divides(info.shape, place.transposed):
+            left[name] = f"shape {list(info.shape)}: inputs not divisible by 8"
+        elif scheme == "2:4":
+            if packing.holds(reader.read(name), place.transposed):
+                forms[name] = plain.model_copy(update={"scheme": scheme, "transposed": place.transposed})
+            else:
+                left[name] = "more than 2 weights in a group of 4 inputs"
+        else:
+            kept = packing.count(reader.read(name))
+            packed = plain.model_copy(update={"scheme": scheme, "kept": kept})
+            if packed.nbytes < info.nbytes:
+                forms[name] = packed
+            else:
+                left[name] = f"{kept} of {math.prod(info.shape)} weights are not zero: no bytes saved"
+        progress("survey", done, len(reader.tensors))
+    return Survey(forms, left)
+
+
+def _unpack(
+    folder: Path,
+    final: Path,
+    fingerprint: Mapping[str, Any],
+    overwrite: bool,
+    restart: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    if not packed.is_packed(folder):
+        raise InputError(
+            f"{folder}: is not packed, it has no {PACKING}",
+            hint="a folder that `structprune export --to 2:4` or `--to bitmask` wrote is unpacked",
+        )
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise InputError(f"{folder}: incomplete, it has no manifest", hint="export it again")
+    written = packed.read_packing(folder)
+    former = read_manifest(folder / packed.SOURCE)
+    with _whole(final, fingerprint, restart, overwrite) as work:
+        work.hashes |= packed.write_dense(folder, work.folder, written, progress)
+        work.hashes |= copy_side_files(folder, work.folder)
+        _check_copies(folder, manifest, work.hashes)
+        sizes = {"dense": weight_bytes(work.folder), "packed": weight_bytes(folder)}
+        work.publish(stages=former.stages if former else [], facts=former.facts if former else {})
+    return {"bytes": sizes, "files": [file.dense for file in written.files], "from": written.scheme}
+
+
+def _check_copies(folder: Path, manifest: Manifest, copied: Mapping[str, str]) -> None:
+    """Compare what was copied or read with the manifest; weights have hashes of their own in packing.json."""
+    found = dict(copied)
+    for name in (PACKING, f"{packed.SOURCE}/{MANIFEST}"):
+        if (folder / name).exists():
+            found[name] = hash_file(folder / name, folder)
+    for name, file in manifest.files.items():
+        if name in (FINGERPRINT, "README.md") or (name.endswith(".safetensors") and "/" not in name):
+            continue
+        if file.sha256 not in (found.get(name), found.get(name.removeprefix(f"{packed.SOURCE}/"))):
+            raise InputError(
+                f"{folder / name}: missing, or changed since the folder was packed",
+                hint="fetch it again; change the dense folder instead",
+            )
+
+
+def _needed(folder: Path, to: str) -> int:
+    """Return the most bytes that the result can take."""
+    if to == "dense" and packed.is_packed(folder):
+        return sum(form.dense_nbytes for form in packed.read_packing(folder).forms)
+    return weight_bytes(folder)
+
+
+def _stamps(folder: Path) -> dict[str, list[int]]:
+    """Return size and time of every file: enough to know an interrupted export of the same folder."""
+    found = ((name, (folder / name).lstat()) for name in list_files(folder))
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in found}

@@ -1,0 +1,69 @@
+"""What a model is, from its files and a skeleton without weights."""
+
+from pathlib import Path
+from typing import Any
+
+from structprune.calibration.data import positions
+from structprune.checkpoint.locate import resolve
+from structprune.models.arch import arch_of, blocks, linears
+from structprune.models.cost import count, weight_bytes
+from structprune.models.identity import architecture_of
+from structprune.models.streamed import StreamedModel, open_model
+from structprune.models.tokenizer import open_tokenizer
+
+# Patterns that kernels or papers know; a model is told which of them fit its widths.
+PATTERNS = ((1, 4), (2, 4), (3, 4), (4, 8))
+
+
+def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Say what a model is, what it costs, and what can be pruned in it; every check of its files runs.
+
+    Args:
+        model: "demo", a folder, a hub name.
+        revision: Of a model on the hub.
+        trust_remote_code: Let code in the folder run.
+    """
+    folder = resolve(model, revision=revision)
+    opened = open_skeleton(folder, trust_remote_code)
+    arch = arch_of(opened.skeleton)
+    found = [linear for prefix, block in blocks(opened, arch) for linear in linears(prefix, block, arch)]
+    scan = opened.reader.scan(opened.names.ignored)
+    stored = {part for linear in found for part in opened.names.stored_of[linear.name]}
+    zeros = sum(scan.zeros[name] for name in stored)
+    weights = sum(linear.weight.numel() for linear in found)
+    cost = count(opened, zeros=zeros, prunable=weights, bytes_on_disk=weight_bytes(folder))
+    widths = {linear.weight.shape[1] for linear in found}
+    tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return {
+        "model": model,
+        "folder": str(folder),
+        "model_type": opened.config.model_type,
+        "class": type(opened.skeleton).__name__,
+        "known_family": not arch.fallback,
+        "blocks": len(blocks(opened, arch)),
+        "linears": len(found),
+        "experts": sum(linear.expert is not None for linear in found) // 2,
+        "parameters": cost.parameters,
+        "prunable": weights,
+        "sparsity": cost.sparsity,
+        "constant_matrices": list(scan.constant),
+        "dtype": str(opened.dtype).removeprefix("torch."),
+        "bytes": cost.bytes_on_disk,
+        "files": len(opened.reader.shards),
+        "flops_per_token": cost.flops_per_token,
+        "kv_bytes_per_token": cost.kv_bytes_per_token,
+        "length": cost.length,
+        "max_positions": positions(opened.config),
+        "tied_embeddings": bool(opened.names.aliases),
+        "vocabulary": len(tokenizer) if tokenizer is not None else None,
+        "patterns": [f"{kept}:{of}" for kept, of in PATTERNS if not any(width % of for width in widths)],
+        "architecture": architecture_of(opened),
+        "weights": scan.weights,
+    }
+
+
+def open_skeleton(folder: Path, trust_remote_code: bool) -> StreamedModel:
+    """Open a model folder without reading a weight."""
+    opened = open_model(folder, stream=True, trust_remote_code=trust_remote_code)
+    assert isinstance(opened, StreamedModel)
+    return opened

@@ -1,0 +1,24 @@
+"""Measures a folder from its files, and reloads it in a fresh process."""
+
+from pathlib import Path
+from typing import Any
+
+from structprune.checkpoint.locate import resolve
+from structprune.progress import Progress, silent
+from structprune.proof import verify as proof
+
+
+def verify(
+    folder: str | Path, against: str | None = None, *, stream: bool = False, progress: Progress = silent
+) -> dict[str, Any]:
+    """Measure a folder from its files and reload it in a fresh process.
+
+    Args:
+        folder: What structprune wrote, or any model folder.
+        against: The model it was made from.
+        stream: Hold one block in memory.
+        progress: Told (stage, done, total).
+    """
+    path = resolve(str(folder))
+    source = resolve(against) if against else None
+    return proof.verify(path, source, stream=stream, progress=progress).as_json()

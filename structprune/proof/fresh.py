@@ -1,0 +1,182 @@
+"""The fresh process: a child that shares nothing with this one opens folders; its logits against ours."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from structprune.storage.tensor_file import read_tensors, save_tensors
+
+SEQUENCES = 2
+LENGTH = 32
+# What two processes may differ by when the same numbers lie at differently aligned addresses.
+TOLERANCE = 1e-5
+PLAIN = Path(__file__).with_name("reload.py")
+STREAMED = "structprune.proof.reload_streamed"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A folder to open.
+
+    Args:
+        folder: The folder.
+        ids: Token ids to run through it, shape [batch, tokens].
+        dtype: The dtype to compute in, such as "bfloat16".
+        trusted: Let code that the folder brings along run.
+    """
+
+    folder: Path
+    ids: Tensor
+    dtype: str
+    trusted: bool = False
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """What a fresh process found.
+
+    Args:
+        error: Why the folder could not be opened; "" when it was.
+        loader: What opened it, with its version.
+        logits: Shape [batch, tokens, vocabulary]; None when there was an error.
+        missing: Tensors that the loader did not find, or found in another shape.
+        same_with_cache: Whether greedy tokens are the same with and without a cache; None where not tried.
+    """
+
+    error: str
+    loader: str = ""
+    logits: Tensor | None = None
+    missing: tuple[str, ...] = ()
+    same_with_cache: bool | None = None
+
+
+def probe(config: PreTrainedConfig) -> Tensor:
+    """Return the token ids that every reload of a model computes, shape [2, at most 32].
+
+    They are spread over the vocabulary; tokens with a meaning of their own (padding, images) are left out.
+    """
+    text = config.get_text_config()
+    special = {int(value) for value in _special(config.to_dict()) if isinstance(value, int)}
+    ordinary = [token for token in range(int(text.vocab_size)) if token not in special] or [0]
+    length = min(LENGTH, getattr(text, "max_position_embeddings", None) or LENGTH)
+    count = SEQUENCES * length
+    # A step that shares no divisor with the count visits every place once, in an order that is not sorted.
+    places = [(place * 37) % count for place in range(count)]
+    return torch.tensor([ordinary[place * len(ordinary) // count] for place in places]).view(
+        SEQUENCES, length
+    )
+
+
+def reload(jobs: Sequence[Job], *, stream: bool = False) -> list[Reloaded]:
+    """Open folders in a child process, several in one, and return what it found, in order.
+
+    Without `stream` the child is plain transformers and never imports structprune. A folder that ends the
+    child is reported, and the folders after it get another child.
+    """
+    with tempfile.TemporaryDirectory(prefix="structprune-reload-") as scratch:
+        written = [_write(job, Path(scratch), index) for index, job in enumerate(jobs)]
+        results: list[Reloaded] = []
+        while len(results) < len(jobs):
+            results += _run(written[len(results) :], Path(scratch), stream=stream)
+        return results
+
+
+def difference(found: Tensor, expected: Tensor) -> tuple[bool, str]:
+    """Tell whether logits are those expected, and by how much they differ."""
+    if found.shape != expected.shape:
+        return False, f"logits of shape {list(found.shape)}, expected {list(expected.shape)}"
+    if not bool(found.isfinite().all()):
+        return False, f"{int((~found.isfinite()).sum())} logits are not finite"
+    apart = float((found.double() - expected.double()).abs().max())
+    scale = float(expected.double().abs().max())
+    if apart == 0:
+        return True, "the same logits to the last bit"
+    return apart <= TOLERANCE * scale, f"logits differ by {apart:.3g}, the largest is {scale:.3g}"
+
+
+def _special(value: object, key: str = "") -> list[object]:
+    """Return every value in a config whose key says that it is a token."""
+    if isinstance(value, dict):
+        return [found for name, part in value.items() for found in _special(part, str(name))]
+    if not key.endswith(("token_id", "token_index", "token_ids")):
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _write(job: Job, scratch: Path, index: int) -> dict[str, Any]:
+    asked = scratch / f"probe-{index}.safetensors"
+    save_tensors(asked, {"input_ids": job.ids.cpu().contiguous()})
+    return {
+        "folder": str(job.folder.resolve()),
+        "probe": str(asked),
+        "logits": str(scratch / f"logits-{index}.safetensors"),
+        "dtype": job.dtype,
+        "trusted": job.trusted,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _run(jobs: Sequence[dict[str, Any]], scratch: Path, *, stream: bool) -> list[Reloaded]:
+    """Run one child; return a result per folder that it opened, and one more for the folder that ended it."""
+    listed = scratch / "jobs.json"
+    listed.write_text(json.dumps(jobs), encoding="utf-8")
+    # -P keeps the script's folder off the module path, where load.py or verify.py could hide other modules.
+    program = ["-m", STREAMED] if stream else ["-P", str(PLAIN)]
+    child = subprocess.run(
+        [sys.executable, *program, str(listed)],
+        env=_environment(stream=stream),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    lines = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
+    results = [_result(job, line) for job, line in zip(jobs, lines, strict=False)]
+    if len(results) < len(jobs):
+        results.append(Reloaded(error=_reason(child)))
+    return results
+
+
+def _environment(*, stream: bool) -> dict[str, str]:
+    found = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    # Sums are split by thread: another number of threads would round them differently.
+    threads = str(torch.get_num_threads())
+    found |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    found["TRANSFORMERS_VERBOSITY"] = "error"
+    if stream:
+        root = str(Path(__file__).parents[2])
+        found["PYTHONPATH"] = os.pathsep.join(filter(None, (root, found.get("PYTHONPATH"))))
+    return found
+
+
+def _result(job: dict[str, Any], line: dict[str, Any]) -> Reloaded:
+    if line.get("alone") is False:
+        return Reloaded(
+            error="the child had structprune imported, so it proves nothing about plain transformers"
+        )
+    return Reloaded(
+        error="",
+        loader=line["loader"],
+        logits=read_tensors(Path(job["logits"]))["logits"],
+        missing=(*line.get("missing", ()), *line.get("mismatched", ())),
+        same_with_cache=line.get("same_with_cache"),
+    )
+
+
+def _reason(child: "subprocess.CompletedProcess[str]") -> str:
+    if child.returncode < 0:
+        name = signal.Signals(-child.returncode).name
+        return f"the process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    said = [line.strip() for line in child.stderr.splitlines() if line.strip()]
+    return f"the process ended with {child.returncode}: {said[-1] if said else 'and said nothing'}"

@@ -1,0 +1,320 @@
+"""The weight family: a score decides which weights become zero; shapes stay as they are.
+
+A method is a score. How much leaves where (`budget`), and what makes up for it (`repair`), are chosen beside
+it; calibration remembers of an input what score, budget and repair need together. A method whose choice and
+update cannot be told apart overrides `solve`.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self, final
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from structprune.calibration.collect import Collected, remembered_bytes
+from structprune.calibration.notebook import Notebook
+from structprune.calibration.statistics import InputNorm, widest
+from structprune.decide.budgets.budget import AnyBudget, Compare, TargetParams
+from structprune.decide.counts import counts
+from structprune.decide.sparsity import Sparsity, fraction_of, pattern_of
+from structprune.decide.targets import Choice
+from structprune.errors import QualityError, UsageError
+from structprune.models.arch import Linear, all_linears, blocks
+from structprune.models.gradients import Norm
+from structprune.models.identity import names_of, skeleton, stored_names, weights_of
+from structprune.models.names import Names
+from structprune.models.streamed import Batch, Model
+from structprune.models.walk import Block
+from structprune.plan.plan import Plan, PlanWriter
+from structprune.pruners.blockwise import (
+    Measured,
+    measure,
+    measure_gradients,
+    solve_block,
+    walk_data,
+    walk_weights,
+)
+from structprune.pruners.pruner import Pruner
+from structprune.solvers.plan_tensors import record, told
+from structprune.solvers.solution import STATISTIC_OF, Repair, Solution, Task, repaired, select
+
+
+class WeightPruner(Choice, Pruner):
+    """A pruner that gives every weight a score and removes the lowest.
+
+    Args:
+        sparsity: Fraction of weights removed, in [0, 1), or "N:M" (N of every M consecutive inputs kept).
+        compare: Which weights compete for an unstructured sparsity: those of a row, or of the whole matrix.
+        budget: How unequal the linears' shares are: "uniform", "owl", "ramp", "table" or "target_params",
+            alone or as `name:` with its fields. The total stays exactly what was asked.
+        repair: What makes up for the removed weights: "none"; "obs", SparseGPT's update; "least_squares", the
+            exact refit of the kept weights; "dsnot", which swaps weights and updates none.
+        damping: What `obs` and `least_squares` add to the diagonal of the Gram matrix, relative to its mean.
+        propagate: Whether later blocks see the outputs of pruned or of dense blocks.
+        indivisible: Whether a linear whose sizes do not divide as the method needs is refused or left dense.
+        keep_scores: Keep the scores in the plan, so that another sparsity needs no calibration.
+    """
+
+    sparsity: Sparsity = 0.5
+    compare: Compare = "row"
+    budget: AnyBudget = None
+    repair: Repair = "none"
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    propagate: Literal["pruned", "dense"] = "pruned"
+    indivisible: Literal["refuse", "dense"] = "refuse"
+    keep_scores: bool = False
+
+    statistic: ClassVar[type[InputNorm] | None] = None
+    repairs: ClassVar[tuple[str, ...]] = ("none", "obs", "least_squares", "dsnot")
+
+    @abstractmethod
+    def score(self, weight: Tensor, stat: Any) -> Tensor:
+        """Return the importance of each weight, shape [out, in], float32; a higher score is kept.
+
+        Args:
+            weight: Shape [out, in], in the model's dtype.
+            stat: What `statistic` remembers of the linear's input, or None when the method needs no data.
+        """
+
+    def solve(self, tasks: Sequence[Task], stat: Any) -> list[Solution]:
+        """Return what becomes of each of the matrices that read the same input, before any repair.
+
+        Args:
+            tasks: The matrices.
+            stat: What is remembered of their input, or None when nothing was looked at.
+        """
+        return [self._ranked(task, self.score(task.weight, task.seen(stat))) for task in tasks]
+
+    @property
+    def gradients(self) -> Norm | None:
+        """Return how gradients are added up over samples, where the score looks at them."""
+        return None
+
+    def misfit(self, linear: Linear) -> str:
+        """Return why a linear cannot be pruned as asked, "" when it can."""
+        pattern, width = pattern_of(self.sparsity), linear.weight.shape[1]
+        if pattern and width % pattern[1]:
+            return f"{width} inputs are not divisible by {pattern[1]} (for {self.sparsity})"
+        return ""
+
+    @model_validator(mode="after")
+    def _combination(self) -> Self:
+        if self.repair not in self.repairs:
+            raise ValueError(f"repair: {self.method()} leaves nothing for {self.repair!r} to make up for")
+        if self.budget is not None and pattern_of(self.sparsity):
+            raise ValueError(f"budget: {self.sparsity} fixes the share of every group, none can be unequal")
+        return self
+
+    @property
+    @final
+    def looks_at_data(self) -> bool:
+        """Tell whether score, budget or repair need calibration data."""
+        return bool(self.needs_data or self._statistic or (self.budget and self.budget.measures))
+
+    @property
+    @final
+    def asked(self) -> float | str:
+        """Return the sparsity, or how many parameters were to be left."""
+        left = self.budget.parameters if isinstance(self.budget, TargetParams) else None
+        return self.sparsity if left is None else f"{left} parameters"
+
+    @property
+    def _statistic(self) -> type[InputNorm] | None:
+        return widest([self.needs, STATISTIC_OF[self.repair]])
+
+    @property
+    def needs(self) -> type[InputNorm] | None:
+        """Return what the method remembers of an input with the fields as they are."""
+        return self.statistic
+
+    def remembered_bytes(self, model: Model) -> int:
+        """Return at most how many bytes the Gram matrices and gradients of one block take."""
+        gradients = self.gradients is not None
+        return max(remembered_bytes(block, self._statistic, gradients) for block in self.all_chosen(model))
+
+    @property
+    def leaves_zeros(self) -> bool:
+        """Tell whether the written matrices hold the zeros."""
+        return True
+
+    def fits(self, linear: Linear) -> bool:
+        """Tell whether a linear is pruned rather than left dense for its sizes."""
+        return self.indivisible == "refuse" or not self.misfit(linear)
+
+    @final
+    def all_chosen(self, model: Model) -> list[list[Linear]]:
+        """Return, block by block, the linears that are to be pruned."""
+        return [self.chosen(index, found) for index, found in enumerate(all_linears(model))]
+
+    @final
+    def removals(self, model: Model) -> dict[str, tuple[int, int]]:
+        """Return how many weights of each chosen linear leave, as far as that is known without data."""
+        sizes = {one.label: one.weight.numel() for block in self.all_chosen(model) for one in block}
+        leaving = self._counts(model, [0.0] * len(blocks(model)))
+        return {label: (leaving[label] if self.leaves_zeros else 0, size) for label, size in sizes.items()}
+
+    @final
+    def check(self, model: Model) -> None:
+        """Check that some linear is chosen and that every chosen one can be pruned as asked."""
+        chosen = [linear for block in self.all_chosen(model) for linear in block]
+        if not chosen:
+            raise UsageError("skip, include, exclude and indivisible leave no linear to prune")
+        for linear in chosen:
+            if reason := self.misfit(linear):
+                raise UsageError(
+                    f"{linear.label}: {reason}",
+                    hint="--exclude it, --set indivisible=dense, or choose other sizes",
+                )
+        self._counts(model, [0.0] * len(blocks(model)))
+
+    @final
+    def calibrate(self, model: Model, batches: Sequence[Batch], plan: PlanWriter | None = None) -> Plan:
+        """Measure where the decision needs the whole model, then decide block by block."""
+        writer = plan or self.writer(None, model, weights_of(model))
+        return self.calibrate_each(model, batches, [(self, writer)])[0]
+
+    @final
+    def calibrate_each(
+        self, model: Model, batches: Sequence[Batch], wanted: Sequence[tuple[Self, PlanWriter]]
+    ) -> list[Plan]:
+        """Decide for several sparsities with one look at the model.
+
+        Args:
+            model: The dense model.
+            batches: Calibration data.
+            wanted: Pruners that differ from this one only in the sparsity, each with its plan's writer; more
+                than one only where `one_look` says so.
+        """
+        for pruner, _ in wanted:
+            pruner.check(model)
+        going = [pair for pair in wanted if fraction_of(pair[0].sparsity) or pair[0].budget is not None]
+        facts = {id(writer): pruner._facts(model) for pruner, writer in wanted}
+        if going:
+            self._decide(model, batches, going, facts)
+        return [writer.finish(facts[id(writer)]) for _, writer in wanted]
+
+    def _decide(
+        self,
+        model: Model,
+        batches: Sequence[Batch],
+        going: Sequence[tuple[Self, PlanWriter]],
+        facts: Mapping[int, dict[str, Any]],
+    ) -> None:
+        writer = going[0][1]
+        with (
+            Notebook(writer.folder, "budget") as seen,
+            Notebook(writer.folder, "gradients") as gradients,
+        ):
+            measured = [0.0] * len(blocks(model))
+            if self.budget is not None and self.budget.measures:
+                measured = measure(model, batches, self.chosen, self.budget, seen)
+            if self.gradients is not None:
+                measure_gradients(model, batches, self.chosen, self.gradients, gradients, spill=writer.folder)
+            leaving = [pruner._counts(model, measured) for pruner, _ in going]
+            if self.budget is not None:
+                matrices = {one.label: one.matrix for block in self.all_chosen(model) for one in block}
+                for (_, each), count in zip(going, leaving, strict=True):
+                    shares = {matrix: count[label] for label, matrix in matrices.items()}
+                    facts[id(each)].update(measured=measured, budget=shares)
+            samples = sum(len(batch["input_ids"]) for batch in batches)
+            for block, collected in self._walk(
+                model, batches, min(going, key=lambda one: one[1].finished)[1]
+            ):
+                noted = gradients.read(block.index)
+                for (pruner, each), count in zip(going, leaving, strict=True):
+                    if block.index < each.finished:
+                        continue
+                    tasks = [
+                        pruner._task(linear, count, noted.get(linear.label), samples)
+                        for linear in self.chosen(block.index, block.linears)
+                    ]
+                    found = solve_block(tasks, collected.statistics, pruner._solve)
+                    pruner._write(each, model, block, collected, found)
+
+    @final
+    def reuse(self, plan: Plan, model: Model, writer: PlanWriter) -> Plan:
+        """Decide from the scores that a run with another sparsity kept; needs no data.
+
+        Args:
+            plan: Holds `score` tensors.
+            model: The model it was made on.
+            writer: Where to write the decisions.
+        """
+        self.check(model)
+        names, leaving = names_of(model), self._counts(model, [0.0] * len(blocks(model)))
+        for block, nothing in walk_weights(model, writer.finished):
+            found = {}
+            for linear in self.chosen(block.index, block.linears):
+                parts = {name: plan[f"{name}:score"] for name in names.stored_of[linear.name]}
+                score = linear.view(names.to_module(parts)[linear.name])
+                found[linear.label] = self._ranked(self._task(linear, leaving), score)
+            self._write(writer, model, block, nothing, found)
+        return writer.finish(self._facts(model) | {"scores_of": plan.id})
+
+    @property
+    @final
+    def reusable(self) -> bool:
+        """Tell whether kept scores are all that another sparsity needs."""
+        ranked = type(self).solve is WeightPruner.solve
+        return ranked and self.one_look and self.repair == "none" and self.budget is None
+
+    @property
+    @final
+    def one_look(self) -> bool:
+        """Tell whether what calibration sees is the same for every sparsity."""
+        return self._statistic is None or self.propagate == "dense"
+
+    def _walk(self, model: Model, batches: Sequence[Batch], writer: PlanWriter) -> Iterator[Measured]:
+        if self._statistic is None:
+            return walk_weights(model, writer.finished)
+        dense = self.propagate == "dense"
+        return walk_data(model, batches, writer, self.chosen, self._statistic, dense=dense)
+
+    def _ranked(self, task: Task, score: Tensor) -> Solution:
+        return Solution(select(score, task, self.compare), score=score if self.keep_scores else None)
+
+    def _solve(self, tasks: Sequence[Task], stat: InputNorm | None) -> list[Solution]:
+        try:
+            return [
+                repaired(task, solution, stat, self.repair, self.damping)
+                for task, solution in zip(tasks, self.solve(tasks, stat), strict=True)
+            ]
+        except (QualityError, UsageError) as error:
+            names = ", ".join(task.label for task in tasks)
+            hint = error.hint or "the weights or the activations overflowed"
+            raise type(error)(f"{names}: {error.message}", hint=hint) from None
+
+    def _task(
+        self, linear: Linear, leaving: Mapping[str, int], gradient: Tensor | None = None, samples: int = 0
+    ) -> Task:
+        pattern = pattern_of(self.sparsity)
+        return Task(linear.label, linear.weight, leaving[linear.label], pattern, gradient, samples)
+
+    def _write(
+        self,
+        writer: PlanWriter,
+        model: Model,
+        block: Block,
+        collected: Collected,
+        found: Mapping[str, Solution],
+    ) -> None:
+        solved = [(linear, found[linear.label]) for linear in block.linears if linear.label in found]
+        writer.write(record(solved, names_of(model)), told(found, collected))
+
+    def _facts(self, model: Model) -> dict[str, Any]:
+        chosen = [linear for block in self.all_chosen(model) for linear in block]
+        facts: dict[str, Any] = {"prunable": self._prunable(names_of(model), chosen)}
+        if self.indivisible == "dense":
+            named = [self.named(index, found) for index, found in enumerate(all_linears(model))]
+            reasons = ((one.label, self.misfit(one)) for block in named for one in block)
+            facts["left_dense"] = {label: reason for label, reason in reasons if reason}
+        return facts
+
+    def _prunable(self, names: Names, chosen: Sequence[Linear]) -> list[str]:
+        """Return the stored tensors that will hold the zeros."""
+        return stored_names(names, chosen) if self.leaves_zeros else []
+
+    def _counts(self, model: Model, measured: Sequence[float]) -> dict[str, int]:
+        chosen = self.all_chosen(model)
+        return counts(chosen, self.sparsity, self.compare, self.budget, skeleton(model), measured)

@@ -1,0 +1,1 @@
+"""Training after pruning, in which what was removed stays removed."""

@@ -1,0 +1,168 @@
+"""The report of a prune run: one dictionary, for report.json, the card, the plots and the terminal.
+
+A number that is not finite becomes null: NaN is not JSON, and other readers stop at it.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from structprune.machine import machine, peak_rss, versions
+from structprune.proof.verify import Verification
+from structprune.storage.durable import DurableFile
+
+REPORT_FILE = "structprune/report.json"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the dense model is.
+
+    Args:
+        parameters: All parameters, tied ones once.
+        bytes: Bytes of the weight files.
+    """
+
+    parameters: int
+    bytes: int
+
+
+def build(
+    verification: Verification,
+    *,
+    output: Path,
+    method: str,
+    asked: float | str | None,
+    achievable: float | None,
+    dense: Size,
+    seconds: float,
+    stages: Sequence[Mapping[str, Any]] = (),
+    blocks_resumed: int = 0,
+    calibration: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Put a report together; sparsity, parameters and bytes of the result are the ones `verify` measured.
+
+    Args:
+        verification: What was measured from the files of the output.
+        output: The output folder, as the user will find it.
+        method: Name of the method, or of several joined with "+".
+        asked: Sparsity asked for, a fraction or "N:M".
+        achievable: Fraction that the rounding to whole weights per row allows.
+        dense: Size of the source.
+        seconds: Wall time of the run.
+        stages: What each stage was: method, config, plan id and whatever the caller adds.
+        blocks_resumed: Blocks that an earlier, interrupted run had finished.
+        calibration: Where the calibration tokens came from; None for a method without data.
+        evaluation: What `evaluate` returned as JSON, its "generations" beside; None when not asked for.
+    """
+    measured = verification.as_json()
+    blocks = measured.pop("blocks")
+    report = {
+        "output": str(output),
+        "method": method,
+        "asked": asked,
+        "achievable": achievable,
+        "sparsity": verification.sparsity,
+        "pattern": verification.pattern,
+        "parameters": {
+            "dense": dense.parameters,
+            "pruned": verification.parameters,
+            "nonzero": verification.nonzero,
+        },
+        "bytes": {"dense": dense.bytes, "pruned": verification.bytes},
+        "seconds": round(seconds, 3),
+        "peak_rss_bytes": peak_rss(),
+        "blocks_resumed": blocks_resumed,
+        "loads_in": verification.loads_in,
+        "blocks": blocks,
+        "verification": measured,
+        "evaluation": evaluation,
+        "calibration": calibration,
+        "stages": list(stages),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    finite = plain(report)
+    assert isinstance(finite, dict)
+    return finite
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> Path:
+    """Write a report as structprune/report.json of an output folder; return the file.
+
+    Raises:
+        EnvironmentFailure: The disk is full or the folder may not be written.
+    """
+    path = folder / REPORT_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(plain(report), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    with DurableFile(path) as file:
+        file.write(text.encode())
+    return path
+
+
+def table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return (what, dense, pruned) for people: sizes, then quality where evaluated; "-" if not measured."""
+    parameters, size = report["parameters"], report["bytes"]
+    rows = [
+        ("Parameters", f"{parameters['dense']:,}", f"{parameters['pruned']:,}"),
+        ("Parameters that are not zero", "-", f"{parameters['nonzero']:,}"),
+        ("Zeros in the pruned matrices", "-", fraction(report["sparsity"])),
+        ("Bytes of the weight files", f"{size['dense']:,}", f"{size['pruned']:,}"),
+    ]
+    found = report.get("evaluation") or {}
+    for name, figures in found.get("perplexity", {}).items():
+        rows.append((f"Perplexity, {name}", number(figures["dense"]), number(figures["model"])))
+    for name, figures in found.get("divergence", {}).items():
+        kl = f"{number(figures['kl'])} ± {number(figures['kl_se'])}"
+        rows.append((f"KL from dense in nats per token, {name}", "0", kl))
+        rows.append((f"Same first choice as dense, {name}", "100%", percent(figures["top1_agreement"])))
+    for task, metrics in found.get("tasks", {}).items():
+        for metric in metrics:
+            if not metric.partition(",")[0].endswith("_stderr"):
+                pair = [_scored(metrics, metric, which) for which in ("dense", "model")]
+                rows.append((f"{task}, {metric}", pair[0], pair[1]))
+    return rows
+
+
+def number(value: float | None) -> str:
+    """Return a figure with four digits, or "-" where there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def fraction(value: float | str | None) -> str:
+    """Return a sparsity as people write it: "50.00%", or "2:4" as it is."""
+    return value if isinstance(value, str) else percent(value, digits=2)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Return a fraction as percent, or "-" where there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}%}"
+
+
+def _scored(metrics: Mapping[str, Mapping[str, float | None]], metric: str, which: str) -> str:
+    """Return a task's figure with its standard error where lm-eval gives one."""
+    error = _error_of(metrics, metric).get(which)
+    shown = number(metrics[metric].get(which))
+    return shown if error is None or shown == "-" else f"{shown} ± {number(error)}"
+
+
+def _error_of(metrics: Mapping[str, Mapping[str, float | None]], metric: str) -> Mapping[str, float | None]:
+    """Return the standard errors of a metric; a filter's name stands behind a comma, "acc_stderr,filter"."""
+    name, comma, chosen = metric.partition(",")
+    return metrics.get(f"{name}_stderr{comma}{chosen}", {})
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON can hold it: no NaN, no infinity, text for what JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return value if value is None or isinstance(value, str | int | bool) else str(value)

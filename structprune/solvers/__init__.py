@@ -1,0 +1,1 @@
+"""What picks weights and updates the others at once, named after the method; and the repairs."""

@@ -1,0 +1,146 @@
+"""ALPS: choose which weights stay by ADMM on the reconstruction error, then refit them.
+
+Source: Meng et al. 2024, https://arxiv.org/abs/2406.07831
+
+Two copies of a matrix are pulled together: one that is free to reconstruct the output, one that has zeros.
+The pull grows as the support (where the second copy is not zero) settles. We deviate from the released code
+in one way: the refit runs until its residual is small, not for ten steps whatever is left.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structprune.decide.budgets.budget import Compare, removed_count
+from structprune.decide.select import groups, matrix, rows
+from structprune.solvers.hessian import DAMPING, damped, read_weight
+from structprune.solvers.repairs.repair import conjugate_gradients
+from structprune.solvers.sparsegpt import Amount, pattern
+
+# The paper's schedule: the pull at the start, how often it is adapted, and by how much for which share of
+# changes in the support.
+PULL = 0.1
+EVERY = 3
+GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+# A support that the very first check finds settled was frozen by too strong a pull, which is then weakened.
+WEAKENING = 5.0
+# The pull is by then weaker than the damping: the support has settled, and nothing has frozen it.
+RESTARTS = 3
+ROUNDS = 300
+
+Project = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Spectrum:
+    """A symmetric matrix as eigenvectors [in, in] and eigenvalues [in], float32."""
+
+    vectors: Tensor
+    values: Tensor
+
+    def solve(self, target: Tensor, shift: float) -> Tensor:
+        """Return target (H + shift I)^-1, shape [out, in]."""
+        return (target @ self.vectors).div_(self.values + shift) @ self.vectors.T
+
+
+def alps(
+    weight: Tensor,
+    gram: Tensor,
+    sparsity: Amount,
+    *,
+    compare: Compare = "matrix",
+    damping: float = DAMPING,
+    rounds: int = ROUNDS,
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Choose the mask and the weights that reconstruct the output best.
+
+    Args:
+        weight: Shape [out, in], any float dtype.
+        gram: X^T X over all tokens, shape [in, in]; its scale does not matter.
+        sparsity: How much leaves: a fraction, "N:M" or (kept, of).
+        compare: Whether a fraction is taken of the matrix, as in the paper, or of each row.
+        damping: Above 0, in units of the Gram matrix's mean diagonal.
+        rounds: Rounds of ADMM at most, over all restarts.
+
+    Returns:
+        Mask [out, in], bool, True = kept; new weight [out, in], float32, zero where removed; and the facts:
+        `rounds`, `restarts`, `settled` (whether the support stood still at the end), `pull`, `error` (half of
+        tr(dW H dW^T) with the damped H), and of the refit `iterations`, `residual` and `converged`.
+
+    Raises:
+        UsageError: The inputs do not divide into groups of M.
+        QualityError: A value is NaN or infinite.
+    """
+    found = damped(gram, damping)
+    dense = read_weight(weight)
+    # Inputs are scaled to a Hessian with a diagonal of ones, where size tells what a weight is worth.
+    scale = found.hessian.diagonal().sqrt()
+    hessian = found.hessian / scale / scale[:, None]
+    aim = dense * scale
+    if not bool(found.dead.all()):
+        aim[:, found.dead] = 0  # they leave first
+    mask, start, facts = _search(aim, hessian, _projection(aim.shape, sparsity, compare), rounds)
+    new, refit = conjugate_gradients(aim, mask, hessian, start)
+    facts |= refit
+    new /= scale
+    # Nothing else reaches a dead input: what stays of it stays as it was.
+    new[:, found.dead] = (dense * mask)[:, found.dead]
+    change = new - dense
+    facts["error"] = float((change @ found.hessian).mul_(change).sum(dtype=torch.float64)) / 2
+    return mask, new, facts
+
+
+def _projection(shape: tuple[int, ...], sparsity: Amount, compare: Compare) -> Project:
+    """Return what turns scores [out, in] into the mask that an amount allows."""
+    shape_of_groups = pattern(sparsity)
+    if shape_of_groups is not None:
+        kept, of = shape_of_groups
+        return lambda scores: groups(scores, kept, of)
+    assert isinstance(sparsity, float | Fraction)
+    if compare == "row":
+        leaving = removed_count(shape[1], sparsity)
+        return lambda scores: rows(scores, leaving)
+    leaving = removed_count(shape[0] * shape[1], sparsity)
+    return lambda scores: matrix(scores, leaving)
+
+
+def _search(
+    aim: Tensor, hessian: Tensor, project: Project, rounds: int
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Run ADMM until the support settles; return the mask, the sparse copy and the facts.
+
+    Args:
+        aim: The dense weights, shape [out, in].
+        hessian: Positive definite with a diagonal of ones, shape [in, in].
+        project: Turns scores into a mask.
+        rounds: Rounds at most.
+    """
+    # float64, once: the small eigenvalues decide where the error can hide.
+    values, vectors = torch.linalg.eigh(hessian.double())
+    spectrum = _Spectrum(vectors.float(), values.clamp_min(0).float())
+    target = aim @ hessian
+    begin, restarts, done = PULL, 0, 0
+    while True:
+        pull, settled, checks = begin, False, 0
+        mask = project(aim.abs())
+        sparse, dual = aim * mask, torch.zeros_like(aim)
+        before = mask
+        while done < rounds and not settled:
+            free = spectrum.solve((target - dual).add_(sparse, alpha=pull), pull)
+            wanted = dual.div(pull).add_(free)
+            mask = project(wanted.abs())
+            sparse = wanted * mask
+            dual.add_(free - sparse, alpha=pull)
+            done += 1
+            if done % EVERY == 0:
+                changed = int((mask & ~before).sum()) / max(1, int(mask.sum()))
+                settled, before, checks = changed == 0, mask, checks + 1
+                pull *= 1 if settled else next(growth for share, growth in GROWTH if changed > share)
+        if not settled or checks > 1 or restarts == RESTARTS:
+            facts = {"rounds": done, "restarts": restarts, "settled": settled, "pull": pull}
+            return mask, sparse, facts
+        begin, restarts = begin / WEAKENING, restarts + 1

@@ -1,0 +1,60 @@
+"""The wrappers of a factored weight, each solved for exactly while the rest stands still.
+
+Source: Liu et al. 2025, ARMOR, https://arxiv.org/abs/2510.05528 (the problem; the paper takes gradient steps)
+"""
+
+import torch
+from torch import Tensor
+
+from structprune.errors import QualityError
+from structprune.models.modules import blockwise
+from structprune.solvers.armor.problem import Problem, State
+
+# Of the mean curvature: first what float32 needs, then what a singular matrix needs; always towards the
+# present value, so that the step stays a descent.
+RIDGES = (1e-6, 1e-4, 1e-2)
+
+
+def solve_left(problem: Problem, state: State) -> State:
+    """Solve for the left wrapper exactly: least squares with one normal matrix per block."""
+    inner = blockwise(state.right.mT, state.core)
+    regressors, weighed = problem.rows(inner), problem.rows(problem.weighed(inner))
+    answer = solved(regressors @ weighed.mT, weighed @ problem.rows(state.residual).mT)
+    return problem.state(state.left - answer.mT, state.core, state.right)
+
+
+def solve_right(problem: Problem, state: State) -> State:
+    """Solve for the right wrapper exactly, with a Gram matrix one block after the other."""
+    outer = torch.bmm(state.left, problem.rows(state.core)).reshape(state.core.shape)
+    right, residual = state.right.clone(), state.residual.clone()
+    for part in problem.parts:
+        span = problem.span(part)
+        regressors = problem.columns(outer)[part]
+        answers = regressors.mT @ problem.columns(problem.weighed(residual, span))
+        between = problem.between(part)
+        if between is not None:
+            answers = torch.linalg.solve(between, answers, left=False)
+        step = solved(regressors.mT @ regressors, answers)
+        right[part] -= step
+        if between is not None:
+            residual[:, span] -= (regressors @ step)[0]
+    return problem.state(state.left, state.core, right)
+
+
+def solved(normal: Tensor, answers: Tensor) -> Tensor:
+    """Solve normal equations [n, b, b] x = answers [n, b, c], damped as little as works.
+
+    Raises:
+        QualityError: No damping makes them definite: something is not finite.
+    """
+    mean = normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    identity = torch.eye(normal.shape[1], dtype=normal.dtype, device=normal.device)
+    for ridge in RIDGES:
+        # The tiny number serves a block that is zero altogether, where any answer is as good.
+        factor, failed = torch.linalg.cholesky_ex(normal + (ridge * mean + 1e-30) * identity)
+        if not failed.any():
+            return torch.cholesky_solve(answers, factor)
+    raise QualityError(
+        f"normal equations of {list(normal.shape)} are not definite",
+        hint="look for NaN in the weights or in the calibration statistics",
+    )

@@ -1,0 +1,409 @@
+"""Evaluation: perplexity and divergence worked out by hand, protocols, lm-eval, generations."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from tokenizers import processors
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from structprune.calibration.data import load
+from structprune.calibration.texts import texts
+from structprune.errors import EnvironmentFailure, InputError, QualityError, UsageError
+from structprune.evaluation import perplexity
+from structprune.evaluation.evaluation import Evaluation, compare, evaluate, gate
+from structprune.evaluation.generations import beginnings, generations
+from structprune.evaluation.harness import harness
+from structprune.evaluation.perplexity import Scores, Windows, score, windows_of
+from structprune.models.streamed import open_model
+from tests.tiny import LENGTH, VOCABULARY, save_tiny, tiny, tokenizer, tokens
+
+PROSE = "".join(f"Line {number} of a text, {number**2} squared.\n" for number in range(1000, 1040))
+
+
+class Bigram(nn.Module):
+    """A model whose next token depends on the present one only: `table` [token, next] holds probabilities."""
+
+    def __init__(self, table: list[list[float]]) -> None:
+        super().__init__()
+        self.log = torch.tensor(table).log()
+        sizes = SimpleNamespace(vocab_size=len(table), hidden_size=1)
+        self.config = SimpleNamespace(get_text_config=lambda: sizes)
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=self.log[input_ids])
+
+
+def bigram(table: list[list[float]]) -> Any:
+    return Bigram(table)
+
+
+@pytest.fixture
+def prose(tmp_path: Path) -> str:
+    path = tmp_path / "prose.txt"
+    path.write_text(PROSE)
+    return str(path)
+
+
+def uniform() -> PreTrainedModel:
+    model: Any = tiny("llama")
+    model.get_output_embeddings().weight.data.zero_()
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def test_perplexity_of_three_tokens_worked_out_by_hand() -> None:
+    model = bigram([[0.25, 0.75], [0.5, 0.5]])
+    scores = score(model, Windows(torch.tensor([[0, 1, 0]]), [1]))
+    assert scores.tokens == [2]
+    # p(1 | 0) = 3/4 and p(0 | 1) = 1/2: the perplexity is (3/8) ** (-1/2)
+    assert math.exp(scores.mean(scores.model)) == pytest.approx(math.sqrt(8 / 3))
+
+
+def test_divergence_of_two_tokens_worked_out_by_hand() -> None:
+    dense, model = bigram([[0.25, 0.75], [0.5, 0.5]]), bigram([[0.5, 0.5], [0.75, 0.25]])
+    scores = score(model, Windows(torch.tensor([[0, 1, 0]]), [1]), dense=dense)
+    after_0 = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    after_1 = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    assert scores.mean(scores.kl) == pytest.approx((after_0 + after_1) / 2)
+    assert math.exp(scores.mean(scores.dense)) == pytest.approx(math.sqrt(8 / 3))
+
+
+def test_top1_agreement_counts_the_tokens_ranked_first() -> None:
+    dense, model = bigram([[0.25, 0.75], [0.6, 0.4]]), bigram([[0.1, 0.9], [0.3, 0.7]])
+    scores = score(model, Windows(torch.tensor([[0, 1, 0, 0]]), [1]), dense=dense)
+    # Both expect 1 after 0 (twice); after 1 they disagree.
+    assert scores.mean(scores.agree) == pytest.approx(2 / 3)
+
+
+def test_a_token_that_dense_rules_out_adds_nothing_to_the_divergence() -> None:
+    dense, model = bigram([[0.0, 1.0], [1.0, 0.0]]), bigram([[0.5, 0.5], [0.5, 0.5]])
+    scores = score(model, Windows(torch.tensor([[0, 1, 0]]), [1]), dense=dense)
+    assert scores.mean(scores.kl) == pytest.approx(math.log(2))
+
+
+def test_the_standard_error_is_that_of_the_window_means() -> None:
+    scores = Scores(tokens=[10, 10, 10], kl=[1.0, 2.0, 6.0])
+    means = torch.tensor([0.1, 0.2, 0.6])
+    assert scores.error(scores.kl) == pytest.approx(float(means.std() / math.sqrt(3)))
+    assert math.isnan(Scores(tokens=[10], kl=[1.0]).error([1.0]))
+
+
+def test_windows_without_overlap_score_all_but_their_first_token() -> None:
+    found = windows_of(torch.arange(10), 4)
+    assert found.inputs.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert found.starts == [1, 1]
+    assert found.scored == 6
+
+
+def test_windows_that_begin_with_a_token_score_all_of_the_text() -> None:
+    found = windows_of(torch.arange(10), 4, first=99)
+    assert found.inputs.tolist() == [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]]
+    assert found.starts == [1, 1, 1]
+
+
+@pytest.mark.parametrize("first", [None, 99])
+def test_overlapping_windows_score_every_token_once(first: int | None) -> None:
+    ids = torch.arange(11)
+    found = windows_of(ids, 5, stride=2, first=first)
+    scored = [row[start:] for row, start in zip(found.inputs.tolist(), found.starts, strict=True)]
+    flat = [token for row in scored for token in row]
+    begin = 1 if first is None else 0
+    assert flat == list(range(begin, begin + len(flat)))
+    assert len(flat) >= 9
+
+
+def test_a_stride_gives_a_bigram_model_the_perplexity_of_the_unbroken_text() -> None:
+    model = bigram([[0.25, 0.75], [0.5, 0.5]])
+    ids = torch.tensor([0, 1, 0, 0, 1, 1, 0, 1])
+    broken = score(model, windows_of(ids, 4, stride=2))
+    whole = score(model, windows_of(ids, 8))
+    assert sum(broken.tokens) == sum(whole.tokens) == 7
+    assert broken.mean(broken.model) == pytest.approx(whole.mean(whole.model))
+
+
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(prose: str) -> None:
+    result = evaluate(uniform(), tokenizer(), text=[prose], length=32, prompts=0)
+    assert result.perplexity["prose"]["model"] == pytest.approx(VOCABULARY)
+    assert result.perplexity["prose"]["dense"] is None
+    assert result.divergence == {}
+
+
+def test_a_model_does_not_diverge_from_itself(prose: str) -> None:
+    result = evaluate(tiny("llama"), tokenizer(), text=[prose], dense=tiny("llama"), length=32, prompts=0)
+    assert result.divergence["prose"] == {"kl": 0.0, "kl_se": 0.0, "top1_agreement": 1.0}
+    assert result.perplexity["prose"]["model"] == result.perplexity["prose"]["dense"]
+
+
+def test_the_figures_match_those_of_transformers_own_loss() -> None:
+    model, inputs = tiny("llama"), tokens(tiny("llama"), batch=3, length=16)["input_ids"]
+    scores = score(model, Windows(inputs, [1, 1, 1]), batch_size=2)
+    with torch.no_grad():
+        loss = float(model(input_ids=inputs, labels=inputs).loss)
+    assert scores.mean(scores.model) == pytest.approx(loss, rel=1e-5)
+
+
+def test_chunks_and_batches_change_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, dense = tiny("llama"), tiny("llama", seed=1)
+    text = Windows(tokens(model, batch=5, length=16)["input_ids"], [1] * 5)
+    one = score(model, text, dense=dense, batch_size=5)
+    monkeypatch.setattr(perplexity, "CHUNK_BYTES", 3 * VOCABULARY * 4)
+    other = score(model, text, dense=dense, batch_size=2)
+    assert other.kl == pytest.approx(one.kl, rel=1e-4)
+    assert other.model == pytest.approx(one.model, rel=1e-5)
+    assert one.mean(one.kl) > 0.01
+
+
+def test_streamed_models_give_the_figures_of_resident_ones(
+    prose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One batch per walk: the streamed model is then read anew for each, as a large text makes it.
+    monkeypatch.setattr(perplexity, "HIDDEN_BYTES", 1)
+    folders = [save_tiny("llama", tmp_path / f"seed{seed}", seed=seed) for seed in (0, 1)]
+    resident, streamed = (
+        evaluate(
+            open_model(folders[0], stream=stream),
+            tokenizer(),
+            dense=open_model(folders[1], stream=stream),
+            text=[prose],
+            length=32,
+            windows=5,
+            batch_size=2,
+            prompts=1,
+        )
+        for stream in (False, True)
+    )
+    assert streamed.as_json() == resident.as_json()
+    assert streamed.generations == resident.generations
+
+
+def test_the_json_has_the_promised_shape_and_survives_nan(prose: str) -> None:
+    broken: Any = tiny("llama")
+    broken.get_output_embeddings().weight.data.fill_(math.nan)
+    result = evaluate(broken, tokenizer(), text=[prose], dense=tiny("llama"), length=32, prompts=0)
+    told = json.loads(json.dumps(result.as_json(), allow_nan=False))
+    assert set(told) == {"perplexity", "divergence", "tasks", "protocol"}
+    assert told["perplexity"]["prose"]["model"] is None
+    assert told["perplexity"]["prose"]["dense"] > 1
+    assert told["divergence"]["prose"]["kl"] is None
+    assert "prose: the perplexity of the given model is not finite" in told["protocol"]["flags"]
+    with pytest.raises(QualityError, match="not finite"):
+        gate(result, 2.0)
+
+
+def test_the_protocol_says_how_it_was_measured(prose: str) -> None:
+    stamp = evaluate(uniform(), tokenizer(), text=[prose], prompts=0).protocol["texts"]["prose"]
+    count = len(tokenizer()(PROSE)["input_ids"])
+    assert stamp["length"] == LENGTH
+    assert stamp["windows"] == count // LENGTH
+    assert stamp["scored_tokens"] == (count // LENGTH) * (LENGTH - 1)
+    assert (stamp["stride"], stamp["bos"], stamp["dtype"]) == (None, "none", "float32")
+    assert all(len(stamp[key]) == 64 for key in ("sha256", "tokens_sha256", "tokenizer"))
+
+
+def test_a_tokenizer_that_begins_texts_begins_every_window(prose: str) -> None:
+    ours = tokenizer()
+    ours.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", ours.bos_token_id)]
+    )
+    stamp = evaluate(uniform(), ours, text=[prose], length=32, windows=3, prompts=0).protocol["texts"][
+        "prose"
+    ]
+    assert stamp["bos"] == "window"
+    assert stamp["scored_tokens"] == 3 * 31
+
+
+def test_the_demo_text_is_not_what_calibration_reads() -> None:
+    stamp = evaluate(uniform(), tokenizer(), text=["demo"], length=64, windows=2, prompts=0).protocol["texts"]
+    seen = load("demo", tokenizer(), samples=1, length=64).facts
+    assert stamp["demo"]["windows"] == 2
+    assert stamp["demo"]["sha256"] != hashlib.sha256("".join(texts("demo")).encode()).hexdigest()
+    assert seen["tokens_available"] == 16 * 64
+
+
+def test_results_of_one_protocol_are_compared_and_others_refused(prose: str) -> None:
+    model, dense = tiny("llama"), tiny("llama", seed=1)
+    one, two = (
+        evaluate(which, tokenizer(), text=[prose], length=32, prompts=0).as_json() for which in (model, dense)
+    )
+    mine, other = one["perplexity"]["prose"]["model"], two["perplexity"]["prose"]["model"]
+    assert compare(one, two) == {"prose": mine / other}
+    longer = evaluate(dense, tokenizer(), text=[prose], length=64, prompts=0).as_json()
+    with pytest.raises(UsageError, match=r"prose was measured in two ways.*length: 32 and 64"):
+        compare(one, longer)
+    with pytest.raises(UsageError, match="no text in common"):
+        compare(one, {"protocol": {"texts": {}}, "perplexity": {}})
+
+
+def test_models_of_two_dtypes_or_vocabularies_are_not_compared(prose: str) -> None:
+    half = tiny("llama", dtype=torch.bfloat16)
+    with pytest.raises(UsageError, match="bfloat16, the one it is compared with in float32"):
+        evaluate(half, tokenizer(), text=[prose], dense=tiny("llama"), prompts=0)
+    other = tokenizer()
+    other.add_tokens(["zebra"])
+    with pytest.raises(UsageError, match="different tokenizers"):
+        evaluate(
+            tiny("llama"), tokenizer(), text=[prose], dense=tiny("llama"), dense_tokenizer=other, prompts=0
+        )
+
+
+def test_a_token_without_an_embedding_is_refused_with_both_numbers() -> None:
+    with pytest.raises(
+        InputError, match=rf"gives token {VOCABULARY}, the model has a vocabulary of {VOCABULARY}"
+    ):
+        score(tiny("llama"), Windows(torch.tensor([[1, VOCABULARY]]), [1]))
+
+
+def test_the_gate_lets_a_good_model_pass_and_stops_a_bad_one() -> None:
+    result = Evaluation(perplexity={"wiki": {"model": 12.0, "dense": 10.0}}, divergence={"wiki": {"kl": 0.1}})
+    gate(result, 1.2)
+    with pytest.raises(QualityError, match=r"perplexity on wiki is 12, 1.2 times the dense 10") as caught:
+        gate(result, 1.1)
+    assert caught.value.exit_code == 5
+    with pytest.raises(UsageError, match="needs a text and a dense model"):
+        gate(Evaluation(perplexity={"wiki": {"model": 12.0, "dense": None}}), 1.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"length": LENGTH + 1}, f"max_position_embeddings, {LENGTH}"),
+        ({"length": 32, "stride": 33}, "stride is 33, expected 1 to the length of a window, 32"),
+        ({"length": 32, "stride": 0}, "stride is 0"),
+        ({"windows": 0}, "windows is 0"),
+    ],
+)
+def test_impossible_sizes_are_refused(prose: str, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        evaluate(uniform(), tokenizer(), text=[prose], prompts=0, **options)
+
+
+def test_a_text_shorter_than_a_window_is_refused_with_its_count(tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("x" * 57)
+    with pytest.raises(InputError, match=r"57 tokens are too few.*a length of at most 57"):
+        evaluate(uniform(), tokenizer(), text=[str(path)])
+
+
+def test_two_texts_of_one_name_are_refused(prose: str) -> None:
+    with pytest.raises(UsageError, match="same name"):
+        evaluate(uniform(), tokenizer(), text=[prose, prose])
+
+
+def test_generations_follow_the_likeliest_token_and_stop_at_the_end_of_text() -> None:
+    ours = tokenizer()
+    ids = [ours.convert_tokens_to_ids(letter) for letter in "abc"]
+    table = torch.full((VOCABULARY, VOCABULARY), 1e-6)
+    for now, following in zip(ids, [*ids[1:], ours.eos_token_id], strict=True):
+        table[now, following] = 1.0
+    model = bigram(table.tolist())
+    assert generations(model, ours, ["a", "b", "ab"], tokens=5) == ["bc", "c", "c"]
+
+
+def test_prompts_come_from_the_beginning_of_the_text(prose: str) -> None:
+    prompts = beginnings([PROSE], tokenizer(), max_length=LENGTH)
+    assert len(prompts) == 3
+    assert PROSE.startswith(prompts[0])
+    assert all(prompt in PROSE for prompt in prompts)
+    model = tiny("llama")
+    result = evaluate(model, tokenizer(), text=[prose], dense=model, length=32, windows=1)
+    assert [one["prompt"] for one in result.generations] == prompts
+    assert all(one["model"] == one["dense"] for one in result.generations)
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    data = folder / "mc.jsonl"
+    rows = [{"question": f"What follows {n}?", "choices": ["a", "b"], "answer": n % 2} for n in range(6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tiny_choice.yaml").write_text(
+        f"""
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}} "
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1.0}}
+"""
+    )
+    return folder
+
+
+def test_lm_eval_tasks_stand_beside_the_dense_ones(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It asks pip and the machine for their state, which takes seconds and goes into lm-eval's own JSON only.
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    model, dense, ours = tiny("llama"), tiny("llama", seed=1), tokenizer()
+    before = ours.backend_tokenizer.to_str()
+    result = evaluate(model, ours, tasks=["tiny_choice"], include_path=tasks, dense=dense, limit=4)
+    told = json.loads(json.dumps(result.as_json(), allow_nan=False))
+    figures = told["tasks"]["tiny_choice"]["acc"]
+    assert set(figures) == {"model", "dense"}
+    assert all(value in (0, 0.25, 0.5, 0.75, 1) for value in figures.values())
+    assert told["protocol"]["tasks"]["tiny_choice"] == {
+        "version": 1.0,
+        "fewshot": 0,
+        "samples": 4,
+        "limit": 4,
+    }
+    assert capsys.readouterr().out == ""
+    assert ours.backend_tokenizer.to_str() == before
+    paths = result.save_harness(tmp_path / "not" / "yet")
+    assert [path.name for path in paths] == ["lm_eval-model.json", "lm_eval-dense.json"]
+    assert json.loads(paths[0].read_text())["results"]["tiny_choice"]["acc,none"] == figures["model"]
+
+
+def test_an_unknown_task_is_refused_with_the_nearest_name(
+    tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # lm-eval's own list is not what is tested, and takes seconds to read.
+    from lm_eval.tasks import TaskManager
+
+    class Local(TaskManager):  # type: ignore[misc]
+        def __init__(self, include_path: str, include_defaults: bool = False) -> None:
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Local)
+    with pytest.raises(UsageError, match=r"'tiny_chioce'.*did you mean tiny_choice\?"):
+        harness(tiny("llama"), tokenizer(), ["tiny_chioce"], include_path=tasks)
+
+
+def test_a_task_whose_data_cannot_be_had_is_one_line(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(path: str, *args: object, **options: object) -> None:
+        raise ConnectionError(f"Couldn't reach '{path}' on the Hub\nand a long story")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    task = (tasks / "tiny_choice.yaml").read_text().replace("tiny_choice", "far")
+    task = "".join(line for line in task.splitlines(keepends=True) if not line.startswith("dataset_"))
+    (tasks / "far.yaml").write_text(f"dataset_path: nobody/nothing\n{task}")
+    with pytest.raises(EnvironmentFailure, match="nobody/nothing") as caught:
+        harness(tiny("llama"), tokenizer(), ["far"], include_path=tasks)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_task_file_is_refused_by_name(tasks: Path) -> None:
+    task = (tasks / "tiny_choice.yaml").read_text().replace("tiny_choice", "odd")
+    (tasks / "odd.yaml").write_text(task + "no_such_field: 1\n")
+    with pytest.raises(InputError, match=r"tasks odd: cannot be set up.*no_such_field"):
+        harness(tiny("llama"), tokenizer(), ["odd"], include_path=tasks)
+
+
+def test_a_streamed_model_is_refused_by_lm_eval(tmp_path: Path) -> None:
+    model = open_model(save_tiny("llama", tmp_path / "model"), stream=True)
+    with pytest.raises(UsageError, match="need the whole model in memory"):
+        harness(model, tokenizer(), ["tiny_choice"])
