@@ -4,19 +4,21 @@ structprune itself reads the list in config.json and never runs the file.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from structprune.errors import InputError
 from structprune.models import factored, modules
-from structprune.models.names import Names
-from structprune.plan.plan import Plan
+from structprune.models.config_patch import merge_patch
+from structprune.models.shipped import SHIPPED_CLASSES, SHIPPED_TYPE, own_config
 from structprune.storage.durable import DurableFile
-from structprune.storage.stored_config import FACTORED_CLASSES, FACTORED_TYPE, MAX_CONFIG_BYTES
+from structprune.storage.stored_config import MAX_CONFIG_BYTES
 from structprune.storage.strict_json import read_json
 
-FILE = f"{FACTORED_CLASSES[0].partition('.')[0]}.py"
+FILE = f"{SHIPPED_CLASSES[0].partition('.')[0]}.py"
 
 # What follows the text of `structprune/models/modules.py` in the file.
 TEMPLATE = '''
@@ -46,39 +48,70 @@ class FactoredModel({base}):
 '''
 
 
-def ship(folder: Path, plans: Sequence[Plan], names: Names) -> dict[str, str]:
-    """Write config.json and the modelling file of a folder whose plans store products; nothing for others.
+def write_config(folder: Path, patch: Mapping[str, Any]) -> dict[str, str]:
+    """Change config.json as plans ask for, and write the modelling file where plain transformers needs one.
 
     Args:
         folder: The folder under work, its side files copied.
-        plans: What was carried out on it.
-        names: The model's names.
+        patch: Keys of config.json with their new values; nothing is written where there are none.
 
     Returns:
         The sha256 of each written file, by file name.
     """
-    listed = factored.listed(plans, names)
-    if not listed:
+    if not patch:
         return {}
-    config = read_json(folder / "config.json", limit_bytes=MAX_CONFIG_BYTES)
-    base = config["architectures"][0]
-    vision = "ForConditionalGeneration" in base
+    hashes = {}
+    for file, content in patched_files(folder / "config.json", patch).items():
+        with DurableFile(folder / file) as output:
+            output.write(content)
+        hashes[file] = output.sha256
+    return hashes
+
+
+def patched_files(path: Path, patch: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return what config.json and the modelling file hold once a patch is made, by file name.
+
+    Args:
+        path: The config.json before the patch.
+        patch: Keys with their new values.
+    """
+    config = merge_patch(own_config(read_json(path, limit_bytes=MAX_CONFIG_BYTES)), patch)
+    if not needs_code(config):
+        return {"config.json": _encode(config)}
+    vision = "ForConditionalGeneration" in config["architectures"][0]
     factory = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
-    dense = config["model_type"]
-    config |= {
-        "model_type": f"{FACTORED_TYPE}{dense}",
-        "auto_map": dict(zip(("AutoConfig", factory), FACTORED_CLASSES, strict=True)),
-        factored.CONFIG_KEY: listed,
-    }
+    config["model_type"] = f"{SHIPPED_TYPE}{config['model_type']}"
+    # The list comes last, as it is long.
+    listed = config.pop(factored.CONFIG_KEY)
+    config["auto_map"] = dict(zip(("AutoConfig", factory), SHIPPED_CLASSES, strict=True))
+    config[factored.CONFIG_KEY] = listed
+    return {"config.json": _encode(config), FILE: modelling_file(config)}
+
+
+def needs_code(config: Mapping[str, Any] | PreTrainedConfig) -> bool:
+    """Tell whether plain transformers needs the modelling file to open a model with this configuration."""
+    found = config if isinstance(config, Mapping) else vars(config)
+    return bool(found.get(factored.CONFIG_KEY))
+
+
+def modelling_file(config: Mapping[str, Any]) -> bytes:
+    """Return the modelling file of a folder whose config.json names it.
+
+    Raises:
+        InputError: config.json names no class or type that transformers knows.
+    """
+    base = str((config.get("architectures") or [""])[0])
+    dense = str(config.get("model_type")).removeprefix(SHIPPED_TYPE)
+    if dense not in CONFIG_MAPPING or not base.isidentifier():
+        raise InputError(f"config.json: architectures {base!r} and model_type {dense!r} are not known")
     text = Path(modules.__file__).read_text(encoding="utf-8") + TEMPLATE.format(
         base=base,
         config=CONFIG_MAPPING[dense].__name__,
-        kind=config["model_type"],
+        kind=f"{SHIPPED_TYPE}{dense}",
         key=factored.CONFIG_KEY,
     )
-    hashes = {}
-    for file, content in (("config.json", json.dumps(config, indent=2) + "\n"), (FILE, text)):
-        with DurableFile(folder / file) as output:
-            output.write(content.encode())
-        hashes[file] = output.sha256
-    return hashes
+    return text.encode()
+
+
+def _encode(config: Mapping[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2) + "\n").encode()

@@ -61,39 +61,29 @@ def save_plans(plans: Sequence[Plan], folder: Path) -> None:
 
 
 def stages(plans: Sequence[Plan]) -> list[dict[str, Any]]:
-    """Return what a report says about each plan: folder, method, config, id, and what is out of the ordinary.
+    """Return what a report says about each plan: folder, method, config, id, its goal, and what is odd.
 
-    That is: experts that no token reached ("unseen") or few did ("scarce"), linears whose sizes did not fit
-    ("left_dense"), and how what is stored differs from a model with zeros ("note").
+    The goal is "unit", "asked" and "reachable", the fraction that whole units allow. Odd are experts that no
+    token reached ("unseen") or few did ("scarce"), linears whose sizes did not fit ("left_dense"), and how
+    what is stored differs from what one would expect ("note").
     """
     rows = []
     for number, plan in enumerate(plans, start=1):
+        facts = [block.facts for block in plan.blocks]
         odd: dict[str, Any] = {
-            "unseen": [label for block in plan.blocks for label in block.facts.get("unseen", [])],
-            "scarce": {
-                label: tokens
-                for block in plan.blocks
-                for label, tokens in block.facts.get("scarce", {}).items()
-            },
+            "unseen": [label for found in facts for label in found.get("unseen", [])],
+            "scarce": {label: tokens for found in facts for label, tokens in found.get("scarce", {}).items()},
             "left_dense": plan.facts.get("left_dense"),
-            "note": _note(plan),
+            "note": plan.facts.get("note"),
         }
-        row = {
+        row: dict[str, Any] = {
             "folder": folder_of(number, plan.method),
             "method": plan.method,
             "config": plan.config,
             "plan": plan.id,
         }
+        if (promised := plan.promises) is not None:
+            reachable = promised.removed / promised.of if promised.of else 0.0
+            row |= {"unit": promised.unit, "asked": promised.asked, "reachable": reachable}
         rows.append(row | {key: value for key, value in odd.items() if value})
     return rows
-
-
-def _note(plan: Plan) -> str:
-    if any(key.endswith(":factor") for key in plan):
-        return (
-            "linears are stored as products of a sparse core and two wrappers; the folder opens with "
-            "`structprune.load`, and in plain transformers with `trust_remote_code=True`"
-        )
-    return (
-        "products are folded into dense matrices: nothing in them is zero" if plan.config.get("fold") else ""
-    )

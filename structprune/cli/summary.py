@@ -11,9 +11,8 @@ Result = Mapping[str, Any]
 def pruned(result: Result) -> str:
     """Return what a run asked, got, where it lies and who can load it."""
     parameters, size = result["parameters"], result["bytes"]
-    got = [f"sparsity {_exact(result['sparsity'])}"]
-    if result.get("achievable") not in (None, result["sparsity"]):
-        got.append(f"achievable {_exact(result['achievable'])}")
+    goals = [stage for stage in result.get("stages", ()) if "unit" in stage]
+    got = [_reached(stage) for stage in goals] or [f"sparsity {_exact(result['sparsity'])}"]
     got.append(f"{parameters['dense']:,} -> {parameters['pruned']:,} parameters")
     got.append(f"{size['dense']:,} -> {size['pruned']:,} bytes")
     got += _quality(result.get("evaluation") or {})
@@ -21,7 +20,7 @@ def pruned(result: Result) -> str:
     if result.get("blocks_resumed"):
         where += f", {result['blocks_resumed']} blocks resumed"
     rows = [
-        ("asked", f"{result['method']} {_exact(result['asked'])}"),
+        ("asked", ", ".join(f"{one['method']} {_exact(one['asked'])}" for one in goals) or result["method"]),
         ("got", ", ".join(got)),
         ("where", where),
         ("loads in", ", ".join(result["loads_in"]) or "nothing that was tried"),
@@ -99,6 +98,14 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def _reached(stage: Result) -> str:
+    """Return what a stage removed as measured, and what whole units allow where that is something else."""
+    removed = f"{_exact(stage['measured'])} of the {stage['unit']} removed"
+    if stage["measured"] == stage["reachable"]:
+        return removed
+    return f"{removed} ({_exact(stage['reachable'])} reachable)"
 
 
 def _quality(evaluation: Result) -> list[str]:

@@ -7,14 +7,14 @@ from types import MappingProxyType
 import torch
 
 from structprune.errors import InputError
+from structprune.models.edited_reader import Reader
 from structprune.storage.header import DTYPE_NAMES
-from structprune.storage.reader import CheckpointReader
 
 _NUMBERED = re.compile(r"(.*?\.)?(\d+)\.")
 
 
 def check(
-    reader: CheckpointReader,
+    reader: Reader,
     expected: Mapping[str, tuple[int, ...]],
     ignored: Callable[[str], bool],
     tied: Mapping[str, str] = MappingProxyType({}),
@@ -56,7 +56,7 @@ def check(
             _compare_tied(reader, repeated, name)
 
 
-def _refuse_other_depth(reader: CheckpointReader, expected: Set[str], found: Set[str]) -> None:
+def _refuse_other_depth(reader: Reader, expected: Set[str], found: Set[str]) -> None:
     """Say "32 blocks, not 24" where that is what hundreds of missing or extra names come down to."""
     wanted, held = _numbers(expected), _numbers(found)
     for prefix in sorted(wanted.keys() | held.keys()):
@@ -85,7 +85,7 @@ def _spans(numbers: Set[int]) -> str:
     return ", ".join(spans[:5]) + (" ..." if len(spans) > 5 else "")
 
 
-def _refuse_names(reader: CheckpointReader, missing: list[str], extra: list[str]) -> None:
+def _refuse_names(reader: Reader, missing: list[str], extra: list[str]) -> None:
     problems = []
     for kind, names in (("missing", missing), ("not part of the model", extra)):
         if names:
@@ -97,7 +97,7 @@ def _refuse_names(reader: CheckpointReader, missing: list[str], extra: list[str]
     )
 
 
-def _refuse_shapes(reader: CheckpointReader, expected: Mapping[str, tuple[int, ...]]) -> None:
+def _refuse_shapes(reader: Reader, expected: Mapping[str, tuple[int, ...]]) -> None:
     other = [
         f"{name!r} is {list(reader.tensors[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()
@@ -111,7 +111,7 @@ def _refuse_shapes(reader: CheckpointReader, expected: Mapping[str, tuple[int, .
         )
 
 
-def _compare_tied(reader: CheckpointReader, repeated: str, name: str) -> None:
+def _compare_tied(reader: Reader, repeated: str, name: str) -> None:
     first, second = reader.tensors[repeated], reader.tensors[name]
     if first.shape != second.shape or first.dtype != second.dtype:
         found = " and ".join(f"{list(info.shape)} {DTYPE_NAMES[info.dtype]}" for info in (first, second))

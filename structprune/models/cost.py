@@ -6,17 +6,19 @@ that fills. So they hold for any architecture, and for a model whose shapes were
 multiplies no matrices: embedding look-ups, norms, softmax.
 """
 
-import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from structprune.models.arch import HasSkeleton
+from structprune.models.tensor_edit import Layout
+from structprune.models.twin import twin_of
+from structprune.storage.tensor_file import encode_header, nbytes_of
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ def count(
     length = length or default_length(model)
     flops, cache = _per_token(_module(model), length)
     return Cost(
-        parameters=sum(parameter.numel() for parameter in _module(model).parameters()),
+        parameters=parameters_of(_module(model)),
         zeros=zeros,
         prunable=prunable,
         flops_per_token=flops,
@@ -98,6 +100,25 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def parameters_of(model: PreTrainedModel) -> int:
+    """Return how many parameters a model has, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def file_bytes(layout: Layout, metadata: Mapping[str, Mapping[str, str]]) -> int:
+    """Return the bytes of the weight files that would hold these tensors.
+
+    Args:
+        layout: File -> name, dtype and shape of its tensors.
+        metadata: File -> its own notes.
+    """
+    return sum(
+        len(encode_header(entries, metadata.get(file) or {"format": "pt"}))
+        + sum(nbytes_of(dtype, shape) for _, dtype, shape in entries)
+        for file, entries in layout.items()
+    )
+
+
 def _module(model: PreTrainedModel | HasSkeleton) -> PreTrainedModel:
     return model if isinstance(model, PreTrainedModel) else model.skeleton
 
@@ -116,7 +137,12 @@ def _per_token(model: PreTrainedModel, length: int) -> tuple[float | None, float
 
 def _forward(model: PreTrainedModel, length: int) -> tuple[int, int]:
     """Run `length` text tokens through a twin on the meta device; return FLOPs and bytes of the cache."""
-    twin = _twin(model)
+    twin = twin_of(model)
+    # The meta device runs these and the counter knows them: fused attention is not counted everywhere, and
+    # grouped expert products refuse float32 there.
+    twin.set_attn_implementation("eager")
+    twin.set_experts_implementation("batched_mm")
+    twin.train(False)
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     # The mask keeps transformers from looking into the ids for padding and packed sequences.
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -125,19 +151,3 @@ def _forward(model: PreTrainedModel, length: int) -> tuple[int, int]:
     tensors = [tensor for layer in getattr(cache, "layers", []) for tensor in (layer.keys, layer.values)]
     stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
     return counter.get_total_flops(), stored
-
-
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy the modules of a model with every parameter and buffer on the meta device; no weight is copied."""
-    memo: dict[int, object] = {
-        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-        for parameter in model.parameters()
-    }
-    memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
-    twin: PreTrainedModel = copy.deepcopy(model, memo)
-    # The meta device runs these and the counter knows them: fused attention is not counted everywhere, and
-    # grouped expert products refuse float32 there.
-    twin.set_attn_implementation("eager")
-    twin.set_experts_implementation("batched_mm")
-    twin.train(False)
-    return twin

@@ -1,106 +1,172 @@
-"""Carries a plan's decisions out: on one stored tensor, or on a block of a live model.
-
-Both ways go through `stored`, so that a streamed export, a resident model and a reload do the same.
-"""
+"""Carries a plan out on a live model: on its modules where they are in memory, else on what it reads."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from structprune.errors import InputError
 from structprune.models import factored
+from structprune.models.config_patch import patch_config
+from structprune.models.edited_reader import EditedReader
+from structprune.models.identity import (
+    applied,
+    architecture_of,
+    names_of,
+    remember_stored,
+    skeleton,
+    stored_layout,
+)
 from structprune.models.names import Names
+from structprune.models.streamed import Model, StreamedModel
+from structprune.models.tensor_edit import (
+    Decisions,
+    Outline,
+    apply_mask,
+    edited_layout,
+    keep_indices,
+    left_shape,
+    new_value,
+)
+from structprune.models.twin import twin_of
+from structprune.plan.key import Key
+from structprune.plan.plan import Plan
 
-
-def stored(name: str, value: Tensor, plan: Mapping[str, Tensor]) -> Tensor:
-    """Return a stored tensor as the plan wants it; the tensor itself where the plan does not name it.
-
-    Args:
-        name: The tensor's name in the checkpoint files.
-        value: The tensor, in its stored layout; never changed.
-        plan: The plan, or any mapping with its keys.
-
-    Raises:
-        InputError: A mask or a new value has another shape than the tensor.
-    """
-    new, mask = plan.get(f"{name}:value"), plan.get(f"{name}:mask")
-    for kind, part in (("value", new), ("mask", mask)):
-        if part is not None and part.shape != value.shape:
-            raise InputError(
-                f"{name}: the plan's {kind} has shape {list(part.shape)}, the tensor {list(value.shape)}",
-                hint="the plan belongs to another model",
-            )
-    if new is not None:
-        value = new.to(value.device, value.dtype)
-    if mask is None:
-        return value
-    # masked_fill and not a product: -w * 0 is -0.0, whose sign bit is a difference on disk.
-    return value.masked_fill(~mask.to(value.device), 0)
-
-
-def parts(name: str, value: Tensor, plan: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what becomes of a stored tensor, by name in the files: one tensor, or the parts of a product.
-
-    Args:
-        name: The tensor's name in the checkpoint files.
-        value: The tensor, in its stored layout; never changed.
-        plan: The plan, or any mapping with its keys.
-    """
-    product = factored.in_plan(name, plan)
-    if product is None:
-        return {name: stored(name, value, plan)}
-    return {
-        stored_name: product[part].to(value.dtype) for part, stored_name in factored.part_names(name).items()
-    }
-
-
-def touched(
-    prefix: str, module: nn.Module, plan: Mapping[str, Tensor], names: Names
-) -> dict[str, nn.Parameter]:
-    """Return the parameters of a block that the plan changes, by state_dict key."""
-    return {
-        key: parameter
-        for key, parameter in ((f"{prefix}.{name}", value) for name, value in module.named_parameters())
-        if any(
-            f"{part}:{kind}" in plan for part in names.stored_of.get(key, ()) for kind in ("mask", "value")
-        )
-    }
+Undo = Callable[[], None]
 
 
 @torch.no_grad()
-def apply(
-    prefix: str, module: nn.Module, plan: Mapping[str, Tensor], names: Names
-) -> Callable[[], None] | None:
-    """Carry a plan out on one block in place.
+def carry_out(model: Model, plan: Plan) -> None:
+    """Carry a plan out on a model in place; the same plan twice is the plan once.
+
+    Raises:
+        InputError: The plan belongs to another architecture; the model is left as it was.
+    """
+    if plan.id in applied(model):
+        return
+    if plan.architecture != architecture_of(model):
+        raise InputError(
+            f"the plan of {plan.method!r} is for another architecture than this {model.config.model_type}",
+            hint="a plan fits only models with the same tensor names and shapes",
+        )
+    if isinstance(model, StreamedModel):
+        model.reopen(EditedReader(model.reader, plan))
+    else:
+        _edit_whole(model, plan, plan.patch)
+    applied(model).append(plan.id)
+
+
+def left_of(model: Model, outline: Outline, patch: Mapping[str, Any]) -> PreTrainedModel:
+    """Return a twin of a model on the meta device as a plan would leave it: modules, config, what is stored.
 
     Args:
-        prefix: The block's path in the model, such as "model.layers.0".
-        module: The block, its parameters materialised.
-        plan: The plan, or any mapping with its keys.
-        names: The model's names.
-
-    Returns:
-        Puts replaced modules back; None where none was replaced.
+        model: Stays as it is.
+        outline: Which decisions change what there is.
+        patch: Keys of config.json with their new values.
     """
-    for key, parameter in touched(prefix, module, plan, names).items():
-        parts = names.to_stored({key: parameter.data})
-        edited = {name: stored(name, value, plan) for name, value in parts.items()}
-        parameter.data.copy_(names.to_module(edited)[key])
-    return factored.install(prefix, module, plan, names)
+    twin = twin_of(skeleton(model))
+    remember_stored(twin, stored_layout(model))
+    _edit_whole(twin, outline, patch)
+    return twin
+
+
+def _edit_whole(model: PreTrainedModel, plan: Decisions, patch: Mapping[str, Any]) -> None:
+    left = edited_layout(stored_layout(model), plan)
+    # One by one, because what an edit replaced is let go of when the next one is asked for.
+    for _ in edit_modules(model, "", plan, names_of(model)):
+        pass
+    patch_config(model.config, patch)
+    remember_stored(model, left)
+
+
+def edit_modules(module: nn.Module, prefix: str, plan: Decisions, names: Names) -> Iterator[Undo]:
+    """Carry a plan out on the modules under a path, edit by edit; each one is made when it is asked for.
+
+    Args:
+        module: The module at `prefix`, its parameters materialised.
+        prefix: Its path in the model, such as "model.layers.0"; "" for the model itself.
+        plan: What is carried out.
+        names: The model's names, as they are before.
+
+    Yields:
+        What undoes the edit just made; to be called in reverse order.
+    """
+    wholes = {factored.whole_of(key.name) for key in plan if key.edit == "parts"}
+    touched = {key.name for key in plan if key.edit in ("mask", "value", "keep", "drop")}
+    for path, parameter in [*module.named_parameters()]:
+        stored = names.stored_of.get(f"{prefix}.{path}" if prefix else path, ())
+        owner, leaf = module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+        if wholes.intersection(stored):
+            yield factored.replace(module, path.rpartition(".")[0], stored[0], plan)
+        elif any(Key(name, "drop") in plan for name in stored):
+            yield _put(owner, leaf, None)
+        elif touched.intersection(stored):
+            key = f"{prefix}.{path}" if prefix else path
+            found = names.to_stored({key: parameter.data})
+            edited = {name: _edited(name, value, plan) for name, value in found.items()}
+            yield _set_data(owner, parameter, names.to_module(edited)[key])
+    for name in touched - names.module_of.keys():
+        home = name.rpartition(".")[0]
+        sibling = next((one for one in names.module_of if one.rpartition(".")[0] == home), None)
+        place = None if sibling is None else names.module_of[sibling].rpartition(".")[0]
+        if place is not None and (not prefix or place == prefix or place.startswith(f"{prefix}.")):
+            owner = module.get_submodule(place.removeprefix(prefix).removeprefix("."))
+            beside = next(owner.parameters())
+            value = apply_mask(name, plan[Key(name, "value")], plan.shapes[Key(name, "value")], plan)
+            yield _put(owner, name.rpartition(".")[2], nn.Parameter(value.to(beside), requires_grad=False))
 
 
 @contextmanager
-def temporarily(prefix: str, module: nn.Module, plan: Mapping[str, Tensor], names: Names) -> Iterator[None]:
-    """Carry a plan out on one block for the length of a `with`, then restore every bit."""
-    before = {key: value.data.clone() for key, value in touched(prefix, module, plan, names).items()}
-    undo = None
+def temporarily(module: nn.Module, prefix: str, plan: Decisions, names: Names) -> Iterator[None]:
+    """Carry a plan out on the modules under a path for the length of a `with`, then restore every bit."""
+    undone: list[Undo] = []
     try:
-        undo = apply(prefix, module, plan, names)
+        for undo in edit_modules(module, prefix, plan, names):
+            undone.append(undo)
         yield
     finally:
-        if undo is not None:
+        for undo in reversed(undone):
             undo()
-        for key, parameter in touched(prefix, module, plan, names).items():
-            parameter.data.copy_(before[key])
+
+
+def _edited(name: str, value: Tensor, plan: Decisions) -> Tensor:
+    """Return a stored tensor of a live model as a plan leaves it, in the dtype that the model computes in."""
+    given = new_value(name, plan)
+    kept = keep_indices(name, value, plan) if given is None else given.to(value.device, value.dtype)
+    return apply_mask(name, kept, left_shape(name, tuple(value.shape), plan), plan)
+
+
+def _set_data(owner: nn.Module, parameter: nn.Parameter, value: Tensor) -> Undo:
+    """Exchange what a parameter holds; the parameter itself stays, so that what is tied to it follows."""
+    before, sizes = parameter.data, _sizes(owner)
+    parameter.data = value
+    if isinstance(owner, nn.Linear) and parameter is owner.weight:
+        owner.out_features, owner.in_features = value.shape
+
+    def undo() -> None:
+        parameter.data = before
+        vars(owner).update(sizes)
+
+    return undo
+
+
+def _sizes(owner: nn.Module) -> dict[str, int]:
+    return {name: vars(owner)[name] for name in ("in_features", "out_features") if name in vars(owner)}
+
+
+def _put(owner: nn.Module, leaf: str, value: nn.Parameter | None) -> Undo:
+    """Put a parameter in a module, or take it away."""
+    before = owner._parameters.get(leaf)
+    there = leaf in owner._parameters
+
+    def undo() -> None:
+        if there:
+            owner.register_parameter(leaf, before)
+        else:
+            del owner._parameters[leaf]
+
+    owner.register_parameter(leaf, value)
+    return undo

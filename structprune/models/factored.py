@@ -4,14 +4,14 @@ The configuration of a folder with such linears lists them under "factored_linea
 the blocks of its left and right wrapper. So plain transformers can build them too, from a file in the folder.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from structprune.errors import InputError
 from structprune.models.modules import FactoredLinear
-from structprune.models.names import Names
+from structprune.plan.key import Key
 
 CONFIG_KEY = "factored_linears"
 PARTS = ("left", "core.weight", "right")
@@ -23,48 +23,52 @@ def part_names(weight: str) -> dict[str, str]:
     return {part: f"{path}.{part}" for part in PARTS}
 
 
-def in_plan(weight: str, plan: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return the parts that a plan makes of a stored weight; None where it leaves it whole."""
-    keys = {part: f"{name}:factor" for part, name in part_names(weight).items()}
-    return {part: plan[key] for part, key in keys.items()} if keys["left"] in plan else None
-
-
-def install(
-    prefix: str, block: nn.Module, plan: Mapping[str, Tensor], names: Names
-) -> Callable[[], None] | None:
-    """Put factored linears in the place of those that a plan makes products of.
+def part_shapes(shape: tuple[int, ...], wrappers: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parts of a matrix [out, in], by their names in the module.
 
     Args:
-        prefix: The block's path in the model.
-        block: The block, its parameters materialised.
-        plan: The plan, or any mapping with its keys.
-        names: The model's names, before.
-
-    Returns:
-        Puts the linears back; None where the plan makes no product.
+        shape: [out, in].
+        wrappers: Sizes of the blocks of the left and of the right wrapper.
     """
-    replaced: list[tuple[nn.Module, str, nn.Linear]] = []
-    for path, linear in [*block.named_modules()]:
-        stored = names.stored_of.get(f"{prefix}.{path}.weight", ())
-        parts = in_plan(stored[0], plan) if isinstance(linear, nn.Linear) and len(stored) == 1 else None
-        if parts is None:
-            continue
-        assert isinstance(linear, nn.Linear)
-        sizes = parts["right"].shape[1], parts["left"].shape[1]
-        factored = FactoredLinear.like(linear, *sizes)
-        for part, value in parts.items():
-            factored.get_parameter(part).data.copy_(value)
-        if linear.bias is not None:
-            factored.bias = linear.bias
-        parent = block.get_submodule(path.rpartition(".")[0])
-        setattr(parent, path.rpartition(".")[2], factored.eval())
-        replaced.append((parent, path.rpartition(".")[2], linear))
+    (out, inputs), (left, right) = shape, wrappers
+    return {
+        "left": (out // left, left, left),
+        "core.weight": (out, inputs),
+        "right": (inputs // right, right, right),
+    }
 
-    def undo() -> None:
-        for parent, name, linear in replaced:
-            setattr(parent, name, linear)
 
-    return undo if replaced else None
+def whole_of(part: str) -> str:
+    """Return the stored weight that a part belongs to."""
+    ending = next(ending for ending in PARTS if part.endswith(f".{ending}"))
+    return f"{part.removesuffix(ending)}weight"
+
+
+def place_of(part: str) -> int:
+    """Return where a part stands among those of its weight in the files."""
+    return next(place for place, ending in enumerate(PARTS) if part.endswith(f".{ending}"))
+
+
+def replace(block: nn.Module, path: str, weight: str, plan: Mapping[Key, Tensor]) -> Callable[[], None]:
+    """Put a factored linear in the place of a linear; return what puts the linear back.
+
+    Args:
+        block: Holds the linear.
+        path: The linear's path in it.
+        weight: Name of its weight in the files.
+        plan: Holds the parts.
+    """
+    linear = block.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    parts = {part: plan[Key(name, "factor")] for part, name in part_names(weight).items()}
+    factored = FactoredLinear.like(linear, parts["right"].shape[1], parts["left"].shape[1])
+    for part, value in parts.items():
+        factored.get_parameter(part).data.copy_(value)
+    if linear.bias is not None:
+        factored.bias = linear.bias
+    parent, _, name = path.rpartition(".")
+    setattr(block.get_submodule(parent), name, factored.eval())
+    return lambda: setattr(block.get_submodule(parent), name, linear)
 
 
 def build(model: nn.Module, config: Mapping[str, Any], where: str) -> None:
@@ -92,22 +96,3 @@ def build(model: nn.Module, config: Mapping[str, Any], where: str) -> None:
             raise InputError(f"{where}: {CONFIG_KEY}.{path} is {str(sizes)[:40]}: {error}") from None
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, factored)
-
-
-def listed(plans: Iterable[Mapping[str, Tensor]], names: Names) -> dict[str, list[int]]:
-    """Return what the configuration lists: module path -> sizes of the blocks of left and right wrapper.
-
-    Args:
-        plans: What was carried out.
-        names: The model's names, before or after.
-    """
-    found = {}
-    for plan in plans:
-        for key in plan:
-            path, is_left, _ = key.partition(".left:factor")
-            if is_left:
-                # The files of a vision-language model may call its parts otherwise than the model does.
-                known = f"{path}.left" if f"{path}.left" in names.module_of else f"{path}.weight"
-                module = names.module_of[known].rpartition(".")[0]
-                found[module] = [plan[key].shape[1], plan[f"{path}.right:factor"].shape[1]]
-    return found

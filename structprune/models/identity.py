@@ -4,16 +4,17 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from structprune.errors import InputError
-from structprune.models import edit
-from structprune.models.arch import Linear, blocks
+from structprune.models.arch import Linear
 from structprune.models.names import Names
 from structprune.models.remembered import remembered
 from structprune.models.streamed import Model, StreamedModel
-from structprune.plan.plan import Plan, architecture_hash
+from structprune.models.tensor_edit import Layout
+from structprune.plan.plan import architecture_hash
 from structprune.storage.header import TensorInfo
+from structprune.storage.reader import CheckpointReader
 from structprune.storage.scan import combine
 from structprune.storage.tensor_file import bytes_of
 
@@ -29,7 +30,10 @@ def names_of(model: Model) -> Names:
         return model.names
     notes = remembered(model)
     if notes.names is None:
-        notes.names = Names(model)
+        shapes = None
+        if notes.stored is not None:
+            shapes = {name: shape for entries in notes.stored.values() for name, _, shape in entries}
+        notes.names = Names(model, shapes)
     return notes.names
 
 
@@ -41,15 +45,13 @@ def architecture_of(model: Model) -> str:
 def weights_of(model: Model) -> str:
     """Return the hash of all weights, the one that a scan of the model's files gives."""
     if isinstance(model, StreamedModel):
-        return model.reader.scan(model.names.ignored).weights
-    names = names_of(model)
-    state = model.state_dict()
-    found: dict[str, tuple[TensorInfo, str]] = {}
-    for name in names.stored_of:
-        for stored, value in names.to_stored({name: state[name]}).items():
-            tensor = value.detach().cpu().contiguous()
-            info = TensorInfo(stored, tensor.dtype, tuple(tensor.shape), "", 0, 0)
-            found[stored] = info, hashlib.sha256(bytes_of(tensor, stored)).hexdigest()
+        if isinstance(model.reader, CheckpointReader):
+            return model.reader.scan(model.names.ignored).weights
+        found = {name: _hashed(name, model.reader.read(name)) for name in model.reader.tensors}
+        return combine(found[name] for name in sorted(found))
+    names, state = names_of(model), model.state_dict()
+    stored = (names.to_stored({name: state[name]}) for name in names.stored_of)
+    found = {name: _hashed(name, value) for values in stored for name, value in values.items()}
     return combine(found[name] for name in sorted(found))
 
 
@@ -58,28 +60,32 @@ def applied(model: Model) -> list[str]:
     return remembered(model).plans
 
 
-@torch.no_grad()
-def carry_out(model: Model, plan: Plan) -> None:
-    """Carry a plan out on a model in place, block by block; the same plan twice is the plan once.
-
-    Raises:
-        InputError: The plan belongs to another architecture; the model is left as it was.
-    """
-    if plan.id in applied(model):
-        return
-    if plan.architecture != architecture_of(model):
-        raise InputError(
-            f"the plan of {plan.method!r} is for another architecture than this {model.config.model_type}",
-            hint="a plan fits only models with the same tensor names and shapes",
-        )
-    names = names_of(model)
+def stored_layout(model: Model) -> Layout:
+    """Return what the model's files hold; of a model without files, what they would, in one of no name."""
     if isinstance(model, StreamedModel):
-        model.edits.append(lambda prefix, block: edit.apply(prefix, block, plan, names))
-    else:
-        undone = [edit.apply(prefix, block, plan, names) for prefix, block in blocks(model)]
-        if any(undone):
-            remembered(model).names = None  # replaced modules have tensors of other names
-    applied(model).append(plan.id)
+        return model.reader.layout
+    notes = remembered(model)
+    if notes.stored is None:
+        names, state = names_of(model), model.state_dict()
+        expected = names.expected().items()
+        notes.stored = {"": [(name, state[names.module_of[name]].dtype, shape) for name, shape in expected]}
+    return notes.stored
+
+
+def remember_stored(model: PreTrainedModel, layout: Layout) -> None:
+    """Note what the model's files would hold from now on; its names are found anew."""
+    notes = remembered(model)
+    notes.stored, notes.names = layout, None
+
+
+def stored_dtypes(model: Model) -> dict[str, torch.dtype]:
+    """Return the dtype of every stored tensor, which need not be the one that the model computes in."""
+    return {name: dtype for entries in stored_layout(model).values() for name, dtype, _ in entries}
+
+
+def names_of_matrix(names: Names, linear: Linear) -> tuple[str, ...]:
+    """Return the stored tensors that one matrix is made of; of an expert that is stored apart, its own."""
+    return tuple(stored_names(names, [linear]))
 
 
 def stored_names(names: Names, chosen: Sequence[Linear]) -> list[str]:
@@ -96,3 +102,9 @@ def stored_names(names: Names, chosen: Sequence[Linear]) -> list[str]:
             linear.view(marked).fill_(True)
         parts |= {part for part, mark in names.to_stored({name: marked}).items() if bool(mark.any())}
     return sorted(parts)
+
+
+def _hashed(name: str, value: Tensor) -> tuple[TensorInfo, str]:
+    tensor = value.detach().cpu().contiguous()
+    info = TensorInfo(name, tensor.dtype, tuple(tensor.shape), "", 0, 0)
+    return info, hashlib.sha256(bytes_of(tensor, name)).hexdigest()

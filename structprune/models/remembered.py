@@ -3,6 +3,7 @@
 from typing import Self
 
 from structprune.models.names import Names
+from structprune.models.tensor_edit import Layout
 
 _ATTRIBUTE = "_structprune"
 
@@ -12,16 +13,19 @@ class Remembered:
 
     Attributes:
         names: Its names in the files it was opened from, once they are known.
+        stored: What its files hold, or would hold after what was carried out on it; None where it never had
+            files and nothing was carried out.
         plans: Ids of the plans that were carried out on it, in order.
     """
 
-    def __init__(self, plans: list[str] | None = None) -> None:
+    def __init__(self, plans: list[str] | None = None, stored: Layout | None = None) -> None:
         self.names: Names | None = None
+        self.stored = stored
         self.plans: list[str] = plans or []
 
-    def __reduce__(self) -> tuple[type[Self], tuple[list[str]]]:
-        """Copy the plans only: a copied model finds its names anew."""
-        return type(self), (list(self.plans),)
+    def __reduce__(self) -> tuple[type[Self], tuple[list[str], Layout | None]]:
+        """Copy all but the names, which hold on to their model: a copied model finds its own."""
+        return type(self), (list(self.plans), self.stored)
 
 
 def remembered(model: object) -> Remembered:

@@ -7,7 +7,7 @@ weights. transformers never reads a weight file here, and no code of the folder 
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,13 @@ from structprune.errors import InputError, UsageError
 from structprune.machine import give_back_memory
 from structprune.models import agreement, factored
 from structprune.models.arch import block_prefixes
+from structprune.models.config_patch import patch_config
+from structprune.models.edited_reader import Reader
 from structprune.models.names import Names
 from structprune.models.remembered import remembered
-from structprune.storage.reader import CheckpointReader, refuse_custom_code
+from structprune.models.shipped import own_config
+from structprune.storage.reader import CheckpointReader, refusal_of_code
+from structprune.storage.stored_config import has_custom_code
 from structprune.storage.strict_json import read_json
 
 logger = logging.getLogger(__name__)
@@ -56,31 +60,45 @@ class StreamedModel:
     Attributes:
         config: The model's config.
         blocks: Paths of the decoder blocks, first to last.
-        edits: Called with path and module of every block just filled, to carry out on it what is decided but
-            not in the files; may return what puts replaced modules back.
     """
 
     def __init__(
         self,
         skeleton: PreTrainedModel,
-        reader: CheckpointReader,
+        reader: Reader,
         names: Names,
         *,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.skeleton, self.reader, self.names = skeleton, reader, names
         self.dtype, self.device = dtype, device
+        self._take(skeleton, reader, names)
+
+    def _take(self, skeleton: PreTrainedModel, reader: Reader, names: Names) -> None:
+        self.skeleton, self.reader, self.names = skeleton, reader, names
         self.config: PreTrainedConfig = skeleton.config
         self.blocks = block_prefixes(skeleton)
-        self.edits: list[Callable[[str, nn.Module], Callable[[], None] | None]] = []
-        self._undo: dict[str, list[Callable[[], None]]] = {}
         # The empty parameters themselves: putting them back is what frees the memory.
         self._empty: dict[str, Tensor] = dict(skeleton.state_dict(keep_vars=True))
         self._filled: set[str] = set()
         for module in skeleton.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(device))
+                setattr(module, name, buffer.to(self.device))
+
+    def reopen(self, reader: Reader) -> None:
+        """Go on with another checkpoint: what was edited in this one. Nothing of it may be in memory.
+
+        Raises:
+            InputError: Its tensors are not those that its configuration describes.
+        """
+        assert not self._filled
+        if reader.shapes == self.reader.shapes and reader.config == self.reader.config:
+            self.reader = reader
+            return
+        skeleton = _skeleton(reader, _open_config(reader, trust_remote_code=True), self.dtype)
+        names = Names(skeleton, reader.shapes)
+        agreement.check(reader, names.expected(), names.ignored, names.duplicates)
+        self._take(skeleton, reader, names)
 
     def fill(self, prefix: str) -> None:
         """Read every parameter under a module path ("" for the whole model) that is not there yet.
@@ -142,10 +160,6 @@ class StreamedModel:
                 self._put(name, self.skeleton.get_parameter(there))
         for name, tensor in self.names.load(alone, self.reader.read):
             self._put_all(name, tensor, set(alone))
-        for prefix in self.blocks if self.edits else ():
-            if any(name.startswith(f"{prefix}.") for name in new):
-                undone = [edit(prefix, self.skeleton.get_submodule(prefix)) for edit in self.edits]
-                self._undo[prefix] = [undo for undo in undone if undo is not None]
 
     def _put_all(self, name: str, tensor: Tensor, wanted: Collection[str]) -> None:
         value = tensor.to(self.device, self._dtype_of(name, tensor))
@@ -161,13 +175,7 @@ class StreamedModel:
         self._filled.add(name)
 
     def _drop(self, names: Iterable[str]) -> None:
-        gone = list(names)
-        for prefix in [
-            prefix for prefix in self._undo if any(name.startswith(f"{prefix}.") for name in gone)
-        ]:
-            for undo in reversed(self._undo.pop(prefix)):
-                undo()
-        for name in gone:
+        for name in names:
             self._put(name, self._empty[name])
             self._filled.discard(name)
         give_back_memory()
@@ -228,23 +236,28 @@ def open_model(
     if stream:
         return model
     model.fill("")
-    remembered(skeleton).names = names
+    notes = remembered(skeleton)
+    notes.names = names
+    notes.stored = reader.layout
     for parameter in skeleton.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return skeleton
 
 
-def _open_config(reader: CheckpointReader, trust_remote_code: bool) -> PreTrainedConfig:
+def _open_config(reader: Reader, trust_remote_code: bool) -> PreTrainedConfig:
     where = reader.folder / "config.json"
-    refuse_custom_code(reader, trust_remote_code=trust_remote_code)
-    model_type = str(reader.config.get("model_type"))
-    if not reader.custom_code and model_type not in CONFIG_MAPPING:
+    own, custom = own_config(reader.config), _needs_code(reader)
+    if custom and not trust_remote_code:
+        raise refusal_of_code(reader.folder)
+    model_type = str(own.get("model_type"))
+    if not custom and model_type not in CONFIG_MAPPING:
         raise InputError(f"{where}: model_type {model_type!r} is not known to the installed transformers")
     try:
-        if reader.custom_code:
+        if custom:
             config: Any = AutoConfig.from_pretrained(reader.folder, trust_remote_code=True)
+            patch_config(config, reader.patch)
         else:
-            config = CONFIG_MAPPING[model_type].from_dict(reader.config)
+            config = CONFIG_MAPPING[model_type].from_dict(own)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise InputError(f"{where}: {_one_line(error)}") from error
     assert isinstance(config, PreTrainedConfig)
@@ -252,9 +265,15 @@ def _open_config(reader: CheckpointReader, trust_remote_code: bool) -> PreTraine
     return config
 
 
-def _skeleton(reader: CheckpointReader, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _needs_code(reader: Reader) -> bool:
+    """Tell whether a model needs code that is shipped with it; ours is never needed here."""
+    return has_custom_code(own_config(reader.config))
+
+
+def _skeleton(reader: Reader, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     vision = config.get_text_config() is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if not (vision or reader.custom_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+    custom = _needs_code(reader)
+    if not (vision or custom or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
         raise InputError(
             f"{reader.folder / 'config.json'}: model_type {config.model_type!r} is no causal language model"
         )
@@ -262,9 +281,7 @@ def _skeleton(reader: CheckpointReader, config: PreTrainedConfig, dtype: torch.d
     try:
         # Buffers stay real: rotary tables and the like are computed, not stored.
         with init_empty_weights(include_buffers=False):
-            skeleton: PreTrainedModel = factory.from_config(
-                config, dtype=dtype, trust_remote_code=reader.custom_code
-            )
+            skeleton: PreTrainedModel = factory.from_config(config, dtype=dtype, trust_remote_code=custom)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise InputError(f"{reader.folder / 'config.json'}: {_one_line(error)}") from error
     # Again, because moving parameters to the meta device one by one has untied them.

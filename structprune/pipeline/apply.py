@@ -70,8 +70,6 @@ def apply(
             recipe=yaml.safe_dump(
                 {"model": model, "output": str(output), "plan": str(plan)}, sort_keys=False
             ),
-            asked=plans[-1].config.get("sparsity"),
-            achievable=None,
             stages=stages(plans),
         )
         return finish(work, source, clock, done, options=None, reload=reload, progress=progress)

@@ -11,16 +11,16 @@ import torch
 from structprune.calibration import data
 from structprune.checkpoint.delivery import Delivery
 from structprune.checkpoint.export import export
-from structprune.checkpoint.modelling import ship
 from structprune.checkpoint.plans import folder_of, plans_of, read_plans
 from structprune.checkpoint.source import Source, open_source
 from structprune.errors import InputError, UsageError
 from structprune.machine import versions
-from structprune.models.identity import architecture_of, names_of
+from structprune.models.edited_reader import EditedReader, Reader
+from structprune.models.identity import architecture_of
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.progress import Progress
+from structprune.pruners.forecast import forecast_all
 from structprune.pruners.pruner import Pruner
-from structprune.pruners.weight._family import WeightPruner
 from structprune.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,7 @@ def opened(
         stream=stream,
         trust_remote_code=trust_remote_code,
     )
-    for stage in stages:
-        stage.check(source.model)
+    forecast_all(stages, source.model)
     return source
 
 
@@ -123,7 +122,6 @@ def decide(
         writer, plan = begun(pruner, number, source, weights, work, progress)
         resumed += writer.finished
         if plan is None and scores is not None:
-            assert isinstance(pruner, WeightPruner)
             plan = pruner.reuse(scores, source.model, writer)
         elif plan is None:
             plan = pruner.calibrate(source.model, calibration.batches if calibration else [], writer)
@@ -154,37 +152,23 @@ def begun(
 
 
 def write(source: Source, work: Delivery, plans: Sequence[Plan], progress: Progress) -> None:
-    """Write the pruned model: its weights, the files beside them, and what products need to be opened."""
-    work.hashes |= export(source.reader, work.folder, plans, progress)
-    work.hashes |= ship(work.folder, plans, names_of(source.model))
+    """Write the source with the plans carried out: its weights, and the files beside them."""
+    reader: Reader = source.reader
+    for plan in plans:
+        reader = EditedReader(reader, plan)
+    work.hashes |= export(reader, work.folder, progress)
 
 
 def read_scores(folder: Path, stages: Sequence[Pruner], source: Source) -> Plan:
-    """Return the plan of a folder whose scores another sparsity of the same method can be decided from.
+    """Return the plan of a folder whose scores another goal of the same method can be decided from.
 
     Raises:
-        InputError: It keeps no scores, or was made on other weights.
-        UsageError: It was made with other settings, or the method needs more than scores.
+        InputError: It was made on other weights.
+        UsageError: It was made in several stages, or several are to be made of it.
     """
     plan, *more = read_plans(folder)
-    pruner = stages[0]
-    if len(stages) > 1 or more or not isinstance(pruner, WeightPruner) or not pruner.reusable:
-        raise UsageError(
-            f"--scores {folder}: scores alone do not decide here",
-            hint="only for one stage that ranks scores, propagate=dense where it reads data, no repair",
-        )
+    if len(stages) > 1 or more:
+        raise UsageError(f"--scores {folder}: scores alone do not decide here", hint="only for one stage")
     if plan.weights != source.scan.weights:
         raise InputError(f"{folder}: its scores are of other weights than {source.folder} holds")
-    if not any(key.endswith(":score") for key in plan):
-        raise InputError(f"{folder}: keeps no scores", hint="prune with --keep-scores first")
-    free = ("sparsity", "keep_scores", "compare")
-    config = {key: value for key, value in pruner.model_dump(mode="json").items() if key not in free}
-    before = {key: value for key, value in plan.config.items() if key not in free}
-    if plan.method != pruner.method() or config != before:
-        same = plan.method == pruner.method()
-        differing = sorted(key for key in config if config[key] != before.get(key)) if same else ["method"]
-        raise UsageError(
-            f"--scores {folder}: made with another {', '.join(differing)}",
-            hint="only the sparsity may differ",
-        )
     return plan

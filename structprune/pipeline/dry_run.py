@@ -4,14 +4,16 @@ from typing import Any
 
 from structprune.calibration.data import positions, window_length
 from structprune.checkpoint.locate import resolve
+from structprune.checkpoint.modelling import needs_code
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.source import RESIDENT_COPIES
 from structprune.machine import available_memory
 from structprune.models.arch import blocks
-from structprune.models.cost import weight_bytes
+from structprune.models.cost import file_bytes, parameters_of, weight_bytes
+from structprune.models.identity import stored_layout
 from structprune.models.streamed import StreamedModel
 from structprune.pipeline.inspect import open_skeleton
-from structprune.pruners.pruner import achievable
+from structprune.pruners.forecast import forecast_all
 from structprune.recipe.recipe import Recipe
 
 # What Python, torch and transformers take before any weight is read; measured on Linux, CPU build.
@@ -33,25 +35,32 @@ def dry_run(
     size = weight_bytes(folder)
     check_output(folder, recipe.output, overwrite=overwrite, needed_bytes=size)
     opened = open_skeleton(folder, trust_remote_code)
-    for pruner in recipe.prune:
-        pruner.check(opened)
+    forecasts = forecast_all(recipe.prune, opened)
     streamed = stream if stream is not None else opened.reader.nbytes * RESIDENT_COPIES > available_memory()
     length = window_length(recipe.calibration.length, positions(opened.config))
-    dense = sum(p.numel() for p in opened.skeleton.parameters())
-    added = sum(pruner.added_parameters(opened) for pruner in recipe.prune)
+    left = forecasts[-1].left
     return {
         "recipe": recipe.text(),
         "stages": [
-            {"method": pruner.method(), "asked": pruner.asked, "achievable": achievable([pruner], opened)}
-            for pruner in recipe.prune
+            {
+                "method": pruner.method(),
+                "unit": one.unit,
+                "asked": one.asked,
+                "reachable": None if one.reachable is None else one.reachable / one.of if one.of else 0.0,
+            }
+            for pruner, one in zip(recipe.prune, forecasts, strict=True)
         ],
-        "parameters": {"dense": dense, "pruned": dense + added},
+        "exact": all(one.exact for one in forecasts),
+        "parameters": {"dense": parameters_of(opened.skeleton), "pruned": parameters_of(left)},
         # Zeros stay in the dense files, so that every loader opens them: they take the room they took.
-        "bytes": {"dense": size, "pruned": size + added * opened.dtype.itemsize},
+        "bytes": {"dense": size, "pruned": file_bytes(stored_layout(left), opened.reader.metadata)},
         "streamed": streamed,
         "memory_bytes": _memory(opened, recipe, length, streamed),
         "disk_bytes": size + opened.reader.nbytes // 16,
-        "loads_in": ["transformers with trust_remote_code" if added else "transformers", "structprune"],
+        "loads_in": [
+            "transformers with trust_remote_code" if needs_code(left.config) else "transformers",
+            "structprune",
+        ],
         "note": "zeros make neither the files smaller nor dense kernels faster",
     }
 

@@ -103,7 +103,8 @@ def _pack(
     opened = open_model(folder, stream=True, trust_remote_code=trusted)
     assert isinstance(opened, StreamedModel)
     reader = opened.reader
-    survey = _survey(reader, places(opened, by_matrix=False), scheme, progress)
+    assert isinstance(reader, CheckpointReader)
+    survey = _survey(reader, places(opened), scheme, progress)
     chosen = [name for name, form in survey.forms.items() if form.scheme]
     if not chosen:
         what = "holds 2:4" if scheme == "2:4" else "has zeros enough to become smaller"

@@ -31,9 +31,7 @@ class Done:
     Attributes:
         method: Name of the method, or of several joined with "+".
         recipe: The recipe, as YAML.
-        asked: Sparsity asked for.
-        achievable: Fraction that rounding allows.
-        stages: What each stage was.
+        stages: What each stage was and what it was asked for.
         calibration: Where the calibration tokens came from.
         blocks_resumed: Blocks that an earlier, interrupted run had decided.
         revalued: Stored tensors whose kept weights changed on purpose.
@@ -42,8 +40,6 @@ class Done:
 
     method: str
     recipe: str
-    asked: float | str | None
-    achievable: float | None
     stages: Sequence[Mapping[str, Any]] = ()
     calibration: Mapping[str, Any] | None = None
     blocks_resumed: int = 0
@@ -55,7 +51,6 @@ def done_by(
     recipe: Recipe,
     plans: Sequence[Plan],
     calibration: Calibration | None,
-    achievable: float,
     resumed: int,
 ) -> Done:
     """Return what a run of a recipe did.
@@ -64,15 +59,11 @@ def done_by(
         recipe: The recipe.
         plans: One per stage.
         calibration: What it looked at.
-        achievable: Fraction that rounding allows.
         resumed: Blocks that an earlier, interrupted run had decided.
     """
-    asked = [step.asked for step in recipe.prune]
     return Done(
         method="+".join(step.method() for step in recipe.prune),
         recipe=recipe.text(),
-        asked=asked[0] if len(asked) == 1 else " + ".join(map(str, asked)),
-        achievable=achievable,
         stages=stages(plans),
         calibration=calibration.facts if calibration else None,
         blocks_resumed=resumed,
@@ -129,8 +120,6 @@ def finish(
         verification,
         output=work.final,
         method=done.method,
-        asked=done.asked,
-        achievable=done.achievable,
         dense=size,
         seconds=clock.seconds,
         stages=done.stages,

@@ -10,6 +10,7 @@ from structprune.models.cost import count, weight_bytes
 from structprune.models.identity import architecture_of
 from structprune.models.streamed import StreamedModel, open_model
 from structprune.models.tokenizer import open_tokenizer
+from structprune.storage.reader import CheckpointReader
 
 # Patterns that kernels or papers know; a model is told which of them fit its widths.
 PATTERNS = ((1, 4), (2, 4), (3, 4), (4, 8))
@@ -27,6 +28,7 @@ def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool 
     opened = open_skeleton(folder, trust_remote_code)
     arch = arch_of(opened.skeleton)
     found = [linear for prefix, block in blocks(opened, arch) for linear in linears(prefix, block, arch)]
+    assert isinstance(opened.reader, CheckpointReader)
     scan = opened.reader.scan(opened.names.ignored)
     stored = {part for linear in found for part in opened.names.stored_of[linear.name]}
     zeros = sum(scan.zeros[name] for name in stored)

@@ -11,7 +11,7 @@ from structprune.pipeline.decision import calibrate_on, decide, fingerprint, ope
 from structprune.pipeline.finish import done_by, finish
 from structprune.pipeline.recover import foresee, recover
 from structprune.progress import Clock, Progress, silent
-from structprune.pruners.pruner import Pruner, achievable
+from structprune.pruners.pruner import Pruner
 from structprune.recipe.fields import build
 from structprune.recipe.recipe import Recipe
 
@@ -68,10 +68,9 @@ def prune(
     if recipe.recover is None or restart or not delivered(final, run):
         check_output(folder, final, overwrite=overwrite)
         with deliver(final, run, restart=restart, overwrite=overwrite) as work:
-            goal = achievable(recipe.prune, source.model)
             with clock.phase("calibrate"):
                 plans, resumed = decide(recipe.prune, source, calibration, work, progress, kept)
-            done = done_by(recipe, plans, calibration, goal, resumed)
+            done = done_by(recipe, plans, calibration, resumed)
             with clock.phase("write"):
                 work.write_text("structprune/recipe.yaml", recipe.text())
                 write(source, work, plans, progress)

@@ -24,6 +24,7 @@ from structprune.models.cost import weight_bytes
 from structprune.models.identity import names_of, skeleton
 from structprune.models.streamed import open_model
 from structprune.pipeline.finish import Done, finish, measure
+from structprune.plan.key import Key
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress, silent
 from structprune.recipe.options import EvaluateOptions, RecoverOptions
@@ -106,7 +107,7 @@ def recover(
             names = names_of(source.model)
             parameters = dict(_resident(source).named_parameters())
             changed = names.to_stored({name: parameters[name].detach() for name in recovery.factors})
-            work.hashes |= export(source.reader, work.folder, plans, progress, replaced=changed)
+            work.hashes |= export(source.reader, work.folder, progress, replaced=changed)
             save_plans(plans, work.plans)
         recipe = {
             "model": model,
@@ -116,8 +117,6 @@ def recover(
         done = Done(
             method="+".join([*(plan.method for plan in plans), "recover"]),
             recipe=yaml.safe_dump(recipe, sort_keys=False),
-            asked=plans[-1].config.get("sparsity") if plans else None,
-            achievable=None,
             stages=stages(plans),
             revalued=tuple(changed),
             more={"recovery": facts},
@@ -200,7 +199,7 @@ def masks_of(source: Source, plans: Sequence[Plan]) -> dict[str, Tensor]:
     for name, mask in masks.items():
         parts = names.to_stored({name: torch.ones_like(mask)})
         for plan in plans:
-            parts = {part: kept & plan.get(f"{part}:mask", kept) for part, kept in parts.items()}
+            parts = {part: kept & plan.get(Key(part, "mask"), kept) for part, kept in parts.items()}
         mask &= names.to_module(parts)[name]
     return masks
 

@@ -16,8 +16,7 @@ from structprune.pipeline.finish import done_by, finish
 from structprune.pipeline.prune import prune
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress, silent
-from structprune.pruners.pruner import achievable
-from structprune.pruners.weight._family import WeightPruner
+from structprune.pruners.pruner import Pruner
 from structprune.recipe.recipe import Recipe
 
 
@@ -43,12 +42,10 @@ def prune_each(
     return {"runs": {str(one): made for one, made in zip(sparsities, runs, strict=True)}}
 
 
-def at(recipe: Recipe, sparsity: float | str) -> Recipe:
+def at(recipe: Recipe, goal: float | str) -> Recipe:
     """Return a recipe with another sparsity, which writes into a folder of that name in its output."""
-    stage = stage_of(recipe)
-    fields = {**stage.model_dump(), "sparsity": sparsity}
-    other = type(stage).model_validate(fields)
-    return recipe.model_copy(update={"prune": (other,), "output": recipe.output / str(other.sparsity)})
+    other = stage_of(recipe).with_goal(goal)
+    return recipe.model_copy(update={"prune": (other,), "output": recipe.output / str(goal)})
 
 
 def shared(recipe: Recipe) -> bool:
@@ -60,14 +57,14 @@ def shared(recipe: Recipe) -> bool:
     return stage_of(recipe).one_look and recipe.recover is None
 
 
-def stage_of(recipe: Recipe) -> WeightPruner:
+def stage_of(recipe: Recipe) -> Pruner:
     """Return the only stage of a recipe.
 
     Raises:
         UsageError: The recipe has several stages, or one of another family.
     """
-    if len(recipe.prune) != 1 or not isinstance(recipe.prune[0], WeightPruner):
-        raise UsageError("several sparsities need one stage of the weight family", hint="run them one by one")
+    if len(recipe.prune) != 1:
+        raise UsageError("several goals need a recipe of one stage", hint="run them one by one")
     return recipe.prune[0]
 
 
@@ -136,7 +133,7 @@ def sweep(
         for name, one in recipes.items():
             own = replace(source, model=source.again())
             plan = Plan.load(works[name].plans / folder_of(1, first.method()))
-            done = done_by(one, [plan], calibration, achievable(one.prune, own.model), resumed[name])
+            done = done_by(one, [plan], calibration, resumed[name])
             pruners[name].apply(own.model, plan)
             works[name].write_text("structprune/recipe.yaml", one.text())
             write(own, works[name], [plan], progress)

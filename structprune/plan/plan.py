@@ -1,29 +1,51 @@
 """A plan: what a pruner decided, as a value with a name and a file.
 
-On disk a plan is a folder: `plan.json` (method, config, hashes, facts, id) beside one small safetensors
-file per block. Blocks are written as the walk goes, so a killed run resumes after its last whole block,
-and nothing the size of the model is ever held in memory.
+On disk a plan is a folder: `plan.json` (method, config, hashes, facts, promises, patch, id) beside one small
+safetensors file per block. Blocks are written as the walk goes, so a killed run resumes after its last whole
+block, and nothing the size of the model is ever held in memory.
 
-Keys are `"<stored tensor name>:<kind>"`; names and layouts are those of the checkpoint files, so a plan
+Keys are `Key(<stored tensor name>, <kind>)`; names and layouts are those of the checkpoint files, so a plan
 survives renamings inside transformers and can be read without building a model.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from structprune.errors import InputError
-from structprune.plan.block import IN_THE_WEIGHTS, PlanBlock, Read, canonical
+from structprune.plan.block import PlanBlock, Read, canonical
+from structprune.plan.key import WRITTEN, Key, check_key
+from structprune.plan.promise import Promises
 from structprune.storage.durable import DurableFile
 from structprune.storage.strict_json import read_json
 
-FORMAT = 1
+# 2: keys of six edits, promises, a patch of config.json.
+FORMAT = 2
 # A plan.json holds a few facts per matrix; far below this even for a model with thousands of experts.
 PLAN_JSON_LIMIT = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who decided, and on what.
+
+    Attributes:
+        method: The pruner's name.
+        config: The pruner's fields.
+        architecture: Hash of the model type and the stored names and shapes before the stage.
+        weights: Hash of the weights that the decision was made on.
+    """
+
+    method: str
+    config: Mapping[str, Any]
+    architecture: str
+    weights: str
 
 
 def architecture_hash(model_type: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -32,63 +54,91 @@ def architecture_hash(model_type: str, shapes: Mapping[str, tuple[int, ...]]) ->
     return hashlib.sha256(canonical([model_type, rows]).encode()).hexdigest()
 
 
-class Plan(Mapping[str, Tensor]):
+class Plan(Mapping[Key, Tensor]):
     """What a pruner decided about one architecture; a mapping from key to tensor.
 
     Masks are returned as bool tensors in the stored tensor's shape (True = kept); other kinds as written.
     A plan read from disk keeps one block's tensors in memory at a time.
 
     Args:
-        method: The pruner's name.
-        config: The pruner's fields.
-        architecture: Hash of the model type and the stored names and shapes before the stage.
-        weights: Hash of the weights the decision was made on.
-        facts: What was measured on the way.
+        origin: Who decided, and on what.
         blocks: The decisions, block by block.
+        facts: What was measured on the way.
+        promises: What the files must show; None where nothing leaves.
+        patch: Keys of config.json with their new values; a group of keys is patched key by key.
         decides: Which of the blocks' keys are the plan's.
+
+    Attributes:
+        shapes: Shape of every key's tensor.
     """
 
     def __init__(
         self,
-        method: str,
-        config: Mapping[str, Any],
-        architecture: str,
-        weights: str,
-        facts: Mapping[str, Any],
+        origin: Origin,
         blocks: list[PlanBlock],
         *,
-        decides: Callable[[str], bool] = lambda key: True,
+        facts: Mapping[str, Any] | None = None,
+        promises: Promises | None = None,
+        patch: Mapping[str, Any] | None = None,
+        decides: Callable[[Key], bool] = lambda key: True,
     ) -> None:
-        self.method = method
-        self.config = dict(config)
-        self.architecture = architecture
-        self.weights = weights
-        self.facts = dict(facts)
+        self.origin = origin
         self.blocks = blocks
+        self.facts = dict(facts or {})
+        self.promises = promises
+        # In the order in which it is read back, so that config.json has the same bytes either way.
+        self.patch: dict[str, Any] = json.loads(canonical(patch or {}))
         self._block_of = {key: block for block in blocks for key in block.shapes if decides(key)}
+        self.shapes = {key: block.shapes[key] for key, block in self._block_of.items()}
         self._open: PlanBlock | None = None  # the one block whose tensors are in memory
 
     @property
+    def method(self) -> str:
+        """Return the name of the pruner."""
+        return self.origin.method
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Return the pruner's fields."""
+        return dict(self.origin.config)
+
+    @property
+    def architecture(self) -> str:
+        """Return the hash of the architecture that the plan fits."""
+        return self.origin.architecture
+
+    @property
+    def weights(self) -> str:
+        """Return the hash of the weights that the decision was made on."""
+        return self.origin.weights
+
+    @property
     def id(self) -> str:
-        """Return the hash of everything the plan decides."""
+        """Return the hash of everything the plan decides and promises."""
         parts = [
             self.method,
             self.config,
             self.architecture,
             self.weights,
             [block.digest for block in self.blocks],
+            self.promises.model_dump(mode="json") if self.promises else None,
+            self.patch,
         ]
         return hashlib.sha256(canonical(parts).encode()).hexdigest()
 
-    def __getitem__(self, key: str) -> Tensor:
+    def __getitem__(self, key: Key) -> Tensor:
         """Return the tensor of `key`."""
-        block = self._block_of[key]
+        block = self._block_of[check_key(key)]
         if self._open is not block and self._open is not None:
             self._open.release()
         self._open = block
         return block[key]
 
-    def __iter__(self) -> Iterator[str]:
+    def __contains__(self, key: object) -> bool:
+        """Tell whether there is a decision of this key; nothing is read or unpacked."""
+        return check_key(key) in self._block_of
+
+    def __iter__(self) -> Iterator[Key]:
         """Iterate over the keys, block by block."""
         return iter(self._block_of)
 
@@ -98,8 +148,14 @@ class Plan(Mapping[str, Tensor]):
 
     def beside_weights(self) -> "Plan":
         """Return the same plan without what is in the weights of the model that it was applied to."""
-        parts = (self.method, self.config, self.architecture, self.weights, self.facts, self.blocks)
-        return Plan(*parts, decides=lambda key: key.rpartition(":")[2] not in IN_THE_WEIGHTS)
+        return Plan(
+            self.origin,
+            self.blocks,
+            facts=self.facts,
+            promises=self.promises,
+            patch=self.patch,
+            decides=lambda key: key.edit not in WRITTEN,
+        )
 
     def read_from(self, read: Read) -> None:
         """Say how the tensors of the pruned model are read, for decisions that are kept there."""
@@ -108,18 +164,18 @@ class Plan(Mapping[str, Tensor]):
 
     def save(self, folder: Path) -> None:
         """Write the plan into `folder`, block by block, `plan.json` last."""
-        writer = PlanWriter(folder, self.method, self.config, self.architecture, self.weights)
+        writer = PlanWriter(folder, self.origin)
         for block in self.blocks[writer.finished :]:
             writer.add(block)
             block.release()
-        writer.finish(self.facts)
+        writer.finish(self.facts, promises=self.promises, patch=self.patch)
 
     @classmethod
     def load(cls, folder: Path) -> "Plan":
         """Read a plan that `save` or a finished `PlanWriter` wrote; nothing is executed.
 
         Raises:
-            InputError: A file is missing, damaged, or not what `plan.json` says.
+            InputError: A file is missing, damaged, of another format, or not what `plan.json` says.
         """
         path = folder / "plan.json"
         if not path.is_file():
@@ -128,13 +184,21 @@ class Plan(Mapping[str, Tensor]):
             )
         head = read_json(path, limit_bytes=PLAN_JSON_LIMIT)
         if not isinstance(head, dict) or head.get("format") != FORMAT:
-            raise InputError(f"{path}: not a plan of format {FORMAT}", hint="written by another version?")
+            found = head.get("format") if isinstance(head, dict) else None
+            raise InputError(
+                f"{path}: a plan of format {found}, this structprune reads format {FORMAT}",
+                hint="written by another version: prune again with its recipe, structprune/recipe.yaml",
+            )
         try:
             count = int(head["blocks"])
-            parts = head["method"], head["config"], head["architecture"], head["weights"], head["facts"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: lacks {error}", hint="the file was changed; prune again") from None
-        plan = cls(*parts, [PlanBlock.load(folder / block_file(index)) for index in range(count)])
+            origin = Origin(head["method"], head["config"], head["architecture"], head["weights"])
+            promised = None if head["promises"] is None else Promises.model_validate(head["promises"])
+            facts, patch = dict(head["facts"]), dict(head["patch"])
+        except (KeyError, TypeError, ValidationError, ValueError) as error:
+            said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else f"lacks {error}"
+            raise InputError(f"{path}: {said}", hint="the file was changed; prune again") from None
+        blocks = [PlanBlock.load(folder / block_file(index)) for index in range(count)]
+        plan = cls(origin, blocks, facts=facts, promises=promised, patch=patch)
         if plan.id != head.get("id"):
             raise InputError(f"{path}: id {head.get('id')} does not match the plan's content {plan.id}")
         return plan
@@ -153,26 +217,16 @@ class PlanWriter:
 
     Args:
         folder: Where to write, or None to keep the plan in memory.
-        method: The pruner's name.
-        config: The pruner's fields.
-        architecture: Hash of the architecture.
-        weights: Hash of the source's weights.
+        origin: Who decides, and on what.
         decided: Told the number of decided blocks after each of them.
     """
 
     def __init__(
-        self,
-        folder: Path | None,
-        method: str,
-        config: Mapping[str, Any],
-        architecture: str,
-        weights: str,
-        *,
-        decided: Callable[[int], None] | None = None,
+        self, folder: Path | None, origin: Origin, *, decided: Callable[[int], None] | None = None
     ) -> None:
         self.folder = folder
+        self.origin = origin
         self._decided = decided
-        self._head = (method, dict(config), architecture, weights)
         self.blocks: list[PlanBlock] = []
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +238,7 @@ class PlanWriter:
         """Return how many blocks are decided."""
         return len(self.blocks)
 
-    def write(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def write(self, tensors: Mapping[Key, Tensor], facts: Mapping[str, Any]) -> None:
         """Add the next block's decisions; masks are given as bool tensors in the stored shape."""
         path = None if self.folder is None else self.folder / block_file(len(self.blocks))
         self.blocks.append(PlanBlock.make(tensors, facts, path))
@@ -196,17 +250,34 @@ class PlanWriter:
         path = None if self.folder is None else self.folder / block_file(len(self.blocks))
         self.blocks.append(block if path is None else block.save(path))
 
-    def so_far(self) -> Plan:
-        """Return the plan of the blocks decided until now."""
-        return Plan(*self._head, {}, self.blocks)
+    def finish(
+        self,
+        facts: Mapping[str, Any],
+        *,
+        promises: Promises | None = None,
+        patch: Mapping[str, Any] | None = None,
+    ) -> Plan:
+        """Close the plan; with a folder, write `plan.json` as the last file.
 
-    def finish(self, facts: Mapping[str, Any]) -> Plan:
-        """Close the plan; with a folder, write `plan.json` as the last file."""
-        plan = Plan(*self._head, facts, list(self.blocks))
+        Args:
+            facts: What was measured; JSON values only.
+            promises: What the files must show once the plan is carried out.
+            patch: Keys of config.json with their new values; JSON values only.
+        """
+        plan = Plan(self.origin, list(self.blocks), facts=facts, promises=promises, patch=patch)
         if self.folder is not None:
-            head = {"format": FORMAT, "method": plan.method, "config": plan.config, "facts": plan.facts}
-            head |= {"architecture": plan.architecture, "weights": plan.weights}
-            head |= {"blocks": len(plan.blocks), "id": plan.id}
+            head = {
+                "format": FORMAT,
+                "method": plan.method,
+                "config": plan.config,
+                "architecture": plan.architecture,
+                "weights": plan.weights,
+                "facts": plan.facts,
+                "promises": promises.model_dump(mode="json") if promises else None,
+                "patch": plan.patch,
+                "blocks": len(plan.blocks),
+                "id": plan.id,
+            }
             with DurableFile(self.folder / "plan.json") as file:
                 file.write((json.dumps(head, indent=1, sort_keys=True) + "\n").encode())
         return plan

@@ -1,65 +1,80 @@
-"""Whether exactly the asked number of weights left every row, matrix or group, by what was measured."""
+"""Whether what a stage promised is what was measured: counts of rows, groups, matrices; shapes."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
-from structprune.proof.measure import Measured, Place, Stage
+from structprune.plan.promise import Removed
+from structprune.proof.measure import Measured, Place, Rows, Stage
 
 # Group sizes looked for in every model, and the most weights in a group that still make a pattern.
 COMMON = {4: 2, 8: 4}
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def by_matrix(stage: Stage) -> bool:
-    """Tell whether a plan counts whole matrices, not each row."""
-    whole = stage.plan.config.get("compare") == "matrix" or "budget" in stage.plan.facts
-    return stage.pattern is None and whole
-
-
-def check(
-    stage: Stage, number: int, found: Mapping[str, Measured], where: Mapping[str, Place]
-) -> tuple[list[str], str]:
-    """Return what is wrong with a plan's counts, and what to say when nothing is.
+def check(stage: Stage, rows: Mapping[str, Rows], found: Mapping[str, Measured]) -> tuple[list[str], str]:
+    """Return what is wrong with the counts of a stage, and what to say when nothing is.
 
     Args:
-        stage: The plan.
-        number: Its place among the plans, as in `Measured.rows`.
-        found: What was measured, by stored tensor.
-        where: Where linears stand.
+        stage: The stage.
+        rows: What its masks remove, by stored tensor.
+        found: What the files hold, by stored tensor that no later stage changed the shape of.
     """
-    asked = stage.plan.config.get("sparsity")
-    names = [name for name in found if name in stage.prunable]
-    stray = [
-        f"{name}: masked, but not among those chosen" for name in stage.masked if name not in stage.prunable
+    problems = [f"{name}: masked, but not promised" for name in stage.masked if name not in stage.prunable]
+    for promise in stage.counted:
+        problems += _problems(promise, rows, found)
+    total = sum(int(one.removed.sum()) for one in rows.values())
+    promised = stage.plan.promises
+    if promised is None:
+        return problems, "nothing was promised"
+    if stage.counted and total != promised.removed:
+        problems.append(f"{total} of {promised.of} {promised.unit} removed, expected {promised.removed}")
+    said = sorted({_sentence(promise) for promise in stage.counted})
+    return problems, "; ".join(said) or "no weights were to leave"
+
+
+def check_shapes(stage: Stage, shapes: Shapes, later: Sequence[Stage]) -> list[str]:
+    """Return what is wrong with the tensors that a stage reshapes, creates or takes away.
+
+    Args:
+        stage: The stage.
+        shapes: Stored tensor -> its shape in the files.
+        later: The stages after it, which may do more to the same tensors.
+    """
+    touched = {name for one in later for name in (*one.shapes, *one.gone)}
+    problems = [
+        f"{name}: shape {list(shapes[name]) if name in shapes else 'none'}, {list(shape)} was promised"
+        for name, shape in stage.shapes.items()
+        if name not in touched and shapes.get(name) != tuple(shape)
     ]
-    if stage.pattern is not None:
-        kept, of = stage.pattern
-        wrong = (line for name in names for line in _group_problems(name, found[name], number, kept, of))
-        fine = f"at most {kept} of every {of} consecutive inputs are left in {len(names)} tensors"
-        return stray + list(wrong), fine
-    if not isinstance(asked, int | float):
-        return stray, "the method asks for no count of weights"
-    # The decimal number that the user wrote, not its binary neighbour.
-    fraction = Fraction(repr(asked))
-    if "budget" in stage.plan.facts:
-        return _check_budget(stage, stray, names, found, where, number, fraction)
-    if by_matrix(stage):
-        fine = f"floor({asked} x weights) removed from every one of {len(names)} tensors"
-        return stray + list(
-            _matrix_problems(names, found, where, number, lambda _, n: int(n * fraction))
-        ), fine
-    wrong = (line for name in names for line in _row_problems(name, found[name], where, number, fraction))
-    return stray + list(wrong), f"floor({asked} x inputs) removed from every row of {len(names)} tensors"
+    return problems + [f"{name}: is there, though it was to go" for name in stage.gone if name in shapes]
 
 
-def pattern(prunable: Iterable[Measured], asked: Iterable[tuple[int, int] | None]) -> str:
-    """Return the "N:M" that every prunable linear holds, asked ones first; else "unstructured" or "dense"."""
+def removed(stage: Stage, rows: Mapping[str, Rows], shapes: Shapes, source: Shapes | None) -> int | None:
+    """Return how many of its units a stage removed, as measured; None where the source would have to tell.
+
+    Args:
+        stage: The stage.
+        rows: What its masks remove, by stored tensor.
+        shapes: Stored tensor -> its shape in the files.
+        source: The same of what the folder was made from.
+    """
+    if stage.counted or not stage.restructures:
+        return sum(int(one.removed.sum()) for one in rows.values())
+    if source is None:
+        return None
+    changed = (name for name in (*stage.gone, *stage.reshaped) if name in source)
+    return sum(prod(source[name]) - prod(shapes.get(name, (0,))) for name in changed)
+
+
+def pattern(prunable: Iterable[Measured], promised: Iterable[tuple[int, int]]) -> str:
+    """Return the "N:M" that every prunable linear holds, promised ones first; "unstructured" or "dense"."""
     measured = list(prunable)
     if not any(one.zeros for one in measured):
         return "dense"
     fullest = {of: max(one.fullest[of] for one in measured) for of in measured[0].fullest}
-    for kept, of in filter(None, asked):
+    for kept, of in sorted(promised):
         if fullest[of] <= kept:
             return f"{kept}:{of}"
     for of, most in COMMON.items():
@@ -86,78 +101,49 @@ def per_block(found: Mapping[str, Measured], where: Mapping[str, Place]) -> list
     return rows
 
 
-def _check_budget(
-    stage: Stage,
-    problems: list[str],
-    names: Sequence[str],
-    found: Mapping[str, Measured],
-    where: Mapping[str, Place],
-    number: int,
-    fraction: Fraction,
-) -> tuple[list[str], str]:
-    """Check unequal shares: each matrix against the plan's, and their sum against what was asked."""
-    shares: Mapping[str, int] = stage.plan.facts["budget"]
-    problems = [
-        *problems,
-        *_matrix_problems(names, found, where, number, lambda name, _: shares.get(name, 0)),
-    ]
-    size = sum(found[name].size for name in names)
-    total, left = int(size * fraction), stage.plan.config["budget"].get("parameters")
-    if left is None and sum(shares.values()) != total:
-        problems.append(f"{sum(shares.values())} of {size} weights shared out, expected {total}")
-    return problems, f"{sum(shares.values()):,} weights removed, as shared out among {len(shares)} matrices"
+def _sentence(promise: Removed) -> str:
+    if promise.per == "group":
+        return f"{promise.of - promise.removed} of every {promise.of} consecutive inputs are left"
+    return f"every {promise.per} lost as many weights as promised"
 
 
-def _group_problems(name: str, one: Measured, number: int, kept: int, of: int) -> Iterator[str]:
-    rows = one.rows[number]
-    if rows is None or (rows.fewest, rows.most) != (of - kept, of - kept):
-        removed = "none" if rows is None else f"{rows.fewest} to {rows.most}"
-        yield f"{name}: {removed} removed from a group of {of} inputs, expected {of - kept}"
-    elif one.fullest[of] > kept:
+def _problems(promise: Removed, rows: Mapping[str, Rows], found: Mapping[str, Measured]) -> Iterator[str]:
+    if promise.per == "matrix":
+        removed = sum(_of_matrix(rows.get(name), promise) for name in promise.tensors)
+        if removed != promise.removed:
+            matrix = promise.tensors[0] + ("" if promise.expert is None else f"[{promise.expert}]")
+            yield f"{matrix}: {removed} weights removed, expected {promise.removed}"
+        return
+    for name in promise.tensors:
+        if name not in rows:
+            # No mask is written for a tensor from which nothing leaves.
+            if promise.removed:
+                yield f"{name}: no weight removed, expected {promise.removed} in every {promise.per}"
+        elif promise.per == "row":
+            yield from _row_problems(name, rows[name], promise.removed)
+        else:
+            yield from _group_problems(name, rows[name], found.get(name), promise)
+
+
+def _of_matrix(rows: Rows | None, promise: Removed) -> int:
+    if rows is None:
+        return 0
+    if promise.expert is None:
+        return int(rows.removed.sum())
+    return int(rows.removed.view(rows.experts, -1)[promise.expert].sum())
+
+
+def _row_problems(name: str, rows: Rows, due: int) -> Iterator[str]:
+    wrong = (rows.removed != due).nonzero().flatten()
+    if len(wrong):
+        row = int(wrong[0])
+        yield f"{name}: {int(rows.removed[row])} weights removed from row {row}, expected {due}"
+
+
+def _group_problems(name: str, rows: Rows, one: Measured | None, promise: Removed) -> Iterator[str]:
+    of, kept = promise.of, promise.of - promise.removed
+    fewest, most = rows.groups.get(of, (-1, -1))
+    if (fewest, most) != (promise.removed, promise.removed):
+        yield f"{name}: {fewest} to {most} removed from a group of {of} inputs, expected {promise.removed}"
+    elif one is not None and one.fullest.get(of, 0) > kept:
         yield f"{name}: a group of {of} inputs holds {one.fullest[of]} weights, expected at most {kept}"
-
-
-def _row_problems(
-    name: str, one: Measured, where: Mapping[str, Place], number: int, fraction: Fraction
-) -> Iterator[str]:
-    rows = one.rows[number]
-    expected = int(one.width * fraction)
-    if name not in where:
-        yield f"{name}: no linear of a decoder block"
-    elif rows is None:
-        # No mask is written for a tensor from which nothing leaves; then no whole weight may be due.
-        if expected:
-            yield f"{name}: no weight removed, expected {expected} of {one.width} in every row"
-    else:
-        wrong = (rows.removed != expected).nonzero().flatten()
-        if len(wrong):
-            row = int(wrong[0])
-            seen = int(rows.removed[row])
-            yield f"{name}: {seen} of {one.width} weights removed from row {row}, expected {expected}"
-
-
-def _matrix_problems(
-    names: Iterable[str],
-    found: Mapping[str, Measured],
-    where: Mapping[str, Place],
-    number: int,
-    due: Callable[[str, int], int],
-) -> Iterator[str]:
-    """Yield what is wrong with whole matrices; `due` tells how many leave one, by its name and size."""
-    sizes: dict[str, int] = defaultdict(int)
-    removed: dict[str, int] = defaultdict(int)
-    for name in names:
-        one = found[name]
-        rows = one.rows[number]
-        place = where.get(name)
-        if place is None:
-            yield f"{name}: no linear of a decoder block"
-            continue
-        for expert in range(place.experts):
-            matrix = f"{place.matrix}[{expert}]" if place.experts > 1 else place.matrix
-            sizes[matrix] += one.size // place.experts
-            if rows is not None:
-                removed[matrix] += int(rows.removed.view(place.experts, -1)[expert].sum())
-    for matrix, size in sizes.items():
-        if removed[matrix] != due(matrix, size):
-            yield f"{matrix}: {removed[matrix]} of {size} weights removed, expected {due(matrix, size)}"

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,12 +15,16 @@ from torch import Tensor
 
 from structprune.models.arch import arch_of, blocks, linears
 from structprune.models.streamed import StreamedModel
-from structprune.plan.block import IN_THE_WEIGHTS, PlanBlock, content_hash
+from structprune.plan.block import PlanBlock, content_hash
+from structprune.plan.key import WRITTEN, Key
 from structprune.plan.plan import Plan
+from structprune.plan.promise import Gone, Removed, Reshaped
 from structprune.storage.tensor_file import read_tensors
 
 # So many weights are looked at together: their temporaries stay small beside the largest tensor.
 CHUNK = 2**22
+Inputs = Literal["last", "first"]
+"""Which axis of a stored weight its inputs are on."""
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -30,16 +35,12 @@ class Place:
     Args:
         block: Index of the block.
         kind: What it is in every block, such as "self_attn.q_proj".
-        matrix: Name of the matrix that competes as a whole; several stored tensors may make one.
         transposed: Stored as [in, out].
-        experts: How many such matrices the tensor holds, one expert after another.
     """
 
     block: int
     kind: str
-    matrix: str
     transposed: bool
-    experts: int = 1
 
 
 @dataclass
@@ -48,13 +49,13 @@ class Rows:
 
     Args:
         removed: Per row, shape [rows]; rows are outputs.
-        fewest: The fewest removed in a group of M consecutive inputs; only where an N:M was asked for.
-        most: The most removed in such a group.
+        experts: Matrices in the tensor, one after another.
+        groups: M -> the fewest and the most removed in a group of M consecutive inputs, where promised.
     """
 
     removed: Tensor
-    fewest: int = 0
-    most: int = 0
+    experts: int = 1
+    groups: dict[int, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -86,10 +87,20 @@ class Measured:
 
 
 class Stage:
-    """The masks of one plan in a folder, read without the code that applies them.
+    """One plan in a folder, read without the code that carries it out.
 
     Args:
         folder: The plan's folder.
+
+    Attributes:
+        name: The folder's name.
+        promises: What the files must show.
+        masked: Stored tensor -> the block that holds its mask.
+        written: Stored tensor -> the key of its new value and the block that has its hash.
+        counted: Promises of removed weights.
+        shapes: Stored tensor -> the shape that the stage gives it.
+        gone: Stored tensors that the stage takes away.
+        prunable: Stored tensors that lose weights.
 
     Raises:
         InputError: The plan is damaged.
@@ -98,72 +109,90 @@ class Stage:
     def __init__(self, folder: Path) -> None:
         self.name = folder.name
         self.plan = Plan.load(folder)
-        keys = [(key.rpartition(":"), block) for block in self.plan.blocks for key in block]
-        self.masked: dict[str, PlanBlock] = {name: block for (name, _, kind), block in keys if kind == "mask"}
-        self.valued = {name: (block, kind) for (name, _, kind), block in keys if kind in IN_THE_WEIGHTS}
-        self.parts = {name for (name, _, kind), _ in keys if kind == "factor"}
-        self.revalued = set(self.valued)
-        self.prunable = set(self.plan.facts.get("prunable", self.masked))
+        stored = self.plan.promises.stored if self.plan.promises else ()
+        keys = [(key, block) for block in self.plan.blocks for key in block]
+        self.masked: dict[str, PlanBlock] = {key.name: block for key, block in keys if key.edit == "mask"}
+        self.written = {key.name: (key, block) for key, block in keys if key.edit in WRITTEN}
+        self.counted = [one for one in stored if isinstance(one, Removed)]
+        self.shapes = {name: one.shape for one in stored if isinstance(one, Reshaped) for name in one.tensors}
+        self.gone = {name for one in stored if isinstance(one, Gone) for name in one.tensors}
+        self.prunable = {name for one in self.counted for name in one.tensors}
+        self._kept = {key.name for key, _ in keys if key.edit == "keep"}
         self._open: tuple[PlanBlock, dict[str, Tensor]] | None = None
 
     @property
-    def pattern(self) -> tuple[int, int] | None:
-        """Return (kept, of) where an "N:M" was asked for."""
-        asked = self.plan.config.get("sparsity")
-        if not isinstance(asked, str) or ":" not in asked:
-            return None
-        kept, of = asked.split(":")
-        return int(kept), int(of)
+    def reshaped(self) -> set[str]:
+        """Return the stored tensors that have another shape after the stage."""
+        return {*self.shapes, *self._kept}
+
+    @property
+    def restructures(self) -> bool:
+        """Tell whether the stage changes which tensors there are, or their shapes."""
+        return bool(self.reshaped or self.gone)
+
+    @property
+    def patterns(self) -> set[tuple[int, int]]:
+        """Return every (kept, of) that is promised of groups of inputs."""
+        return {(one.of - one.removed, one.of) for one in self.counted if one.per == "group"}
+
+    @property
+    def transposed(self) -> set[str]:
+        """Return the stored tensors that are counted along their columns."""
+        return {name for one in self.counted if one.transposed for name in one.tensors}
 
     def holds(self, name: str, tensor: Tensor) -> bool:
         """Tell whether a tensor of the files is, bit for bit, the new value that the plan decided on."""
-        block, kind = self.valued[name]
-        key = f"{name}:{kind}"
+        key, block = self.written[name]
         return content_hash(key, tensor, tuple(tensor.shape)) == block.hashes[key]
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def mask_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape that the plan thinks a masked tensor has."""
-        return self.masked[name].shapes[f"{name}:mask"]
+        return self.masked[name].shapes[Key(name, "mask")]
 
     def mask(self, name: str) -> Tensor:
-        """Return which elements of a masked tensor stay, as bool in its stored shape."""
-        block = self.masked[name]
-        if self._open is None or self._open[0] is not block:
-            assert block.path is not None
-            self._open = block, read_tensors(block.path)
-        packed, shape = self._open[1][f"{name}:mask"].numpy(), self.shape(name)
+        """Return which elements of a masked tensor stay, as bool in the shape that the stage leaves."""
+        packed, shape = self._read(self.masked[name], Key(name, "mask")).numpy(), self.mask_shape(name)
         bits = np.unpackbits(packed, count=math.prod(shape), bitorder="little")
         return torch.from_numpy(bits).view(torch.bool).view(shape)
 
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        """Return what the stage keeps of a tensor that lies before it, such as an earlier stage's mask."""
+        for axis in (0, 1) if name in self._kept else ():
+            key = Key(name, f"keep.{axis}")
+            block = next((block for block in self.plan.blocks if key in block), None)
+            if block is not None:
+                kept = self._read(block, key).numpy()
+                # NumPy takes bytes of any width; bfloat16 is none of its dtypes.
+                raw = tensor.contiguous().view(BITS[tensor.element_size()]).numpy()
+                tensor = torch.from_numpy(np.take(raw, kept, axis=axis)).view(tensor.dtype)
+        return tensor
 
-def places(model: StreamedModel, *, by_matrix: bool) -> dict[str, Place]:
+    def _read(self, block: PlanBlock, key: Key) -> Tensor:
+        if self._open is None or self._open[0] is not block:
+            assert block.path is not None
+            self._open = block, read_tensors(block.path)
+        return self._open[1][str(key)]
+
+
+def places(model: StreamedModel) -> dict[str, Place]:
     """Return where every stored tensor of a linear stands, by its name in the files.
 
     Args:
         model: The folder's model; no weight of it is needed.
-        by_matrix: Tell apart the matrices of an expert parameter, which costs memory of its size.
     """
     found: dict[str, Place] = {}
     arch = arch_of(model)
     for index, (prefix, block) in enumerate(blocks(model, arch)):
         for linear in linears(prefix, block, arch):
-            parts = model.names.stored_of[linear.name]
-            if parts[0] in found:
-                continue
             kind = linear.name.removeprefix(f"{prefix}.").removesuffix(".weight")
-            experts = _experts(model, linear.name) if by_matrix and linear.expert is not None else {}
-            for part in parts:
-                shape = model.reader.tensors[part].shape
-                stacked = shape[0] if len(shape) == 3 else 1
-                found[part] = Place(
-                    index, kind, linear.name + experts.get(part, ""), linear.transposed, stacked
-                )
+            for part in model.names.stored_of[linear.name]:
+                found[part] = Place(index, kind, linear.transposed)
     return found
 
 
 def measure(
     tensor: Tensor,
-    place: Place | None,
+    inputs: Inputs | None,
     masks: Sequence[Tensor | None],
     source: Tensor | None,
     groups: Mapping[int, bool],
@@ -172,19 +201,21 @@ def measure(
 
     Args:
         tensor: As stored.
-        place: Where it stands; None when it is no linear.
+        inputs: Which axis of a linear's weight its inputs are on; None for what is no linear.
         masks: Per plan what stays, in the tensor's shape; None where a plan does not name it.
         source: The tensor before pruning, in the same shape and dtype; None without one.
         groups: M -> whether the masks, too, are to be counted in groups of M consecutive inputs.
     """
-    transposed = place is not None and place.transposed
+    transposed = inputs == "first"
     whole = _rows(tensor, transposed)
     width = whole.shape[1]
-    empty = [None if mask is None else Rows(torch.empty(0, dtype=torch.int64)) for mask in masks]
+    stacked = tensor.shape[0] if tensor.ndim == 3 else 1
+    nothing = torch.empty(0, dtype=torch.int64)
+    empty = [None if mask is None else Rows(nothing, stacked) for mask in masks]
     found = Measured(tensor.numel(), width, rows=empty)
     whole_masks = [None if mask is None else _rows(mask, transposed) for mask in masks]
     before = None if source is None else _rows(source, transposed)
-    divided = [of for of in groups if place is not None and width and width % of == 0]
+    divided = [of for of in groups if inputs is not None and width and width % of == 0]
     found.fullest = {of: 0 if of in divided else of for of in groups}
     counts: list[list[Tensor]] = [[] for _ in masks]
     step = max(1, CHUNK // max(width, 1))
@@ -195,7 +226,7 @@ def measure(
         alive = weights != 0
         _count(found, weights, alive, kept, None if before is None else before[part].contiguous())
         for of in divided:
-            _count_groups(found, alive, kept if groups[of] else [], of, first=low == 0)
+            _count_groups(found, alive, kept if groups[of] else [], of)
         for number, mask in enumerate(kept):
             if mask is not None:
                 counts[number].append(width - mask.view(torch.uint8).sum(dim=1, dtype=torch.int32))
@@ -223,9 +254,7 @@ def _count(
         found.changed += _count_true((weights.view(bits) != source.view(bits)) & stays)
 
 
-def _count_groups(
-    found: Measured, alive: Tensor, masks: Sequence[Tensor | None], of: int, *, first: bool
-) -> None:
+def _count_groups(found: Measured, alive: Tensor, masks: Sequence[Tensor | None], of: int) -> None:
     # Once a group of a dense matrix was seen to be full there is nothing more to find.
     if found.fullest[of] < of:
         found.fullest[of] = max(found.fullest[of], int(_per_group(alive, of).max()))
@@ -233,8 +262,8 @@ def _count_groups(
         if rows is not None and mask is not None:
             kept = _per_group(mask, of)
             fewest, most = of - int(kept.max()), of - int(kept.min())
-            rows.fewest = fewest if first else min(rows.fewest, fewest)
-            rows.most = most if first else max(rows.most, most)
+            low, high = rows.groups.get(of, (fewest, most))
+            rows.groups[of] = min(low, fewest), max(high, most)
 
 
 def _count_true(values: Tensor) -> int:
@@ -251,20 +280,21 @@ def _per_group(values: Tensor, of: int) -> Tensor:
     return total
 
 
+def rows_of(mask: Tensor, inputs: Inputs, groups: Mapping[int, bool]) -> Rows:
+    """Count what one mask removes, of a tensor that the files do not hold any more.
+
+    Args:
+        mask: What stays, in the stored shape.
+        inputs: Which axis the inputs are on.
+        groups: As for `measure`.
+    """
+    (found,) = measure(mask.to(torch.uint8), inputs, [mask], None, groups).rows
+    assert found is not None
+    return found
+
+
 def _rows(tensor: Tensor, transposed: bool) -> Tensor:
     """Return a view [rows, inputs] of a stored tensor; experts' rows stand one expert after another."""
     if transposed:
         return tensor.T
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim and tensor.numel() else tensor.reshape(-1, 1)
-
-
-def _experts(model: StreamedModel, name: str) -> dict[str, str]:
-    """Return which expert each stored part of a fused parameter holds, as "[3]"; {} where stored fused."""
-    if len(model.names.stored_of[name]) == 1:
-        return {}
-    shape = model.skeleton.get_parameter(name).shape
-    # The one place that knows the conversion converts numbers that say where they came from.
-    marks = torch.arange(shape[0], dtype=torch.int16).view(-1, 1, 1).expand(shape)
-    return {
-        part: f"[{int(values.flatten()[0])}]" for part, values in model.names.to_stored({name: marks}).items()
-    }

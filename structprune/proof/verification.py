@@ -28,6 +28,8 @@ class Verification:
         blocks: Per block "block" (its index), "sparsity", "parameters", "zeros" of its linears, and
             "matrices": the last two for each kind of linear.
         loads_in: Loaders that really opened the folder, with their versions.
+        stages: Per plan its folder -> the fraction of its units that left, or None where that cannot be told
+            without the source.
     """
 
     sparsity: float | None = None
@@ -38,6 +40,7 @@ class Verification:
     checks: list[Check] = field(default_factory=list)
     blocks: list[dict[str, Any]] = field(default_factory=list)
     loads_in: list[str] = field(default_factory=list)
+    stages: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:

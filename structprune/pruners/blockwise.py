@@ -120,7 +120,10 @@ def walk_data(
                 continue
         if block.index < last:
             decided = writer.blocks[block.index]
-            with edit.temporarily(block.prefix, block.module, {} if dense else decided, names_of(model)):
+            if dense:
+                block.advance()
+                continue
+            with edit.temporarily(block.module, block.prefix, decided, names_of(model)):
                 block.advance()
             decided.release()
 

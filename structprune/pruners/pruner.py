@@ -8,32 +8,21 @@ import difflib
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from structprune import pruners
 from structprune.errors import UsageError
 from structprune.models.arch import blocks
-from structprune.models.identity import architecture_of, carry_out
+from structprune.models.edit import carry_out
+from structprune.models.identity import architecture_of
 from structprune.models.streamed import Batch, Model
-from structprune.plan.plan import Plan, PlanWriter
-
-
-def achievable(stages: Sequence["Pruner"], model: Model) -> float:
-    """Return the fraction of the prunable set that stages remove together; later ones find earlier zeros.
-
-    Args:
-        stages: In order; each with at least one linear or unit to prune.
-        model: In memory or streamed.
-    """
-    removals: dict[str, tuple[int, int]] = {}
-    for stage in stages:
-        for name, found in stage.removals(model).items():
-            removals[name] = max(found, removals.get(name, found))
-    return sum(removed for removed, _ in removals.values()) / sum(size for _, size in removals.values())
+from structprune.plan.plan import Origin, Plan, PlanWriter
+from structprune.progress import Progress, silent
+from structprune.pruners.forecast import Forecast
 
 
 class Pruner(BaseModel, ABC):
@@ -59,20 +48,30 @@ class Pruner(BaseModel, ABC):
         """Tell whether `calibrate` needs batches with the fields as they are."""
         return self.needs_data
 
-    def added_parameters(self, model: Model) -> int:
-        """Return how many parameters the result has more than the model."""
-        return 0
+    @property
+    def one_look(self) -> bool:
+        """Tell whether what calibration sees is the same for every goal, so that one look serves several."""
+        return False
+
+    @property
+    def reusable(self) -> bool:
+        """Tell whether kept scores are all that another goal needs."""
+        return False
+
+    def with_goal(self, goal: float | str) -> Self:
+        """Return the same pruner with another goal: how much it removes or keeps.
+
+        Raises:
+            UsageError: The method has no such goal, or it cannot be this one.
+        """
+        raise UsageError(f"{self.method()} has no goal that could be varied", hint="run it once")
 
     def remembered_bytes(self, model: Model) -> int:
         """Return at most how many bytes calibration remembers of one block, beside the activations."""
         return 0
 
     def writer(
-        self,
-        folder: Path | None,
-        model: Model,
-        weights: str,
-        progress: Callable[[str, int, int], None] | None = None,
+        self, folder: Path | None, model: Model, weights: str, progress: Progress = silent
     ) -> PlanWriter:
         """Return a writer for this pruner's plan.
 
@@ -82,24 +81,16 @@ class Pruner(BaseModel, ABC):
             weights: Hash of the model's weights.
             progress: Told (stage, done, total) after each block.
         """
-        total = len(blocks(model))
-        stage = f"calibrate {self.method()}"
-        decided = (lambda done: progress(stage, done, total)) if progress else None
-        config = self.model_dump(mode="json")
-        return PlanWriter(folder, self.method(), config, architecture_of(model), weights, decided=decided)
+        total, stage = len(blocks(model)), f"calibrate {self.method()}"
+        origin = Origin(self.method(), self.model_dump(mode="json"), architecture_of(model), weights)
+        return PlanWriter(folder, origin, decided=lambda done: progress(stage, done, total))
 
     @abstractmethod
-    def removals(self, model: Model) -> dict[str, tuple[int, int]]:
-        """Return what rounding lets this pruner remove: by name of a matrix or unit, how many of how many."""
+    def forecast(self, model: Model) -> Forecast:
+        """Return what this pruner will do to a model, before any data is looked at.
 
-    @property
-    @abstractmethod
-    def asked(self) -> float | str:
-        """Return what was asked for: a fraction removed, or "N:M"."""
-
-    @abstractmethod
-    def check(self, model: Model) -> None:
-        """Check every size rule of the method on the model, before any data is looked at.
+        Args:
+            model: In memory, streamed, or what an earlier stage's forecast leaves.
 
         Raises:
             UsageError: The model's shapes cannot carry what the fields ask for; names the tensor.
@@ -114,6 +105,32 @@ class Pruner(BaseModel, ABC):
             batches: Calibration data; ignored when `needs_data` is False.
             plan: Where to write the decisions as they are made; in memory when absent.
         """
+
+    def calibrate_each(
+        self, model: Model, batches: Sequence[Batch], wanted: Sequence[tuple[Self, PlanWriter]]
+    ) -> list[Plan]:
+        """Decide for several goals; with one look at the model where `one_look` says so.
+
+        Args:
+            model: The dense model.
+            batches: Calibration data.
+            wanted: Pruners that differ from this one only in the goal, each with its plan's writer.
+        """
+        return [pruner.calibrate(model, batches, writer) for pruner, writer in wanted]
+
+    def reuse(self, plan: Plan, model: Model, writer: PlanWriter) -> Plan:
+        """Decide from the scores that a run with another goal kept; needs no data.
+
+        Args:
+            plan: What that run wrote.
+            model: The model it was made on.
+            writer: Where to write the decisions.
+
+        Raises:
+            UsageError: Scores alone do not decide here, or they were made with other settings.
+            InputError: The plan keeps no scores.
+        """
+        raise UsageError(f"{self.method()}: scores alone do not decide here", hint="calibrate again")
 
     def apply(self, model: Model, plan: Plan) -> Model:
         """Carry a plan out; returns the same model, changed in place. Needs no data.

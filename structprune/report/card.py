@@ -72,13 +72,17 @@ def _sections(folder: Path, report: Mapping[str, Any], name: str, base: str, rec
     yield _markdown(("", "dense", "pruned"), table(report))
     yield from _protocol(report)
     yield "## Asked and achieved"
-    found = {
-        "asked": fraction(report["asked"]),
-        "achievable with whole weights per row": fraction(report["achievable"]),
-        "measured from the files": fraction(report["sparsity"]),
-        "pattern": str(pattern),
-    }
-    yield _markdown(("sparsity", ""), found.items())
+    goals = [
+        (
+            stage["method"],
+            stage["unit"],
+            *(fraction(stage[what]) for what in ("asked", "reachable", "measured")),
+        )
+        for stage in report.get("stages", ())
+        if "unit" in stage
+    ]
+    yield _markdown(("stage", "removed", "asked", "reachable", "measured from the files"), goals)
+    yield f"Zeros in the pruned matrices: {fraction(report['sparsity'])}, pattern {pattern}."
     yield from (
         f"![{path.stem.replace('_', ' ')}]({path.relative_to(folder).as_posix()})"
         for path in sorted(folder.glob("structprune/plots/*.png"))

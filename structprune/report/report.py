@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from structprune.machine import machine, peak_rss, versions
-from structprune.proof.verify import Verification
+from structprune.proof.verification import Verification
 from structprune.storage.durable import DurableFile
 
 REPORT_FILE = "structprune/report.json"
@@ -35,8 +35,6 @@ def build(
     *,
     output: Path,
     method: str,
-    asked: float | str | None,
-    achievable: float | None,
     dense: Size,
     seconds: float,
     stages: Sequence[Mapping[str, Any]] = (),
@@ -50,22 +48,19 @@ def build(
         verification: What was measured from the files of the output.
         output: The output folder, as the user will find it.
         method: Name of the method, or of several joined with "+".
-        asked: Sparsity asked for, a fraction or "N:M".
-        achievable: Fraction that the rounding to whole weights per row allows.
         dense: Size of the source.
         seconds: Wall time of the run.
-        stages: What each stage was: method, config, plan id and whatever the caller adds.
+        stages: What each stage was: folder, method, config, plan id, its goal ("unit", "asked", "reachable")
+            and whatever the caller adds; what was measured of the goal is added here.
         blocks_resumed: Blocks that an earlier, interrupted run had finished.
         calibration: Where the calibration tokens came from; None for a method without data.
         evaluation: What `evaluate` returned as JSON, its "generations" beside; None when not asked for.
     """
     measured = verification.as_json()
-    blocks = measured.pop("blocks")
+    blocks, left = measured.pop("blocks"), measured.pop("stages")
     report = {
         "output": str(output),
         "method": method,
-        "asked": asked,
-        "achievable": achievable,
         "sparsity": verification.sparsity,
         "pattern": verification.pattern,
         "parameters": {
@@ -82,7 +77,7 @@ def build(
         "verification": measured,
         "evaluation": evaluation,
         "calibration": calibration,
-        "stages": list(stages),
+        "stages": [{**stage, "measured": left.get(stage["folder"])} for stage in stages],
         "machine": machine(),
         "versions": versions(),
     }

@@ -11,6 +11,7 @@ from structprune.calibration.collect import Collected
 from structprune.models.arch import Linear
 from structprune.models.factored import part_names
 from structprune.models.names import Names
+from structprune.plan.key import Key
 from structprune.solvers.solution import Solution
 
 logger = logging.getLogger(__name__)
@@ -18,36 +19,43 @@ logger = logging.getLogger(__name__)
 Solved = Sequence[tuple[Linear, Solution]]
 
 
-def record(solved: Solved, names: Names) -> dict[str, Tensor]:
+def plan_tensors(solved: Solved, names: Names, dtypes: Mapping[str, torch.dtype]) -> dict[Key, Tensor]:
     """Return what the solutions of a block decide, by plan key; what changes nothing is left out.
+
+    New values are rounded to the dtype that their tensor is stored in, whatever was computed in: later blocks
+    then see what the files will hold.
 
     Args:
         solved: Linears of one block, each with its solution.
         names: The model's names.
+        dtypes: Dtype of every stored tensor.
     """
-    plan: dict[str, Tensor] = {}
+    plan: dict[Key, Tensor] = {}
     for linear, solution in solved:
         if solution.factors is None:
             continue
-        for part, name in part_names(names.stored_of[linear.name][0]).items():
+        whole = names.stored_of[linear.name][0]
+        for part, name in part_names(whole).items():
             value: Tensor = getattr(solution.factors, part.partition(".")[0])
-            plan[f"{name}:factor"] = value.to(linear.weight.dtype).contiguous()
+            plan[Key(name, "factor")] = value.to(dtypes[whole]).contiguous()
             if part == "core.weight":
-                plan[f"{name}:mask"] = solution.mask
+                plan[Key(name, "mask")] = solution.mask
     solved = [pair for pair in solved if pair[1].factors is None]
-    for name, mask in _stored(_whole("mask", solved), names):
+    kinds = {one.name: dtypes[names.stored_of[one.name][0]] for one, _ in solved}
+    masks = _whole("mask", solved, dict.fromkeys(kinds, torch.bool))
+    for name, mask in _stored(masks, names):
         if not bool(mask.all()):
-            plan[f"{name}:mask"] = mask
-    values = _whole("weight", solved)
+            plan[Key(name, "mask")] = mask
+    values = _whole("weight", solved, kinds)
     before = dict(_stored({one.name: one.whole for one, _ in solved if one.name in values}, names))
     for name, value in _stored(values, names):
-        if not torch.equal(value, before[name]):
-            plan[f"{name}:value"] = value
-    plan |= {f"{name}:score": score for name, score in _stored(_whole("score", solved), names)}
-    return plan
+        if not torch.equal(value, before[name].to(value.dtype)):
+            plan[Key(name, "value")] = value
+    scores = _whole("score", solved, dict.fromkeys(kinds, torch.float32))
+    return plan | {Key(name, "score"): score for name, score in _stored(scores, names)}
 
 
-def told(found: Mapping[str, Solution], collected: Collected) -> dict[str, Any]:
+def block_facts(found: Mapping[str, Solution], collected: Collected) -> dict[str, Any]:
     """Return what a plan says of a block: what left, what was measured, and which experts saw few tokens."""
     facts: dict[str, Any] = {
         "removed": {label: int(one.mask.numel() - one.mask.sum()) for label, one in found.items()}
@@ -62,23 +70,25 @@ def told(found: Mapping[str, Solution], collected: Collected) -> dict[str, Any]:
     return facts
 
 
-def _whole(what: str, solved: Solved) -> dict[str, Tensor]:
-    """Put parameters together, by state-dict name; experts that are not decided stay as they are."""
+def _whole(what: str, solved: Solved, kinds: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Put parameters together, by state-dict name; experts that are not decided stay as they are.
+
+    Args:
+        what: "mask", "weight" or "score" of a solution.
+        solved: Linears with their solutions.
+        kinds: The dtype that each parameter gets.
+    """
     found: dict[str, Tensor] = {}
     for linear, solution in solved:
         part: Tensor | None = getattr(solution, what)
         if part is None:
             continue
         if linear.name not in found:
-            found[linear.name] = _undecided(what, linear.whole)
+            kind = kinds[linear.name]
+            undecided = {"mask": linear.whole.new_ones(1), "score": linear.whole.new_zeros(1)}
+            found[linear.name] = undecided.get(what, linear.whole).expand_as(linear.whole).to(kind, copy=True)
         linear.view(found[linear.name]).copy_(part)
     return found
-
-
-def _undecided(what: str, parameter: Tensor) -> Tensor:
-    if what == "mask":
-        return torch.ones_like(parameter, dtype=torch.bool)
-    return parameter.clone() if what == "weight" else torch.zeros_like(parameter, dtype=torch.float32)
 
 
 def _stored(tensors: Mapping[str, Tensor], names: Names) -> Iterator[tuple[str, Tensor]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from structprune.errors import InputError
 from structprune.storage.header import DTYPE_NAMES, MAX_NAMES, Header, TensorInfo, read_header
 from structprune.storage.scan import Scan, scan_files
-from structprune.storage.stored_config import has_custom_code, read_config, refuse_quantised_tensors
+from structprune.storage.stored_config import read_config, refuse_quantised_tensors
 from structprune.storage.tensor_file import Entry, read_tensor
 from structprune.storage.weight_files import compare_with_index, find_weights
 
@@ -34,13 +34,13 @@ class CheckpointReader:
     Attributes:
         folder: The folder as it was given.
         config: Content of config.json, without private keys.
-        custom_code: The configuration asks for code that is shipped with the model.
         tensors: Name -> place, dtype and shape, in the order of the files and of the bytes in them.
         shards: File -> names of its tensors in the order of their bytes; files sorted.
         metadata: File -> its own notes (safetensors `__metadata__`).
         indexed: The folder has a model.safetensors.index.json.
         index_metadata: The `metadata` of the index; None where there is none.
         root: The folder, or None where links may lead anywhere; for `safe_open.check_link`.
+        patch: What plans have patched in config.json: nothing, these are files.
 
     Raises:
         InputError: The folder is incomplete, damaged, quantised, an adapter, or in another format.
@@ -52,7 +52,7 @@ class CheckpointReader:
         self.root = None if allow_external_symlinks else folder
         weights = find_weights(folder, self.root)
         self.config: dict[str, Any] = read_config(folder / "config.json", self.root)
-        self.custom_code = has_custom_code(self.config)
+        self.patch: dict[str, Any] = {}
         self._headers: dict[str, Header] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for file in weights.files:
@@ -123,17 +123,12 @@ class CheckpointReader:
             logger.warning("%s: mixed dtypes, each tensor keeps its own: %s tensors", self.folder, found)
 
 
-def refuse_custom_code(reader: CheckpointReader, *, trust_remote_code: bool) -> None:
-    """Refuse a model that needs code shipped with it, unless the user, never a file, said that it is trusted.
-
-    Raises:
-        InputError: `auto_map` is in the configuration and `trust_remote_code` is false.
-    """
-    if reader.custom_code and not trust_remote_code:
-        raise InputError(
-            f"{reader.folder / 'config.json'}: auto_map asks to run code that is shipped with the model",
-            hint="read that code, then pass --trust-remote-code, and --revision to pin what you read",
-        )
+def refusal_of_code(folder: Path) -> InputError:
+    """Return the refusal of a model that needs code shipped with it and is not trusted by the user."""
+    return InputError(
+        f"{folder / 'config.json'}: auto_map asks to run code that is shipped with the model",
+        hint="read that code, then pass --trust-remote-code, and --revision to pin what you read",
+    )
 
 
 def _check_format(path: Path, header: Header) -> None:

@@ -14,10 +14,6 @@ logger = logging.getLogger(__name__)
 # Configurations with a per-layer list for everything stay under 1 MB.
 MAX_CONFIG_BYTES = 4_000_000
 
-# What a folder with factored linears names as its classes and type for plain transformers.
-FACTORED_CLASSES = ("modeling_factored.FactoredConfig", "modeling_factored.FactoredModel")
-FACTORED_TYPE = "factored_"
-
 # Written by older transformers versions into every config; without effect, so removed without a warning.
 _HARMLESS = frozenset(
     {"_name_or_path", "_commit_hash", "_attn_implementation_autoset", "_flash_attn_2_enabled"}
@@ -57,7 +53,6 @@ def read_config(path: Path, root: Path | None) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{path}: must hold an object, found {str(config)[:80]!r}")
     _strip(config, path, "")
-    config = plain(config)
     for key, part in _parts(config):
         _check_sizes(part, path, key)
         _refuse_quantised(part, path, key)
@@ -67,20 +62,6 @@ def read_config(path: Path, root: Path | None) -> dict[str, Any]:
 def has_custom_code(config: Mapping[str, Any]) -> bool:
     """Tell whether the configuration, or one inside it, asks for code that is shipped with the model."""
     return any("auto_map" in part for _, part in _parts(config))
-
-
-def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration without what structprune adds to it for plain transformers.
-
-    Where linears are stored as products, it names a type and classes of a file in the folder, so that nothing
-    opens the folder as the dense model with weights missing. structprune itself never runs that file.
-    """
-    found = dict(config)
-    wanted = found.get("auto_map")
-    if isinstance(wanted, dict) and set(map(str, wanted.values())) == set(FACTORED_CLASSES):
-        del found["auto_map"]
-        found["model_type"] = str(found.get("model_type")).removeprefix(FACTORED_TYPE)
-    return found
 
 
 def refuse_quantised_tensors(tensors: Mapping[str, TensorInfo], folder: Path) -> None:

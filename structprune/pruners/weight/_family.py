@@ -19,14 +19,25 @@ from structprune.decide.budgets.budget import AnyBudget, Compare, TargetParams
 from structprune.decide.counts import counts
 from structprune.decide.sparsity import Sparsity, fraction_of, pattern_of
 from structprune.decide.targets import Choice
-from structprune.errors import QualityError, UsageError
+from structprune.errors import InputError, QualityError, UsageError
 from structprune.models.arch import Linear, all_linears, blocks
+from structprune.models.edit import left_of
 from structprune.models.gradients import Norm
-from structprune.models.identity import names_of, skeleton, stored_names, weights_of
+from structprune.models.identity import (
+    names_of,
+    names_of_matrix,
+    skeleton,
+    stored_dtypes,
+    stored_names,
+    weights_of,
+)
 from structprune.models.names import Names
 from structprune.models.streamed import Batch, Model
+from structprune.models.tensor_edit import Outline
 from structprune.models.walk import Block
+from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
+from structprune.plan.promise import Gone, Promises, Removed, Reshaped
 from structprune.pruners.blockwise import (
     Measured,
     measure,
@@ -35,8 +46,9 @@ from structprune.pruners.blockwise import (
     walk_data,
     walk_weights,
 )
+from structprune.pruners.forecast import Forecast
 from structprune.pruners.pruner import Pruner
-from structprune.solvers.plan_tensors import record, told
+from structprune.solvers.plan_tensors import block_facts, plan_tensors
 from structprune.solvers.solution import STATISTIC_OF, Repair, Solution, Task, repaired, select
 
 
@@ -148,15 +160,36 @@ class WeightPruner(Choice, Pruner):
         return [self.chosen(index, found) for index, found in enumerate(all_linears(model))]
 
     @final
-    def removals(self, model: Model) -> dict[str, tuple[int, int]]:
-        """Return how many weights of each chosen linear leave, as far as that is known without data."""
-        sizes = {one.label: one.weight.numel() for block in self.all_chosen(model) for one in block}
+    def forecast(self, model: Model) -> Forecast:
+        """Return how many weights leave, and what is left of the model; every size rule is checked."""
+        self._check(model)
+        chosen = [linear for block in self.all_chosen(model) for linear in block]
         leaving = self._counts(model, [0.0] * len(blocks(model)))
-        return {label: (leaving[label] if self.leaves_zeros else 0, size) for label, size in sizes.items()}
+        removed = sum(leaving.values()) if self.leaves_zeros else 0
+        of = sum(linear.weight.numel() for linear in chosen)
+        removes = self._removes_something
+        outline = Outline(self._outline(names_of(model), chosen) if removes else {})
+        patch = self._patch(chosen) if removes else {}
+        return Forecast("weights", self.asked, removed, of, left_of(model, outline, patch))
 
     @final
-    def check(self, model: Model) -> None:
-        """Check that some linear is chosen and that every chosen one can be pruned as asked."""
+    def with_goal(self, goal: float | str) -> Self:
+        """Return the same pruner with another sparsity."""
+        return type(self).model_validate({**self.model_dump(), "sparsity": goal})
+
+    @property
+    def _removes_something(self) -> bool:
+        return bool(fraction_of(self.sparsity)) or self.budget is not None
+
+    def _outline(self, names: Names, chosen: Sequence[Linear]) -> Mapping[Key, tuple[int, ...]]:
+        """Return the shapes of what the plan will hold and no tensor of the model has."""
+        return {}
+
+    def _patch(self, chosen: Sequence[Linear]) -> dict[str, Any]:
+        """Return what the plan changes in config.json."""
+        return {}
+
+    def _check(self, model: Model) -> None:
         chosen = [linear for block in self.all_chosen(model) for linear in block]
         if not chosen:
             raise UsageError("skip, include, exclude and indivisible leave no linear to prune")
@@ -166,7 +199,6 @@ class WeightPruner(Choice, Pruner):
                     f"{linear.label}: {reason}",
                     hint="--exclude it, --set indivisible=dense, or choose other sizes",
                 )
-        self._counts(model, [0.0] * len(blocks(model)))
 
     @final
     def calibrate(self, model: Model, batches: Sequence[Batch], plan: PlanWriter | None = None) -> Plan:
@@ -187,12 +219,22 @@ class WeightPruner(Choice, Pruner):
                 than one only where `one_look` says so.
         """
         for pruner, _ in wanted:
-            pruner.check(model)
-        going = [pair for pair in wanted if fraction_of(pair[0].sparsity) or pair[0].budget is not None]
+            pruner._check(model)
+        going = [pair for pair in wanted if pair[0]._removes_something]
         facts = {id(writer): pruner._facts(model) for pruner, writer in wanted}
-        if going:
-            self._decide(model, batches, going, facts)
-        return [writer.finish(facts[id(writer)]) for _, writer in wanted]
+        leaving = self._decide(model, batches, going, facts) if going else {}
+        return [
+            pruner._finish(writer, model, facts[id(writer)], leaving.get(id(writer), {}))
+            for pruner, writer in wanted
+        ]
+
+    def _finish(
+        self, writer: PlanWriter, model: Model, facts: Mapping[str, Any], leaving: Mapping[str, int]
+    ) -> Plan:
+        chosen = [linear for block in self.all_chosen(model) for linear in block] if leaving else []
+        return writer.finish(
+            facts, promises=self._promises(model, chosen, leaving), patch=self._patch(chosen)
+        )
 
     def _decide(
         self,
@@ -200,7 +242,8 @@ class WeightPruner(Choice, Pruner):
         batches: Sequence[Batch],
         going: Sequence[tuple[Self, PlanWriter]],
         facts: Mapping[int, dict[str, Any]],
-    ) -> None:
+    ) -> dict[int, dict[str, int]]:
+        """Decide every block for every goal; returns how many weights leave each linear, by writer."""
         writer = going[0][1]
         with (
             Notebook(writer.folder, "budget") as seen,
@@ -231,26 +274,42 @@ class WeightPruner(Choice, Pruner):
                     ]
                     found = solve_block(tasks, collected.statistics, pruner._solve)
                     pruner._write(each, model, block, collected, found)
+        return {id(each): count for (_, each), count in zip(going, leaving, strict=True)}
 
     @final
     def reuse(self, plan: Plan, model: Model, writer: PlanWriter) -> Plan:
-        """Decide from the scores that a run with another sparsity kept; needs no data.
-
-        Args:
-            plan: Holds `score` tensors.
-            model: The model it was made on.
-            writer: Where to write the decisions.
-        """
-        self.check(model)
+        """Decide from the scores that a run with another sparsity kept; needs no data."""
+        self._check_scores(plan)
+        self._check(model)
         names, leaving = names_of(model), self._counts(model, [0.0] * len(blocks(model)))
         for block, nothing in walk_weights(model, writer.finished):
             found = {}
             for linear in self.chosen(block.index, block.linears):
-                parts = {name: plan[f"{name}:score"] for name in names.stored_of[linear.name]}
+                parts = {name: plan[Key(name, "score")] for name in names.stored_of[linear.name]}
                 score = linear.view(names.to_module(parts)[linear.name])
                 found[linear.label] = self._ranked(self._task(linear, leaving), score)
             self._write(writer, model, block, nothing, found)
-        return writer.finish(self._facts(model) | {"scores_of": plan.id})
+        return self._finish(writer, model, self._facts(model) | {"scores_of": plan.id}, leaving)
+
+    def _check_scores(self, plan: Plan) -> None:
+        if not self.reusable:
+            raise UsageError(
+                "scores alone do not decide here",
+                hint="only for a method that ranks scores, propagate=dense where it reads data, no repair",
+            )
+        if not any(key.kind == "score" for key in plan):
+            raise InputError("no scores are kept there", hint="prune with --keep-scores first")
+        free = ("sparsity", "keep_scores", "compare")
+        config = {key: value for key, value in self.model_dump(mode="json").items() if key not in free}
+        same = plan.method == self.method()
+        differing = (
+            [key for key in sorted(config) if config[key] != plan.config.get(key)] if same else ["method"]
+        )
+        if differing:
+            raise UsageError(
+                f"the scores were made with another {', '.join(differing)}",
+                hint="only the sparsity may differ",
+            )
 
     @property
     @final
@@ -300,20 +359,55 @@ class WeightPruner(Choice, Pruner):
         found: Mapping[str, Solution],
     ) -> None:
         solved = [(linear, found[linear.label]) for linear in block.linears if linear.label in found]
-        writer.write(record(solved, names_of(model)), told(found, collected))
+        tensors = plan_tensors(solved, names_of(model), stored_dtypes(model))
+        writer.write(tensors, block_facts(found, collected))
 
     def _facts(self, model: Model) -> dict[str, Any]:
-        chosen = [linear for block in self.all_chosen(model) for linear in block]
-        facts: dict[str, Any] = {"prunable": self._prunable(names_of(model), chosen)}
+        facts: dict[str, Any] = {}
         if self.indivisible == "dense":
             named = [self.named(index, found) for index, found in enumerate(all_linears(model))]
             reasons = ((one.label, self.misfit(one)) for block in named for one in block)
             facts["left_dense"] = {label: reason for label, reason in reasons if reason}
         return facts
 
-    def _prunable(self, names: Names, chosen: Sequence[Linear]) -> list[str]:
-        """Return the stored tensors that will hold the zeros."""
-        return stored_names(names, chosen) if self.leaves_zeros else []
+    def _promises(self, model: Model, chosen: Sequence[Linear], leaving: Mapping[str, int]) -> Promises:
+        """Return what the files must show: how many weights leave every row, group or matrix."""
+        names = names_of(model)
+        removed = sum(leaving.values()) if self.leaves_zeros else 0
+        of = sum(linear.weight.numel() for linear in chosen)
+        stored = self._stored_promises(names, chosen, leaving) if self.leaves_zeros else []
+        return Promises(unit="weights", asked=self.asked, removed=removed, of=of, stored=tuple(stored))
+
+    def _stored_promises(
+        self, names: Names, chosen: Sequence[Linear], leaving: Mapping[str, int]
+    ) -> list[Removed | Reshaped | Gone]:
+        pattern = pattern_of(self.sparsity)
+        if pattern is None and (self.compare == "matrix" or self.budget is not None):
+            return [
+                Removed(
+                    tensors=names_of_matrix(names, linear),
+                    per="matrix",
+                    removed=leaving[linear.label],
+                    transposed=linear.transposed,
+                    expert=linear.expert if len(names.stored_of[linear.name]) == 1 else None,
+                )
+                for linear in chosen
+            ]
+        alike: dict[tuple[int, bool], list[Linear]] = {}
+        for linear in chosen:
+            out = linear.weight.shape[0]
+            each = pattern[1] - pattern[0] if pattern else leaving[linear.label] // out
+            alike.setdefault((each, linear.transposed), []).append(linear)
+        return [
+            Removed(
+                tensors=tuple(stored_names(names, found)),
+                per="group" if pattern else "row",
+                removed=each,
+                of=pattern[1] if pattern else 0,
+                transposed=transposed,
+            )
+            for (each, transposed), found in alike.items()
+        ]
 
     def _counts(self, model: Model, measured: Sequence[float]) -> dict[str, int]:
         chosen = self.all_chosen(model)

@@ -6,7 +6,7 @@ The paper optimises wrappers and core with Adam; here the loss never rises. `sol
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -16,16 +16,23 @@ from structprune.calibration.statistics import Gram, InputNorm
 from structprune.decide.sparsity import Pattern, pattern_of
 from structprune.errors import UsageError
 from structprune.models.arch import LANGUAGE_MODELS, Linear
-from structprune.models.factored import part_names
-from structprune.models.modules import overhead
+from structprune.models.factored import CONFIG_KEY, part_names, part_shapes
 from structprune.models.names import Names
 from structprune.models.streamed import Model
+from structprune.plan.key import Key
+from structprune.plan.promise import Gone, Removed, Reshaped
 from structprune.pruners.weight._family import WeightPruner
 from structprune.solvers.armor.descent import check_sizes, factorise
 from structprune.solvers.nowag import normalise
 from structprune.solvers.solution import Solution, Task
 
 WRAPPER = 128  # the paper's
+
+PRODUCTS = (
+    "linears are stored as products of a sparse core and two wrappers; the folder opens with "
+    "`structprune.load`, and in plain transformers with `trust_remote_code=True`"
+)
+FOLDED = "products are folded into dense matrices: nothing in them is zero"
 
 
 class Armor(WeightPruner):
@@ -106,14 +113,38 @@ class Armor(WeightPruner):
             return Solution(found.mask | True, weight=found.dense(), facts=facts)
         return Solution(found.mask, factors=found, facts=facts)
 
-    def added_parameters(self, model: Model) -> int:
-        """Return how many parameters the wrappers add."""
-        chosen = [] if self.fold else [one for block in self.all_chosen(model) for one in block]
-        sizes = [(*one.weight.shape[::-1], *self._wrappers(one.weight)[::-1]) for one in chosen]
-        return sum(overhead(*size) for size in sizes)
+    def _facts(self, model: Model) -> dict[str, Any]:
+        return super()._facts(model) | {"note": FOLDED if self.fold else PRODUCTS}
 
-    def _prunable(self, names: Names, chosen: Sequence[Linear]) -> list[str]:
-        return [part_names(name)["core.weight"] for name in super()._prunable(names, chosen)]
+    def _outline(self, names: Names, chosen: Sequence[Linear]) -> Mapping[Key, tuple[int, ...]]:
+        shapes: dict[Key, tuple[int, ...]] = {}
+        for linear in () if self.fold else chosen:
+            parts = part_shapes(tuple(linear.weight.shape), self._wrappers(linear.weight))
+            for part, name in part_names(names.stored_of[linear.name][0]).items():
+                shapes[Key(name, "factor")] = parts[part]
+        return shapes
+
+    def _patch(self, chosen: Sequence[Linear]) -> dict[str, Any]:
+        listed = {} if self.fold else {one.label: list(self._wrappers(one.weight)) for one in chosen}
+        return {CONFIG_KEY: listed} if listed else {}
+
+    def _stored_promises(
+        self, names: Names, chosen: Sequence[Linear], leaving: Mapping[str, int]
+    ) -> list[Removed | Reshaped | Gone]:
+        pattern = pattern_of(self.sparsity)
+        if not chosen or pattern is None:
+            return []
+        wholes = [names.stored_of[linear.name][0] for linear in chosen]
+        cores = tuple(part_names(whole)["core.weight"] for whole in wholes)
+        kept, of = pattern
+        return [
+            Removed(tensors=cores, per="group", removed=of - kept, of=of),
+            Gone(tensors=tuple(wholes)),
+            *(
+                Reshaped(tensors=(key.name,), shape=shape)
+                for key, shape in self._outline(names, chosen).items()
+            ),
+        ]
 
     def _wrappers(self, weight: Tensor) -> tuple[int, int]:
         size, (out, inputs) = self.wrapper_size, weight.shape

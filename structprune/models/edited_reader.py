@@ -1,0 +1,87 @@
+"""A checkpoint with a plan carried out is itself a checkpoint: this reads it without writing anything.
+
+Streaming a pruned model is streaming from here, exporting is writing what stands here, and the next stage
+finds its model here; a tensor that is cut, dropped, created or stored in parts is no special case anywhere.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from structprune.errors import InputError
+from structprune.models.config_patch import merge_patch
+from structprune.models.tensor_edit import apply_mask, edited_layout, keep_indices, new_value
+from structprune.plan.plan import Plan
+from structprune.storage.header import TensorInfo
+from structprune.storage.reader import CheckpointReader
+from structprune.storage.tensor_file import Entry, nbytes_of
+
+
+class EditedReader:
+    """The tensors and the configuration that a plan leaves of a checkpoint.
+
+    Args:
+        below: The checkpoint before the stage: files, or another edited reader.
+        plan: What is carried out.
+
+    Attributes:
+        folder: The folder of the files.
+        config: Content of config.json, patched.
+        patch: All that plans have patched in config.json until here.
+        tensors: Name -> file, dtype and shape; the byte ranges are not those of any file.
+        shards: File -> names of its tensors, in order.
+        metadata: File -> its own notes.
+        index_metadata: The `metadata` of the index; None where there is none.
+        root: For `safe_open.check_link`.
+    """
+
+    def __init__(self, below: "Reader", plan: Plan) -> None:
+        self._below, self._plan = below, plan
+        self.folder: Path = below.folder
+        self.root: Path | None = below.root
+        self.metadata: dict[str, dict[str, str]] = below.metadata
+        self.index_metadata: dict[str, Any] | None = below.index_metadata
+        self.config: dict[str, Any] = merge_patch(below.config, plan.patch)
+        self.patch: dict[str, Any] = merge_patch(below.patch, plan.patch)
+        self.tensors: dict[str, TensorInfo] = {}
+        self.shards: dict[str, tuple[str, ...]] = {}
+        left = edited_layout(below.layout, plan)
+        for file, entries in left.items():
+            self.shards[file] = tuple(name for name, _, _ in entries)
+            for name, dtype, shape in entries:
+                self.tensors[name] = TensorInfo(name, dtype, shape, file, 0, nbytes_of(dtype, shape))
+
+    @property
+    def layout(self) -> dict[str, list[Entry]]:
+        """Return file -> (name, dtype, shape) of its tensors in order, as `ShardWriter` takes it."""
+        infos = {file: [self.tensors[name] for name in names] for file, names in self.shards.items()}
+        return {file: [(one.name, one.dtype, one.shape) for one in found] for file, found in infos.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return name -> shape of every tensor."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all tensors together."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor as the plan leaves it, in the dtype it is stored in.
+
+        Raises:
+            InputError: There is no such tensor, or the plan's decision has another shape than it.
+        """
+        if name not in self.tensors:
+            raise InputError(f"{self.folder}: no tensor {name!r} is left by {self._plan.method}")
+        info = self.tensors[name]
+        value = new_value(name, self._plan)
+        if value is None:
+            value = keep_indices(name, self._below.read(name), self._plan)
+        return apply_mask(name, value.to(info.dtype), info.shape, self._plan)
+
+
+Reader = CheckpointReader | EditedReader
+"""What a model is opened from, written from and pruned from."""

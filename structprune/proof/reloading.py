@@ -1,0 +1,97 @@
+"""Whether a folder opens, here and in a process that shares nothing with this one, and gives the same logits.
+
+The modelling file that a folder of ours carries is for plain transformers. It is compared with the one that
+we would generate, and never run: a fresh process runs a copy of the folder with a generated file in it.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from structprune.checkpoint.modelling import FILE, modelling_file
+from structprune.models.outputs import logits
+from structprune.models.shipped import is_shipped
+from structprune.models.streamed import Model, StreamedModel
+from structprune.proof import fresh
+from structprune.proof.reload_streamed import loader
+from structprune.proof.verification import Verification
+from structprune.storage.reader import CheckpointReader
+
+
+def check_modelling(result: Verification, reader: CheckpointReader) -> None:
+    """Add a row where a folder carries our modelling file: whether it is the one that we would write."""
+    if not is_shipped(reader.config):
+        return
+    path = reader.folder / FILE
+    if not path.is_file():
+        problems = [f"{FILE}: missing, config.json names it"]
+    elif path.read_bytes() != modelling_file(reader.config):
+        problems = [f"{FILE}: is not the file that structprune writes; do not run it"]
+    else:
+        problems = []
+    result.row("modelling file", problems, f"{FILE} is the one that structprune writes")
+
+
+def check_reload(
+    result: Verification,
+    model: StreamedModel,
+    reader: CheckpointReader,
+    *,
+    stream: bool,
+    trusted: bool,
+    reference: Model | None,
+) -> None:
+    """Add rows: whether this run's model, the folder opened here and a fresh process agree on logits.
+
+    Args:
+        result: Gets the rows, and the loaders that really opened the folder.
+        model: The folder's model, none of it in memory.
+        reader: The folder.
+        stream: Hold one block in memory, here and in the fresh process.
+        trusted: Run code of others that the folder brings along.
+        reference: A model whose logits the folder must give; only on the CPU.
+    """
+    ids = fresh.probe(model.config)
+    if stream:
+        ours = logits(model, {"input_ids": ids})
+    else:
+        with model.resident(""):
+            ours = logits(model.skeleton, {"input_ids": ids})
+    result.loads_in.append(loader())
+    # An accelerator rounds differently from the processor that the folder is run on here.
+    if reference is not None and reference.device.type == "cpu":
+        same, said = fresh.difference(logits(reference, {"input_ids": ids}).cpu(), ours)
+        result.row("logits", [] if same else [f"this run's model: {said}"], f"this run's model: {said}")
+    dtype = str(model.dtype).removeprefix("torch.")
+    # A streamed reload is our own, which runs no file of ours.
+    with nullcontext((reader.folder, False)) if stream else _runnable(reader) as (folder, generated):
+        job = fresh.Job(folder, ids, dtype, trusted or generated)
+        (child,) = fresh.reload([job], stream=stream)
+    if child.logits is None:
+        result.row("reload", [f"a fresh process could not open the folder: {child.error}"], "")
+        return
+    same, said = fresh.difference(child.logits, ours)
+    problems = [] if same else [f"{child.loader} in a fresh process: {said}"]
+    problems += [f"{name}: {child.loader} does not find it" for name in child.missing]
+    if child.same_with_cache is False:
+        problems.append(f"{child.loader}: other tokens are generated with a cache than without")
+    fine = f"{child.loader} in a fresh process: {said} on {ids.numel()} tokens"
+    cached = ", the same tokens with a cache" if child.same_with_cache else ""
+    if result.row("reload", problems, fine + cached):
+        result.loads_in.append(child.loader)
+
+
+@contextmanager
+def _runnable(reader: CheckpointReader) -> Iterator[tuple[Path, bool]]:
+    """Yield a folder whose code may run, and whether it has any: a copy with a file of our making."""
+    if not is_shipped(reader.config):
+        yield reader.folder, False
+        return
+    with tempfile.TemporaryDirectory(prefix="structprune-copy-") as name:
+        copy = Path(name)
+        for file in reader.folder.resolve().iterdir():
+            if file.is_file() and file.suffix != ".py":
+                (copy / file.name).symlink_to(file)
+        (copy / FILE).write_bytes(modelling_file(reader.config))
+        yield copy, True
