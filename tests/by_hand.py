@@ -8,7 +8,9 @@ from torch import Tensor
 
 from structprune.checkpoint.manifest import write_manifest
 from structprune.checkpoint.side_files import copy_side_files
-from structprune.plan.plan import PlanWriter, architecture_hash
+from structprune.plan.key import Key
+from structprune.plan.plan import Origin, PlanWriter, architecture_hash
+from structprune.plan.promise import Promises, Removed
 from structprune.storage.reader import CheckpointReader
 from structprune.storage.tensor_file import save_tensors
 
@@ -46,10 +48,8 @@ def linear_names(folder: Path) -> dict[str, bool]:
 class Pruned:
     """A folder pruned by hand, without the code under test: masks by plan key, then zeros written."""
 
-    def __init__(
-        self, source: Path, folder: Path, config: dict[str, object], masks: dict[str, Tensor]
-    ) -> None:
-        self.source, self.folder, self.config, self.masks = source, folder, config, masks
+    def __init__(self, source: Path, folder: Path, promised: list[Removed], masks: dict[str, Tensor]) -> None:
+        self.source, self.folder, self.promised, self.masks = source, folder, promised, masks
         reader = CheckpointReader(source)
         self.shards = {
             file: {name: reader.read(name) for name in names} for file, names in reader.shards.items()
@@ -76,9 +76,13 @@ class Pruned:
             (self.folder / index.name).write_bytes(index.read_bytes())
         written = masks if masks is not None else self.masks
         same = architecture or architecture_hash(self.model_type, self.shapes)
-        writer = PlanWriter(self.folder / PLAN, "magnitude", self.config, same, "0" * 64)
-        writer.write({f"{name}:mask": mask for name, mask in written.items()}, {})
-        writer.finish({"prunable": sorted(self.masks)})
+        writer = PlanWriter(self.folder / PLAN, Origin("magnitude", {"sparsity": 0.5}, same, "0" * 64))
+        writer.write({Key(name, "mask"): mask for name, mask in written.items()}, {})
+        removed = sum(int((~mask).sum()) for mask in self.masks.values())
+        of = sum(mask.numel() for mask in self.masks.values())
+        stored = tuple(self.promised)
+        promises = Promises(unit="weights", asked=0.5, removed=removed, of=of, stored=stored)
+        writer.finish({}, promises=promises)
         if manifest:
             write_manifest(self.folder, {}, version="0", stages=["plans/01-magnitude"])
         return self.folder
@@ -87,5 +91,12 @@ class Pruned:
 def half_of(source: Path, folder: Path, sparsity: float | str = 0.5) -> Pruned:
     """Remove every second input of every linear: half of every row, and 2:4."""
     shapes = CheckpointReader(source).shapes
-    masks = {name: every_second(shapes[name], transposed=flip) for name, flip in linear_names(source).items()}
-    return Pruned(source, folder, {"sparsity": sparsity, "compare": "row"}, masks)
+    flipped = linear_names(source)
+    masks = {name: every_second(shapes[name], transposed=flip) for name, flip in flipped.items()}
+    promised = []
+    for name, flip in flipped.items():
+        inputs = shapes[name][0] if flip else shapes[name][1]
+        per_group = {"per": "group", "removed": 2, "of": 4}
+        due = per_group if sparsity == "2:4" else {"per": "row", "removed": inputs // 2}
+        promised.append(Removed(tensors=(name,), transposed=flip, **due))
+    return Pruned(source, folder, promised, masks)

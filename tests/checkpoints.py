@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from structprune.models import agreement
-from structprune.storage.reader import CheckpointReader, refuse_custom_code
+from structprune.storage.reader import CheckpointReader, refusal_of_code
+from structprune.storage.stored_config import has_custom_code
 
 HIDDEN, INNER, WORDS, BLOCKS = 8, 12, 16, 2
 
@@ -114,7 +115,8 @@ def header_of(path: Path) -> bytes:
 def open_strictly(folder: Path) -> dict[str, Tensor]:
     """Do all that happens to an input before any work, then read every tensor."""
     reader = CheckpointReader(folder)
-    refuse_custom_code(reader, trust_remote_code=False)
+    if has_custom_code(reader.config):
+        raise refusal_of_code(folder)
     agreement.check(reader, shapes(), lambda name: name.endswith("rotary_emb.inv_freq"))
     reader.scan()
     return {name: reader.read(name) for name in reader.tensors}

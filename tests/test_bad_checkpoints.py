@@ -11,8 +11,9 @@ import torch
 
 from structprune.errors import InputError, StructpruneError
 from structprune.models import agreement
+from structprune.models.streamed import open_model
 from structprune.storage import reader
-from structprune.storage.reader import CheckpointReader, refuse_custom_code
+from structprune.storage.reader import CheckpointReader
 from structprune.storage.writer import ShardWriter
 from tests import damage
 from tests.checkpoints import (
@@ -193,8 +194,7 @@ def test_custom_code_runs_only_when_the_user_says_so_not_the_file(tmp_path: Path
     opened = CheckpointReader(tmp_path)
     assert "trust_remote_code" not in opened.config
     with pytest.raises(InputError, match="auto_map"):
-        refuse_custom_code(opened, trust_remote_code=False)
-    refuse_custom_code(opened, trust_remote_code=True)
+        open_model(tmp_path)
 
 
 def test_private_keys_of_a_configuration_are_removed_with_a_warning(tmp_path: Path, caplog) -> None:

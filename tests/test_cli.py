@@ -23,8 +23,9 @@ ROOT = Path(__file__).parents[1]
 DONE = {
     "output": "out",
     "method": "wanda",
-    "asked": "2:4",
-    "achievable": 0.5,
+    "stages": [
+        {"method": "wanda", "unit": "weights", "asked": "2:4", "reachable": 0.5, "measured": 0.5},
+    ],
     "sparsity": 0.5,
     "parameters": {"dense": 1000, "pruned": 1000},
     "bytes": {"dense": 4000, "pruned": 4000},
@@ -165,7 +166,7 @@ def test_people_get_four_lines(calls, command):
     done = command("prune", "demo", "out", "--method", "wanda")
 
     assert [line.split()[0] for line in done.out.splitlines()] == ["asked", "got", "where", "loads"]
-    assert "sparsity 50%" in done.out
+    assert "50% of the weights removed" in done.out
     assert "512 MiB" in done.out
 
 

@@ -19,6 +19,7 @@ from structprune.calibration.statistics import Gram, InputNorm, Sensitivity
 from structprune.decide import select
 from structprune.models.arch import Linear, all_linears
 from structprune.models.walk import Walk
+from structprune.plan.key import Key
 from structprune.plan.plan import Plan
 from structprune.pruners.pruner import find
 from structprune.pruners.weight.armor import Armor
@@ -117,10 +118,10 @@ class TestGblm:
                 score = linear.weight.abs() * (
                     seen[linear.label].norm / len(samples) ** 0.5 + 100 * 128 * gradient
                 )
-                kept = plan[f"{linear.name}:score"] / len(samples) ** 0.5
+                kept = plan[Key(linear.name, "score")] / len(samples) ** 0.5
                 torch.testing.assert_close(kept, score, rtol=1e-4, atol=1e-5)
                 mask = select.rows(kept, linear.weight.shape[1] // 2)
-                assert torch.equal(plan[f"{linear.name}:mask"], mask)
+                assert torch.equal(plan[Key(linear.name, "mask")], mask)
 
 
 class TestRia:
@@ -149,7 +150,7 @@ class TestRia:
     def test_the_paper_ranks_the_whole_matrix(self) -> None:
         model = tiny("llama")
         plan = Ria(skip="1").calibrate(model, data(model))
-        kept = plan["model.layers.0.mlp.up_proj.weight:mask"].sum(dim=1)
+        kept = plan[Key("model.layers.0.mlp.up_proj.weight", "mask")].sum(dim=1)
         assert kept.sum() == 96 * 64 // 2 and kept.min() < 32 < kept.max()
 
 
@@ -174,7 +175,7 @@ class TestNowag:
         model = tiny("llama")
         assert Nowag().propagate == "dense"
         plans = [Nowag(propagate=how).calibrate(model, data(model)) for how in ("dense", "pruned")]
-        first, second = (f"model.layers.{block}.mlp.up_proj.weight:mask" for block in (0, 1))
+        first, second = (Key(f"model.layers.{block}.mlp.up_proj.weight", "mask") for block in (0, 1))
         assert torch.equal(plans[0][first], plans[1][first])
         assert not torch.equal(plans[0][second], plans[1][second])
 

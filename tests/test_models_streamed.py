@@ -203,23 +203,6 @@ def test_a_tied_head_that_is_stored_twice_is_accepted_when_equal_and_refused_whe
         open_model(folder)
 
 
-def test_edits_are_carried_out_on_every_block_that_is_filled(llama: Path) -> None:
-    stream = streamed(llama)
-
-    def zero(prefix: str, block: nn.Module) -> None:
-        block.get_parameter("mlp.up_proj.weight").zero_()
-        seen.append(prefix)
-
-    seen: list[str] = []
-    stream.edits.append(zero)
-    for prefix in stream.blocks:
-        with stream.resident(prefix) as block:
-            assert not block.get_parameter("mlp.up_proj.weight").any()
-    with stream.outside():
-        pass
-    assert seen == stream.blocks
-
-
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_an_explicit_dtype_converts_and_auto_keeps_the_dtype_of_the_files(name: str, tmp_path: Path) -> None:
     folder = save_tiny("mixtral", tmp_path, dtype=torch.float16)

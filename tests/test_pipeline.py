@@ -59,8 +59,10 @@ def test_laws_5_and_8_every_method_holds_what_was_asked_and_reloads_to_the_same_
                 continue
             output = tmp_path / f"{method}-{sparsity}".replace(":", "-")
             report = structprune.prune(llama, output, quick(method, sparsity=sparsity), **QUICK)
-            assert report["asked"] == sparsity
-            assert report["sparsity"] == report["achievable"] == (0.25 if sparsity == 0.25 else 0.5)
+            (stage,) = report["stages"]
+            assert (stage["unit"], stage["asked"]) == ("weights", sparsity)
+            reached = 0.25 if sparsity == 0.25 else 0.5
+            assert report["sparsity"] == stage["reachable"] == stage["measured"] == reached
             assert report["verification"]["ok"]
             model, tokenizer = structprune.load(output)
             assert tokenizer is not None
@@ -81,7 +83,7 @@ def test_the_input_is_never_touched_and_the_output_is_complete(llama: Path, tmp_
     for name in ("README.md", "structprune.json", "structprune/report.json", "structprune/recipe.yaml"):
         assert (tmp_path / "out" / name).is_file()
     assert not list(tmp_path.glob("*.partial-*")) and not list(tmp_path.glob("*.lock"))
-    wanted = {"output", "method", "asked", "achievable", "sparsity", "parameters", "bytes", "seconds"}
+    wanted = {"output", "method", "stages", "sparsity", "parameters", "bytes", "seconds"}
     assert wanted | {"peak_rss_bytes", "blocks_resumed", "loads_in"} <= report.keys()
     assert json.loads((tmp_path / "out" / "structprune" / "report.json").read_text())["sparsity"] == 0.5
 
@@ -184,7 +186,7 @@ def test_fields_of_a_method_and_keys_of_a_recipe_may_be_given_side_by_side(
     llama: Path, tmp_path: Path
 ) -> None:
     report = structprune.prune(llama, tmp_path / "out", "magnitude", sparsity="1:4", seed=3, **QUICK)
-    assert (report["asked"], report["sparsity"], report["pattern"]) == ("1:4", 0.75, "1:4")
+    assert (report["stages"][0]["asked"], report["sparsity"], report["pattern"]) == ("1:4", 0.75, "1:4")
     with pytest.raises(UsageError, match="sparisty"):
         structprune.prune(llama, tmp_path / "other", "magnitude", sparisty=0.5, **QUICK)
     with pytest.raises(UsageError, match="output"):
@@ -239,7 +241,7 @@ def test_a_pattern_that_does_not_divide_is_refused_before_anything_is_calibrated
 
 def test_sparsity_zero_copies_the_model_bit_for_bit(llama: Path, tmp_path: Path) -> None:
     report = structprune.prune(llama, tmp_path / "out", registry.find("wanda")(sparsity=0), **QUICK)
-    assert report["sparsity"] == report["achievable"] == 0
+    assert report["sparsity"] == report["stages"][0]["reachable"] == 0
     assert digests(tmp_path / "out", of="model*.safetensors") == digests(llama, of="model*.safetensors")
 
 
@@ -258,7 +260,7 @@ def test_the_dry_run_says_what_is_needed_and_writes_nothing(llama: Path, tmp_pat
         {"model": str(llama), "output": tmp_path / "out", "prune": {"method": "wanda", "sparsity": "2:4"}}
     )
     found = structprune.dry_run(recipe, stream=True)
-    assert found["stages"] == [{"method": "wanda", "asked": "2:4", "achievable": 0.5}]
+    assert found["stages"] == [{"method": "wanda", "unit": "weights", "asked": "2:4", "reachable": 0.5}]
     assert found["bytes"]["dense"] == sum(path.stat().st_size for path in llama.glob("*.safetensors"))
     assert found["memory_bytes"] > found["bytes"]["dense"]
     assert not list(tmp_path.iterdir())

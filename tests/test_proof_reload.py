@@ -8,8 +8,9 @@ import torch
 from structprune.checkpoint.side_files import copy_side_files
 from structprune.models.outputs import logits
 from structprune.models.streamed import StreamedModel, open_model
+from structprune.plan.promise import Removed
 from structprune.proof import fresh
-from structprune.proof.measure import Place, measure
+from structprune.proof.measure import measure
 from structprune.proof.verify import verify
 from structprune.storage.reader import CheckpointReader
 from tests.by_hand import Pruned, half_of, linear_names
@@ -43,12 +44,15 @@ class TestLayouts:
                 mask.view(-1)[: mask.numel() // 2] = False
         for name in gates:
             masks[name][:] = False
-        config = {"sparsity": 0.5, "compare": "matrix"}
-        assert verify(Pruned(source, tmp_path / "out", config, masks).write(), reload=False).ok
+        pairs = [(name, name.replace("w1.weight", "w3.weight")) for name in gates]
+        alone = [(name,) for name in masks if not name.endswith(("w1.weight", "w3.weight"))]
+        half = {names: sum(masks[name].numel() for name in names) // 2 for names in (*pairs, *alone)}
+        promised = [Removed(tensors=names, per="matrix", removed=due) for names, due in half.items()]
+        assert verify(Pruned(source, tmp_path / "out", promised, masks).write(), reload=False).ok
         masks[gates[2]][0, 0] = True
-        found = verify(Pruned(source, tmp_path / "off", config, masks).write(), reload=False)
+        found = verify(Pruned(source, tmp_path / "off", promised, masks).write(), reload=False)
         assert [check.name for check in found.failed] == ["count"]
-        assert "gate_up_proj[2]: 6143 of 12288 weights removed, expected 6144" in found.failed[0].detail
+        assert f"{gates[2]}: 6143 weights removed, expected 6144" in found.failed[0].detail
 
 
 def test_a_matrix_counted_by_hand() -> None:
@@ -58,8 +62,7 @@ def test_a_matrix_counted_by_hand() -> None:
     mask = torch.tensor([[1, 0, 1, 0, 0, 0, 1, 1], [0, 1, 0, 1, 1, 0, 1, 1]]).bool()
     before = weight.clone()
     before[0, 0] = -1
-    place = Place(0, "mlp.up_proj", "up", transposed=False)
-    found = measure(weight, place, [mask, None], before, {4: True, 8: True, 3: False})
+    found = measure(weight, "last", [mask, None], before, {4: True, 8: True, 3: False})
     assert (found.size, found.width, found.zeros, found.not_finite) == (16, 8, 7, 1)
     assert (found.revived, found.changed) == (1, 1)
     assert found.fullest == {4: 3, 8: 5, 3: 3}
@@ -67,9 +70,8 @@ def test_a_matrix_counted_by_hand() -> None:
     assert rows is not None
     assert rows.removed.tolist() == [4, 3]
     assert found.rows[1] is None
-    assert measure(
-        weight.T.contiguous(), Place(0, "", "", transposed=True), [mask.T], None, {4: True}
-    ).fullest == {4: 3}
+    assert rows.groups == {4: (1, 2), 8: (3, 4)}
+    assert measure(weight.T.contiguous(), "first", [mask.T], None, {4: True}).fullest == {4: 3}
 
 
 class TestTheFreshProcess:

@@ -44,18 +44,20 @@ def measured(pattern: str = "unstructured") -> Verification:
     block = {"block": 0, "sparsity": 32 / 192, "parameters": 192, "zeros": 32, "matrices": kinds}
     checks = [Check("finite", True, "no NaN"), Check("masks", True, "all zero")]
     loads = ["structprune 0.1.0", "transformers 5.23.0 (AutoModelForCausalLM)"]
-    return Verification(0.5, pattern, 1000, 968, 4096, checks, [block, block | {"block": 1}], loads)
+    blocks = [block, block | {"block": 1}]
+    return Verification(0.5, pattern, 1000, 968, 4096, checks, blocks, loads, {"01-wanda": 0.25})
+
+
+STAGE = {"folder": "01-wanda", "method": "wanda", "unit": "weights", "asked": 0.5, "reachable": 0.5}
 
 
 def report(folder: Path, **changes: Any) -> dict[str, Any]:
     parts: dict[str, Any] = {
         "output": folder,
         "method": "wanda",
-        "asked": 0.5,
-        "achievable": 0.5,
         "dense": Size(1000, 4096),
         "seconds": 12.34567,
-        "stages": [{"plan": "01-wanda", "method": "wanda"}],
+        "stages": [STAGE],
         "calibration": CALIBRATION,
         "evaluation": EVALUATION,
     }
@@ -65,7 +67,8 @@ def report(folder: Path, **changes: Any) -> dict[str, Any]:
 class TestReport:
     def test_has_the_promised_keys_and_the_measured_figures(self, tmp_path: Path) -> None:
         found = report(tmp_path / "out")
-        promised = {"output", "method", "asked", "achievable", "sparsity", "parameters", "bytes", "seconds"}
+        promised = {"output", "method", "stages", "sparsity", "parameters", "bytes", "seconds"}
+        assert found["stages"] == [STAGE | {"measured": 0.25}]
         assert found.keys() >= promised | {"peak_rss_bytes", "blocks_resumed", "loads_in"}
         assert found["parameters"] == {"dense": 1000, "pruned": 1000, "nonzero": 968}
         assert found["bytes"] == {"dense": 4096, "pruned": 4096}

@@ -12,6 +12,7 @@ from structprune.calibration.statistics import Gram, InputNorm
 from structprune.errors import UsageError
 from structprune.models.arch import arch_of, blocks, linears
 from structprune.models.walk import Block, Walk
+from structprune.plan.key import Key
 from structprune.pruners.pruner import find
 from structprune.pruners.weight.magnitude import Magnitude
 from structprune.pruners.weight.random import Random
@@ -208,7 +209,7 @@ class TestExperts:
         assert unseen == [f"model.layers.0.mlp.experts.{name}[3]" for name in ("gate_up_proj", "down_proj")]
         assert "no calibration token reached it" in caplog.text
         down = next(x for x in linears("model.layers.0", block, arch_of(model)) if x.label == unseen[1])
-        mask = plan["model.layers.0.block_sparse_moe.experts.3.w2.weight:mask"]
+        mask = plan[Key("model.layers.0.block_sparse_moe.experts.3.w2.weight", "mask")]
         reached = seen(next(iter(Walk(model, [tokens(model)]))), advance=False)
         norm = reached[unseen[1]].norm
         assert norm.std() > 0  # the average of the other experts' inputs, not all ones
@@ -228,9 +229,12 @@ class TestExperts:
     def test_a_single_expert_can_be_left_out(self) -> None:
         model = tiny("mixtral")
         plan = Wanda(exclude=[r"gate_up_proj\[2\]"]).calibrate(model, [tokens(model)])
-        assert not any("experts.2.w1" in key or "experts.2.w3" in key for key in plan)
-        assert not any("experts.2.w1" in name for name in plan.facts["prunable"])
-        assert any("experts.2.w2" in key for key in plan)
+        assert not any("experts.2.w1" in key.name or "experts.2.w3" in key.name for key in plan)
+        assert plan.promises is not None
+        promised = {name for one in plan.promises.stored for name in one.tensors}
+        assert not any("experts.2.w1" in name for name in promised)
+        assert any("experts.2.w2" in key.name for key in plan)
+        assert any("experts.2.w2" in name for name in promised)
 
 
 class TestChoosing:
@@ -257,15 +261,15 @@ class TestChoosing:
 
     def test_leaving_nothing_to_prune_is_an_error(self) -> None:
         with pytest.raises(UsageError, match="leave no linear"):
-            Magnitude(include="nowhere").check(tiny("llama"))
+            Magnitude(include="nowhere").forecast(tiny("llama"))
 
     def test_dense_propagation_shows_later_blocks_dense_inputs(self) -> None:
         model = tiny("llama")
         data = [tokens(model)]
         pruned = Wanda(sparsity=0.7).calibrate(model, data)
         dense = Wanda(sparsity=0.7, propagate="dense").calibrate(model, data)
-        first = "model.layers.0.mlp.up_proj.weight:mask"
-        second = "model.layers.1.mlp.up_proj.weight:mask"
+        first = Key("model.layers.0.mlp.up_proj.weight", "mask")
+        second = Key("model.layers.1.mlp.up_proj.weight", "mask")
         assert torch.equal(pruned[first], dense[first])
         assert not torch.equal(pruned[second], dense[second])
 

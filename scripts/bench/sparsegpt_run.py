@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 
 from structprune.calibration.statistics import Gram
 from structprune.models.streamed import Batch, open_model
+from structprune.plan.key import Key
 from structprune.plan.plan import Plan
 from structprune.pruners.weight.sparsegpt import Sparsegpt
 from structprune.solvers.hessian import factor
@@ -169,7 +170,11 @@ def agreement(
     found: list[dict[str, float]] = []
 
     def decide(name: str, linear: nn.Linear, gram: Tensor) -> Tensor:
-        weight, mask, new = linear.weight, plan[f"{name}.weight:mask"], plan[f"{name}.weight:value"]
+        weight, mask, new = (
+            linear.weight,
+            plan[Key(f"{name}.weight", "mask")],
+            plan[Key(f"{name}.weight", "value")],
+        )
         other, wanted = plain(weight, gram, sparsity)[0], plain(weight, gram, sparsity, mask)[1]
         exact = plain(weight.double(), gram.double(), sparsity)[0]
         own = sparsegpt([weight.double()], factor(gram.double()), [sparsity])[0][0]

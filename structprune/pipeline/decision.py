@@ -171,4 +171,8 @@ def read_scores(folder: Path, stages: Sequence[Pruner], source: Source) -> Plan:
         raise UsageError(f"--scores {folder}: scores alone do not decide here", hint="only for one stage")
     if plan.weights != source.scan.weights:
         raise InputError(f"{folder}: its scores are of other weights than {source.folder} holds")
+    try:
+        stages[0].check_scores(plan)
+    except (InputError, UsageError) as error:
+        raise type(error)(f"--scores {folder}: {error.message}", hint=error.hint) from None
     return plan

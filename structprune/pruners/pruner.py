@@ -118,19 +118,27 @@ class Pruner(BaseModel, ABC):
         """
         return [pruner.calibrate(model, batches, writer) for pruner, writer in wanted]
 
-    def reuse(self, plan: Plan, model: Model, writer: PlanWriter) -> Plan:
-        """Decide from the scores that a run with another goal kept; needs no data.
-
-        Args:
-            plan: What that run wrote.
-            model: The model it was made on.
-            writer: Where to write the decisions.
+    def check_scores(self, plan: Plan) -> None:
+        """Check that this pruner can decide from the scores that a run with another goal kept.
 
         Raises:
             UsageError: Scores alone do not decide here, or they were made with other settings.
             InputError: The plan keeps no scores.
         """
-        raise UsageError(f"{self.method()}: scores alone do not decide here", hint="calibrate again")
+        raise self._no_reuse()
+
+    def reuse(self, plan: Plan, model: Model, writer: PlanWriter) -> Plan:
+        """Decide from the scores that a run with another goal kept; needs no data.
+
+        Args:
+            plan: What that run wrote, of which `check_scores` is content.
+            model: The model it was made on.
+            writer: Where to write the decisions.
+        """
+        raise self._no_reuse()
+
+    def _no_reuse(self) -> UsageError:
+        return UsageError(f"scores alone do not decide in {self.method()}", hint="calibrate again")
 
     def apply(self, model: Model, plan: Plan) -> Model:
         """Carry a plan out; returns the same model, changed in place. Needs no data.

@@ -279,7 +279,7 @@ class WeightPruner(Choice, Pruner):
     @final
     def reuse(self, plan: Plan, model: Model, writer: PlanWriter) -> Plan:
         """Decide from the scores that a run with another sparsity kept; needs no data."""
-        self._check_scores(plan)
+        self.check_scores(plan)
         self._check(model)
         names, leaving = names_of(model), self._counts(model, [0.0] * len(blocks(model)))
         for block, nothing in walk_weights(model, writer.finished):
@@ -291,14 +291,16 @@ class WeightPruner(Choice, Pruner):
             self._write(writer, model, block, nothing, found)
         return self._finish(writer, model, self._facts(model) | {"scores_of": plan.id}, leaving)
 
-    def _check_scores(self, plan: Plan) -> None:
+    @final
+    def check_scores(self, plan: Plan) -> None:
+        """Refuse a plan that this pruner cannot decide from: no scores, or made with other settings."""
         if not self.reusable:
             raise UsageError(
                 "scores alone do not decide here",
                 hint="only for a method that ranks scores, propagate=dense where it reads data, no repair",
             )
         if not any(key.kind == "score" for key in plan):
-            raise InputError("no scores are kept there", hint="prune with --keep-scores first")
+            raise InputError("keeps no scores", hint="prune with --keep-scores first")
         free = ("sparsity", "keep_scores", "compare")
         config = {key: value for key, value in self.model_dump(mode="json").items() if key not in free}
         same = plan.method == self.method()
@@ -307,7 +309,7 @@ class WeightPruner(Choice, Pruner):
         )
         if differing:
             raise UsageError(
-                f"the scores were made with another {', '.join(differing)}",
+                f"made with another {', '.join(differing)}",
                 hint="only the sparsity may differ",
             )
 
