@@ -21,8 +21,8 @@ ZEROS = (
     "a smaller and faster model on every runtime, remove whole units (width, depth, experts)."
 )
 SMALLER = (
-    "It has {fewer:,} parameters fewer than the {dense:,} of the dense model: the files are smaller, and every "
-    "runtime that opens them has less to compute."
+    "It has {fewer:,} parameters fewer than the {dense:,} of the dense model: the files are smaller, and "
+    "every runtime that opens them has less to compute."
 )
 PATTERN = (
     " The {pattern} pattern holds in every pruned matrix; hardware with support for it can use it, after the "
