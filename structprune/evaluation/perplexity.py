@@ -151,14 +151,19 @@ def _add(scores: Scores, ids: Tensor, starts: list[int], mine: Output, other: Ou
 
 def _figures(heads: Sequence[Callable[[Tensor], Tensor]], targets: Tensor, *states: Tensor) -> Tensor:
     """Return what is summed of each token, in the order of `Scores`, shape [1 or 4, tokens]."""
-    mine, *others = (head(part).to(targets.device) for head, part in zip(heads, states, strict=True))
-    log_q = functional.log_softmax(mine.float(), dim=-1)
-    loss = functional.nll_loss(log_q, targets, reduction="none")
-    if not others:
+    log_q, loss, mine = _judged(heads[0](states[0]), targets)
+    if len(heads) == 1:
         return loss[None]
-    log_p = functional.log_softmax(others[0].float(), dim=-1)
-    dense_loss = functional.nll_loss(log_p, targets, reduction="none")
-    agree = (others[0].argmax(dim=-1) == mine.argmax(dim=-1)).float()
+    log_p, dense_loss, other = _judged(heads[1](states[1]).to(targets.device), targets)
+    # In place, here and below: with a large vocabulary each copy counts.
+    log_ratio = log_q.neg_().add_(log_p)
     # A token that the dense model rules out (-inf) adds nothing, but 0 * inf would be NaN.
-    log_ratio = torch.where(log_p == -math.inf, 0.0, log_p - log_q)
-    return torch.stack([loss, dense_loss, log_p.exp_().mul_(log_ratio).sum(dim=-1), agree])
+    log_ratio.masked_fill_(log_p == -math.inf, 0.0)
+    kl = log_p.exp_().mul_(log_ratio).sum(dim=-1)
+    return torch.stack([loss, dense_loss, kl, (mine == other).float()])
+
+
+def _judged(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probabilities [tokens, vocabulary], and per token the loss in nats and the likeliest."""
+    log = functional.log_softmax(logits.float(), dim=-1)
+    return log, functional.nll_loss(log, targets, reduction="none"), logits.argmax(dim=-1)

@@ -26,9 +26,9 @@ from structprune.models.identity import skeleton
 from structprune.models.streamed import Batch, Model, StreamedModel
 from structprune.models.walk import Walk, outside, replaced_forward
 
-# Logits of one slice in float32. About six tensors of that size are alive at once when two models are
-# compared or one is trained; a slice is still 16 tokens at a vocabulary of 256 k.
-SLICE_BYTES = 2**24
+# Logits of one slice in float32. Up to four tensors of that size are alive at once when two models are
+# compared; a slice is still 32 tokens at a vocabulary of 256 k, and half of it would make the head slower.
+SLICE_BYTES = 2**25
 
 
 @dataclass(frozen=True)
