@@ -2,6 +2,9 @@
 
 report = structprune.prune("demo", "out", "wanda")
 model, tokenizer = structprune.load("out")
+
+How a model is opened and how a result is written are values that every function takes whole:
+`prune("demo", "out", "wanda", writing=Writing(overwrite=True))`, `load("out", Opening(stream=True))`.
 """
 
 import importlib
@@ -20,7 +23,9 @@ from structprune.version import __version__
 
 if TYPE_CHECKING:
     from structprune.checkpoint.load import load as load
+    from structprune.checkpoint.writing import Writing as Writing
     from structprune.machine import environment as environment
+    from structprune.models.opening import Opening as Opening
     from structprune.pipeline.apply import apply as apply
     from structprune.pipeline.dry_run import dry_run as dry_run
     from structprune.pipeline.evaluate import evaluate as evaluate
@@ -37,9 +42,11 @@ if TYPE_CHECKING:
 
 # Found when they are first asked for: torch and transformers take seconds to import, `--help` should not.
 _HOMES = {
+    "Opening": "models.opening",
     "Plan": "plan.plan",
     "Pruner": "pruners.pruner",
     "Recipe": "recipe.recipe",
+    "Writing": "checkpoint.writing",
     "apply": "pipeline.apply",
     "dry_run": "pipeline.dry_run",
     "environment": "machine",
@@ -58,6 +65,7 @@ __all__ = [
     "EnvironmentFailure",
     "InputError",
     "Interrupted",
+    "Opening",
     "Plan",
     "Pruner",
     "QualityError",
@@ -65,6 +73,7 @@ __all__ = [
     "StructpruneError",
     "UsageError",
     "VerificationError",
+    "Writing",
     "__version__",
     "apply",
     "dry_run",

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 import structprune
+from structprune.checkpoint.writing import Writing
 from structprune.decide.sparsity import fraction_of
 from structprune.errors import UsageError
 from structprune.pruners import pruner
@@ -45,7 +46,7 @@ def test_a_shipped_recipe_prunes_a_tiny_model(path, llama, tmp_path):
         sets += [f"recover.teacher={llama}", "recover.steps=2", "recover.check_every=1", "recover.length=16"]
     recipe = load(path, sets=sets, flags={"model": str(llama), "output": tmp_path / "out"})
 
-    report = structprune.prune(recipe, reload=False)
+    report = structprune.prune(recipe, writing=Writing(reload=False))
 
     assert report["verification"]["ok"]
     if len(recipe.prune) == 1:

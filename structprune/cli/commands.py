@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 import structprune
+from structprune.checkpoint.writing import Writing
 from structprune.cli import summary
 from structprune.cli.terminal import Report
+from structprune.models.opening import Opening
 from structprune.pruners.pruner import names
 from structprune.recipe import recipe
 from structprune.recipe.options import EvaluateOptions, RecoverOptions, Where, sparsity_of
@@ -45,6 +47,9 @@ Stream = Annotated[bool | None, typer.Option("--stream/--resident", help="One bl
 Restart = Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new result is complete.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Links = Annotated[
+    bool, typer.Option("--allow-external-symlinks", help="Accept files that are links out of the folder.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Seed = Annotated[int | None, typer.Option(help="Decides what is drawn (default 0)")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps (default auto)")]
@@ -84,6 +89,7 @@ def prune(
     overwrite: Overwrite = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    allow_external_symlinks: Links = False,
     max_ppl_ratio: MaxRatio = None,
     json: Json = False,
     debug: Debug = False,
@@ -108,27 +114,26 @@ def prune(
         "evaluate.max_ppl_ratio": max_ppl_ratio,
     }
     chosen = recipe.choose(model, sets=sets or (), flags=flags)
+    opening = Opening(
+        stream=stream,
+        trust_remote_code=trust_remote_code,
+        allow_external_symlinks=allow_external_symlinks,
+    )
+    writing = Writing(overwrite=overwrite, restart=restart)
     if dry_run:
-        return Job(
-            lambda _: structprune.dry_run(
-                chosen, stream=stream, overwrite=overwrite, trust_remote_code=trust_remote_code
-            ),
-            summary.listed,
-        )
-    options: dict[str, Any] = {
-        "stream": stream,
-        "restart": restart,
-        "overwrite": overwrite,
-        "trust_remote_code": trust_remote_code,
-    }
+        return Job(lambda _: structprune.dry_run(chosen, opening=opening, writing=writing), summary.listed)
     if len(several) > 1:
         wanted = [one for text in several if (one := sparsity_of(text)) is not None]
         return Job(
-            lambda progress: structprune.prune_each(chosen, wanted, progress=progress, **options),
+            lambda progress: structprune.prune_each(
+                chosen, wanted, opening=opening, writing=writing, progress=progress
+            ),
             summary.pruned_each,
         )
     return Job(
-        lambda progress: structprune.prune(chosen, scores=scores, progress=progress, **options),
+        lambda progress: structprune.prune(
+            chosen, opening=opening, writing=writing, scores=scores, progress=progress
+        ),
         summary.pruned,
     )
 
@@ -142,20 +147,20 @@ def apply(
     overwrite: Overwrite = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    allow_external_symlinks: Links = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Job:
     """Carry out the plan of an earlier run; needs no data."""
+    opening = Opening(
+        stream=stream,
+        trust_remote_code=trust_remote_code,
+        allow_external_symlinks=allow_external_symlinks,
+    )
+    writing = Writing(overwrite=overwrite)
     return Job(
         lambda progress: structprune.apply(
-            model,
-            output,
-            plan,
-            stream=stream,
-            overwrite=overwrite,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
+            model, output, plan, opening=opening, writing=writing, revision=revision, progress=progress
         ),
         summary.pruned,
     )
@@ -166,14 +171,13 @@ def inspect(
     model: Model,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    allow_external_symlinks: Links = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Job:
     """Say what a model is, and what can be pruned in it."""
-    return Job(
-        lambda _: structprune.inspect(model, revision=revision, trust_remote_code=trust_remote_code),
-        summary.listed,
-    )
+    opening = Opening(trust_remote_code=trust_remote_code, allow_external_symlinks=allow_external_symlinks)
+    return Job(lambda _: structprune.inspect(model, opening=opening, revision=revision), summary.listed)
 
 
 @app.command()
@@ -194,11 +198,17 @@ def verify(
         str, typer.Argument(metavar="OUT", help="A folder that structprune wrote, or any model.")
     ],
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="The model it was made from.")] = None,
+    trust_remote_code: Trust = False,
+    allow_external_symlinks: Links = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Job:
     """Measure a folder from its files, reload it in a fresh process and compare."""
-    return Job(lambda progress: structprune.verify(output, against, progress=progress), summary.verified)
+    opening = Opening(trust_remote_code=trust_remote_code, allow_external_symlinks=allow_external_symlinks)
+    return Job(
+        lambda progress: structprune.verify(output, against, opening=opening, progress=progress),
+        summary.verified,
+    )
 
 
 @app.command()
@@ -220,6 +230,7 @@ def evaluate(
     sets: Sets = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    allow_external_symlinks: Links = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Job:
@@ -238,16 +249,10 @@ def evaluate(
     }
     options = recipe.options(EvaluateOptions, sets=sets or (), flags=flags)
     where = recipe.options(Where, flags={"device": device, "dtype": dtype})
+    opening = Opening(where.dtype, where.device, stream, trust_remote_code, allow_external_symlinks)
     return Job(
         lambda progress: structprune.evaluate(
-            model,
-            options,
-            device=where.device,
-            dtype=where.dtype,
-            stream=stream,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
+            model, options, opening=opening, revision=revision, progress=progress
         ),
         summary.evaluated,
     )
@@ -272,6 +277,7 @@ def recover(
     overwrite: Overwrite = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    allow_external_symlinks: Links = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Job:
@@ -285,21 +291,19 @@ def recover(
         "batch_size": batch_size,
         "teacher": teacher,
         "keep_adapter": keep_adapter,
+        "seed": seed,
     }
     options = recipe.options(RecoverOptions, sets=sets or (), flags=flags)
-    where = recipe.options(Where, flags={"seed": seed, "device": device})
+    where = recipe.options(Where, flags={"device": device})
+    opening = Opening(
+        device=where.device,
+        trust_remote_code=trust_remote_code,
+        allow_external_symlinks=allow_external_symlinks,
+    )
+    writing = Writing(overwrite=overwrite, restart=restart)
     return Job(
         lambda progress: structprune.recover(
-            model,
-            output,
-            options,
-            seed=where.seed,
-            device=where.device,
-            restart=restart,
-            overwrite=overwrite,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
+            model, output, options, opening=opening, writing=writing, revision=revision, progress=progress
         ),
         summary.recovered,
     )

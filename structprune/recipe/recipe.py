@@ -8,6 +8,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -15,8 +16,9 @@ import yaml
 from pydantic import Field, PrivateAttr, SerializeAsAny, ValidationInfo, field_validator
 
 from structprune.errors import UsageError
+from structprune.models.opening import Opening
 from structprune.pruners.pruner import Pruner, find, names
-from structprune.recipe.fields import Part, build, keys_of, put, shown
+from structprune.recipe.fields import OptionGroup, build, keys_of, put, shown
 from structprune.recipe.options import CalibrationOptions, EvaluateOptions, RecoverOptions, Text, Where
 from structprune.storage import strict_yaml
 
@@ -31,7 +33,7 @@ __all__ = [
     "options",
 ]
 
-P = TypeVar("P", bound=Part)
+P = TypeVar("P", bound=OptionGroup)
 
 
 class Recipe(Where):
@@ -68,6 +70,31 @@ class Recipe(Where):
             else stage(part, f"prune.{index}" if len(parts) > 1 else "prune", seed)
             for index, part in enumerate(parts)
         )
+
+    @field_validator("recover", mode="before")
+    @classmethod
+    def _one_seed(cls, value: object, info: ValidationInfo) -> object:
+        seed = info.data.get("seed", 0)
+        if isinstance(value, RecoverOptions):
+            return value if "seed" in value.model_fields_set else value.model_copy(update={"seed": seed})
+        return {"seed": seed, **value} if isinstance(value, Mapping) else value
+
+    def opening(self, asked: Opening) -> Opening:
+        """Return how the recipe's model is opened: in its own dtype and on its own device.
+
+        Args:
+            asked: How the run opens models otherwise.
+
+        Raises:
+            UsageError: It asks for another dtype or device than the recipe.
+        """
+        for name in ("dtype", "device"):
+            if getattr(asked, name) not in ("auto", getattr(self, name)):
+                raise UsageError(
+                    f"{name} {getattr(asked, name)!r} differs from the recipe's {getattr(self, name)!r}",
+                    hint=f"set {name} in the recipe, which is saved with the result",
+                )
+        return replace(asked, dtype=self.dtype, device=self.device)
 
     def text(self) -> str:
         """Return the recipe as YAML that runs again: the file verbatim, or every key spelled out."""
