@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from structprune.pipeline.evaluate import evaluate as evaluate
     from structprune.pipeline.export import export as export
     from structprune.pipeline.inspect import inspect as inspect
+    from structprune.pipeline.methods import methods as methods
     from structprune.pipeline.prune import prune as prune
     from structprune.pipeline.recover import recover as recover
     from structprune.pipeline.sweep import prune_each as prune_each
@@ -38,16 +39,22 @@ if TYPE_CHECKING:
     from structprune.plan.plan import Plan as Plan
     from structprune.pruners.pruner import Pruner as Pruner
     from structprune.pruners.pruner import find as find
+    from structprune.recipe.options import EvaluateOptions as EvaluateOptions
+    from structprune.recipe.options import RecoverOptions as RecoverOptions
     from structprune.recipe.recipe import Recipe as Recipe
+    from structprune.recipe.recipe import choose_recipe as choose_recipe
 
 # Found when they are first asked for: torch and transformers take seconds to import, `--help` should not.
 _HOMES = {
+    "EvaluateOptions": "recipe.options",
     "Opening": "models.opening",
     "Plan": "plan.plan",
     "Pruner": "pruners.pruner",
     "Recipe": "recipe.recipe",
+    "RecoverOptions": "recipe.options",
     "Writing": "checkpoint.writing",
     "apply": "pipeline.apply",
+    "choose_recipe": "recipe.recipe",
     "dry_run": "pipeline.dry_run",
     "environment": "machine",
     "evaluate": "pipeline.evaluate",
@@ -55,6 +62,7 @@ _HOMES = {
     "find": "pruners.pruner",
     "inspect": "pipeline.inspect",
     "load": "checkpoint.load",
+    "methods": "pipeline.methods",
     "prune": "pipeline.prune",
     "prune_each": "pipeline.sweep",
     "recover": "pipeline.recover",
@@ -63,6 +71,7 @@ _HOMES = {
 
 __all__ = [
     "EnvironmentFailure",
+    "EvaluateOptions",
     "InputError",
     "Interrupted",
     "Opening",
@@ -70,12 +79,14 @@ __all__ = [
     "Pruner",
     "QualityError",
     "Recipe",
+    "RecoverOptions",
     "StructpruneError",
     "UsageError",
     "VerificationError",
     "Writing",
     "__version__",
     "apply",
+    "choose_recipe",
     "dry_run",
     "environment",
     "evaluate",
@@ -83,6 +94,7 @@ __all__ = [
     "find",
     "inspect",
     "load",
+    "methods",
     "prune",
     "prune_each",
     "recover",

@@ -278,7 +278,7 @@ class TestRefusals:
         with pytest.raises(EnvironmentFailure, match="exists"):
             export(str(pruned["llama"]), tmp_path / "out", "2:4")
         assert files(tmp_path / "out") == before
-        export(str(pruned["llama"]), tmp_path / "out", "bitmask", overwrite=True)
+        export(str(pruned["llama"]), tmp_path / "out", "bitmask", writing=Writing(overwrite=True))
         assert files(tmp_path / "out") != before
         assert not list(tmp_path.glob("out.*"))
 

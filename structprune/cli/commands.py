@@ -8,12 +8,9 @@ from typing import Annotated, Any
 import typer
 
 import structprune
-from structprune.checkpoint.writing import Writing
 from structprune.cli import summary
 from structprune.cli.terminal import Report
-from structprune.models.opening import Opening
-from structprune.pruners.pruner import names
-from structprune.recipe import recipe
+from structprune.recipe.changes import choose_options
 from structprune.recipe.options import EvaluateOptions, RecoverOptions, Where, sparsity_of
 
 app = typer.Typer(
@@ -113,13 +110,13 @@ def prune(
         "calibration.length": length,
         "evaluate.max_ppl_ratio": max_ppl_ratio,
     }
-    chosen = recipe.choose(model, sets=sets or (), flags=flags)
-    opening = Opening(
+    chosen = structprune.choose_recipe(model, sets=sets or (), flags=flags)
+    opening = structprune.Opening(
         stream=stream,
         trust_remote_code=trust_remote_code,
         allow_external_symlinks=allow_external_symlinks,
     )
-    writing = Writing(overwrite=overwrite, restart=restart)
+    writing = structprune.Writing(overwrite=overwrite, restart=restart)
     if dry_run:
         return Job(lambda _: structprune.dry_run(chosen, opening=opening, writing=writing), summary.listed)
     if len(several) > 1:
@@ -152,12 +149,12 @@ def apply(
     debug: Debug = False,
 ) -> Job:
     """Carry out the plan of an earlier run; needs no data."""
-    opening = Opening(
+    opening = structprune.Opening(
         stream=stream,
         trust_remote_code=trust_remote_code,
         allow_external_symlinks=allow_external_symlinks,
     )
-    writing = Writing(overwrite=overwrite)
+    writing = structprune.Writing(overwrite=overwrite)
     return Job(
         lambda progress: structprune.apply(
             model, output, plan, opening=opening, writing=writing, revision=revision, progress=progress
@@ -176,7 +173,9 @@ def inspect(
     debug: Debug = False,
 ) -> Job:
     """Say what a model is, and what can be pruned in it."""
-    opening = Opening(trust_remote_code=trust_remote_code, allow_external_symlinks=allow_external_symlinks)
+    opening = structprune.Opening(
+        trust_remote_code=trust_remote_code, allow_external_symlinks=allow_external_symlinks
+    )
     return Job(lambda _: structprune.inspect(model, opening=opening, revision=revision), summary.listed)
 
 
@@ -187,9 +186,7 @@ def methods(
     debug: Debug = False,
 ) -> Job:
     """List the methods, or the fields of one."""
-    if name is not None:
-        return Job(lambda _: recipe.describe(name), summary.method)
-    return Job(lambda _: {"methods": [recipe.describe(known) for known in names()]}, summary.methods)
+    return Job(lambda _: structprune.methods(name), summary.methods if name is None else summary.method)
 
 
 @app.command()
@@ -204,7 +201,9 @@ def verify(
     debug: Debug = False,
 ) -> Job:
     """Measure a folder from its files, reload it in a fresh process and compare."""
-    opening = Opening(trust_remote_code=trust_remote_code, allow_external_symlinks=allow_external_symlinks)
+    opening = structprune.Opening(
+        trust_remote_code=trust_remote_code, allow_external_symlinks=allow_external_symlinks
+    )
     return Job(
         lambda progress: structprune.verify(output, against, opening=opening, progress=progress),
         summary.verified,
@@ -247,9 +246,11 @@ def evaluate(
         "compare": compare,
         "max_ppl_ratio": max_ppl_ratio,
     }
-    options = recipe.options(EvaluateOptions, sets=sets or (), flags=flags)
-    where = recipe.options(Where, flags={"device": device, "dtype": dtype})
-    opening = Opening(where.dtype, where.device, stream, trust_remote_code, allow_external_symlinks)
+    options = choose_options(EvaluateOptions, sets=sets or (), flags=flags)
+    where = choose_options(Where, flags={"device": device, "dtype": dtype})
+    opening = structprune.Opening(
+        where.dtype, where.device, stream, trust_remote_code, allow_external_symlinks
+    )
     return Job(
         lambda progress: structprune.evaluate(
             model, options, opening=opening, revision=revision, progress=progress
@@ -293,14 +294,14 @@ def recover(
         "keep_adapter": keep_adapter,
         "seed": seed,
     }
-    options = recipe.options(RecoverOptions, sets=sets or (), flags=flags)
-    where = recipe.options(Where, flags={"device": device})
-    opening = Opening(
+    options = choose_options(RecoverOptions, sets=sets or (), flags=flags)
+    where = choose_options(Where, flags={"device": device})
+    opening = structprune.Opening(
         device=where.device,
         trust_remote_code=trust_remote_code,
         allow_external_symlinks=allow_external_symlinks,
     )
-    writing = Writing(overwrite=overwrite, restart=restart)
+    writing = structprune.Writing(overwrite=overwrite, restart=restart)
     return Job(
         lambda progress: structprune.recover(
             model, output, options, opening=opening, writing=writing, revision=revision, progress=progress

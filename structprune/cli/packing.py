@@ -7,10 +7,8 @@ from typing import Annotated, Any
 import typer
 
 import structprune
-from structprune.checkpoint.writing import Writing
 from structprune.cli.commands import Debug, Job, Json, Links, Overwrite, Restart, Trust, app
 from structprune.cli.summary import table
-from structprune.models.opening import Opening
 
 
 @app.command()
@@ -26,8 +24,10 @@ def export(
     debug: Debug = False,  # noqa: ARG001
 ) -> Job:
     """Store a pruned model without its zeros, or write such a folder dense again, bit by bit."""
-    opening = Opening(trust_remote_code=trust_remote_code, allow_external_symlinks=allow_external_symlinks)
-    writing = Writing(overwrite=overwrite, restart=restart)
+    opening = structprune.Opening(
+        trust_remote_code=trust_remote_code, allow_external_symlinks=allow_external_symlinks
+    )
+    writing = structprune.Writing(overwrite=overwrite, restart=restart)
     return Job(
         lambda progress: structprune.export(
             model, output, to, opening=opening, writing=writing, progress=progress

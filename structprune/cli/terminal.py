@@ -27,7 +27,7 @@ from rich.progress import (
 )
 
 from structprune.errors import Interrupted, StructpruneError
-from structprune.report.report import plain
+from structprune.report.figures import plain
 
 # Often enough that silence is no hang, seldom enough for a log file.
 SECONDS_BETWEEN_LINES = 30.0

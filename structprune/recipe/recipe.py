@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import Field, PrivateAttr, SerializeAsAny, ValidationInfo, field_validator
@@ -18,7 +18,8 @@ from pydantic import Field, PrivateAttr, SerializeAsAny, ValidationInfo, field_v
 from structprune.errors import UsageError
 from structprune.models.opening import Opening
 from structprune.pruners.pruner import Pruner, find, names
-from structprune.recipe.fields import OptionGroup, build, keys_of, put, shown
+from structprune.recipe.changes import changes_of
+from structprune.recipe.fields import build, keys_of, put, shown
 from structprune.recipe.options import CalibrationOptions, EvaluateOptions, RecoverOptions, Text, Where
 from structprune.storage import strict_yaml
 
@@ -28,12 +29,10 @@ __all__ = [
     "Recipe",
     "RecoverOptions",
     "assemble",
+    "choose_recipe",
     "describe",
     "load",
-    "options",
 ]
-
-P = TypeVar("P", bound=OptionGroup)
 
 
 class Recipe(Where):
@@ -141,7 +140,9 @@ def stage(raw: object, path: str = "prune", seed: int = 0) -> Pruner:
     return build(pruner, rest, path)
 
 
-def choose(model: str, *, sets: Sequence[str] = (), flags: Mapping[str, object] | None = None) -> Recipe:
+def choose_recipe(
+    model: str, *, sets: Sequence[str] = (), flags: Mapping[str, object] | None = None
+) -> Recipe:
     """Return the recipe that a command line asks for: a file that ends in .yaml, or a model and flags.
 
     Args:
@@ -195,21 +196,9 @@ def assemble(
     """
     merged = copy.deepcopy(dict(raw))
     merged.setdefault("prune", {})  # an empty stage is told which methods there are
-    for key, value in _changes(sets, flags):
+    for key, value in changes_of(sets, flags):
         _place(merged, key, value)
     return build(Recipe, merged)
-
-
-def options(kind: type[P], *, sets: Sequence[str] = (), flags: Mapping[str, object] | None = None) -> P:
-    """Return the options of a command of its own, `evaluate` or `recover`, from flags and `--set`.
-
-    Raises:
-        UsageError: An unknown key or an impossible value.
-    """
-    raw: dict[str, Any] = {}
-    for key, value in _changes(sets, flags):
-        put(raw, key.split("."), value)
-    return build(kind, raw)
 
 
 def describe(method: str) -> dict[str, Any]:
@@ -231,16 +220,6 @@ def describe(method: str) -> dict[str, Any]:
         "needs_data": pruner.needs_data,
         "fields": keys_of(pruner),
     }
-
-
-def _changes(sets: Sequence[str], flags: Mapping[str, object] | None) -> list[tuple[str, object]]:
-    changes: list[tuple[str, object]] = []
-    for text in sets:
-        key, equals, value = text.partition("=")
-        if not equals or not all(key.strip().split(".")):
-            raise UsageError(f"--set {text!r:.60}: expected key=value")
-        changes.append((key.strip(), strict_yaml.parse(value, f"--set {key.strip()}")))
-    return changes + [(key, value) for key, value in (flags or {}).items() if value is not None]
 
 
 def _place(raw: dict[str, Any], key: str, value: object) -> None:

@@ -4,7 +4,6 @@ A number that is not finite becomes null: NaN is not JSON, and other readers sto
 """
 
 import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from structprune.machine import machine, peak_rss, versions
 from structprune.proof.verification import Verification
+from structprune.report.figures import fraction, number, percent, plain
 from structprune.storage.durable import DurableFile
 
 REPORT_FILE = "structprune/report.json"
@@ -141,21 +141,6 @@ def table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def number(value: float | None) -> str:
-    """Return a figure with four digits, or "-" where there is none."""
-    return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
-
-
-def fraction(value: float | str | None) -> str:
-    """Return a sparsity as people write it: "50.00%", or "2:4" as it is."""
-    return value if isinstance(value, str) else percent(value, digits=2)
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """Return a fraction as percent, or "-" where there is none."""
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}%}"
-
-
 def _scored(metrics: Mapping[str, Mapping[str, float | None]], metric: str, which: str) -> str:
     """Return a task's figure with its standard error where lm-eval gives one."""
     error = _error_of(metrics, metric).get(which)
@@ -167,14 +152,3 @@ def _error_of(metrics: Mapping[str, Mapping[str, float | None]], metric: str) ->
     """Return the standard errors of a metric; a filter's name stands behind a comma, "acc_stderr,filter"."""
     name, comma, chosen = metric.partition(",")
     return metrics.get(f"{name}_stderr{comma}{chosen}", {})
-
-
-def plain(value: Any) -> Any:
-    """Return a value as JSON can hold it: no NaN, no infinity, text for what JSON does not know."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
-    return value if value is None or isinstance(value, str | int | bool) else str(value)
