@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from structprune.calibration.notebook import Notebook
+from structprune.calibration.statistics import gradient_norm
 from structprune.errors import InputError, Interrupted, UsageError
 from structprune.models.arch import all_linears, arch_of, blocks, linears
 from structprune.models.outputs import logits
@@ -194,7 +195,7 @@ class TestLaws:
 # What looks at the whole model before it decides: outlier shares and gradients, each noted block by block.
 FIRST_LOOKS = [
     *((name, {"budget": "owl"}) for name in WEIGHT_METHODS if accepts(name, budget="owl", sparsity=0.5)),
-    *((name, {}) for name in WEIGHT_METHODS if weigher(name).gradients),
+    *((name, {}) for name in WEIGHT_METHODS if gradient_norm(weigher(name).solving)),
 ]
 
 
@@ -225,7 +226,7 @@ def test_a_run_killed_while_it_measures_resumes_with_the_same_bytes(
     assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".safetensors"] * noted
     assert run("out").id == whole.id
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
-    if not pruner.gradients:  # what was noted of a block is not measured again
+    if not gradient_norm(pruner.solving):  # what was noted of a block is not measured again
         assert len(written) == 2
     monkeypatch.setattr(Notebook, "write", write)
 
@@ -274,7 +275,7 @@ class TestEveryFamily:
             changed += int(name not in dense or not torch.equal(value, dense[name]))
         assert changed >= 2 * 4 - 2  # both blocks; OPT, Phi-3 and the GPTs have four linears in a block
         for index, (prefix, block) in enumerate(blocks(pruned)):
-            for linear in pruner.chosen(index, linears(prefix, block, arch_of(pruned))):
+            for linear in pruner.target_linears(index, linears(prefix, block, arch_of(pruned))):
                 zeros = (linear.weight == 0).sum(dim=1)
                 if not pruner.leaves_zeros:
                     assert zeros.sum() == 0, linear.label
