@@ -60,7 +60,7 @@ class ScorePruner(WeightPruner):
     @final
     def reuse(self, plan: Plan, model: Model, writer: PlanWriter) -> Plan:
         """Decide from the scores that a run with another sparsity kept; needs no data."""
-        self._check_scores(plan)
+        self.check_scores(plan)
         self.check_sizes(model)
         names, leaving = names_of(model), self.decide(model, [self.measure([], [])] * len(blocks(model)))
         for block in walk_weights(model, writer.finished):
@@ -74,14 +74,16 @@ class ScorePruner(WeightPruner):
             writer.write(self.decided(model, targets, found), block_facts(found, BlockSums()))
         return self.finish(writer, model, leaving, {"scores_of": plan.id})
 
-    def _check_scores(self, plan: Plan) -> None:
+    @final
+    def check_scores(self, plan: Plan) -> None:
+        """Refuse a plan that this pruner cannot decide from: no scores, or made with other settings."""
         if not self.reusable:
             raise UsageError(
                 "scores alone do not decide here",
                 hint="only for a method that ranks scores, propagate=dense where it reads data, no repair",
             )
         if not any(key.kind == "score" for key in plan):
-            raise InputError("no scores are kept there", hint="prune with --keep-scores first")
+            raise InputError("keeps no scores", hint="prune with --keep-scores first")
         config = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE}
         same = plan.method == self.method()
         differing = (
@@ -89,6 +91,6 @@ class ScorePruner(WeightPruner):
         )
         if differing:
             raise UsageError(
-                f"the scores were made with another {', '.join(differing)}",
+                f"made with another {', '.join(differing)}",
                 hint="only the sparsity may differ",
             )
