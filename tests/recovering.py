@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from structprune.recipe.options import RecoverOptions
 from structprune.recovery.masks import nonzero_masks
-from structprune.recovery.objective import next_token_losses
 from structprune.recovery.training import Recovery, train
 from tests.tiny import TEXT_IDS, tiny
 
@@ -28,7 +27,7 @@ def walks(count: int, seed: int) -> Tensor:
 def held_out_loss(model: PreTrainedModel) -> float:
     windows = walks(32, seed=10_000)
     with torch.no_grad():
-        return float(next_token_losses(model(input_ids=windows).logits, windows).mean())
+        return float(model(input_ids=windows, labels=windows).loss)
 
 
 @torch.no_grad()
@@ -68,7 +67,7 @@ def trained() -> PreTrainedModel:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(150):
         windows = walks(16, seed=step)
-        next_token_losses(model(input_ids=windows).logits, windows).mean().backward()
+        model(input_ids=windows, labels=windows).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -12,38 +11,48 @@ import pytest
 import torch
 from tokenizers import processors
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from structprune.calibration.data import load
 from structprune.calibration.texts import texts
 from structprune.errors import EnvironmentFailure, InputError, QualityError, UsageError
 from structprune.evaluation import perplexity
-from structprune.evaluation.evaluation import Evaluation, compare, evaluate, gate
+from structprune.evaluation.evaluation import Evaluation, evaluate, gate
 from structprune.evaluation.generations import beginnings, generations
 from structprune.evaluation.harness import harness
 from structprune.evaluation.perplexity import Scores, Windows, score, windows_of
+from structprune.models import outputs
 from structprune.models.streamed import open_model
 from tests.tiny import LENGTH, VOCABULARY, save_tiny, tiny, tokenizer, tokens
 
 PROSE = "".join(f"Line {number} of a text, {number**2} squared.\n" for number in range(1000, 1040))
 
 
-class Bigram(nn.Module):
-    """A model whose next token depends on the present one only: `table` [token, next] holds probabilities."""
+class LookUp(nn.Module):
+    """A head that reads one-hot states as the number of a row."""
 
-    def __init__(self, table: list[list[float]]) -> None:
+    def __init__(self, rows: Tensor) -> None:
         super().__init__()
-        self.log = torch.tensor(table).log()
-        sizes = SimpleNamespace(vocab_size=len(table), hidden_size=1)
-        self.config = SimpleNamespace(get_text_config=lambda: sizes)
-        self.device = torch.device("cpu")
+        self.rows = rows
 
-    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
-        return SimpleNamespace(logits=self.log[input_ids])
+    def forward(self, states: Tensor) -> Tensor:
+        return self.rows[states.argmax(dim=-1)]
 
 
-def bigram(table: list[list[float]]) -> Any:
-    return Bigram(table)
+def bigram(table: list[list[float]]) -> PreTrainedModel:
+    """A model whose next token depends on the present one only: `table` [token, next] holds probabilities."""
+    size = len(table)
+    config = LlamaConfig(
+        vocab_size=size, hidden_size=size, intermediate_size=2, num_hidden_layers=1, num_attention_heads=1
+    )
+    model: Any = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(size))
+    model.lm_head = LookUp(torch.tensor(table).log())
+    found: PreTrainedModel = model.eval()
+    return found
 
 
 @pytest.fixture
@@ -151,11 +160,11 @@ def test_the_figures_match_those_of_transformers_own_loss() -> None:
     assert scores.mean(scores.model) == pytest.approx(loss, rel=1e-5)
 
 
-def test_chunks_and_batches_change_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_and_batches_change_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     model, dense = tiny("llama"), tiny("llama", seed=1)
     text = Windows(tokens(model, batch=5, length=16)["input_ids"], [1] * 5)
     one = score(model, text, dense=dense, batch_size=5)
-    monkeypatch.setattr(perplexity, "CHUNK_BYTES", 3 * VOCABULARY * 4)
+    monkeypatch.setattr(outputs, "SLICE_BYTES", 3 * VOCABULARY * 4)
     other = score(model, text, dense=dense, batch_size=2)
     assert other.kl == pytest.approx(one.kl, rel=1e-4)
     assert other.model == pytest.approx(one.model, rel=1e-5)
@@ -227,20 +236,6 @@ def test_the_demo_text_is_not_what_calibration_reads() -> None:
     assert stamp["demo"]["windows"] == 2
     assert stamp["demo"]["sha256"] != hashlib.sha256("".join(texts("demo")).encode()).hexdigest()
     assert seen["tokens_available"] == 16 * 64
-
-
-def test_results_of_one_protocol_are_compared_and_others_refused(prose: str) -> None:
-    model, dense = tiny("llama"), tiny("llama", seed=1)
-    one, two = (
-        evaluate(which, tokenizer(), text=[prose], length=32, prompts=0).as_json() for which in (model, dense)
-    )
-    mine, other = one["perplexity"]["prose"]["model"], two["perplexity"]["prose"]["model"]
-    assert compare(one, two) == {"prose": mine / other}
-    longer = evaluate(dense, tokenizer(), text=[prose], length=64, prompts=0).as_json()
-    with pytest.raises(UsageError, match=r"prose was measured in two ways.*length: 32 and 64"):
-        compare(one, longer)
-    with pytest.raises(UsageError, match="no text in common"):
-        compare(one, {"protocol": {"texts": {}}, "perplexity": {}})
 
 
 def test_models_of_two_dtypes_or_vocabularies_are_not_compared(prose: str) -> None:

@@ -156,6 +156,60 @@ def test_outside_the_pruners_and_solvers_only_the_demo_names_a_method():
             assert not strings(tree) & METHODS, f"{module} names {strings(tree) & METHODS}"
 
 
+def test_the_proof_imports_nothing_that_decides_or_edits():
+    barred = ("decide", "solvers", "pruners", "runtime", "models.edit", "models.edited_reader")
+    for module, tree in TREES.items():
+        if module.startswith("proof."):
+            wrong = [
+                name for name, _ in imported(tree) if f"{name}.".startswith(tuple(f"{b}." for b in barred))
+            ]
+            assert not wrong, f"{module} imports {wrong}"
+
+
+def test_nothing_outside_a_family_names_its_class_or_reads_its_fields():
+    """What the rest of the house needs to know of a decision, the decision says itself."""
+    classes = {
+        node.name
+        for name, tree in TREES.items()
+        if name.startswith("pruners.") and name.count(".") == 2
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    # The fields that decide what a plan means; the words of `--set` and flags stay with the command line.
+    fields = {"sparsity", "fold", "compare", "propagate", "keep_scores"}
+    for name, tree in TREES.items():
+        if name.startswith(("pruners.", "solvers.", "decide.", "cli", "demo")):
+            continue
+        used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert not used & classes, f"{name} names {used & classes}"
+        read = {
+            ast.unparse(node)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Subscript)
+            if ast.unparse(node.value).endswith("config") and ast.unparse(node.slice).strip("'") in fields
+        } | {
+            ast.unparse(node)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("config.get")
+            if node.args and ast.unparse(node.args[0]).strip("'") in fields
+        }
+        assert not read, f"{name} reads {read} of a method"
+
+
+def test_only_what_makes_them_knows_products():
+    """Pruners and solvers decide on products, models hold them, one module writes their modelling file."""
+    for name, tree in TREES.items():
+        # plan.key is the table of all kinds of decision.
+        if name.startswith(("pruners.", "solvers.", "models.")) or name in (
+            "checkpoint.modelling",
+            "plan.key",
+        ):
+            continue
+        wrong = [other for other, _ in imported(tree) if other in ("models.factored", "models.modules")]
+        assert not wrong, f"{name} imports {wrong}"
+        assert not any("factor" in text and " " not in text for text in strings(tree)), name
+
+
 def test_only_the_walk_and_the_token_runtime_install_hooks():
     for module, tree in TREES.items():
         called = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

@@ -59,16 +59,17 @@ def test_what_was_best_before_the_loss_broke_is_kept(
 
 
 def spoil_after(model: PreTrainedModel, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every call of the model after the first so many return NaN."""
-    forward, count = model.forward, iter(range(10**6))
+    """Make every run of the model after the first so many end in states that are NaN."""
+    body = model.base_model
+    forward, count = body.forward, iter(range(10**6))
 
     def spoilt(*args: object, **kwargs: object) -> object:
         output = forward(*args, **kwargs)
         if next(count) >= calls:
-            output.logits = output.logits * math.nan
+            output.last_hidden_state = output.last_hidden_state * math.nan
         return output
 
-    monkeypatch.setattr(model, "forward", spoilt)
+    monkeypatch.setattr(body, "forward", spoilt)
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(dense: PreTrainedModel) -> None:

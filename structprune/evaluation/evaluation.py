@@ -1,8 +1,8 @@
 """How good a model is: perplexity with its protocol stamped on it, divergence from dense, lm-eval tasks.
 
 A perplexity means nothing without its text, window length, stride, beginning-of-sequence rule and dtype;
-published figures differ most often in just these. They are therefore part of the result, and two results are
-compared only when they agree.
+published figures differ most often in just these. They are therefore part of the result, and two models are
+compared only in one run, on the same windows.
 """
 
 import logging
@@ -24,10 +24,10 @@ from structprune.evaluation.generations import PROMPTS, beginnings, generations
 from structprune.evaluation.harness import harness, metrics
 from structprune.evaluation.harness import save as save_results
 from structprune.evaluation.perplexity import Scores, score
-from structprune.evaluation.protocol import compare, dtype_of, lay, same_footing, stamped_versions
+from structprune.evaluation.protocol import cut_windows, dtype_of, same_footing, stamped_versions
 from structprune.models.streamed import Model
 
-__all__ = ["Evaluation", "compare", "evaluate", "gate", "generations", "harness"]
+__all__ = ["Evaluation", "evaluate", "gate", "generations", "harness"]
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ class Evaluation:
         divergence: Text name -> "kl" (mean KL(dense || model) per token, in nats), "kl_se" (its standard
             error over windows), "top1_agreement" (fraction of tokens, 0-1); empty without a dense model.
         tasks: Task -> metric -> "model", "dense".
-        protocol: "texts" (per text, how it was measured, as `protocol.lay` stamps it), "tasks", "versions",
-            and "flags": sentences about figures that could not be computed.
+        protocol: "texts" (per text, how it was measured, as `protocol.cut_windows` stamps it), "tasks",
+            "versions", and "flags": sentences about figures that could not be computed.
         generations: "prompt", "model", "dense": texts; left out of the JSON, because they belong into a
             report.
         harness: "model", "dense": lm-eval's own results, untouched.
@@ -131,11 +131,13 @@ def evaluate(
     longest = positions(model.config)
     size, first = window_length(length, longest), opening(tokenizer, bos)
     read = partial(_pieces, column=column, split=split, revision=revision)
-    cutting = partial(lay, tokenizer=tokenizer, length=size, opening=first, stride=stride, limit=windows)
+    cut = partial(
+        cut_windows, tokenizer=tokenizer, length=size, opening=first, stride=stride, windows=windows
+    )
     result = Evaluation(protocol={"texts": {}, "tasks": {}, "versions": stamped_versions(), "flags": []})
-    # All texts are laid out before the first forward, so that one that is too short stops the run at once.
-    laid = {name: cutting(read(source), source=source) for name, source in zip(names, text, strict=True)}
-    for name, (found, stamp) in laid.items():
+    # All texts are cut before the first forward, so that one that is too short stops the run at once.
+    texts = {name: cut(read(source), source=source) for name, source in zip(names, text, strict=True)}
+    for name, (found, stamp) in texts.items():
         log.info("perplexity on %s: %d windows of %d tokens", name, stamp["windows"], size)
         origin = {"column": column, "split": split, "revision": revision, "dtype": dtype_of(model)}
         result.protocol["texts"][name] = stamp | origin

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from structprune.calibration.data import cut, encode
-from structprune.models.outputs import logits
+from structprune.models.outputs import next_tokens
 from structprune.models.streamed import Model
 
 TOKENS = 40
@@ -39,7 +39,6 @@ def beginnings(
     return [str(tokenizer.decode(window)) for window in cut(ids, room, step).tolist()]
 
 
-@torch.no_grad()
 def generations(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
@@ -71,8 +70,7 @@ def generations(
         rows = [index for index, ids in enumerate(encoded) if len(ids) == length]
         ids = torch.tensor([encoded[index] for index in rows])
         for _ in range(tokens):
-            chosen = logits(model, {"input_ids": ids})[:, -1].argmax(dim=-1, keepdim=True)
-            ids = torch.cat([ids, chosen.to(ids.device)], dim=1)
+            ids = torch.cat([ids, next_tokens(model, {"input_ids": ids}).to(ids.device)], dim=1)
         for index, row in zip(rows, ids[:, length:].tolist(), strict=True):
             end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
             written[index] = str(tokenizer.decode(row[:end]))

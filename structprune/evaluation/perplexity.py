@@ -6,9 +6,10 @@ give errors that are too small.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
+from functools import partial
+from itertools import islice, repeat
 
 import torch
 from torch import Tensor
@@ -16,14 +17,9 @@ from torch.nn import functional
 
 from structprune.calibration.data import begin, cut
 from structprune.errors import InputError
-from structprune.models.outputs import outputs
+from structprune.models.outputs import Output, outputs, per_token
 from structprune.models.streamed import Batch, Model
 
-# The float32 copies that one chunk of tokens takes, of which there are up to four: 64 MB is 128 tokens at a
-# vocabulary of 128 k, still enough rows for a fast kernel.
-CHUNK_BYTES = 64 * 2**20
-# Logits of one batch, in float32, of one model: at a vocabulary of 128 k that is one window of 2048.
-LOGIT_BYTES = 2**30
 # Hidden states that a streamed model keeps between two blocks; past it the model is read once more.
 HIDDEN_BYTES = 2**29
 
@@ -97,6 +93,7 @@ def windows_of(ids: Tensor, length: int, *, stride: int | None = None, first: in
     return Windows(cuts, [1 if index == 0 else later for index in range(len(cuts))])
 
 
+@torch.no_grad()
 def score(model: Model, text: Windows, *, dense: Model | None = None, batch_size: int = 8) -> Scores:
     """Score a text under a model and, in the same run, under the model it was made from.
 
@@ -104,31 +101,27 @@ def score(model: Model, text: Windows, *, dense: Model | None = None, batch_size
         model: In memory, or streamed.
         text: What to score.
         dense: The model to compare with; in memory or streamed, whatever `model` is.
-        batch_size: Windows per forward at most; fewer when their logits would take over 1 GiB.
+        batch_size: Windows per forward.
 
     Raises:
         InputError: A token id is outside a model's vocabulary, or the two vocabularies differ.
     """
-    vocabulary = _check_vocabulary(text.inputs, model, dense)
-    length = text.inputs.shape[1]
-    size = max(1, min(batch_size, LOGIT_BYTES // (length * vocabulary * 4)))
+    _check_vocabulary(text.inputs, model, dense)
     config = model.config.get_text_config()
-    held = max(1, HIDDEN_BYTES // (length * config.hidden_size * 4 * size))
-    batches: list[Batch] = [{"input_ids": part.clone()} for part in torch.split(text.inputs, size)]
+    held = max(1, HIDDEN_BYTES // (text.inputs.shape[1] * config.hidden_size * 4 * batch_size))
+    batches: list[Batch] = [{"input_ids": part.clone()} for part in torch.split(text.inputs, batch_size)]
     scores = Scores()
     starts = iter(text.starts)
     for low in range(0, len(batches), held):
         group = batches[low : low + held]
-        others: Iterator[Tensor | None] = repeat(None, len(group)) if dense is None else outputs(dense, group)
+        others: Iterator[Output | None] = repeat(None, len(group)) if dense is None else outputs(dense, group)
         for batch, mine, other in zip(group, outputs(model, group), others, strict=True):
-            for row, ids in enumerate(batch["input_ids"]):
-                start = next(starts)
-                rival = None if other is None else other[row, start - 1 : -1]
-                _add(scores, ids[start:], mine[row, start - 1 : -1], rival)
+            ids = batch["input_ids"]
+            _add(scores, ids, list(islice(starts, len(ids))), mine, other)
     return scores
 
 
-def _check_vocabulary(ids: Tensor, model: Model, dense: Model | None) -> int:
+def _check_vocabulary(ids: Tensor, model: Model, dense: Model | None) -> None:
     sizes = [int(one.config.get_text_config().vocab_size) for one in (model, dense) if one is not None]
     if len(set(sizes)) > 1:
         raise InputError(
@@ -139,34 +132,38 @@ def _check_vocabulary(ids: Tensor, model: Model, dense: Model | None) -> int:
             f"the tokenizer gives token {int(ids.max())}, the model has a vocabulary of {sizes[0]}",
             hint="use the tokenizer that belongs to the model",
         )
-    return sizes[0]
 
 
-@torch.no_grad()
-def _add(scores: Scores, targets: Tensor, mine: Tensor, other: Tensor | None) -> None:
-    """Add one window: `targets` [tokens] and the logits that predict them, [tokens, vocabulary]."""
-    rows = max(1, CHUNK_BYTES // (mine.shape[-1] * 4))
-    loss = dense_loss = kl = agree = 0.0
-    for low in range(0, len(targets), rows):
-        part = slice(low, low + rows)
-        labels = targets[part].to(mine.device)
-        log_q = functional.log_softmax(mine[part].float(), dim=-1)
-        loss += _sum(functional.nll_loss(log_q, labels, reduction="none"))
-        if other is None:
-            continue
-        log_p = functional.log_softmax(other[part].to(mine.device).float(), dim=-1)
-        dense_loss += _sum(functional.nll_loss(log_p, labels, reduction="none"))
-        agree += _sum((other[part].argmax(dim=-1).to(mine.device) == mine[part].argmax(dim=-1)).float())
-        # A token that the dense model rules out (-inf) adds nothing, but 0 * inf would be NaN.
-        log_ratio = torch.where(log_p == -math.inf, 0.0, log_p - log_q)
-        kl += _sum((log_p.exp_().mul_(log_ratio)).sum(dim=-1))
-    scores.tokens.append(len(targets))
-    scores.model.append(loss)
-    if other is not None:
-        scores.dense.append(dense_loss)
-        scores.kl.append(kl)
-        scores.agree.append(agree)
+def _add(scores: Scores, ids: Tensor, starts: list[int], mine: Output, other: Output | None) -> None:
+    """Add the windows of one batch: `ids` [windows, tokens], scored from their `starts` on."""
+    scored = torch.arange(ids.shape[1]) >= torch.tensor(starts)[:, None]
+    targets = ids[scored].to(mine.states.device)
+    models = [mine] if other is None else [mine, other]
+    # Each token is predicted from the states of the one before it.
+    states = [one.states[:, :-1][scored[:, 1:].to(one.states.device)] for one in models]
+    figures = per_token(partial(_figures, [one.head for one in models]), mine.vocabulary, targets, *states)
+    counts = scored.sum(dim=1).tolist()
+    sums = torch.stack([part.double().sum(dim=1) for part in torch.split(figures, counts, dim=1)]).T.tolist()
+    scores.tokens += counts
+    for total, found in zip((scores.model, scores.dense, scores.kl, scores.agree), sums, strict=False):
+        total += found
 
 
-def _sum(values: Tensor) -> float:
-    return float(values.sum(dtype=torch.float64))
+def _figures(heads: Sequence[Callable[[Tensor], Tensor]], targets: Tensor, *states: Tensor) -> Tensor:
+    """Return what is summed of each token, in the order of `Scores`, shape [1 or 4, tokens]."""
+    log_q, loss, mine = _judged(heads[0](states[0]), targets)
+    if len(heads) == 1:
+        return loss[None]
+    log_p, dense_loss, other = _judged(heads[1](states[1]).to(targets.device), targets)
+    # In place, here and below: with a large vocabulary each copy counts.
+    log_ratio = log_q.neg_().add_(log_p)
+    # A token that the dense model rules out (-inf) adds nothing, but 0 * inf would be NaN.
+    log_ratio.masked_fill_(log_p == -math.inf, 0.0)
+    kl = log_p.exp_().mul_(log_ratio).sum(dim=-1)
+    return torch.stack([loss, dense_loss, kl, (mine == other).float()])
+
+
+def _judged(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probabilities [tokens, vocabulary], and per token the loss in nats and the likeliest."""
+    log = functional.log_softmax(logits.float(), dim=-1)
+    return log, functional.nll_loss(log, targets, reduction="none"), logits.argmax(dim=-1)

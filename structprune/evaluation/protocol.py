@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,23 +13,10 @@ from structprune.evaluation.perplexity import Windows, windows_of
 from structprune.machine import versions
 from structprune.models.streamed import Model
 
-# What two perplexities must share to be compared. Library versions are stamped but may differ: they move the
-# last digits, and refusing them would make every older result useless.
-SHARED = (
-    "sha256",
-    "tokenizer",
-    "tokens_sha256",
-    "length",
-    "stride",
-    "windows",
-    "scored_tokens",
-    "bos",
-    "dtype",
-)
 PACKAGES = ("structprune", "torch", "transformers", "lm_eval")
 
 
-def lay(
+def cut_windows(
     text: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -37,9 +24,9 @@ def lay(
     length: int,
     opening: Opening,
     stride: int | None = None,
-    limit: int | None = None,
+    windows: int | None = None,
 ) -> tuple[Windows, dict[str, Any]]:
-    """Tokenise a text and lay windows over it.
+    """Tokenise a text and cut it into windows.
 
     Args:
         text: The running text, in pieces.
@@ -48,7 +35,7 @@ def lay(
         length: Tokens per window.
         opening: Which beginning-of-sequence token goes where.
         stride: Tokens from one window's beginning to the next; by default none overlap.
-        limit: Only so many windows; the text is then read only as far as they need, in pieces.
+        windows: Only so many of them; the text is then read only as far as they need, in pieces.
 
     Returns:
         The windows, and their stamp: `source`, `sha256` of the text that was read, `tokens_sha256`,
@@ -56,17 +43,17 @@ def lay(
         `scored_tokens`, `bos`.
 
     Raises:
-        UsageError: `stride` is not between 1 and `length`, or `limit` is not positive.
+        UsageError: `stride` is not between 1 and `length`, or `windows` is not positive.
         InputError: The text is shorter than one window.
     """
     if stride is not None and not 1 <= stride <= length:
         raise UsageError(f"stride is {stride}, expected 1 to the length of a window, {length}")
-    if limit is not None and limit < 1:
-        raise UsageError(f"windows is {limit}, expected at least 1")
+    if windows is not None and windows < 1:
+        raise UsageError(f"windows is {windows}, expected at least 1")
     body = length - (opening.window is not None)
     step = body if stride is None else min(stride, body)
     digest = hashlib.sha256()
-    needed = None if limit is None else body + (limit - 1) * step
+    needed = None if windows is None else body + (windows - 1) * step
     ids = encode(_hashed(text, digest), tokenizer, limit=needed, first=opening.text)
     found = windows_of(ids, length, stride=step, first=opening.window)
     if not found.starts:
@@ -86,36 +73,6 @@ def lay(
         "scored_tokens": found.scored,
         "bos": opening.rule,
     }
-
-
-def compare(result: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, float | None]:
-    """Set two results of `evaluate` side by side, measured in different runs.
-
-    Args:
-        result: A model's JSON.
-        dense: The dense model's JSON; its "model" figures are what counts.
-
-    Returns:
-        Text name -> perplexity divided by the dense one; None where either is missing. Texts that only one of
-        the two has are left out.
-
-    Raises:
-        UsageError: They have no text in common, or were measured differently; names what differs.
-    """
-    mine, other = (one["protocol"]["texts"] for one in (result, dense))
-    common = [name for name in mine if name in other]
-    if not common:
-        raise UsageError("the two results have no text in common", hint=f"{sorted(mine)} and {sorted(other)}")
-    for name in common:
-        differing = [key for key in SHARED if mine[name].get(key) != other[name].get(key)]
-        if differing:
-            told = "; ".join(f"{key}: {mine[name].get(key)} and {other[name].get(key)}" for key in differing)
-            raise UsageError(f"{name} was measured in two ways, so its figures cannot be compared: {told}")
-    ratios: dict[str, float | None] = {}
-    for name in common:
-        pair = [one["perplexity"][name]["model"] for one in (result, dense)]
-        ratios[name] = None if None in pair else pair[0] / pair[1]
-    return ratios
 
 
 def same_footing(

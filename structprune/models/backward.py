@@ -24,7 +24,7 @@ from structprune.models.arch import Linear, arch_of, blocks, linears
 from structprune.models.experts import recording_experts
 from structprune.models.gradients import NORMS, GradientNorm, Norm
 from structprune.models.identity import skeleton
-from structprune.models.outputs import tail
+from structprune.models.outputs import Output, per_token, tail
 from structprune.models.spill import Spilled
 from structprune.models.streamed import Batch, Model
 from structprune.models.walk import Block, Call, capture, replaced_forward, resident
@@ -98,7 +98,7 @@ def _finish(
     """Spill the gradient of each sample's loss by the last block's output, float32."""
     with tail(model) as finish, _frozen(skeleton(model)):
         for position, batch in enumerate(batches):
-            # One sample at a time: the logits of a batch can be larger than a block.
+            # One sample at a time, each with a scale of its own.
             found = []
             for row, hidden in enumerate(torch.split(states[position], 1)):
                 sample = {name: value[row : row + 1] for name, value in batch.items()}
@@ -109,15 +109,19 @@ def _finish(
 
 @torch.enable_grad()
 def _loss_gradient(
-    finish: Callable[[Tensor, Batch], Tensor], hidden: Tensor, sample: Batch, real: Tensor
+    finish: Callable[[Tensor, Batch], Output], hidden: Tensor, sample: Batch, real: Tensor
 ) -> Tensor:
     """Return the gradient of one sample's loss by its last hidden states, [1, tokens, hidden], float32."""
     hidden.requires_grad_()
     # Padding before the first token predicts nothing either.
     predicts = (real[:-1] & real[1:]).to(hidden.device)
-    logits = finish(hidden, sample)[0, :-1][predicts]
+    output = finish(hidden, sample)
     targets = sample["input_ids"][0, 1:].to(hidden.device)[predicts]
-    loss = functional.cross_entropy(logits.float(), targets)
+
+    def losses(targets: Tensor, states: Tensor) -> Tensor:
+        return functional.cross_entropy(output.head(states).float(), targets, reduction="none")[None]
+
+    loss = per_token(losses, output.vocabulary, targets, output.states[0, :-1][predicts]).mean()
     # The mean makes each token's share small; the scale makes up for at least that.
     scale = 2.0 ** (EXPONENT + len(targets).bit_length())
     (gradient,) = torch.autograd.grad(loss * scale, hidden)

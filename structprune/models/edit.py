@@ -69,7 +69,8 @@ def left_of(model: Model, outline: Outline, patch: Mapping[str, Any]) -> PreTrai
     """
     twin = twin_of(skeleton(model))
     remember_stored(twin, stored_layout(model))
-    _edit_whole(twin, outline, patch)
+    if outline or patch:
+        _edit_whole(twin, outline, patch)
     return twin
 
 

@@ -180,6 +180,8 @@ def _measure(
         touching = [stage for stage in stages if name in stage.written or name in stage.masked]
         if touching and name in touching[-1].written:
             found[name].foreign = not touching[-1].holds(name, tensor)
+        # Before the next one is read: the two largest are often neighbours in the file.
+        del tensor, masks, before
         give_back_memory()
         progress("verify", len(found), len(reader.tensors))
     # What a later stage took away or cut is counted in the stage's own mask.

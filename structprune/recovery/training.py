@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 
 from structprune.checkpoint.adapter import Factors, merge
 from structprune.errors import InputError, QualityError
+from structprune.models.outputs import BodyAndHead
 from structprune.progress import Progress
 from structprune.recipe.options import RecoverOptions
 from structprune.recovery.masked_lora import MaskedLayers
 from structprune.recovery.masks import check_merged, reapply, zeros
-from structprune.recovery.objective import distillation_loss, learning_rate, next_token_losses
+from structprune.recovery.objective import Losses, learning_rate, losses
 from structprune.recovery.windows import split_off
 
 log = logging.getLogger(__name__)
@@ -148,7 +149,10 @@ class _Loop:
         # No weight decay: it would pull the change back to zero, and the held-out check already guards it.
         optimizer = torch.optim.AdamW(layers.parameters(), lr=options.learning_rate, weight_decay=0.0)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.teacher = teacher.to(self.accelerator.device).eval() if teacher is not None else None
+        self.parts = BodyAndHead(model)
+        self.teacher: BodyAndHead | None = None
+        if teacher is not None:
+            self.teacher = BodyAndHead(teacher.to(self.accelerator.device).eval())
 
     def run(self, training: Tensor, held_out: Tensor, seed: int, progress: Progress | None) -> Recovery:
         """Train to the end, or until the loss is not a number; keep the best."""
@@ -164,17 +168,17 @@ class _Loop:
         if not math.isfinite(start):
             recovery.stopped = f"the held-out loss is {start} before the first step"
             return recovery
-        losses: list[float] = []
+        taken: list[float] = []
         for step in range(1, options.steps + 1):
-            losses.append(self.step(batches, step))
-            if not math.isfinite(losses[-1]):
+            taken.append(self.step(batches, step))
+            if not math.isfinite(taken[-1]):
                 recovery.stopped = f"the loss or its gradient is not finite at step {step}"
                 break
             if progress is not None:
                 progress("recover", step, options.steps)
             if step % options.check_every == 0 or step == options.steps:
-                check = Check(step, sum(losses) / len(losses), self.measure(check_loader))
-                losses = []
+                check = Check(step, sum(taken) / len(taken), self.measure(check_loader))
+                taken = []
                 self._keep_best(recovery, check)
         if recovery.stopped:
             log.warning("recovery stops early: %s", recovery.stopped)
@@ -200,24 +204,32 @@ class _Loop:
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Return the loss of one batch, a scalar; with a teacher, both parts in their proportion."""
-        logits = _logits(self.model, tokens)
-        loss = next_token_losses(logits, tokens).mean()
-        if self.teacher is None:
+        found = self.losses(tokens, self.teacher)
+        loss = found.next_token.mean()
+        if found.distillation is None:
             return loss
-        with torch.no_grad():
-            dense = _logits(self.teacher, tokens)
         share = self.options.teacher_weight
-        return (1 - share) * loss + share * distillation_loss(logits, dense, self.options.temperature)
+        return (1 - share) * loss + share * found.distillation
+
+    def losses(self, tokens: Tensor, teacher: BodyAndHead | None = None) -> Losses:
+        """Return what one batch costs; no more than a slice of its logits is ever held."""
+        batch, dense = {"input_ids": tokens}, None
+        # A loop over experts asks for the parametrised weight once for each of them; it is built once.
+        with parametrize.cached():
+            output = self.parts.run(batch, call=self.model)
+        if teacher is not None:
+            with torch.no_grad():
+                dense = teacher.run(batch)
+        return losses(output, tokens, dense=dense, temperature=self.options.temperature)
 
     @torch.no_grad()
     def measure(self, loader: Any) -> float:
         """Return the mean held-out loss, nats per token, with weights rounded to their stored dtypes."""
-        losses = []
+        found = []
         with self.layers.rounded(self.dtypes):
             for (tokens,) in loader:
-                found = next_token_losses(_logits(self.model, tokens), tokens)
-                losses.append(self.accelerator.gather_for_metrics(found))
-        return float(torch.cat(losses).double().mean())
+                found.append(self.accelerator.gather_for_metrics(self.losses(tokens).next_token))
+        return float(torch.cat(found).double().mean())
 
     def _keep_best(self, recovery: Recovery, check: Check) -> None:
         """Write a check down, and the factors when they are the best so far."""
@@ -233,14 +245,6 @@ def _endless(loader: Any) -> Iterator[Tensor]:
     while True:
         for (tokens,) in loader:
             yield tokens
-
-
-def _logits(model: Any, tokens: Tensor) -> Tensor:
-    """Return the logits, shape [batch, tokens, vocabulary]."""
-    # A loop over experts asks for the parametrised weight once for each of them; it is built once.
-    with parametrize.cached():
-        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-    return logits
 
 
 @contextmanager

@@ -15,10 +15,14 @@ from structprune.storage.durable import DurableFile
 CARD_FILE = "README.md"
 # What a derived model may not drop or change, and what stays true of it.
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-PLAIN = (
+ZEROS = (
     "The removed weights are stored as zeros in ordinary dense tensors. **This makes neither the files "
     "smaller nor dense kernels faster**: a program saves memory or time only when it uses the zeros. To get "
     "a smaller and faster model on every runtime, remove whole units (width, depth, experts)."
+)
+SMALLER = (
+    "It has {fewer:,} parameters fewer than the {dense:,} of the dense model: the files are smaller, and "
+    "every runtime that opens them has less to compute."
 )
 PATTERN = (
     " The {pattern} pattern holds in every pruned matrix; hardware with support for it can use it, after the "
@@ -47,7 +51,12 @@ def write_card(
     data = ModelCardData(
         base_model=shown,
         library_name="transformers",
-        tags=["pruning", "sparse", "structprune", *str(report["method"]).split("+")],
+        tags=[
+            "pruning",
+            *(["sparse"] if report["sparsity"] else []),
+            "structprune",
+            *str(report["method"]).split("+"),
+        ],
         model_name=name,
         eval_results=results or None,
         **({"pipeline_tag": "text-generation"} | _inherited(source)),
@@ -66,7 +75,11 @@ def _sections(folder: Path, report: Mapping[str, Any], name: str, base: str, rec
     yield f"# {name}"
     yield f"`{base}`, pruned with **{report['method']}** by {made_by}."
     pattern = report["pattern"]
-    yield PLAIN + (PATTERN.format(pattern=pattern) if ":" in str(pattern) else "")
+    sizes = report["parameters"]
+    if sizes["pruned"] < sizes["dense"]:
+        yield SMALLER.format(fewer=sizes["dense"] - sizes["pruned"], dense=sizes["dense"])
+    if report["sparsity"]:
+        yield ZEROS + (PATTERN.format(pattern=pattern) if ":" in str(pattern) else "")
     yield from (f"Note: {stage['note']}." for stage in report.get("stages", ()) if "note" in stage)
     yield "## Dense and pruned"
     yield _markdown(("", "dense", "pruned"), table(report))
