@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from structprune.plan.plan import Plan, PlanWriter
 from structprune.pruners import pruner as registry
 from structprune.pruners.pruner import Pruner
 from structprune.pruners.weight._family import WeightPruner
+from structprune.pruners.weight._scored import ScorePruner
 from tests.methods import METHODS, WEIGHT_METHODS, accepts, quick, weigher
 from tests.tiny import FAMILIES, save_tiny, tiny, tokens
 
@@ -229,6 +230,60 @@ def test_a_run_killed_while_it_measures_resumes_with_the_same_bytes(
     if not gradient_norm(pruner.solving):  # what was noted of a block is not measured again
         assert len(written) == 2
     monkeypatch.setattr(Notebook, "write", write)
+
+
+# What is stored in one dtype and computed in another; rounding to the first must be what later blocks see.
+DTYPES = [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float32")]
+ROUNDING: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in WEIGHT_METHODS),
+    *(("wanda", {"repair": repair}) for repair in ("obs", "least_squares", "dsnot")),
+    ("sparsegpt", {"repair": "least_squares"}),
+]
+
+
+@pytest.mark.parametrize(("stored", "computed"), DTYPES)
+@pytest.mark.parametrize(("method", "fields"), ROUNDING, ids=lambda value: str(value))
+class TestStoredAndComputedDtypes:
+    def test_new_values_are_rounded_to_what_their_tensor_is_stored_in(
+        self, method: str, fields: dict[str, Any], stored: str, computed: str, tmp_path: Path
+    ) -> None:
+        folder = save_tiny("llama", tmp_path / "model", shards=2, dtype=getattr(torch, stored))
+        pruner, data = weigher(method, **fields), batches(tiny("llama"))
+        outputs, plans = [], []
+        for stream in (False, True):
+            model = open_model(folder, stream=stream, dtype=computed)
+            # A model in memory hashes its weights as it computes with them; a run passes the files' hash.
+            plans.append(pruner.calibrate(model, data, pruner.writer(None, model, "0" * 64)))
+            outputs.append(logits(pruner.apply(model, plans[-1]), data[0]))
+        assert plans[0].id == plans[1].id
+        assert torch.equal(*outputs) and outputs[0].dtype == getattr(torch, computed)
+        written = [key for key in plans[0] if key.edit in WRITTEN]
+        updates = fields.get("repair") in ("obs", "least_squares") or not issubclass(
+            registry.find(method), ScorePruner
+        )
+        assert bool(written) == updates
+        assert all(plans[0][key].dtype == getattr(torch, stored) for key in written)
+
+    def test_later_blocks_see_the_rounded_values(
+        self, method: str, fields: dict[str, Any], stored: str, computed: str, tmp_path: Path
+    ) -> None:
+        if gradient_norm(weigher(method).solving):
+            return  # gradients are those of the dense model, whatever the first block has become
+        folder = save_tiny("llama", tmp_path / "model", dtype=getattr(torch, stored))
+        data = batches(tiny("llama"))
+        whole = weigher(method, propagate="pruned", **fields).calibrate(
+            open_model(folder, dtype=computed), data
+        )
+        # The first block as its finished decision leaves it, read back from the disk; then the second one.
+        first = weigher(method, skip="1", **fields)
+        model = open_model(folder, dtype=computed)
+        first.calibrate(model, data).save(tmp_path / "first")
+        model = first.apply(model, Plan.load(tmp_path / "first"))
+        second = weigher(method, propagate="pruned", skip="0", **fields).calibrate(model, data)
+        expected = dict(whole.blocks[1])
+        assert expected and expected.keys() == second.keys()
+        for key, value in expected.items():
+            assert torch.equal(value, second[key]), key
 
 
 # One family of each way to keep a matrix: as it is, transposed, several experts in one.

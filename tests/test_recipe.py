@@ -10,7 +10,7 @@ from structprune.decide.sparsity import fraction_of
 from structprune.errors import UsageError
 from structprune.pruners import pruner
 from structprune.recipe.options import EvaluateOptions, RecoverOptions, sparsity_of
-from structprune.recipe.recipe import Recipe, assemble, choose, describe, load, options
+from structprune.recipe.recipe import Recipe, assemble, choose, describe, load, options, stage
 from structprune.storage import strict_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -170,3 +170,9 @@ def test_a_method_describes_itself_from_its_file():
     assert fields["compare"]["default"] == "row"
     assert fields["compare"]["type"] == "row | matrix"
     assert all(row["about"] for row in told["fields"])
+
+
+@pytest.mark.parametrize("method", ["random", "armor"])
+def test_a_recipes_seed_is_a_methods_unless_it_says_another(method: str) -> None:
+    assert stage({"method": method}, seed=7).model_dump()["seed"] == 7
+    assert stage({"method": method, "seed": 3}, seed=7).model_dump()["seed"] == 3

@@ -163,3 +163,14 @@ def test_what_the_proxy_needs_must_be_there() -> None:
         )
     with pytest.raises(QualityError, match="not finite"):
         factorise_weight(torch.full((8, 8), torch.nan), torch.ones(8), wrapper=4)
+
+
+def test_another_seed_moves_other_groups() -> None:
+    weight, seen = layer()
+    cores = [
+        factorise_weight(
+            weight, seen.norm(dim=0), wrapper=16, search=ArmorSearch(20, seed, solver="adam")
+        ).core
+        for seed in (0, 1)
+    ]
+    assert not torch.equal(*cores)
