@@ -176,3 +176,11 @@ def test_a_method_describes_itself_from_its_file():
 def test_a_recipes_seed_is_a_methods_unless_it_says_another(method: str) -> None:
     assert stage({"method": method}, seed=7).model_dump()["seed"] == 7
     assert stage({"method": method, "seed": 3}, seed=7).model_dump()["seed"] == 3
+
+
+def test_a_key_that_a_repair_does_not_have_is_told_with_those_it_has() -> None:
+    with pytest.raises(UsageError, match="unknown key") as raised:
+        stage({"method": "wanda", "repair": {"name": "dsnot", "round": 3}})
+    assert raised.value.hint == "did you mean 'rounds'?"
+    (row,) = [row for row in describe("wanda")["fields"] if row["name"] == "repair"]
+    assert row["type"] == "obs | least_squares | dsnot"
