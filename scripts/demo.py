@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import structprune
+from structprune.checkpoint.writing import Writing
 from structprune.cli.terminal import logging_to_stderr, progress_on_stderr, stoppable
 from structprune.demo.tasks import write_tasks, write_text
 from structprune.recipe.options import EvaluateOptions, RecoverOptions
@@ -25,6 +26,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "wanda 2:4": {"method": "wanda", "sparsity": "2:4"},
     "wanda 70%": {"method": "wanda", "sparsity": 0.7},
 }
+ANEW = Writing(overwrite=True, restart=True)
 RECOVERED = "wanda 70%"
 # Enough windows and questions for errors well below the differences between methods, few enough for minutes.
 WINDOWS, LENGTH, QUESTIONS = 48, 256, 100
@@ -55,7 +57,7 @@ def main() -> None:
             recipe = structprune.Recipe.model_validate(
                 {"model": "demo", "output": output / folder(label), "prune": stage, "evaluate": measured}
             )
-            reports[label] = structprune.prune(recipe, overwrite=True, restart=True, progress=staged(label))
+            reports[label] = structprune.prune(recipe, writing=ANEW, progress=staged(label))
         label = f"{RECOVERED} + LoRA"
         reports[label] = structprune.recover(
             str(output / folder(RECOVERED)),
@@ -64,8 +66,7 @@ def main() -> None:
                 data="demo", steps=120, learning_rate=2e-3, length=128, batch_size=16, teacher="demo"
             ),
             evaluate=EvaluateOptions.model_validate(measured),
-            overwrite=True,
-            restart=True,
+            writing=ANEW,
             progress=staged(label),
         )
     rows = [row(label, report) for label, report in reports.items()]

@@ -2,6 +2,9 @@
 
 report = structprune.prune("demo", "out", "wanda")
 model, tokenizer = structprune.load("out")
+
+How a model is opened and how a result is written are values that every function takes whole:
+`prune("demo", "out", "wanda", writing=Writing(overwrite=True))`, `load("out", Opening(stream=True))`.
 """
 
 import importlib
@@ -20,12 +23,15 @@ from structprune.version import __version__
 
 if TYPE_CHECKING:
     from structprune.checkpoint.load import load as load
+    from structprune.checkpoint.writing import Writing as Writing
     from structprune.machine import environment as environment
+    from structprune.models.opening import Opening as Opening
     from structprune.pipeline.apply import apply as apply
     from structprune.pipeline.dry_run import dry_run as dry_run
     from structprune.pipeline.evaluate import evaluate as evaluate
     from structprune.pipeline.export import export as export
     from structprune.pipeline.inspect import inspect as inspect
+    from structprune.pipeline.methods import methods as methods
     from structprune.pipeline.prune import prune as prune
     from structprune.pipeline.recover import recover as recover
     from structprune.pipeline.sweep import prune_each as prune_each
@@ -33,14 +39,22 @@ if TYPE_CHECKING:
     from structprune.plan.plan import Plan as Plan
     from structprune.pruners.pruner import Pruner as Pruner
     from structprune.pruners.pruner import find as find
+    from structprune.recipe.options import EvaluateOptions as EvaluateOptions
+    from structprune.recipe.options import RecoverOptions as RecoverOptions
     from structprune.recipe.recipe import Recipe as Recipe
+    from structprune.recipe.recipe import choose_recipe as choose_recipe
 
 # Found when they are first asked for: torch and transformers take seconds to import, `--help` should not.
 _HOMES = {
+    "EvaluateOptions": "recipe.options",
+    "Opening": "models.opening",
     "Plan": "plan.plan",
     "Pruner": "pruners.pruner",
     "Recipe": "recipe.recipe",
+    "RecoverOptions": "recipe.options",
+    "Writing": "checkpoint.writing",
     "apply": "pipeline.apply",
+    "choose_recipe": "recipe.recipe",
     "dry_run": "pipeline.dry_run",
     "environment": "machine",
     "evaluate": "pipeline.evaluate",
@@ -48,6 +62,7 @@ _HOMES = {
     "find": "pruners.pruner",
     "inspect": "pipeline.inspect",
     "load": "checkpoint.load",
+    "methods": "pipeline.methods",
     "prune": "pipeline.prune",
     "prune_each": "pipeline.sweep",
     "recover": "pipeline.recover",
@@ -56,17 +71,22 @@ _HOMES = {
 
 __all__ = [
     "EnvironmentFailure",
+    "EvaluateOptions",
     "InputError",
     "Interrupted",
+    "Opening",
     "Plan",
     "Pruner",
     "QualityError",
     "Recipe",
+    "RecoverOptions",
     "StructpruneError",
     "UsageError",
     "VerificationError",
+    "Writing",
     "__version__",
     "apply",
+    "choose_recipe",
     "dry_run",
     "environment",
     "evaluate",
@@ -74,6 +94,7 @@ __all__ = [
     "find",
     "inspect",
     "load",
+    "methods",
     "prune",
     "prune_each",
     "recover",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from structprune.checkpoint.writing import Writing
 from structprune.pruners import pruner as registry
 from structprune.pruners.pruner import Pruner
 from structprune.pruners.weight._family import WeightPruner
@@ -17,7 +18,7 @@ from structprune.pruners.weight._family import WeightPruner
 TEXT = str(Path(__file__).with_name("words.txt"))
 CALIBRATION = {"source": TEXT, "samples": 6, "length": 32, "batch_size": 4}
 EVALUATION = {"text": TEXT, "windows": 1, "length": 16, "generations": False}
-QUICK: dict[str, Any] = {"calibration": CALIBRATION, "evaluate": EVALUATION, "reload": False}
+QUICK: dict[str, Any] = {"calibration": CALIBRATION, "evaluate": EVALUATION, "writing": Writing(reload=False)}
 
 METHODS = sorted(registry.names())
 WEIGHT_METHODS = [name for name in METHODS if issubclass(registry.find(name), WeightPruner)]

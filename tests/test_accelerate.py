@@ -24,6 +24,7 @@ from structprune.checkpoint.accelerate import (
     unable,
 )
 from structprune.errors import UsageError
+from structprune.models.opening import Opening
 from structprune.models.outputs import logits
 from tests.tiny import save_tiny, tiny, tokens
 
@@ -167,8 +168,9 @@ class TestAccelerate:
 class TestLoad:
     def test_on_the_cpu_the_model_stays_dense_and_a_warning_says_why(self, tmp_path: Path, caplog) -> None:
         save_tiny("llama", tmp_path, dtype=torch.bfloat16)
-        model, tokenizer = structprune.load(tmp_path, accelerate="2:4")
-        plain, _ = structprune.load(tmp_path)
+        here = Opening(device="cpu")
+        model, tokenizer = structprune.load(tmp_path, here, accelerate="2:4")
+        plain, _ = structprune.load(tmp_path, here)
         assert tokenizer is not None
         assert torch.equal(logits(model, tokens(plain)), logits(plain, tokens(plain)))
         assert "nothing gets faster" in caplog.text and "'cpu'" in caplog.text
@@ -178,7 +180,7 @@ class TestLoad:
         with pytest.raises(UsageError, match="1:4"):
             structprune.load(tmp_path / "nowhere", accelerate="1:4")
         with pytest.raises(UsageError, match="streamed"):
-            structprune.load(tmp_path / "nowhere", accelerate="2:4", stream=True)
+            structprune.load(tmp_path / "nowhere", opening=Opening(stream=True), accelerate="2:4")
 
     @pytest.mark.parametrize(("capability", "able"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
     def test_cards_before_ampere_have_no_such_kernels(

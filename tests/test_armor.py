@@ -23,6 +23,7 @@ from structprune.checkpoint.plans import plans_of
 from structprune.errors import EnvironmentFailure, UsageError
 from structprune.models.arch import all_linears, blocks
 from structprune.models.modules import FactoredLinear
+from structprune.models.opening import Opening
 from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
 from structprune.models.walk import Walk
@@ -63,7 +64,7 @@ def reloaded(written: dict[str, tuple[Path, Path, dict[str, Any]]]) -> dict[str,
     for _, folder, _ in written.values():
         model, _ = structprune.load(folder)
         ids = fresh.probe(model.config)
-        jobs.append(fresh.Job(folder, ids, "float32", trusted=True))
+        jobs.append(fresh.ReloadJob(folder, ids, Opening(dtype="float32", trust_remote_code=True)))
         ours.append(logits(model, {"input_ids": ids}))
     return dict(zip(written, zip(fresh.reload(jobs), ours, strict=True), strict=True))
 
@@ -88,7 +89,7 @@ class TestAFolder:
         source, folder, report = written[family]
         assert report["verification"]["ok"] and report["sparsity"] == 0.5 and report["pattern"] == "2:4"
         resident, _ = structprune.load(folder)
-        streamed, _ = structprune.load(folder, stream=True)
+        streamed, _ = structprune.load(folder, Opening(stream=True))
         factored = [one for one in resident.modules() if isinstance(one, FactoredLinear)]
         assert len(factored) == 14
         probe = {"input_ids": fresh.probe(resident.config)}
@@ -160,10 +161,10 @@ class TestTrust:
         probe = {"input_ids": fresh.probe(open_model(source).config)}
         expected = logits(structprune.load(good)[0], probe)
         for stream in (False, True):
-            model, _ = structprune.load(folder, stream=stream)
+            model, _ = structprune.load(folder, Opening(stream=stream))
             assert torch.equal(logits(model, probe), expected)
         for stream in (False, True):
-            found = verify(folder, source, stream=stream)
+            found = verify(folder, source, opening=Opening(stream=stream))
             # The fresh process runs a file that we generate, and finds the right logits with it.
             assert [check.name for check in found.failed] == ["manifest", "modelling file"]
             assert any(check.name == "reload" and check.ok for check in found.checks)

@@ -1,9 +1,9 @@
 """Impossible arguments and recipes: exit 2 (or 4 for a place that is taken), one line that names the key."""
 
-import functools
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,12 @@ def refused(command, tmp_path, monkeypatch):
 @pytest.fixture
 def without_reload(monkeypatch):
     """Leave out the fresh process at the end of a run, which would take most of the time here."""
-    monkeypatch.setattr(structprune, "prune", functools.partial(structprune.prune, reload=False))
+    prune = structprune.prune
+
+    def quick(recipe, *, writing, **options):
+        return prune(recipe, writing=replace(writing, reload=False), **options)
+
+    monkeypatch.setattr(structprune, "prune", quick)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 from structprune.calibration import texts as texts_module
 from structprune.calibration.data import load
+from structprune.calibration.text_source import TextSource
 from structprune.calibration.texts import hub_failure, texts
 from structprune.errors import EnvironmentFailure, InputError, StructpruneError, UsageError
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
@@ -33,7 +34,7 @@ def write(tmp_path: Path) -> Write:
 def refused(source: str, kind: type[StructpruneError] = InputError, **options: str) -> str:
     """Return the one line with which reading a source is refused."""
     with pytest.raises(kind) as caught:
-        list(texts_module.pieces(source, **options))
+        list(texts_module.pieces(TextSource(source, **options)))
     line = str(caught.value)
     assert "\n" not in line
     return line
@@ -56,17 +57,17 @@ def test_a_folder_without_a_tokenizer_is_refused_where_one_is_needed(tmp_path: P
 def test_too_few_tokens_are_counted_and_what_fits_is_offered(write: Write) -> None:
     source = write("short.txt", b"x" * 100)
     with pytest.raises(InputError) as caught:
-        load(source, tokenizer(), samples=4, length=64)
+        load(TextSource(source), tokenizer(), samples=4, length=64)
     assert "has 100 tokens" in str(caught.value)
     assert "4 samples of length 64 need 256" in str(caught.value)
     assert "1 samples of length 64, or 4 samples of length 25" in str(caught.value)
-    assert load(source, tokenizer(), samples=1, length=64).facts["tokens_available"] == 100
-    assert load(source, tokenizer(), samples=4, length=25).facts["samples"] == 4
+    assert load(TextSource(source), tokenizer(), samples=1, length=64).facts["tokens_available"] == 100
+    assert load(TextSource(source), tokenizer(), samples=4, length=25).facts["samples"] == 4
 
 
 def test_a_text_for_which_nothing_fits_is_refused_with_its_count(write: Write) -> None:
     with pytest.raises(InputError, match=r"has 1 tokens.*use a longer text"):
-        load(write("short.txt", b"x"), tokenizer(), samples=4, length=64)
+        load(TextSource(write("short.txt", b"x")), tokenizer(), samples=4, length=64)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_a_file_that_is_not_parquet_is_refused(write: Write) -> None:
 
 def test_a_length_over_what_the_model_knows_is_refused(write: Write) -> None:
     with pytest.raises(UsageError, match=r"length 256 is more than .*max_position_embeddings, 128"):
-        load(write("a.txt", b"x" * 1000), tokenizer(), samples=1, length=256, max_length=128)
+        load(TextSource(write("a.txt", b"x" * 1000)), tokenizer(), samples=1, length=256, max_length=128)
 
 
 GOOD = b'{"text": ""}\n'  # 13 bytes, good as a line of either kind
@@ -199,7 +200,7 @@ def test_a_token_never_reaches_a_message() -> None:
 
 
 def test_texts_stops_at_the_first_bad_row_and_not_before(write: Write) -> None:
-    rows = texts(write("pages.jsonl", b'{"text": "one"}\nnot json\n'))
+    rows = texts(TextSource(write("pages.jsonl", b'{"text": "one"}\nnot json\n')))
     assert next(rows) == "one"
     with pytest.raises(InputError, match="line 2"):
         next(rows)

@@ -13,7 +13,8 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from structprune.calibration import texts as texts_module
-from structprune.calibration.data import cut, encode, load, opening, window_length
+from structprune.calibration.data import cut, encode, load, sequence_start, window_length
+from structprune.calibration.text_source import TextSource
 from structprune.calibration.texts import name_of, pieces, texts
 from structprune.errors import UsageError
 from tests.tiny import tokenizer
@@ -38,12 +39,12 @@ def with_bos() -> PreTrainedTokenizerFast:
 
 
 def test_plain_text_is_read_as_it_stands(prose: str) -> None:
-    assert list(texts(prose)) == [PROSE]
+    assert list(texts(TextSource(prose))) == [PROSE]
 
 
 def test_plain_text_comes_in_pieces_cut_after_a_line(prose: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts_module, "PIECE_CHARACTERS", 1000)
-    parts = list(texts(prose))
+    parts = list(texts(TextSource(prose)))
     assert "".join(parts) == PROSE
     assert len(parts) > 5
     assert all(part.endswith("\n") and len(part) < 1100 for part in parts)
@@ -52,32 +53,32 @@ def test_plain_text_comes_in_pieces_cut_after_a_line(prose: str, monkeypatch: py
 def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / "marked.txt"
     path.write_bytes(b"\xef\xbb\xbfH\xc3\xa9llo\n")
-    assert list(texts(str(path))) == ["Héllo\n"]
+    assert list(texts(TextSource(str(path)))) == ["Héllo\n"]
 
 
 def test_jsonl_yields_one_document_per_line(tmp_path: Path) -> None:
     path = tmp_path / "pages.jsonl"
     path.write_text('{"text": "one", "n": 1}\n\n{"text": ""}\n{"text": "two"}\n')
-    assert list(texts(str(path))) == ["one", "", "two"]
+    assert list(texts(TextSource(str(path)))) == ["one", "", "two"]
 
 
 def test_jsonl_reads_the_column_it_is_told(tmp_path: Path) -> None:
     path = tmp_path / "pages.jsonl"
     path.write_text('{"body": "one"}\n')
-    assert list(texts(str(path), column="body")) == ["one"]
+    assert list(texts(TextSource(str(path), column="body"))) == ["one"]
 
 
 def test_parquet_yields_one_document_per_row(tmp_path: Path) -> None:
     path = tmp_path / "pages.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"], "n": [1, 2]}), path)
-    assert list(texts(str(path))) == ["one", "two"]
+    assert list(texts(TextSource(str(path)))) == ["one", "two"]
 
 
 def test_documents_are_joined_by_a_blank_line_as_published_perplexities_join_them(tmp_path: Path) -> None:
     path = tmp_path / "pages.jsonl"
     rows = ["one", "", "two"]
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    assert "".join(pieces(str(path))) == "\n\n".join(rows)
+    assert "".join(pieces(TextSource(str(path)))) == "\n\n".join(rows)
 
 
 def test_pieces_of_documents_are_joined_like_the_documents(
@@ -87,7 +88,7 @@ def test_pieces_of_documents_are_joined_like_the_documents(
     path = tmp_path / "pages.jsonl"
     rows = [f"document {number}" for number in range(9)]
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    parts = list(pieces(str(path)))
+    parts = list(pieces(TextSource(str(path))))
     assert len(parts) > 3
     assert "".join(parts) == "\n\n".join(rows)
 
@@ -102,7 +103,10 @@ def test_a_data_set_is_asked_for_with_its_configuration_split_and_revision(
         return datasets.Dataset.from_dict({"page": ["one", "two"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert list(texts("group/pages:small", column="page", split="test", revision="abc")) == ["one", "two"]
+    assert list(texts(TextSource("group/pages:small", column="page", split="test", revision="abc"))) == [
+        "one",
+        "two",
+    ]
     assert (asked["path"], asked["name"], asked["split"]) == ("group/pages", "small", "test")
     assert asked["revision"] == "abc"
 
@@ -124,7 +128,7 @@ def test_every_sample_is_a_window_of_the_text_and_none_is_drawn_twice(prose: str
     ours = tokenizer()
     stream = encode([PROSE], ours)
     windows = {tuple(window) for window in cut(stream, 16).tolist()}
-    data = load(prose, ours, samples=20, length=16, batch_size=8)
+    data = load(TextSource(prose), ours, samples=20, length=16, batch_size=8)
     drawn = [tuple(row) for batch in data.batches for row in batch["input_ids"].tolist()]
     assert [len(batch["input_ids"]) for batch in data.batches] == [8, 8, 4]
     assert len(drawn) == len(set(drawn)) == 20
@@ -135,20 +139,22 @@ def test_every_sample_is_a_window_of_the_text_and_none_is_drawn_twice(prose: str
 
 def test_the_seed_decides_what_is_drawn(prose: str) -> None:
     one, again, other = (
-        load(prose, tokenizer(), samples=8, length=16, seed=seed).facts["sha256"] for seed in (0, 0, 1)
+        load(TextSource(prose), tokenizer(), samples=8, length=16, seed=seed).facts["sha256"]
+        for seed in (0, 0, 1)
     )
     assert one == again != other
 
 
 def test_the_batch_size_changes_no_sample(prose: str) -> None:
     one, other = (
-        load(prose, tokenizer(), samples=9, length=16, batch_size=size).facts["sha256"] for size in (2, 9)
+        load(TextSource(prose), tokenizer(), samples=9, length=16, batch_size=size).facts["sha256"]
+        for size in (2, 9)
     )
     assert one == other
 
 
 def test_the_facts_say_what_was_read(prose: str) -> None:
-    facts = load(prose, tokenizer(), samples=4, length=16, seed=3).facts
+    facts = load(TextSource(prose), tokenizer(), samples=4, length=16, seed=3).facts
     available = encode([PROSE], tokenizer()).numel()
     assert available > 4 * 16 * 16
     assert facts["tokens_available"] == 4 * 16 * 16  # reading stops at 16 times what is needed
@@ -157,9 +163,9 @@ def test_the_facts_say_what_was_read(prose: str) -> None:
 
 
 def test_a_window_begins_as_the_tokenizer_begins_a_text(prose: str) -> None:
-    assert opening(tokenizer()).rule == "none"
+    assert sequence_start(tokenizer()).rule == "none"
     ours = with_bos()
-    data = load(prose, ours, samples=4, length=16)
+    data = load(TextSource(prose), ours, samples=4, length=16)
     ids = data.batches[0]["input_ids"]
     assert data.facts["bos"] == "window"
     assert ids.shape == (4, 16)
@@ -169,7 +175,9 @@ def test_a_window_begins_as_the_tokenizer_begins_a_text(prose: str) -> None:
 
 def test_a_token_can_begin_the_text_only(prose: str) -> None:
     ours = with_bos()
-    everything = load(prose, ours, samples=encode([PROSE], ours).numel() // 16, length=16, bos="text")
+    everything = load(
+        TextSource(prose), ours, samples=encode([PROSE], ours).numel() // 16, length=16, bos="text"
+    )
     ids = torch.cat([batch["input_ids"] for batch in everything.batches])
     assert int((ids == ours.bos_token_id).sum()) == 1
 
@@ -184,4 +192,4 @@ def test_the_length_defaults_to_what_the_model_knows_but_never_over_2048() -> No
 @pytest.mark.parametrize("options", [{"samples": 0}, {"batch_size": 0}, {"length": 1}])
 def test_counts_must_make_sense(prose: str, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="expected at least"):
-        load(prose, tokenizer(), **({"samples": 2, "length": 16} | options))
+        load(TextSource(prose), tokenizer(), **({"samples": 2, "length": 16} | options))

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from structprune.checkpoint.adapter import (
     Adapter,
-    Factors,
+    LowRankChange,
     is_adapter,
     merge_adapter,
     read_adapter,
@@ -72,7 +72,7 @@ def test_plain_peft_refuses_a_kept_adapter(dense: PreTrainedModel, tmp_path: Pat
 def test_a_damaged_adapter_is_refused_by_name(
     tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
-    factors = {"some.weight": Factors(torch.ones(4, 2), torch.ones(2, 3), 1.0)}
+    factors = {"some.weight": LowRankChange(torch.ones(4, 2), torch.ones(2, 3), 1.0)}
     save_adapter(tmp_path, Adapter(factors, base="/models/pruned", base_weights="0" * 64, masks="plans"))
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -82,8 +82,8 @@ def test_a_damaged_adapter_is_refused_by_name(
 
 def test_an_adapter_of_another_model_leaves_it_as_it_was(dense: PreTrainedModel) -> None:
     model, _ = pruned(dense)
-    wrong = Factors(torch.ones(64, 2), torch.ones(2, 63), 1.0)
-    fits = Factors(torch.ones(64, 2), torch.ones(2, 64), 1.0)
+    wrong = LowRankChange(torch.ones(64, 2), torch.ones(2, 63), 1.0)
+    fits = LowRankChange(torch.ones(64, 2), torch.ones(2, 64), 1.0)
     names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"]
     with pytest.raises(InputError, match=r"layers\.1.*has shape \[64, 63\], the model's tensor \[64, 64\]"):
         merge_adapter(model, Adapter(dict(zip(names, [fits, wrong], strict=True)), "x", "y", "plans"))

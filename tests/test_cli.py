@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import structprune
+from structprune.checkpoint.writing import Writing
 from structprune.cli.terminal import progress_on_stderr, say, stoppable
 from structprune.errors import InputError, Interrupted, QualityError
+from structprune.models.opening import Opening
 from structprune.pruners import pruner
 from structprune.recipe.options import EvaluateOptions, RecoverOptions
 
@@ -86,6 +88,7 @@ def test_the_flags_of_prune_become_a_recipe(calls, command):
             "--dtype",
             "float32",
             "--stream",
+            "--allow-external-symlinks",
         ),
         *("--set", "compare=matrix", "--include", "mlp", "--exclude", "down", "--exclude", "up", "--restart"),
         *("--revision", "main", "--max-ppl-ratio", "1.5", "--overwrite", "--trust-remote-code"),
@@ -105,8 +108,11 @@ def test_the_flags_of_prune_become_a_recipe(calls, command):
     )
     assert recipe.evaluate.max_ppl_ratio == 1.5
     assert options.pop("progress")
-    given = {"stream": True, "restart": True, "overwrite": True, "trust_remote_code": True}
-    assert options == given | {"scores": None}
+    assert options == {
+        "opening": Opening(stream=True, trust_remote_code=True, allow_external_symlinks=True),
+        "writing": Writing(overwrite=True, restart=True),
+        "scores": None,
+    }
 
 
 @pytest.mark.parametrize("dash", ["-", "_"])
@@ -120,7 +126,7 @@ def test_the_words_of_the_papers_are_understood(calls, command, dash):
     assert done.code == 0, done.err
     assert recipe.prune[0].sparsity == "2:4"
     assert (recipe.calibration.samples, recipe.calibration.length) == (4, 64)
-    assert options["stream"] is None
+    assert options["opening"] == Opening()
 
 
 def test_underscores_in_a_value_stay(calls, command):
@@ -193,15 +199,26 @@ def test_evaluate_and_recover_take_their_options(calls, command):
         5,
     )
     (model, options), rest = calls["evaluate"]
-    assert (model, rest["device"], rest["dtype"]) == ("out", "auto", "auto")
+    assert (model, rest["opening"]) == ("out", Opening())
     assert options == EvaluateOptions(text=("a.txt", "b.txt"), tasks=("a", "b"), compare="demo", limit=5)
 
     done = command(
-        "recover", "out", "new", "--data", "demo", "--steps", 7, "--set", "warmup=0.1", "--keep-adapter"
+        "recover",
+        "out",
+        "new",
+        "--data",
+        "demo",
+        "--steps",
+        7,
+        "--set",
+        "warmup=0.1",
+        "--keep-adapter",
+        "--seed",
+        3,
     )
     (model, output, options), rest = calls["recover"]
-    assert (model, output, rest["seed"]) == ("out", Path("new"), 0)
-    assert options == RecoverOptions(data="demo", steps=7, warmup=0.1, keep_adapter=True)
+    assert (model, output, rest["opening"]) == ("out", Path("new"), Opening())
+    assert options == RecoverOptions(data="demo", steps=7, warmup=0.1, keep_adapter=True, seed=3)
     assert done.out.startswith("held-out loss  2 -> 1 after step 5")
 
 

@@ -15,8 +15,10 @@ from torch import Tensor
 import structprune
 from structprune import prune_each
 from structprune.checkpoint.plans import plans_of, read_plans
+from structprune.checkpoint.writing import Writing
 from structprune.errors import InputError, UsageError
 from structprune.models.arch import all_linears
+from structprune.models.opening import Opening
 from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
 from structprune.plan.key import WRITTEN, Key
@@ -52,6 +54,8 @@ BUDGETS: dict[str, Any] = {
     "target_params": {"name": "target_params", "parameters": LEFT},
 }
 REPAIRS = ("none", "obs", "least_squares", "dsnot")
+
+AGAIN = Writing(overwrite=True, reload=False)
 
 
 def weights(folder: Path) -> dict[str, str]:
@@ -253,16 +257,16 @@ class TestThroughThePipeline:
             "wanda",
             budget="owl",
             repair="least_squares",
-            **QUICK | {"reload": True},
+            **QUICK | {"writing": Writing()},
         )
         assert report["verification"]["ok"] and report["sparsity"] == 0.5
         assert any("AutoModelForCausalLM" in loader for loader in report["loads_in"])
         again = structprune.verify(tmp_path / "out", str(source))
         assert again["ok"]
         assert {row["name"] for row in again["checks"]} >= {"values", "count", "masks", "reload", "source"}
-        ids = fresh.probe(open_model(source, stream=True).config)
+        ids = fresh.probe(open_model(source, Opening(stream=True)).config)
         ours, _ = structprune.load(tmp_path / "out")
-        (child,) = fresh.reload([fresh.Job(tmp_path / "out", ids, "bfloat16")])
+        (child,) = fresh.reload([fresh.ReloadJob(tmp_path / "out", ids, Opening(dtype="bfloat16"))])
         assert child.error == "" and child.logits is not None
         assert torch.equal(child.logits.float(), logits(ours, {"input_ids": ids}).float())
 
@@ -322,14 +326,14 @@ class TestSeveralSparsities:
             {"model": str(source), "output": tmp_path / "all", "prune": {"method": method}}
             | {"calibration": CALIBRATION, "evaluate": EVALUATION}
         )
-        runs = prune_each(recipe, [0.3, 0.5, "2:4"], reload=False)["runs"]
+        runs = prune_each(recipe, [0.3, 0.5, "2:4"], writing=Writing(reload=False))["runs"]
         assert len(calibrated) == looks
         assert [report["sparsity"] for report in runs.values()] == [
             pytest.approx(report["stages"][0]["reachable"]) for report in runs.values()
         ]
         for sparsity in (0.3, 0.5, "2:4"):
             single, out = tmp_path / "single", tmp_path / "all" / str(sparsity)
-            structprune.prune(source, single, method, sparsity=sparsity, overwrite=True, **QUICK)
+            structprune.prune(source, single, method, sparsity=sparsity, **QUICK | {"writing": AGAIN})
             assert weights(out) == weights(single)
             assert plans_of(out)[0].id == plans_of(single)[0].id
             assert verify(out, source, reload=False).ok

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from structprune.calibration.data import load
+from structprune.calibration.text_source import TextSource
 from structprune.calibration.texts import texts
 from structprune.errors import EnvironmentFailure, InputError, QualityError, UsageError
 from structprune.evaluation import perplexity
@@ -22,7 +23,10 @@ from structprune.evaluation.generations import beginnings, generations
 from structprune.evaluation.harness import harness
 from structprune.evaluation.perplexity import Scores, Windows, score, windows_of
 from structprune.models import outputs
+from structprune.models.opening import Opening
 from structprune.models.streamed import open_model
+from structprune.recipe.fields import build
+from structprune.recipe.options import EvaluateOptions
 from tests.tiny import LENGTH, VOCABULARY, save_tiny, tiny, tokenizer, tokens
 
 PROSE = "".join(f"Line {number} of a text, {number**2} squared.\n" for number in range(1000, 1040))
@@ -140,14 +144,19 @@ def test_a_stride_gives_a_bigram_model_the_perplexity_of_the_unbroken_text() -> 
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(prose: str) -> None:
-    result = evaluate(uniform(), tokenizer(), text=[prose], length=32, prompts=0)
+    result = evaluate(uniform(), tokenizer(), EvaluateOptions(text=[prose], length=32, generations=False))
     assert result.perplexity["prose"]["model"] == pytest.approx(VOCABULARY)
     assert result.perplexity["prose"]["dense"] is None
     assert result.divergence == {}
 
 
 def test_a_model_does_not_diverge_from_itself(prose: str) -> None:
-    result = evaluate(tiny("llama"), tokenizer(), text=[prose], dense=tiny("llama"), length=32, prompts=0)
+    result = evaluate(
+        tiny("llama"),
+        tokenizer(),
+        EvaluateOptions(text=[prose], length=32, generations=False),
+        dense=tiny("llama"),
+    )
     assert result.divergence["prose"] == {"kl": 0.0, "kl_se": 0.0, "top1_agreement": 1.0}
     assert result.perplexity["prose"]["model"] == result.perplexity["prose"]["dense"]
 
@@ -179,14 +188,10 @@ def test_streamed_models_give_the_figures_of_resident_ones(
     folders = [save_tiny("llama", tmp_path / f"seed{seed}", seed=seed) for seed in (0, 1)]
     resident, streamed = (
         evaluate(
-            open_model(folders[0], stream=stream),
+            open_model(folders[0], Opening(stream=stream)),
             tokenizer(),
-            dense=open_model(folders[1], stream=stream),
-            text=[prose],
-            length=32,
-            windows=5,
-            batch_size=2,
-            prompts=1,
+            EvaluateOptions(text=[prose], length=32, windows=5, batch_size=2, generations=True),
+            dense=open_model(folders[1], Opening(stream=stream)),
         )
         for stream in (False, True)
     )
@@ -197,7 +202,9 @@ def test_streamed_models_give_the_figures_of_resident_ones(
 def test_the_json_has_the_promised_shape_and_survives_nan(prose: str) -> None:
     broken: Any = tiny("llama")
     broken.get_output_embeddings().weight.data.fill_(math.nan)
-    result = evaluate(broken, tokenizer(), text=[prose], dense=tiny("llama"), length=32, prompts=0)
+    result = evaluate(
+        broken, tokenizer(), EvaluateOptions(text=[prose], length=32, generations=False), dense=tiny("llama")
+    )
     told = json.loads(json.dumps(result.as_json(), allow_nan=False))
     assert set(told) == {"perplexity", "divergence", "tasks", "protocol"}
     assert told["perplexity"]["prose"]["model"] is None
@@ -209,7 +216,9 @@ def test_the_json_has_the_promised_shape_and_survives_nan(prose: str) -> None:
 
 
 def test_the_protocol_says_how_it_was_measured(prose: str) -> None:
-    stamp = evaluate(uniform(), tokenizer(), text=[prose], prompts=0).protocol["texts"]["prose"]
+    stamp = evaluate(uniform(), tokenizer(), EvaluateOptions(text=[prose], generations=False)).protocol[
+        "texts"
+    ]["prose"]
     count = len(tokenizer()(PROSE)["input_ids"])
     assert stamp["length"] == LENGTH
     assert stamp["windows"] == count // LENGTH
@@ -223,30 +232,36 @@ def test_a_tokenizer_that_begins_texts_begins_every_window(prose: str) -> None:
     ours.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", ours.bos_token_id)]
     )
-    stamp = evaluate(uniform(), ours, text=[prose], length=32, windows=3, prompts=0).protocol["texts"][
-        "prose"
-    ]
+    stamp = evaluate(
+        uniform(), ours, EvaluateOptions(text=[prose], length=32, windows=3, generations=False)
+    ).protocol["texts"]["prose"]
     assert stamp["bos"] == "window"
     assert stamp["scored_tokens"] == 3 * 31
 
 
 def test_the_demo_text_is_not_what_calibration_reads() -> None:
-    stamp = evaluate(uniform(), tokenizer(), text=["demo"], length=64, windows=2, prompts=0).protocol["texts"]
-    seen = load("demo", tokenizer(), samples=1, length=64).facts
+    stamp = evaluate(
+        uniform(), tokenizer(), EvaluateOptions(text=["demo"], length=64, windows=2, generations=False)
+    ).protocol["texts"]
+    seen = load(TextSource("demo"), tokenizer(), samples=1, length=64).facts
     assert stamp["demo"]["windows"] == 2
-    assert stamp["demo"]["sha256"] != hashlib.sha256("".join(texts("demo")).encode()).hexdigest()
+    assert stamp["demo"]["sha256"] != hashlib.sha256("".join(texts(TextSource("demo"))).encode()).hexdigest()
     assert seen["tokens_available"] == 16 * 64
 
 
 def test_models_of_two_dtypes_or_vocabularies_are_not_compared(prose: str) -> None:
     half = tiny("llama", dtype=torch.bfloat16)
     with pytest.raises(UsageError, match="bfloat16, the one it is compared with in float32"):
-        evaluate(half, tokenizer(), text=[prose], dense=tiny("llama"), prompts=0)
+        evaluate(half, tokenizer(), EvaluateOptions(text=[prose], generations=False), dense=tiny("llama"))
     other = tokenizer()
     other.add_tokens(["zebra"])
     with pytest.raises(UsageError, match="different tokenizers"):
         evaluate(
-            tiny("llama"), tokenizer(), text=[prose], dense=tiny("llama"), dense_tokenizer=other, prompts=0
+            tiny("llama"),
+            tokenizer(),
+            EvaluateOptions(text=[prose], generations=False),
+            dense=tiny("llama"),
+            dense_tokenizer=other,
         )
 
 
@@ -272,25 +287,25 @@ def test_the_gate_lets_a_good_model_pass_and_stops_a_bad_one() -> None:
     [
         ({"length": LENGTH + 1}, f"max_position_embeddings, {LENGTH}"),
         ({"length": 32, "stride": 33}, "stride is 33, expected 1 to the length of a window, 32"),
-        ({"length": 32, "stride": 0}, "stride is 0"),
-        ({"windows": 0}, "windows is 0"),
+        ({"length": 32, "stride": 0}, "stride: found 0"),
+        ({"windows": 0}, "windows: found 0"),
     ],
 )
 def test_impossible_sizes_are_refused(prose: str, options: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
-        evaluate(uniform(), tokenizer(), text=[prose], prompts=0, **options)
+        evaluate(uniform(), tokenizer(), build(EvaluateOptions, {"text": prose} | options))
 
 
 def test_a_text_shorter_than_a_window_is_refused_with_its_count(tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("x" * 57)
     with pytest.raises(InputError, match=r"57 tokens are too few.*a length of at most 57"):
-        evaluate(uniform(), tokenizer(), text=[str(path)])
+        evaluate(uniform(), tokenizer(), EvaluateOptions(text=[str(path)]))
 
 
 def test_two_texts_of_one_name_are_refused(prose: str) -> None:
     with pytest.raises(UsageError, match="same name"):
-        evaluate(uniform(), tokenizer(), text=[prose, prose])
+        evaluate(uniform(), tokenizer(), EvaluateOptions(text=[prose, prose]))
 
 
 def test_generations_follow_the_likeliest_token_and_stop_at_the_end_of_text() -> None:
@@ -309,7 +324,7 @@ def test_prompts_come_from_the_beginning_of_the_text(prose: str) -> None:
     assert PROSE.startswith(prompts[0])
     assert all(prompt in PROSE for prompt in prompts)
     model = tiny("llama")
-    result = evaluate(model, tokenizer(), text=[prose], dense=model, length=32, windows=1)
+    result = evaluate(model, tokenizer(), EvaluateOptions(text=[prose], length=32, windows=1), dense=model)
     assert [one["prompt"] for one in result.generations] == prompts
     assert all(one["model"] == one["dense"] for one in result.generations)
 
@@ -345,7 +360,9 @@ def test_lm_eval_tasks_stand_beside_the_dense_ones(
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     model, dense, ours = tiny("llama"), tiny("llama", seed=1), tokenizer()
     before = ours.backend_tokenizer.to_str()
-    result = evaluate(model, ours, tasks=["tiny_choice"], include_path=tasks, dense=dense, limit=4)
+    result = evaluate(
+        model, ours, EvaluateOptions(tasks=["tiny_choice"], include_path=tasks, limit=4), dense=dense
+    )
     told = json.loads(json.dumps(result.as_json(), allow_nan=False))
     figures = told["tasks"]["tiny_choice"]["acc"]
     assert set(figures) == {"model", "dense"}
@@ -399,6 +416,6 @@ def test_a_damaged_task_file_is_refused_by_name(tasks: Path) -> None:
 
 
 def test_a_streamed_model_is_refused_by_lm_eval(tmp_path: Path) -> None:
-    model = open_model(save_tiny("llama", tmp_path / "model"), stream=True)
+    model = open_model(save_tiny("llama", tmp_path / "model"), Opening(stream=True))
     with pytest.raises(UsageError, match="need the whole model in memory"):
         harness(model, tokenizer(), ["tiny_choice"])

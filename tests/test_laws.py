@@ -16,6 +16,7 @@ from structprune.calibration.notebook import Notebook
 from structprune.calibration.statistics import gradient_norm
 from structprune.errors import InputError, Interrupted, UsageError
 from structprune.models.arch import all_linears, arch_of, blocks, linears
+from structprune.models.opening import Opening
 from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
 from structprune.plan.key import WRITTEN
@@ -150,7 +151,7 @@ class TestLaws:
         folder = save_tiny("llama", tmp_path / "model", shards=2, dtype=torch.bfloat16)
         pruner = quick(method)
         for name, stream in (("resident", False), ("streamed", True)):
-            model = open_model(folder, stream=stream)
+            model = open_model(folder, Opening(stream=stream))
             data = batches(tiny("llama"))
             pruner.calibrate(model, data).save(tmp_path / name)
             pruner.apply(model, Plan.load(tmp_path / name))
@@ -162,7 +163,7 @@ class TestLaws:
         probe = tokens(tiny("llama"), seed=9)
         results = []
         for stream in (False, True):
-            model = open_model(folder, stream=stream)
+            model = open_model(folder, Opening(stream=stream))
             plan = pruner.calibrate(model, batches(tiny("llama")))
             results.append(logits(pruner.apply(model, plan), probe))
         assert torch.equal(*results)
@@ -209,7 +210,7 @@ def test_a_run_killed_while_it_measures_resumes_with_the_same_bytes(
     pruner, data = weigher(method, **fields), batches(tiny("llama"))
 
     def run(name: str) -> Plan:
-        model = open_model(folder, stream=True)
+        model = open_model(folder, Opening(stream=True))
         return pruner.calibrate(model, data, pruner.writer(tmp_path / name, model, "weights"))
 
     whole = run("whole")
@@ -317,7 +318,9 @@ class TestEveryFamily:
             pruner = weigher(method, sparsity=sparsity, fold=True)
         by_row = by_row or sparsity == "2:4"
         data = batches(tiny(family))
-        plans = [pruner.calibrate(open_model(folder, stream=stream), data) for stream in (False, True)]
+        plans = [
+            pruner.calibrate(open_model(folder, Opening(stream=stream)), data) for stream in (False, True)
+        ]
         assert plans[0].id == plans[1].id
         _check_counts(pruner, plans[0], tiny(family))
         dense = state(open_model(folder))

@@ -15,6 +15,7 @@ from structprune.models import backward as walk
 from structprune.models.arch import Linear, arch_of, blocks, linears
 from structprune.models.backward import backward
 from structprune.models.gradients import GradientNorm
+from structprune.models.opening import Opening
 from structprune.models.spill import Spilled
 from structprune.models.streamed import Batch, Model, open_model
 from tests.tiny import save_tiny, tiny, tokens
@@ -96,7 +97,7 @@ def test_the_norms_are_those_of_autograd_on_the_whole_model(family: str) -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_streamed_and_a_resident_model_give_the_same_bits(family: str, tmp_path: Path) -> None:
     folder = save_tiny(family, tmp_path)
-    resident, streamed = open_model(folder), open_model(folder, stream=True)
+    resident, streamed = open_model(folder), open_model(folder, Opening(stream=True))
     batch = {"input_ids": tokens(tiny(family), batch=2, length=12)["input_ids"]}
     assert_equal(norms_of(streamed, [batch]), norms_of(resident, [batch]))
 
@@ -177,7 +178,7 @@ def test_only_the_norm_that_was_asked_for_is_kept() -> None:
 
 
 def test_blocks_come_last_to_first_and_take_their_gradients_with_them(tmp_path: Path) -> None:
-    model = open_model(save_tiny("llama", tmp_path), stream=True)
+    model = open_model(save_tiny("llama", tmp_path), Opening(stream=True))
     seen: list[tuple[str, dict[str, GradientNorm]]] = []
     for block, gradients in backward(model, [tokens(tiny("llama"), length=8)]):
         assert not any(gradients_before for _, gradients_before in seen)

@@ -12,6 +12,7 @@ from structprune.errors import InputError
 from structprune.models.edit import carry_out, temporarily
 from structprune.models.edited_reader import EditedReader
 from structprune.models.identity import architecture_of, names_of
+from structprune.models.opening import Opening
 from structprune.models.streamed import StreamedModel, open_model
 from structprune.plan.key import EDITS, Key
 from structprune.plan.plan import Origin, Plan, PlanWriter
@@ -30,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def plan_of(folder: Path, tensors: dict[Key, Tensor], patch: dict[str, object] | None = None) -> Plan:
-    architecture = architecture_of(open_model(folder, stream=True))
+    architecture = architecture_of(open_model(folder, Opening(stream=True)))
     writer = PlanWriter(None, Origin("by hand", {}, architecture, "0" * 64))
     writer.write(tensors, {})
     return writer.finish({}, patch=patch)
@@ -112,7 +113,7 @@ class TestLiveModels:
             for key, kept in kept_channels().items():
                 tensors[Key(key.name.replace("layers.0", f"layers.{block}"), key.kind)] = kept
         plan = plan_of(folder, tensors, {"intermediate_size": 48})
-        models = [open_model(folder, stream=stream) for stream in (False, True)]
+        models = [open_model(folder, Opening(stream=stream)) for stream in (False, True)]
         for model in models:
             carry_out(model, plan)
         resident, streamed = models

@@ -12,6 +12,7 @@ from transformers import CohereConfig, Gemma2Config, GPT2Config, OPTConfig, PreT
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from structprune.models import outputs
+from structprune.models.opening import Opening
 from structprune.models.outputs import BodyAndHead, logits, next_tokens, per_token
 from structprune.models.streamed import StreamedModel, open_model
 from structprune.recovery.objective import losses
@@ -89,7 +90,7 @@ def test_the_head_on_some_states_gives_the_logits_of_those_tokens(kind: str) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_streamed_model_says_the_same_to_the_last_bit(family: str, tmp_path: Path) -> None:
-    streamed = open_model(save_tiny(family, tmp_path), stream=True)
+    streamed = open_model(save_tiny(family, tmp_path), Opening(stream=True))
     assert isinstance(streamed, StreamedModel)
     resident = tiny(family)
     batch = tokens(resident)

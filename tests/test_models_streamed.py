@@ -20,6 +20,7 @@ from transformers import (
 
 from structprune.errors import InputError, UsageError
 from structprune.models.arch import blocks
+from structprune.models.opening import Opening
 from structprune.models.streamed import StreamedModel, open_model
 from tests.tiny import FAMILIES, save_tiny, tiny, tokens
 
@@ -34,13 +35,13 @@ def reference(family: str, folder: Path) -> PreTrainedModel:
 
 
 def resident(folder: Path, **options: Any) -> PreTrainedModel:
-    model = open_model(folder, **options)
+    model = open_model(folder, Opening(**options))
     assert isinstance(model, PreTrainedModel)
     return model
 
 
 def streamed(folder: Path, **options: Any) -> StreamedModel:
-    model = open_model(folder, stream=True, **options)
+    model = open_model(folder, Opening(stream=True, **options))
     assert isinstance(model, StreamedModel)
     return model
 
@@ -213,7 +214,7 @@ def test_an_explicit_dtype_converts_and_auto_keeps_the_dtype_of_the_files(name: 
     assert torch.equal(model.get_parameter("model.norm.weight"), kept.to(dtype))
     assert resident(folder).dtype == torch.float16
     with pytest.raises(UsageError, match="'int8' is not known"):
-        open_model(folder, dtype="int8")
+        Opening(dtype="int8")
 
 
 def test_what_transformers_keeps_in_float32_stays_in_float32(
@@ -278,7 +279,7 @@ def test_a_config_that_is_not_that_of_the_weights_is_refused(
 ) -> None:
     edit_json(own_llama / "config.json", **changes)
     with pytest.raises(InputError, match=message):
-        open_model(own_llama, stream=stream)
+        open_model(own_llama, Opening(stream=stream))
 
 
 def test_a_model_that_is_no_causal_language_model_is_refused(own_llama: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from structprune.errors import InputError
+from structprune.models.opening import Opening
 from structprune.models.streamed import open_model
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
 from tests.tiny import VOCABULARY, save_tiny, tokenizer
@@ -23,7 +24,7 @@ def test_the_tokenizer_of_the_folder_is_opened(folder: Path) -> None:
     text = "Hello wörld, the 日本 cat\n"
     assert opened(text)["input_ids"] == tokenizer()(text)["input_ids"]
     check_vocabulary(opened, open_model(folder))
-    check_vocabulary(opened, open_model(folder, stream=True))
+    check_vocabulary(opened, open_model(folder, Opening(stream=True)))
 
 
 def test_a_folder_without_a_tokenizer_is_told_apart_from_a_damaged_one(folder: Path) -> None:
@@ -34,16 +35,16 @@ def test_a_folder_without_a_tokenizer_is_told_apart_from_a_damaged_one(folder: P
         file.unlink()
     assert open_tokenizer(folder) is None
     with pytest.raises(InputError, match="there is no tokenizer"):
-        check_vocabulary(None, open_model(folder, stream=True))
+        check_vocabulary(None, open_model(folder, Opening(stream=True)))
 
 
 def test_a_tokenizer_with_more_ids_than_embeddings_is_refused_with_both_numbers(folder: Path) -> None:
     large: PreTrainedTokenizerFast = tokenizer()
     large.add_tokens([f"<extra {number}>" for number in range(VOCABULARY - len(large))])
-    check_vocabulary(large, open_model(folder, stream=True))
+    check_vocabulary(large, open_model(folder, Opening(stream=True)))
     large.add_tokens(["<one too many>"])
     with pytest.raises(InputError, match=rf"ids up to {VOCABULARY}, .* for {VOCABULARY} ids"):
-        check_vocabulary(large, open_model(folder, stream=True))
+        check_vocabulary(large, open_model(folder, Opening(stream=True)))
 
 
 def test_a_tokenizer_with_its_own_code_is_refused_unless_trusted(folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import structprune
 from structprune.checkpoint.manifest import check_manifest
 from structprune.checkpoint.packing import Form, holds
+from structprune.checkpoint.writing import Writing
 from structprune.errors import EnvironmentFailure, InputError, Interrupted, UsageError, VerificationError
 from structprune.pipeline.export import export
 from structprune.plan import block as plan_block
@@ -33,7 +34,9 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         root = tmp_path_factory.mktemp(family)
         save_tiny(family, root / "dense", dtype=dtype, shards=shards)
         pruner = registry.find("magnitude")(sparsity="2:4")
-        structprune.prune(root / "dense", root / "out", pruner, evaluate=EVALUATION, reload=False)
+        structprune.prune(
+            root / "dense", root / "out", pruner, evaluate=EVALUATION, writing=Writing(reload=False)
+        )
         found[family] = root / "out"
     return found
 
@@ -275,7 +278,7 @@ class TestRefusals:
         with pytest.raises(EnvironmentFailure, match="exists"):
             export(str(pruned["llama"]), tmp_path / "out", "2:4")
         assert files(tmp_path / "out") == before
-        export(str(pruned["llama"]), tmp_path / "out", "bitmask", overwrite=True)
+        export(str(pruned["llama"]), tmp_path / "out", "bitmask", writing=Writing(overwrite=True))
         assert files(tmp_path / "out") != before
         assert not list(tmp_path.glob("out.*"))
 

@@ -16,6 +16,7 @@ import torch
 import structprune
 import structprune.pipeline.prune as prune_module
 from structprune.calibration.notebook import Notebook
+from structprune.checkpoint.writing import Writing
 from structprune.errors import (
     EnvironmentFailure,
     InputError,
@@ -24,6 +25,7 @@ from structprune.errors import (
     StructpruneError,
     UsageError,
 )
+from structprune.models.opening import Opening
 from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
 from structprune.proof import fresh
@@ -32,7 +34,9 @@ from tests.methods import CALIBRATION, TEXT, accepts, quick
 from tests.tiny import save_tiny, tiny
 
 EVALUATION = {"text": TEXT, "windows": 2, "length": 32, "generations": False}
-QUICK: dict[str, Any] = {"calibration": CALIBRATION, "evaluate": EVALUATION, "reload": False}
+RESTART = Writing(restart=True, reload=False)
+ANEW = Writing(restart=True, overwrite=True, reload=False)
+QUICK: dict[str, Any] = {"calibration": CALIBRATION, "evaluate": EVALUATION, "writing": Writing(reload=False)}
 
 
 def digests(folder: Path, *, of: str = "*.safetensors") -> dict[str, str]:
@@ -52,7 +56,7 @@ def test_laws_5_and_8_every_method_holds_what_was_asked_and_reloads_to_the_same_
     llama: Path, tmp_path: Path
 ) -> None:
     jobs, expected = [], []
-    ids = fresh.probe(open_model(llama, stream=True).config)
+    ids = fresh.probe(open_model(llama, Opening(stream=True)).config)
     for method in registry.names():
         for sparsity in (0.25, "2:4"):
             if not accepts(method, sparsity=sparsity):
@@ -67,7 +71,7 @@ def test_laws_5_and_8_every_method_holds_what_was_asked_and_reloads_to_the_same_
             model, tokenizer = structprune.load(output)
             assert tokenizer is not None
             shipped = bool(list(output.glob("*.py")))  # products: our own modelling file, for transformers
-            jobs.append(fresh.Job(output, ids, "bfloat16", trusted=shipped))
+            jobs.append(fresh.ReloadJob(output, ids, Opening(dtype="bfloat16", trust_remote_code=shipped)))
             expected.append(logits(model, {"input_ids": ids}))
     for child, ours in zip(fresh.reload(jobs), expected, strict=True):
         assert child.error == ""
@@ -93,16 +97,18 @@ def test_the_input_is_never_touched_and_the_output_is_complete(llama: Path, tmp_
 def test_a_run_stopped_after_any_block_resumes_with_the_same_bytes(
     llama: Path, tmp_path: Path, killed_after: int, stream: bool
 ) -> None:
-    structprune.prune(llama, tmp_path / "whole", "wanda", stream=stream, **QUICK)
+    structprune.prune(llama, tmp_path / "whole", "wanda", opening=Opening(stream=stream), **QUICK)
 
     def stop(stage: str, done: int, total: int) -> None:
         if (stage.startswith("calibrate") and done == killed_after) or (killed_after == 0 and stage):
             raise Interrupted(signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        structprune.prune(llama, tmp_path / "out", "wanda", stream=stream, progress=stop, **QUICK)
+        structprune.prune(
+            llama, tmp_path / "out", "wanda", opening=Opening(stream=stream), progress=stop, **QUICK
+        )
     assert not (tmp_path / "out").exists()
-    report = structprune.prune(llama, tmp_path / "out", "wanda", stream=stream, **QUICK)
+    report = structprune.prune(llama, tmp_path / "out", "wanda", opening=Opening(stream=stream), **QUICK)
     assert report["blocks_resumed"] == max(killed_after, 1)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
@@ -150,7 +156,7 @@ def test_a_run_stopped_while_it_looks_at_the_whole_model_resumes_with_the_same_b
     method: str, fields: dict[str, str], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pruner = registry.find(method).model_validate(fields)
-    structprune.prune(llama, tmp_path / "whole", pruner, stream=True, **QUICK)
+    structprune.prune(llama, tmp_path / "whole", pruner, opening=Opening(stream=True), **QUICK)
     write = Notebook.write
 
     def stop(self: Notebook, block: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -160,10 +166,10 @@ def test_a_run_stopped_while_it_looks_at_the_whole_model_resumes_with_the_same_b
     with monkeypatch.context() as patch:
         patch.setattr(Notebook, "write", stop)
         with pytest.raises(Interrupted):
-            structprune.prune(llama, tmp_path / "out", pruner, stream=True, **QUICK)
+            structprune.prune(llama, tmp_path / "out", pruner, opening=Opening(stream=True), **QUICK)
     (noted,) = (path.name for path in tmp_path.glob(f"out.partial-*/structprune/plans/01-{method}/*"))
     assert noted.startswith(("budget-0000", "gradients-0001"))  # gradients come last block first
-    structprune.prune(llama, tmp_path / "out", pruner, stream=True, **QUICK)
+    structprune.prune(llama, tmp_path / "out", pruner, opening=Opening(stream=True), **QUICK)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
@@ -178,7 +184,10 @@ def test_an_unfinished_run_of_another_kind_is_named_and_forgotten_only_when_told
     other = QUICK | {"seed": 1}
     with pytest.raises(EnvironmentFailure, match=r"differs in .*calibration\.seed"):
         structprune.prune(llama, tmp_path / "out", "wanda", **other)
-    assert structprune.prune(llama, tmp_path / "out", "wanda", restart=True, **other)["blocks_resumed"] == 0
+    assert (
+        structprune.prune(llama, tmp_path / "out", "wanda", **other | {"writing": RESTART})["blocks_resumed"]
+        == 0
+    )
     assert not list(tmp_path.glob("*.partial-*"))
 
 
@@ -200,7 +209,9 @@ def test_several_stages_leave_one_plan_each(llama: Path, tmp_path: Path) -> None
         | {"calibration": CALIBRATION}
     )
     for stream in (False, True):
-        report = structprune.prune(recipe, stream=stream, overwrite=True, reload=False)
+        report = structprune.prune(
+            recipe, opening=Opening(stream=stream), writing=Writing(overwrite=True, reload=False)
+        )
         plans = [stage["folder"] for stage in report["stages"]]
         assert plans == ["01-magnitude", "02-wanda"]
         assert report["sparsity"] == 0.5
@@ -211,7 +222,9 @@ def test_several_stages_leave_one_plan_each(llama: Path, tmp_path: Path) -> None
 
 def test_apply_gives_the_bytes_of_the_run_that_made_the_plan(llama: Path, tmp_path: Path) -> None:
     structprune.prune(llama, tmp_path / "out", "wanda", **QUICK)
-    report = structprune.apply(str(llama), tmp_path / "again", tmp_path / "out", reload=False)
+    report = structprune.apply(
+        str(llama), tmp_path / "again", tmp_path / "out", writing=Writing(reload=False)
+    )
     assert report["sparsity"] == 0.5
     assert digests(tmp_path / "again") == digests(tmp_path / "out")
 
@@ -259,7 +272,7 @@ def test_the_dry_run_says_what_is_needed_and_writes_nothing(llama: Path, tmp_pat
     recipe = structprune.Recipe.model_validate(
         {"model": str(llama), "output": tmp_path / "out", "prune": {"method": "wanda", "sparsity": "2:4"}}
     )
-    found = structprune.dry_run(recipe, stream=True)
+    found = structprune.dry_run(recipe, opening=Opening(stream=True))
     assert found["stages"] == [{"method": "wanda", "unit": "weights", "asked": "2:4", "reachable": 0.5}]
     assert found["bytes"]["dense"] == sum(path.stat().st_size for path in llama.glob("*.safetensors"))
     assert found["memory_bytes"] > found["bytes"]["dense"]
@@ -281,7 +294,7 @@ def test_a_run_stopped_in_its_recovery_goes_on_there(
 
     def run(**more: Any) -> dict[str, Any]:
         found: dict[str, Any] = structprune.prune(
-            llama, tmp_path / "out", "wanda", sparsity=0.6, recover=recovery, **QUICK, **more
+            llama, tmp_path / "out", "wanda", sparsity=0.6, recover=recovery, **QUICK | more
         )
         return found
 
@@ -298,7 +311,7 @@ def test_a_run_stopped_in_its_recovery_goes_on_there(
         with pytest.raises(EnvironmentFailure, match="out: "):
             run()
         with pytest.raises(Interrupted):
-            run(restart=True, overwrite=True)
+            run(writing=ANEW)
 
 
 def test_restart_forgets_an_unfinished_recovery_too(llama: Path, tmp_path: Path) -> None:
@@ -306,9 +319,7 @@ def test_restart_forgets_an_unfinished_recovery_too(llama: Path, tmp_path: Path)
     recovery = {"teacher": str(llama), "steps": 2, "check_every": 1, "length": 16, "learning_rate": 1e-3}
     with pytest.raises(EnvironmentFailure, match="unfinished"):
         structprune.prune(llama, tmp_path / "out", "wanda", recover=recovery, **QUICK)
-    structprune.prune(
-        llama, tmp_path / "out", "wanda", recover=recovery, restart=True, overwrite=True, **QUICK
-    )
+    structprune.prune(llama, tmp_path / "out", "wanda", recover=recovery, **QUICK | {"writing": ANEW})
     assert (tmp_path / "out" / "structprune.json").is_file()
     assert not list(tmp_path.glob("*.partial-*"))
 
@@ -326,5 +337,7 @@ def test_a_recovery_that_must_fail_is_refused_before_anything_is_pruned(
     }
     for said, recovery in recoveries.items():
         with pytest.raises(StructpruneError, match=said):
-            structprune.prune(llama, tmp_path / "out", "wanda", recover=recovery, stream=stream, **QUICK)
+            structprune.prune(
+                llama, tmp_path / "out", "wanda", recover=recovery, opening=Opening(stream=stream), **QUICK
+            )
     assert [path.name for path in tmp_path.iterdir()] == ["other"]

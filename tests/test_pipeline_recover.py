@@ -8,13 +8,16 @@ import pytest
 import torch
 
 import structprune
+from structprune.checkpoint.writing import Writing
 from structprune.errors import InputError, QualityError
+from structprune.models.opening import Opening
 from structprune.models.streamed import open_model
 from structprune.pruners.pruner import find
 from structprune.recipe.recipe import EvaluateOptions, RecoverOptions
 from tests.tiny import save_tiny
 
 EVALUATION = EvaluateOptions(text=("demo",), windows=2, length=32, generations=False)
+CPU = Opening(device="cpu")
 TEXT = "".join(f"{number} follows {number - 1}, and {number + 1} comes next. " for number in range(1, 400))
 TRAINING: dict[str, Any] = {"steps": 24, "check_every": 8, "length": 32, "learning_rate": 1e-2, "rank": 4}
 
@@ -36,7 +39,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         find("wanda")(sparsity="2:4"),
         calibration={"samples": 6, "length": 32},
         evaluate=EVALUATION,
-        reload=False,
+        writing=Writing(reload=False),
     )
     return folder
 
@@ -44,7 +47,12 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recover(pruned: Path, output: Path, **training: Any) -> dict[str, Any]:
     options = RecoverOptions(data=str(pruned / "text.txt"), **TRAINING | training)
     return structprune.recover(
-        str(pruned / "pruned"), output, options, device="cpu", evaluate=EVALUATION, reload=False
+        str(pruned / "pruned"),
+        output,
+        options,
+        opening=CPU,
+        evaluate=EVALUATION,
+        writing=Writing(reload=False),
     )
 
 
@@ -77,7 +85,7 @@ def test_an_adapter_whose_base_has_changed_is_refused(pruned: Path, tmp_path: Pa
     shutil.copytree(pruned / "pruned", tmp_path / "base")
     options = RecoverOptions(data=str(pruned / "text.txt"), keep_adapter=True, **TRAINING)
     structprune.recover(
-        str(tmp_path / "base"), tmp_path / "adapter", options, device="cpu", evaluate=EVALUATION
+        str(tmp_path / "base"), tmp_path / "adapter", options, opening=CPU, evaluate=EVALUATION
     )
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(InputError, match="is not there"):

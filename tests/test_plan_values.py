@@ -14,7 +14,9 @@ from torch import Tensor
 
 import structprune
 from structprune.checkpoint.plans import plans_of, read_plans
+from structprune.checkpoint.writing import Writing
 from structprune.errors import InputError, Interrupted
+from structprune.models.opening import Opening
 from structprune.plan.key import WRITTEN, Key
 from structprune.plan.plan import Plan
 from structprune.proof.verify import verify
@@ -60,9 +62,9 @@ def recovered(
         str(folders["sparsegpt"]),
         root / "out",
         options,
-        device="cpu",
+        opening=Opening(device="cpu"),
         evaluate=EvaluateOptions.model_validate(EVALUATION),
-        reload=False,
+        writing=Writing(reload=False),
     )
     return root / "out", report
 
@@ -114,12 +116,14 @@ class TestAFinishedFolder:
     def test_its_plan_gives_the_same_bytes_again(
         self, method: str, folders: dict[str, Path], model: Path, tmp_path: Path
     ) -> None:
-        report = structprune.apply(str(model), tmp_path / "out", folders[method], reload=False)
+        report = structprune.apply(
+            str(model), tmp_path / "out", folders[method], writing=Writing(reload=False)
+        )
         assert report["verification"]["ok"]
         assert weights(tmp_path / "out") == weights(folders[method])
         assert plans_of(tmp_path / "out")[0].id == plans_of(folders[method])[0].id
         # and what was written refers to its own weights
-        structprune.apply(str(model), tmp_path / "again", tmp_path / "out", reload=False)
+        structprune.apply(str(model), tmp_path / "again", tmp_path / "out", writing=Writing(reload=False))
         assert weights(tmp_path / "again") == weights(folders[method])
 
     def test_a_plan_taken_out_of_it_is_refused_with_the_way_to_go(
@@ -127,7 +131,7 @@ class TestAFinishedFolder:
     ) -> None:
         shutil.copytree(plan_in(folders[method]), tmp_path / "plan")
         with pytest.raises(InputError, match="kept in the weights of the pruned model only") as raised:
-            structprune.apply(str(model), tmp_path / "out", tmp_path / "plan", reload=False)
+            structprune.apply(str(model), tmp_path / "out", tmp_path / "plan", writing=Writing(reload=False))
         assert "give the whole folder" in raised.value.hint
         assert not (tmp_path / "out").exists()
 
@@ -166,7 +170,7 @@ class TestVerify:
         assert [check.name for check in found.failed] == ["values"]
         assert found.failed[0].detail == f"{name}: its values are not those that the plan decided on"
         with pytest.raises(InputError, match=f"{name}: the weights were changed after the plan was made"):
-            structprune.apply(str(model), tmp_path / "again", out, reload=False)
+            structprune.apply(str(model), tmp_path / "again", out, writing=Writing(reload=False))
 
     def test_a_removed_weight_that_came_back_is_found(
         self, folders: dict[str, Path], model: Path, tmp_path: Path
@@ -203,7 +207,7 @@ class TestAfterTraining:
         self, recovered: tuple[Path, dict[str, Any]], model: Path, tmp_path: Path
     ) -> None:
         with pytest.raises(InputError, match="the weights were changed after the plan was made"):
-            structprune.apply(str(model), tmp_path / "out", recovered[0], reload=False)
+            structprune.apply(str(model), tmp_path / "out", recovered[0], writing=Writing(reload=False))
         assert not (tmp_path / "out").exists()
 
 

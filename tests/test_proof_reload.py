@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from structprune.checkpoint.side_files import copy_side_files
+from structprune.models.opening import Opening
 from structprune.models.outputs import logits
 from structprune.models.streamed import StreamedModel, open_model
 from structprune.plan.promise import Removed
@@ -93,7 +94,10 @@ class TestTheFreshProcess:
         ids = {folder: fresh.probe(model.config) for folder, model in models.items()}
         ids[folders[2]] = ids[folders[0]]
         dtypes = ("bfloat16", "float32", "bfloat16")
-        jobs = [fresh.Job(folder, ids[folder], dtype) for folder, dtype in zip(folders, dtypes, strict=True)]
+        jobs = [
+            fresh.ReloadJob(folder, ids[folder], Opening(dtype=dtype))
+            for folder, dtype in zip(folders, dtypes, strict=True)
+        ]
         results = fresh.reload(jobs)
         assert [bool(one.error) for one in results] == [False, False, True]
         assert "no file named" in results[2].error
@@ -110,9 +114,9 @@ class TestTheFreshProcess:
         self, half: Pruned
     ) -> None:
         folder = half.write()
-        model = open_model(folder, stream=True)
+        model = open_model(folder, Opening(stream=True))
         assert isinstance(model, StreamedModel)
-        found = verify(folder, stream=True, reference=model)
+        found = verify(folder, opening=Opening(stream=True), reference=model)
         assert found.ok, found.failed
         assert [check.name for check in found.checks][-2:] == ["logits", "reload"]
         assert found.checks[-1].detail.endswith("the same logits to the last bit on 64 tokens")

@@ -6,11 +6,13 @@ import pytest
 import yaml
 
 import structprune
+from structprune.checkpoint.writing import Writing
 from structprune.decide.sparsity import fraction_of
 from structprune.errors import UsageError
 from structprune.pruners import pruner
+from structprune.recipe.changes import choose_options
 from structprune.recipe.options import EvaluateOptions, RecoverOptions, sparsity_of
-from structprune.recipe.recipe import Recipe, assemble, choose, describe, load, options, stage
+from structprune.recipe.recipe import Recipe, assemble, choose_recipe, describe, load, stage
 from structprune.storage import strict_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -45,7 +47,7 @@ def test_a_shipped_recipe_prunes_a_tiny_model(path, llama, tmp_path):
         sets += [f"recover.teacher={llama}", "recover.steps=2", "recover.check_every=1", "recover.length=16"]
     recipe = load(path, sets=sets, flags={"model": str(llama), "output": tmp_path / "out"})
 
-    report = structprune.prune(recipe, reload=False)
+    report = structprune.prune(recipe, writing=Writing(reload=False))
 
     assert report["verification"]["ok"]
     if len(recipe.prune) == 1:
@@ -108,22 +110,22 @@ def test_a_method_that_draws_takes_over_the_seed_of_the_recipe():
 
 
 def test_a_model_and_flags_are_a_recipe_too():
-    recipe = choose("demo", flags={"output": "out", "prune.method": "wanda", "prune.sparsity": "50%"})
+    recipe = choose_recipe("demo", flags={"output": "out", "prune.method": "wanda", "prune.sparsity": "50%"})
 
     assert recipe == Recipe(model="demo", output="out", prune=pruner.find("wanda")(sparsity=0.5))
     with pytest.raises(UsageError, match="OUT is missing"):
-        choose("demo", flags={"prune.method": "wanda"})
+        choose_recipe("demo", flags={"prune.method": "wanda"})
 
 
 def test_without_texts_and_tasks_the_built_in_text_is_measured():
-    assert options(EvaluateOptions).text == ("demo",)
-    assert options(EvaluateOptions, flags={"tasks": "a, b"}).tasks == ("a", "b")
-    assert options(EvaluateOptions, flags={"tasks": "a"}).text == ()
+    assert choose_options(EvaluateOptions).text == ("demo",)
+    assert choose_options(EvaluateOptions, flags={"tasks": "a, b"}).tasks == ("a", "b")
+    assert choose_options(EvaluateOptions, flags={"tasks": "a"}).text == ()
 
 
 def test_alpha_is_twice_the_rank_unless_given():
-    assert options(RecoverOptions, flags={"rank": 8}).alpha == 16
-    assert options(RecoverOptions, sets=["rank=8", "alpha=8"]).alpha == 8
+    assert choose_options(RecoverOptions, flags={"rank": 8}).alpha == 16
+    assert choose_options(RecoverOptions, sets=["rank=8", "alpha=8"]).alpha == 8
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from structprune.calibration.text_source import TextSource
 from structprune.checkpoint.adapter import (
-    Factors,
+    LowRankChange,
     add_masked,
     merge,
     round_kept,
@@ -22,7 +23,7 @@ from tests.tiny import tokenizer
 
 def test_a_change_reaches_only_the_weights_that_are_not_zero() -> None:
     weight = torch.tensor([[1.0, 0.0], [0.0, -2.0]])
-    factors = Factors(torch.tensor([[1.0], [3.0]]), torch.tensor([[10.0, 20.0]]), scaling=0.5)
+    factors = LowRankChange(torch.tensor([[1.0], [3.0]]), torch.tensor([[10.0, 20.0]]), scaling=0.5)
     assert factors.delta().tolist() == [[5.0, 10.0], [15.0, 30.0]]
     assert merge(weight, factors).tolist() == [[6.0, 0.0], [0.0, 28.0]]
 
@@ -71,8 +72,8 @@ def test_held_out_windows_are_never_trained_on() -> None:
 def test_windows_are_as_many_as_asked_or_as_there_are(tmp_path: Path) -> None:
     text = tmp_path / "some.txt"
     text.write_text("a quick brown fox. " * 100, encoding="utf-8")
-    few = draw(str(text), tokenizer(), limit=3, length=16)
-    every = draw(str(text), tokenizer(), limit=10_000, length=16)
+    few = draw(TextSource(str(text)), tokenizer(), limit=3, length=16)
+    every = draw(TextSource(str(text)), tokenizer(), limit=10_000, length=16)
     assert few.ids.shape == (3, 16)
     assert every.facts["windows"] == every.facts["tokens_available"] // 16 == len(every.ids)
 
@@ -81,4 +82,4 @@ def test_too_little_text_says_how_much_there_is(tmp_path: Path) -> None:
     text = tmp_path / "some.txt"
     text.write_text("a quick brown fox", encoding="utf-8")
     with pytest.raises(InputError, match=r"\d+ tokens are too few: recovery needs at least 2 windows of 64"):
-        draw(str(text), tokenizer(), limit=8, length=64)
+        draw(TextSource(str(text)), tokenizer(), limit=8, length=64)

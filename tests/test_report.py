@@ -16,7 +16,7 @@ from structprune import machine
 from structprune.proof.verification import Check, Verification
 from structprune.report import plots
 from structprune.report.card import write_card
-from structprune.report.report import Size, build, table, write_report
+from structprune.report.report import RunRecord, Size, build, table, write_report
 
 EVALUATION = {
     "perplexity": {"demo": {"model": 3.4567, "dense": 3.1}, "broken": {"model": None, "dense": 3.0}},
@@ -52,16 +52,14 @@ STAGE = {"folder": "01-wanda", "method": "wanda", "unit": "weights", "asked": 0.
 
 
 def report(folder: Path, **changes: Any) -> dict[str, Any]:
+    record = RunRecord("wanda", stages=[STAGE], calibration=changes.pop("calibration", CALIBRATION))
     parts: dict[str, Any] = {
         "output": folder,
-        "method": "wanda",
         "dense": Size(1000, 4096),
         "seconds": 12.34567,
-        "stages": [STAGE],
-        "calibration": CALIBRATION,
         "evaluation": EVALUATION,
     }
-    return build(changes.pop("verification", measured()), **(parts | changes))
+    return build(changes.pop("verification", measured()), record, **(parts | changes))
 
 
 class TestReport:

@@ -10,6 +10,7 @@ from structprune.checkpoint.plans import plans_of
 from structprune.models.cost import file_bytes, parameters_of
 from structprune.models.edited_reader import EditedReader
 from structprune.models.identity import stored_layout
+from structprune.models.opening import Opening
 from structprune.models.streamed import StreamedModel, open_model
 from structprune.pruners.forecast import forecast_all
 from structprune.storage.reader import CheckpointReader
@@ -78,7 +79,7 @@ def test_law_11_the_forecast_counts_the_parameters_and_bytes_that_are_written(
     method: str, tmp_path: Path
 ) -> None:
     folder = save_tiny("llama", tmp_path / "model", shards=2, dtype=torch.bfloat16)
-    model = open_model(folder, stream=True)
+    model = open_model(folder, Opening(stream=True))
     assert isinstance(model, StreamedModel)
     before = {name: parameter.shape for name, parameter in model.skeleton.named_parameters()}
     pruner = quick(method)

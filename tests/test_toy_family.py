@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 import structprune
 from structprune import pruners
 from structprune.models.identity import architecture_of, names_of
+from structprune.models.opening import Opening
 from structprune.models.streamed import open_model
 from structprune.pruners.forecast import forecast_all
 from structprune.pruners.pruner import find, names
@@ -119,7 +120,7 @@ class TestRuns:
 def test_applied_to_a_model_it_leaves_modules_names_and_config_without_biases(
     stream: bool, source: Path
 ) -> None:
-    model = open_model(source, stream=stream)
+    model = open_model(source, Opening(stream=stream))
     toy = find(METHOD)()
     toy.apply(model, toy.calibrate(model, []))
     assert not any(name.endswith("_proj.bias") for name in names_of(model).module_of)
@@ -129,10 +130,10 @@ def test_applied_to_a_model_it_leaves_modules_names_and_config_without_biases(
 
 def test_a_resident_and_a_streamed_model_agree_on_what_they_have_become(source: Path) -> None:
     toy = find(METHOD)()
-    models = [open_model(source, stream=stream) for stream in (False, True)]
+    models = [open_model(source, Opening(stream=stream)) for stream in (False, True)]
     for model in models:
         toy.apply(model, toy.calibrate(model, []))
-    reopened = forecast_all([toy], open_model(source, stream=True))[0].left
+    reopened = forecast_all([toy], open_model(source, Opening(stream=True)))[0].left
     assert len({architecture_of(model) for model in (*models, reopened)}) == 1
     assert models[0].state_dict().keys() == models[1].skeleton.state_dict().keys()
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from structprune.machine import peak_rss
 from structprune.models.backward import backward
+from structprune.models.opening import Opening
 from structprune.models.streamed import Batch, open_model
 
 MODES = ("streamed", "resident", "whole")
@@ -33,7 +34,9 @@ MODES = ("streamed", "resident", "whole")
 def walk(source: Path, batches: list[Batch], folder: Path, *, stream: bool) -> Tensor:
     """Return the sum of all l1 norms of the linears, block by block."""
     total = torch.zeros(())
-    for _, gradients in backward(open_model(source, stream=stream), batches, norms=("l1",), folder=folder):
+    for _, gradients in backward(
+        open_model(source, Opening(stream=stream)), batches, norms=("l1",), folder=folder
+    ):
         total += sum(norm.l1.sum() for norm in gradients.values())
     return total
 

@@ -16,9 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from structprune.calibration import data
+from structprune.calibration.text_source import TextSource
 from structprune.checkpoint.locate import resolve
 from structprune.demo.world import HELD_OUT_SEED, text
 from structprune.evaluation.perplexity import Scores, Windows, score, windows_of
+from structprune.models.opening import Opening
 from structprune.models.streamed import Model, open_model
 from structprune.models.tokenizer import open_tokenizer
 from structprune.pruners.pruner import find
@@ -38,8 +40,10 @@ def measured(method: str, sparsity: float | str, seed: int, dense: Model, held_o
         {"seed": seed} if "seed" in pruner.model_fields else {}
     )
     stage = pruner.model_validate(fields)
-    batches = data.load("demo", tokenizer, samples=SAMPLES, length=LENGTH, seed=seed, batch_size=16).batches
-    model = open_model(folder, dtype="float32")
+    batches = data.load(
+        TextSource("demo"), tokenizer, samples=SAMPLES, length=LENGTH, seed=seed, batch_size=16
+    ).batches
+    model = open_model(folder, Opening(dtype="float32"))
     return score(stage.apply(model, stage.calibrate(model, batches)), held_out, dense=dense, batch_size=16)
 
 
@@ -60,7 +64,7 @@ def main() -> None:
     assert tokenizer is not None
     ids = torch.tensor(tokenizer(text(HELD_OUT_SEED, 200_000), add_special_tokens=False)["input_ids"])
     held_out = windows_of(ids[: WINDOWS * LENGTH], LENGTH)
-    dense = open_model(folder, dtype="float32")
+    dense = open_model(folder, Opening(dtype="float32"))
     rows: list[dict[str, Any]] = []
     for sparsity in SPARSITIES:
         for seed in range(options.seeds):

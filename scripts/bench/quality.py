@@ -44,12 +44,14 @@ from quality_tables import (
 from transformers import PreTrainedTokenizerBase
 
 from structprune.calibration import data
+from structprune.calibration.text_source import TextSource
 from structprune.checkpoint.locate import resolve
 from structprune.demo.tasks import MULTIPLE_CHOICE, write_choices, write_tasks
 from structprune.demo.world import HELD_OUT_SEED, text
 from structprune.evaluation.harness import harness, metrics
 from structprune.evaluation.perplexity import Windows, score, windows_of
 from structprune.models.arch import all_linears
+from structprune.models.opening import Opening
 from structprune.models.streamed import Model, open_model
 from structprune.models.tokenizer import open_tokenizer
 from structprune.pruners.pruner import find
@@ -97,9 +99,14 @@ class Bench:
         stage = find(ROWS[row][0]).model_validate(fields)
         length = self.held_out.inputs.shape[1]
         found = data.load(
-            self.calibration, self.tokenizer, samples=self.samples, length=length, seed=seed, batch_size=16
+            TextSource(self.calibration),
+            self.tokenizer,
+            samples=self.samples,
+            length=length,
+            seed=seed,
+            batch_size=16,
         )
-        model = open_model(self.folder, dtype="float32")
+        model = open_model(self.folder, Opening(dtype="float32"))
         begin = time.process_time()
         plan = stage.calibrate(model, found.batches)
         seconds = time.process_time() - begin
@@ -139,8 +146,8 @@ def wrapper_of(model: Model) -> tuple[int, float]:
 
 def held_out_of(path: str | None, tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Windows:
     """Return `count` windows spread evenly over a text; the demo's own held-out text where path is None."""
-    pieces: Iterable[str] = [text(HELD_OUT_SEED, 200_000)] if path is None else data.pieces(path)
-    every = windows_of(data.encode(pieces, tokenizer), length, first=data.opening(tokenizer).window)
+    pieces: Iterable[str] = [text(HELD_OUT_SEED, 200_000)] if path is None else data.pieces(TextSource(path))
+    every = windows_of(data.encode(pieces, tokenizer), length, first=data.sequence_start(tokenizer).window)
     step = len(every.inputs) // count
     if not step:
         raise SystemExit(f"the text has only {len(every.inputs)} windows of {length} tokens")
@@ -153,7 +160,7 @@ def write_questions(folder: Path, path: str | None, count: int) -> list[str]:
     if path is None:
         write_tasks(folder, size=count)
         return [*MULTIPLE_CHOICE]
-    words = " ".join(data.pieces(path)).split()
+    words = " ".join(data.pieces(TextSource(path))).split()
     draw, length = Random(0), SHOWN + ANSWER
     rows = []
     for place in draw.sample(range(len(words) // length), count):
@@ -185,7 +192,7 @@ def main() -> None:
     folder = resolve(options.model)
     tokenizer = open_tokenizer(folder)
     assert tokenizer is not None
-    dense = open_model(folder, dtype="float32")
+    dense = open_model(folder, Opening(dtype="float32"))
     held_out = held_out_of(options.text, tokenizer, options.windows, options.length)
     wrapper, overhead = wrapper_of(dense)
     asked = TemporaryDirectory()

@@ -18,6 +18,7 @@ from model import random_llama, token_file
 
 import structprune
 from structprune.calibration import data
+from structprune.calibration.text_source import TextSource
 from structprune.models.streamed import open_model
 from structprune.models.tokenizer import open_tokenizer
 
@@ -28,7 +29,9 @@ def unavoidable(source: Path, target: Path, text: Path) -> dict[str, float]:
     """Run the baseline once and return its seconds."""
     model, tokenizer = open_model(source), open_tokenizer(source)
     assert tokenizer is not None
-    batches = data.load(str(text), tokenizer, samples=SAMPLES, length=LENGTH, batch_size=BATCH).batches
+    batches = data.load(
+        TextSource(str(text)), tokenizer, samples=SAMPLES, length=LENGTH, batch_size=BATCH
+    ).batches
     body = model.base_model
     start = time.perf_counter()
     with torch.no_grad():

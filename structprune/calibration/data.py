@@ -9,13 +9,14 @@ one, as every prompt does in use; it counts into the length.
 import hashlib
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from structprune.calibration.text_source import TextSource
 from structprune.calibration.texts import name_of, pieces, texts
 from structprune.errors import InputError, UsageError
 from structprune.models.streamed import Batch
@@ -27,9 +28,9 @@ __all__ = [
     "encode",
     "load",
     "name_of",
-    "opening",
     "pieces",
     "positions",
+    "sequence_start",
     "texts",
 ]
 
@@ -57,33 +58,27 @@ class Calibration:
 
 
 def load(
-    source: str,
+    text: TextSource,
     tokenizer: PreTrainedTokenizerBase,
     *,
     samples: int = 128,
     length: int | None = None,
     seed: int = 0,
     batch_size: int = 8,
-    column: str | None = None,
-    split: str = "train",
-    revision: str | None = None,
     max_length: int | None = None,
     bos: Bos = "auto",
 ) -> Calibration:
     """Draw calibration samples; the same arguments give the same tokens in the same order.
 
     Args:
-        source: As for `texts`.
+        text: Where they come from.
         tokenizer: The model's.
         samples: Windows to draw.
         length: Tokens per window; min(2048, max_length) by default.
         seed: Decides which windows are drawn, and their order.
         batch_size: Windows per batch; the last batch may be smaller.
-        column: As for `texts`.
-        split: As for `texts`.
-        revision: As for `texts`.
         max_length: The most positions the model knows (`positions` tells); None when it has no such limit.
-        bos: As for `opening`.
+        bos: As for `sequence_start`.
 
     Raises:
         UsageError: `length` is longer than `max_length`, or a count is not positive.
@@ -94,21 +89,17 @@ def load(
         if value < 1:
             raise UsageError(f"{name} is {value}, expected at least 1")
     tokens = window_length(length, max_length)
-    first = opening(tokenizer, bos)
+    first = sequence_start(tokenizer, bos)
     body = tokens - (first.window is not None)
-    text = pieces(source, column=column, split=split, revision=revision)
-    ids = encode(text, tokenizer, limit=samples * body * READ_AHEAD, first=first.text)
+    ids = encode(pieces(text), tokenizer, limit=samples * body * READ_AHEAD, first=first.text)
     available = ids.numel()
     if available // body < samples:
-        raise _too_few(source, available, samples, tokens, tokens - body)
+        raise _too_few(text.source, available, samples, tokens, tokens - body)
     windows = cut(ids, body)
     drawn = random.Random(seed).sample(range(len(windows)), samples)
     inputs = begin(windows[drawn], first.window)
     facts = {
-        "source": source,
-        "column": column,
-        "split": split,
-        "revision": revision,
+        **asdict(text),
         "seed": seed,
         "samples": samples,
         "length": tokens,
@@ -146,7 +137,7 @@ def window_length(length: int | None, max_length: int | None) -> int:
 
 
 @dataclass(frozen=True)
-class Opening:
+class SequenceStart:
     """Which beginning-of-sequence token goes where.
 
     Attributes:
@@ -160,7 +151,7 @@ class Opening:
     text: int | None = None
 
 
-def opening(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> Opening:
+def sequence_start(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> SequenceStart:
     """Decide where beginning-of-sequence tokens go.
 
     Args:
@@ -177,12 +168,12 @@ def opening(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> Opening:
         bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
         bos = "window" if token is not None and own[0] == token != bare[0] else "none"
     if bos == "none":
-        return Opening("none")
+        return SequenceStart("none")
     if not isinstance(token, int):
         raise UsageError(
             f"bos is {bos!r}, but the tokenizer has no beginning-of-sequence token", hint="use 'none'"
         )
-    return Opening("window", window=token) if bos == "window" else Opening("text", text=token)
+    return SequenceStart("window", window=token) if bos == "window" else SequenceStart("text", text=token)
 
 
 def encode(

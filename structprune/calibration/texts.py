@@ -9,6 +9,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from structprune.calibration.text_source import TextSource
 from structprune.errors import EnvironmentFailure, InputError, StructpruneError, UsageError
 
 DEMO = "demo"
@@ -26,17 +27,8 @@ PARQUET_ROWS = 1024
 SECRET = re.compile(r"hf_\w+|Bearer\s+\S+")
 
 
-def texts(
-    source: str, *, column: str | None = None, split: str = "train", revision: str | None = None
-) -> Iterator[str]:
+def texts(text: TextSource) -> Iterator[str]:
     """Yield the documents of a source, in order, without holding it in memory.
-
-    Args:
-        source: A .txt, .jsonl or .parquet file, "demo" for the built-in text (a folder or file of that name
-            is "./demo"), else the name of a data set, with its configuration after a colon ("name:config").
-        column: Which column holds the text, "text" by default; plain text has none.
-        split: Which split of a data set; files have none.
-        revision: Which commit or branch of a data set; files have none.
 
     Yields:
         A row's text as it stands, also an empty one. Plain text is one document, which comes in pieces of
@@ -46,38 +38,37 @@ def texts(
         InputError: The source is missing, damaged or not text, or its column is not there.
         EnvironmentFailure: The source cannot be reached, or may not be read.
     """
-    if source == DEMO:
+    column = text.column or COLUMN
+    if text.source == DEMO:
         yield from _demo()
-    elif _is_file(source):
-        path = Path(source).expanduser()
+    elif _is_file(text.source):
+        path = Path(text.source).expanduser()
         _check(path)
         if path.suffix == ".txt":
             yield from _join(_lines(path), "")
         else:
-            yield from (_jsonl if path.suffix == ".jsonl" else _parquet)(path, column or COLUMN)
+            yield from (_jsonl if path.suffix == ".jsonl" else _parquet)(path, column)
     else:
-        yield from _dataset(source, column or COLUMN, split, revision)
+        yield from _dataset(text.source, column, text.split, text.revision)
 
 
-def pieces(
-    source: str, *, column: str | None = None, split: str = "train", revision: str | None = None
-) -> Iterator[str]:
+def pieces(text: TextSource) -> Iterator[str]:
     """Yield a source as one running text, in pieces that are long enough to be tokenised one by one.
 
     Documents are joined by a blank line, empty ones too, as the published perplexities of wikitext join its
-    rows. Arguments and errors are those of `texts`.
+    rows. Errors are those of `texts`.
 
     Raises:
         InputError: There is no text at all, or one of `texts`.
     """
-    documents = texts(source, column=column, split=split, revision=revision)
-    plain = source == DEMO or source.endswith(".txt")
+    documents = texts(text)
+    plain = text.source == DEMO or text.source.endswith(".txt")
     empty = True
     for piece in documents if plain else _join(documents, "\n\n"):
         empty = empty and not piece.strip()
         yield piece
     if empty:
-        raise InputError(f"{source}: no text in it", hint="every row or line is empty")
+        raise InputError(f"{text.source}: no text in it", hint="every row or line is empty")
 
 
 def name_of(source: str) -> str:

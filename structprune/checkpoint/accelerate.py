@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from structprune.errors import UsageError
 from structprune.models.arch import Linear, arch_of, blocks, linears
+from structprune.models.opening import Opening
 from structprune.models.streamed import Model, StreamedModel
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ Convert = Callable[[Tensor], Tensor]
 Measure = Callable[[Tensor, Convert], Times]
 
 
-def check(scheme: str, *, stream: bool) -> None:
+def check(scheme: str, opening: Opening) -> None:
     """Refuse what cannot be accelerated before a model is opened.
 
     Raises:
@@ -113,7 +114,7 @@ def check(scheme: str, *, stream: bool) -> None:
     """
     if scheme not in SCHEMES:
         raise UsageError(f"accelerate={scheme!r} is not known", hint=f"one of: {', '.join(SCHEMES)}")
-    if stream:
+    if opening.stream:
         raise UsageError(
             "a streamed model is not accelerated: every block is read anew", hint="open it with stream=False"
         )

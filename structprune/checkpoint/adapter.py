@@ -30,7 +30,7 @@ CONFIG_LIMIT = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Factors:
+class LowRankChange:
     """The low-rank change of one tensor, in the layout of its parameter.
 
     Args:
@@ -69,7 +69,7 @@ class Adapter:
         masks: Where the masks came from: the folder's plans, or its weights that are not zero.
     """
 
-    factors: Mapping[str, Factors]
+    factors: Mapping[str, LowRankChange]
     base: str
     base_weights: str
     masks: Literal["plans", "nonzero"]
@@ -116,7 +116,7 @@ def round_kept(merged: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return stored
 
 
-def merge(weight: Tensor, factors: Factors) -> Tensor:
+def merge(weight: Tensor, factors: LowRankChange) -> Tensor:
     """Return a weight with its change added in float32, rounded to the weight's own dtype.
 
     Args:
@@ -124,7 +124,7 @@ def merge(weight: Tensor, factors: Factors) -> Tensor:
         factors: Its change; the shapes agree.
     """
     source = weight.float()
-    delta = Factors(factors.left.to(source), factors.right.to(source), factors.scaling).delta()
+    delta = LowRankChange(factors.left.to(source), factors.right.to(source), factors.scaling).delta()
     return round_kept(add_masked(source, delta), source, weight.dtype)
 
 
@@ -210,7 +210,7 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(factors, config.base_model_name_or_path, config.base_weights, config.masks)
 
 
-def _pair(path: Path, scaling: Mapping[str, float]) -> dict[str, Factors]:
+def _pair(path: Path, scaling: Mapping[str, float]) -> dict[str, LowRankChange]:
     """Read the two factors of every tensor that has a scaling, and nothing besides them."""
     tensors = read_tensors(path)
     wanted = {f"{name}.{side}" for name in scaling for side in ("left", "right")}
@@ -228,5 +228,5 @@ def _pair(path: Path, scaling: Mapping[str, float]) -> dict[str, Factors]:
             )
         if not (math.isfinite(factor) and bool(left.isfinite().all()) and bool(right.isfinite().all())):
             raise InputError(f"{path}: {name} holds numbers that are not finite")
-        pairs[name] = Factors(left, right, factor)
+        pairs[name] = LowRankChange(left, right, factor)
     return pairs

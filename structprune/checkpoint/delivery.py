@@ -15,6 +15,7 @@ from typing import Any
 from structprune.checkpoint.lock import Lock
 from structprune.checkpoint.manifest import MANIFEST, OURS, check_manifest, write_manifest
 from structprune.checkpoint.output import discard, partial_of, partials_of, publish, settle
+from structprune.checkpoint.writing import Writing
 from structprune.errors import EnvironmentFailure
 from structprune.plan.block import canonical
 from structprune.storage.durable import UNFINISHED, DurableFile, blame
@@ -33,16 +34,17 @@ class Delivery:
     Attributes:
         final: Where it will stand.
         folder: Where it stands until it is complete.
+        writing: How it is written.
         plans: Where its plans go.
         hashes: sha256 of files that were hashed while they were written, by relative path.
     """
 
-    def __init__(self, final: Path, folder: Path, *, overwrite: bool) -> None:
+    def __init__(self, final: Path, folder: Path, writing: Writing) -> None:
         self.final = final
         self.folder = folder
         self.plans = folder / OURS / "plans"
         self.hashes: dict[str, str] = {}
-        self._overwrite = overwrite
+        self.writing = writing
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file of the folder; `name` is relative to it."""
@@ -55,20 +57,17 @@ class Delivery:
     def publish(self, *, stages: list[str], facts: Mapping[str, Any]) -> None:
         """Write the manifest as the last file, then rename the folder into place."""
         write_manifest(self.folder, self.hashes, version=__version__, stages=stages, facts=facts)
-        publish(self.folder, self.final, overwrite=self._overwrite)
+        publish(self.folder, self.final, overwrite=self.writing.overwrite)
 
 
 @contextmanager
-def deliver(
-    final: Path, fingerprint: Mapping[str, Any], *, restart: bool = False, overwrite: bool = False
-) -> Iterator[Delivery]:
+def deliver(final: Path, fingerprint: Mapping[str, Any], writing: Writing = Writing()) -> Iterator[Delivery]:
     """Hold the output's lock and its partial folder for the length of a `with`.
 
     Args:
         final: The output, as `check_output` returned it.
         fingerprint: Everything that shapes the bytes of the result; JSON values only.
-        restart: Remove what earlier runs for this output left.
-        overwrite: A folder in the final place may be replaced.
+        writing: Whether what earlier runs for this output left is removed, and what stands there replaced.
 
     Raises:
         EnvironmentFailure: Another run holds the lock, or one with another fingerprint left its work behind.
@@ -80,7 +79,7 @@ def deliver(
         settle(final)
         folder = partial_of(final, hashlib.sha256(canonical(dict(fingerprint)).encode()).hexdigest())
         for left in partials_of(final):
-            if restart:
+            if writing.restart:
                 discard(left)
             elif left != folder:
                 _refuse(left, fingerprint)
@@ -88,7 +87,7 @@ def deliver(
             folder.mkdir(exist_ok=True)
             for unfinished in folder.rglob(f"*{UNFINISHED}"):
                 unfinished.unlink()
-        work = Delivery(final, folder, overwrite=overwrite)
+        work = Delivery(final, folder, writing)
         work.write_text(FINGERPRINT, json.dumps(dict(fingerprint), indent=1, sort_keys=True) + "\n")
         yield work
 

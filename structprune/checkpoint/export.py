@@ -36,5 +36,7 @@ def export(
             writer.write(name, given[name] if name in given else reader.read(name))
             done += 1
             progress("write", done, total)
-    hashes = writer.hashes | copy_side_files(reader.folder, folder)
+    hashes = writer.hashes | copy_side_files(
+        reader.folder, folder, allow_external_symlinks=reader.root is None
+    )
     return hashes | write_config(folder, reader.patch)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
-import torch
 import typer
 
 from structprune.cli import packing  # noqa: F401 - adds its command to the app
@@ -92,8 +91,10 @@ def _failure(error: BaseException, line: Sequence[str]) -> StructpruneError | No
         named = line[0] in known
         hint = f"`structprune {line[0]} --help` lists what it takes" if named else nearest(line[0], known)
         return UsageError(error.format_message(), hint=hint)
-    # torch's CPU allocator has no exception of its own.
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    # Known by its name, because torch is not imported for a line that needs none of it; torch's CPU allocator
+    # has no exception of its own.
+    short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if short or "can't allocate memory" in str(error):
         return EnvironmentFailure("out of memory", hint=MEMORY_HINT)
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""

@@ -10,8 +10,7 @@ import typer
 import structprune
 from structprune.cli import summary
 from structprune.cli.terminal import Report
-from structprune.pruners.pruner import names
-from structprune.recipe import recipe
+from structprune.recipe.changes import choose_options
 from structprune.recipe.options import EvaluateOptions, RecoverOptions, Where, sparsity_of
 
 app = typer.Typer(
@@ -45,6 +44,9 @@ Stream = Annotated[bool | None, typer.Option("--stream/--resident", help="One bl
 Restart = Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new result is complete.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Links = Annotated[
+    bool, typer.Option("--allow-external-symlinks", help="Accept files that are links out of the folder.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Seed = Annotated[int | None, typer.Option(help="Decides what is drawn (default 0)")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps (default auto)")]
@@ -84,6 +86,7 @@ def prune(
     overwrite: Overwrite = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    allow_external_symlinks: Links = False,
     max_ppl_ratio: MaxRatio = None,
     json: Json = False,
     debug: Debug = False,
@@ -107,28 +110,27 @@ def prune(
         "calibration.length": length,
         "evaluate.max_ppl_ratio": max_ppl_ratio,
     }
-    chosen = recipe.choose(model, sets=sets or (), flags=flags)
+    chosen = structprune.choose_recipe(model, sets=sets or (), flags=flags)
+    opening = structprune.Opening(
+        stream=stream,
+        trust_remote_code=trust_remote_code,
+        allow_external_symlinks=allow_external_symlinks,
+    )
+    writing = structprune.Writing(overwrite=overwrite, restart=restart)
     if dry_run:
-        return Job(
-            lambda _: structprune.dry_run(
-                chosen, stream=stream, overwrite=overwrite, trust_remote_code=trust_remote_code
-            ),
-            summary.listed,
-        )
-    options: dict[str, Any] = {
-        "stream": stream,
-        "restart": restart,
-        "overwrite": overwrite,
-        "trust_remote_code": trust_remote_code,
-    }
+        return Job(lambda _: structprune.dry_run(chosen, opening=opening, writing=writing), summary.listed)
     if len(several) > 1:
         wanted = [one for text in several if (one := sparsity_of(text)) is not None]
         return Job(
-            lambda progress: structprune.prune_each(chosen, wanted, progress=progress, **options),
+            lambda progress: structprune.prune_each(
+                chosen, wanted, opening=opening, writing=writing, progress=progress
+            ),
             summary.pruned_each,
         )
     return Job(
-        lambda progress: structprune.prune(chosen, scores=scores, progress=progress, **options),
+        lambda progress: structprune.prune(
+            chosen, opening=opening, writing=writing, scores=scores, progress=progress
+        ),
         summary.pruned,
     )
 
@@ -142,20 +144,20 @@ def apply(
     overwrite: Overwrite = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    allow_external_symlinks: Links = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Job:
     """Carry out the plan of an earlier run; needs no data."""
+    opening = structprune.Opening(
+        stream=stream,
+        trust_remote_code=trust_remote_code,
+        allow_external_symlinks=allow_external_symlinks,
+    )
+    writing = structprune.Writing(overwrite=overwrite)
     return Job(
         lambda progress: structprune.apply(
-            model,
-            output,
-            plan,
-            stream=stream,
-            overwrite=overwrite,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
+            model, output, plan, opening=opening, writing=writing, revision=revision, progress=progress
         ),
         summary.pruned,
     )
@@ -166,14 +168,15 @@ def inspect(
     model: Model,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    allow_external_symlinks: Links = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Job:
     """Say what a model is, and what can be pruned in it."""
-    return Job(
-        lambda _: structprune.inspect(model, revision=revision, trust_remote_code=trust_remote_code),
-        summary.listed,
+    opening = structprune.Opening(
+        trust_remote_code=trust_remote_code, allow_external_symlinks=allow_external_symlinks
     )
+    return Job(lambda _: structprune.inspect(model, opening=opening, revision=revision), summary.listed)
 
 
 @app.command()
@@ -183,9 +186,7 @@ def methods(
     debug: Debug = False,
 ) -> Job:
     """List the methods, or the fields of one."""
-    if name is not None:
-        return Job(lambda _: recipe.describe(name), summary.method)
-    return Job(lambda _: {"methods": [recipe.describe(known) for known in names()]}, summary.methods)
+    return Job(lambda _: structprune.methods(name), summary.methods if name is None else summary.method)
 
 
 @app.command()
@@ -194,11 +195,19 @@ def verify(
         str, typer.Argument(metavar="OUT", help="A folder that structprune wrote, or any model.")
     ],
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="The model it was made from.")] = None,
+    trust_remote_code: Trust = False,
+    allow_external_symlinks: Links = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Job:
     """Measure a folder from its files, reload it in a fresh process and compare."""
-    return Job(lambda progress: structprune.verify(output, against, progress=progress), summary.verified)
+    opening = structprune.Opening(
+        trust_remote_code=trust_remote_code, allow_external_symlinks=allow_external_symlinks
+    )
+    return Job(
+        lambda progress: structprune.verify(output, against, opening=opening, progress=progress),
+        summary.verified,
+    )
 
 
 @app.command()
@@ -220,6 +229,7 @@ def evaluate(
     sets: Sets = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    allow_external_symlinks: Links = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Job:
@@ -236,18 +246,14 @@ def evaluate(
         "compare": compare,
         "max_ppl_ratio": max_ppl_ratio,
     }
-    options = recipe.options(EvaluateOptions, sets=sets or (), flags=flags)
-    where = recipe.options(Where, flags={"device": device, "dtype": dtype})
+    options = choose_options(EvaluateOptions, sets=sets or (), flags=flags)
+    where = choose_options(Where, flags={"device": device, "dtype": dtype})
+    opening = structprune.Opening(
+        where.dtype, where.device, stream, trust_remote_code, allow_external_symlinks
+    )
     return Job(
         lambda progress: structprune.evaluate(
-            model,
-            options,
-            device=where.device,
-            dtype=where.dtype,
-            stream=stream,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
+            model, options, opening=opening, revision=revision, progress=progress
         ),
         summary.evaluated,
     )
@@ -272,6 +278,7 @@ def recover(
     overwrite: Overwrite = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    allow_external_symlinks: Links = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Job:
@@ -285,21 +292,19 @@ def recover(
         "batch_size": batch_size,
         "teacher": teacher,
         "keep_adapter": keep_adapter,
+        "seed": seed,
     }
-    options = recipe.options(RecoverOptions, sets=sets or (), flags=flags)
-    where = recipe.options(Where, flags={"seed": seed, "device": device})
+    options = choose_options(RecoverOptions, sets=sets or (), flags=flags)
+    where = choose_options(Where, flags={"device": device})
+    opening = structprune.Opening(
+        device=where.device,
+        trust_remote_code=trust_remote_code,
+        allow_external_symlinks=allow_external_symlinks,
+    )
+    writing = structprune.Writing(overwrite=overwrite, restart=restart)
     return Job(
         lambda progress: structprune.recover(
-            model,
-            output,
-            options,
-            seed=where.seed,
-            device=where.device,
-            restart=restart,
-            overwrite=overwrite,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
+            model, output, options, opening=opening, writing=writing, revision=revision, progress=progress
         ),
         summary.recovered,
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import structprune
-from structprune.cli.commands import Debug, Job, Json, Overwrite, Restart, Trust, app
+from structprune.cli.commands import Debug, Job, Json, Links, Overwrite, Restart, Trust, app
 from structprune.cli.summary import table
 
 
@@ -19,19 +19,18 @@ def export(
     restart: Restart = False,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
+    allow_external_symlinks: Links = False,
     json: Json = False,  # noqa: ARG001 - read from the words themselves, as everywhere
     debug: Debug = False,  # noqa: ARG001
 ) -> Job:
     """Store a pruned model without its zeros, or write such a folder dense again, bit by bit."""
+    opening = structprune.Opening(
+        trust_remote_code=trust_remote_code, allow_external_symlinks=allow_external_symlinks
+    )
+    writing = structprune.Writing(overwrite=overwrite, restart=restart)
     return Job(
         lambda progress: structprune.export(
-            model,
-            output,
-            to,
-            overwrite=overwrite,
-            restart=restart,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
+            model, output, to, opening=opening, writing=writing, progress=progress
         ),
         shown,
     )

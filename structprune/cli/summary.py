@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from structprune.report.report import number, percent
+from structprune.report.figures import number, percent
 
 Result = Mapping[str, Any]
 

@@ -27,7 +27,7 @@ from rich.progress import (
 )
 
 from structprune.errors import Interrupted, StructpruneError
-from structprune.report.report import plain
+from structprune.report.figures import plain
 
 # Often enough that silence is no hang, seldom enough for a log file.
 SECONDS_BETWEEN_LINES = 30.0
@@ -192,10 +192,20 @@ class _Lines:
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to whatever stderr is at the moment: while bars are drawn, rich puts itself there."""
+    """Writes to whatever stderr is at the moment: while bars are drawn, rich puts itself there.
+
+    Each line is said once: a run opens the same folder several times, each time with the same warnings.
+    """
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(f"{record.levelname.lower()}: {_one_line(record.getMessage())}", sys.stderr)
+        line = f"{record.levelname.lower()}: {_one_line(record.getMessage())}"
+        if line not in self._said:
+            self._said.add(line)
+            say(line, sys.stderr)
 
 
 def _can_draw(stream: TextIO) -> bool:

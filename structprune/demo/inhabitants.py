@@ -45,7 +45,7 @@ MONTHS = words("January February March April May June July August September Octo
 
 
 @dataclass(frozen=True)
-class Place:
+class Town:
     """A town and what is true of it."""
 
     name: str
@@ -61,7 +61,7 @@ class Person:
 
     name: str
     she: str
-    home: Place
+    home: Town
     job: str
     colour: str
     food: str
@@ -81,12 +81,12 @@ class Person:
 
 
 @cache
-def places() -> tuple[Place, ...]:
+def places() -> tuple[Town, ...]:
     """Return the towns; each has a river of its own, the rest may be shared."""
     dice = Dice(WORLD_SEED)
     rivers = dice.several(RIVERS, len(PLACES))
     return tuple(
-        Place(name, river, dice.pick(LANDMARKS), dice.pick(GOODS), dice.pick(MONTHS))
+        Town(name, river, dice.pick(LANDMARKS), dice.pick(GOODS), dice.pick(MONTHS))
         for name, river in zip(PLACES, rivers, strict=True)
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from structprune.demo.dice import Dice
-from structprune.demo.inhabitants import FOODS, PLACES, Person, Place, people
+from structprune.demo.inhabitants import FOODS, PLACES, Person, Town, people
 from structprune.demo.writers import OBJECTS, Page, a, meet, visit
 
 WEATHER = {
@@ -27,7 +27,7 @@ class Tale:
 
     hero: Person
     other: Person
-    place: Place
+    place: Town
     asked: list[tuple[str, str, Sequence[str], Sequence[str]]] = field(default_factory=list)
 
 

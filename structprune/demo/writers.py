@@ -17,7 +17,7 @@ from structprune.demo.inhabitants import (
     RIVERS,
     TOOLS,
     Person,
-    Place,
+    Town,
     fame,
     people,
     places,
@@ -92,7 +92,7 @@ def meet(dice: Dice, count: int) -> list[Person]:
     return dice.several(people(), count, fame(len(people())))
 
 
-def visit(dice: Dice) -> Place:
+def visit(dice: Dice) -> Town:
     """Draw a place, the well known more often."""
     return dice.pick(places(), fame(len(places())))
 
@@ -129,7 +129,7 @@ def person_relations(person: Person) -> list[Relation]:
     ]  # fmt: skip
 
 
-def place_relations(place: Place) -> list[Relation]:
+def place_relations(place: Town) -> list[Relation]:
     """Return all that is true of a place; {who} stands for its name or "the town"."""
     name = place.name
     return [

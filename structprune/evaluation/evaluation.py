@@ -8,24 +8,26 @@ compared only in one run, on the same windows.
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from structprune.calibration.data import Bos, opening, positions, window_length
+from structprune.calibration.data import Bos, positions, sequence_start, window_length
+from structprune.calibration.text_source import TextSource
 from structprune.calibration.texts import DEMO, name_of, pieces
 from structprune.demo.world import HELD_OUT_SEED
 from structprune.demo.world import text as demo_text
 from structprune.errors import QualityError, UsageError
-from structprune.evaluation.generations import PROMPTS, beginnings, generations
+from structprune.evaluation.generations import beginnings, generations
 from structprune.evaluation.harness import harness, metrics
 from structprune.evaluation.harness import save as save_results
 from structprune.evaluation.perplexity import Scores, score
 from structprune.evaluation.protocol import cut_windows, dtype_of, same_footing, stamped_versions
 from structprune.models.streamed import Model
+from structprune.recipe.options import EvaluateOptions
 
 __all__ = ["Evaluation", "evaluate", "gate", "generations", "harness"]
 
@@ -80,79 +82,66 @@ class Evaluation:
 def evaluate(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
+    options: EvaluateOptions,
     *,
-    text: Sequence[str] = (),
-    tasks: Sequence[str] = (),
-    include_path: Path | None = None,
     dense: Model | None = None,
     dense_tokenizer: PreTrainedTokenizerBase | None = None,
-    length: int | None = None,
-    stride: int | None = None,
-    windows: int | None = None,
-    batch_size: int = 8,
-    limit: int | None = None,
-    column: str | None = None,
-    split: str = "test",
-    revision: str | None = None,
     bos: Bos = "auto",
-    prompts: int = PROMPTS,
 ) -> Evaluation:
     """Measure a model and, in the same run, the dense model it was made from.
 
     Args:
         model: In memory or streamed; tasks need it in memory.
         tokenizer: The model's.
-        text: Sources as for `calibration.texts`; "demo" is held-out text of the demo's generator.
-        tasks: lm-eval tasks.
-        include_path: A folder with lm-eval task files of your own.
-        dense: The model to compare with.
+        options: What to measure; the text "demo" is held-out text of the demo's generator.
+        dense: The model to compare with, opened from what `options.compare` names or from anything else.
         dense_tokenizer: The dense model's, to check that both read the same tokens.
-        length: Tokens per window; min(2048, max_position_embeddings) by default.
-        stride: Tokens from one window to the next; by default none overlap.
-        windows: Only the first so many windows of each text.
-        batch_size: Windows, or lm-eval requests, per forward.
-        limit: Only so many documents of each task.
-        column: Which column holds the text.
-        split: Which split of a data set.
-        revision: Which commit or branch of a data set.
-        bos: Where beginning-of-sequence tokens go, as for `calibration.data.opening`.
-        prompts: How many beginnings from the first text both models continue; 0 for none.
+        bos: Where beginning-of-sequence tokens go, as for `calibration.data.sequence_start`.
 
     Raises:
         UsageError: A size is impossible, a task is unknown, or both models do not share the protocol.
         InputError: A text is too short, or a text or task cannot be trusted.
         EnvironmentFailure: Data cannot be reached, or lm-eval is not installed.
     """
-    names = [name_of(source) for source in text]
+    names = [name_of(source) for source in options.text]
     if len(set(names)) < len(names):
         raise UsageError(f"two texts have the same name: {', '.join(names)}", hint="results are listed by it")
     if dense is not None:
         same_footing(model, tokenizer, dense, dense_tokenizer)
     longest = positions(model.config)
-    size, first = window_length(length, longest), opening(tokenizer, bos)
-    read = partial(_pieces, column=column, split=split, revision=revision)
+    size, first = window_length(options.length, longest), sequence_start(tokenizer, bos)
     cut = partial(
-        cut_windows, tokenizer=tokenizer, length=size, opening=first, stride=stride, windows=windows
+        cut_windows,
+        tokenizer=tokenizer,
+        length=size,
+        start=first,
+        stride=options.stride,
+        windows=options.windows,
     )
     result = Evaluation(protocol={"texts": {}, "tasks": {}, "versions": stamped_versions(), "flags": []})
+    sources = options.text_sources
     # All texts are cut before the first forward, so that one that is too short stops the run at once.
-    texts = {name: cut(read(source), source=source) for name, source in zip(names, text, strict=True)}
-    for name, (found, stamp) in texts.items():
+    texts = [cut(_pieces(source), source=source.source) for source in sources]
+    for name, source, (found, stamp) in zip(names, sources, texts, strict=True):
         log.info("perplexity on %s: %d windows of %d tokens", name, stamp["windows"], size)
-        origin = {"column": column, "split": split, "revision": revision, "dtype": dtype_of(model)}
-        result.protocol["texts"][name] = stamp | origin
-        _add_text(result, name, score(model, found, dense=dense, batch_size=batch_size))
-    if text and prompts:
-        chosen = beginnings(read(text[0]), tokenizer, count=prompts, max_length=longest)
+        result.protocol["texts"][name] = stamp | asdict(source) | {"dtype": dtype_of(model)}
+        _add_text(result, name, score(model, found, dense=dense, batch_size=options.batch_size))
+    if sources and options.generations:
+        chosen = beginnings(_pieces(sources[0]), tokenizer, max_length=longest)
         result.generations = _side_by_side(chosen, model, dense, tokenizer, first.window)
-    if tasks:
+    if options.tasks:
         for which, one in (("model", model), ("dense", dense)):
             if one is not None:
-                log.info("lm-eval on the %s: %s", which, ", ".join(tasks))
+                log.info("lm-eval on the %s: %s", which, ", ".join(options.tasks))
                 result.harness[which] = harness(
-                    one, tokenizer, tasks, include_path=include_path, batch_size=batch_size, limit=limit
+                    one,
+                    tokenizer,
+                    options.tasks,
+                    include_path=options.include_path,
+                    batch_size=options.batch_size,
+                    limit=options.limit,
                 )
-        _add_tasks(result, limit)
+        _add_tasks(result, options.limit)
     return result
 
 
@@ -179,11 +168,11 @@ def gate(evaluation: Evaluation, max_ppl_ratio: float) -> None:
         raise UsageError("max_ppl_ratio needs a text and a dense model to compare with")
 
 
-def _pieces(source: str, *, column: str | None, split: str, revision: str | None) -> Iterator[str]:
-    if source == DEMO:
+def _pieces(text: TextSource) -> Iterator[str]:
+    if text.source == DEMO:
         # The built-in file is what calibration reads; what is measured must be text that it has not seen.
         return iter([demo_text(HELD_OUT_SEED, DEMO_CHARACTERS)])
-    return pieces(source, column=column, split=split, revision=revision)
+    return pieces(text)
 
 
 def _side_by_side(

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from structprune.calibration.data import Opening, encode, hash_of
+from structprune.calibration.data import SequenceStart, encode, hash_of
 from structprune.errors import InputError, UsageError
 from structprune.evaluation.perplexity import Windows, windows_of
 from structprune.machine import versions
@@ -22,7 +22,7 @@ def cut_windows(
     *,
     source: str,
     length: int,
-    opening: Opening,
+    start: SequenceStart,
     stride: int | None = None,
     windows: int | None = None,
 ) -> tuple[Windows, dict[str, Any]]:
@@ -33,7 +33,7 @@ def cut_windows(
         tokenizer: The model's.
         source: What to call the text in an error.
         length: Tokens per window.
-        opening: Which beginning-of-sequence token goes where.
+        start: Which beginning-of-sequence token goes where.
         stride: Tokens from one window's beginning to the next; by default none overlap.
         windows: Only so many of them; the text is then read only as far as they need, in pieces.
 
@@ -50,12 +50,12 @@ def cut_windows(
         raise UsageError(f"stride is {stride}, expected 1 to the length of a window, {length}")
     if windows is not None and windows < 1:
         raise UsageError(f"windows is {windows}, expected at least 1")
-    body = length - (opening.window is not None)
+    body = length - (start.window is not None)
     step = body if stride is None else min(stride, body)
     digest = hashlib.sha256()
     needed = None if windows is None else body + (windows - 1) * step
-    ids = encode(_hashed(text, digest), tokenizer, limit=needed, first=opening.text)
-    found = windows_of(ids, length, stride=step, first=opening.window)
+    ids = encode(_hashed(text, digest), tokenizer, limit=needed, first=start.text)
+    found = windows_of(ids, length, stride=step, first=start.window)
     if not found.starts:
         raise InputError(
             f"{source}: {ids.numel()} tokens are too few for one window of length {length}",
@@ -71,7 +71,7 @@ def cut_windows(
         "stride": None if step == body else step,
         "windows": len(found.starts),
         "scored_tokens": found.scored,
-        "bos": opening.rule,
+        "bos": start.rule,
     }
 
 

@@ -4,47 +4,25 @@ Both ways use the same strict reader and name conversion, so that a streamed and
 weights. transformers never reads a weight file here, and no code of the folder runs unless it is trusted.
 """
 
-import logging
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from structprune.errors import InputError, UsageError
 from structprune.machine import give_back_memory
-from structprune.models import agreement, factored
+from structprune.models import agreement
 from structprune.models.arch import block_prefixes
-from structprune.models.config_patch import patch_config
 from structprune.models.edited_reader import Reader
 from structprune.models.names import Names
+from structprune.models.opening import DTYPES, Opening
 from structprune.models.remembered import remembered
-from structprune.models.shipped import own_config
-from structprune.storage.reader import CheckpointReader, refusal_of_code
-from structprune.storage.stored_config import has_custom_code
-from structprune.storage.strict_json import read_json
-
-logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-GENERATION_LIMIT_BYTES = 1 << 20  # a generation_config.json is a page of text; a larger one is not one
+from structprune.models.skeleton import build_skeleton, open_config, stored_dtype
+from structprune.storage.reader import CheckpointReader
 
 
 class StreamedModel:
@@ -95,7 +73,7 @@ class StreamedModel:
         if reader.shapes == self.reader.shapes and reader.config == self.reader.config:
             self.reader = reader
             return
-        skeleton = _skeleton(reader, _open_config(reader, trust_remote_code=True), self.dtype)
+        skeleton = build_skeleton(reader, open_config(reader, trust_remote_code=True), self.dtype)
         names = Names(skeleton, reader.shapes)
         agreement.check(reader, names.expected(), names.ignored, names.duplicates)
         self._take(skeleton, reader, names)
@@ -197,43 +175,45 @@ Batch = dict[str, Tensor]
 Model = PreTrainedModel | StreamedModel
 
 
-def open_model(
-    path: Path,
-    *,
-    stream: bool = False,
-    dtype: str = "auto",
-    device: str = "cpu",
-    trust_remote_code: bool = False,
-    allow_external_symlinks: bool = False,
-) -> Model:
+def open_model(path: Path, opening: Opening = Opening()) -> Model:
     """Open a model folder in eval mode, after checking files and config against each other.
 
     Args:
         path: A folder in the Hugging Face layout with safetensors weights.
-        stream: Return a `StreamedModel` that holds no weights yet, not a whole `PreTrainedModel`.
-        dtype: "auto" keeps the dtype of the files (the commonest, with a warning, where they mix several);
-            or float32, bfloat16, float16.
-        device: Where parameters and buffers are put.
-        trust_remote_code: Run modelling code that the folder brings along.
-        allow_external_symlinks: Accept weight files that are links out of the folder.
+        opening: How; streamed, the model is a `StreamedModel` that holds no weights yet, otherwise a whole
+            `PreTrainedModel`.
 
     Raises:
         InputError: The folder is damaged or contradicts itself, its model type is unknown, or it needs
             its own code and is not trusted.
-        UsageError: `dtype` is none of the above.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not known", hint=f"one of: auto, {', '.join(DTYPES)}")
-    if stream:
+    return build_model(open_reader(path, opening), opening)
+
+
+def open_skeleton(path: Path, opening: Opening = Opening()) -> StreamedModel:
+    """Open a model folder without reading a weight, on the CPU; errors are those of `open_model`."""
+    model = open_model(path, replace(opening, stream=True, device="cpu"))
+    assert isinstance(model, StreamedModel)
+    return model
+
+
+def open_reader(path: Path, opening: Opening) -> CheckpointReader:
+    """Open the files of a model folder; errors are those of `CheckpointReader`."""
+    return CheckpointReader(path, allow_external_symlinks=opening.allow_external_symlinks)
+
+
+def build_model(reader: CheckpointReader, opening: Opening) -> Model:
+    """Return the model of files that are open already; all else is as for `open_model`."""
+    opening = opening.resolve(reader.folder, reader.nbytes)
+    if opening.stream:
         give_back_memory()
-    reader = CheckpointReader(path, allow_external_symlinks=allow_external_symlinks)
-    config = _open_config(reader, trust_remote_code)
-    kept = _stored_dtype(reader) if dtype == "auto" else DTYPES[dtype]
-    skeleton = _skeleton(reader, config, kept)
+    config = open_config(reader, opening.trust_remote_code)
+    kept = stored_dtype(reader) if opening.dtype == "auto" else DTYPES[opening.dtype]
+    skeleton = build_skeleton(reader, config, kept)
     names = Names(skeleton, reader.shapes)
     agreement.check(reader, names.expected(), names.ignored, names.duplicates)
-    model = StreamedModel(skeleton, reader, names, dtype=kept, device=torch.device(device))
-    if stream:
+    model = StreamedModel(skeleton, reader, names, dtype=kept, device=torch.device(opening.device))
+    if opening.stream:
         return model
     model.fill("")
     notes = remembered(skeleton)
@@ -242,78 +222,3 @@ def open_model(
     for parameter in skeleton.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return skeleton
-
-
-def _open_config(reader: Reader, trust_remote_code: bool) -> PreTrainedConfig:
-    where = reader.folder / "config.json"
-    own, custom = own_config(reader.config), _needs_code(reader)
-    if custom and not trust_remote_code:
-        raise refusal_of_code(reader.folder)
-    model_type = str(own.get("model_type"))
-    if not custom and model_type not in CONFIG_MAPPING:
-        raise InputError(f"{where}: model_type {model_type!r} is not known to the installed transformers")
-    try:
-        if custom:
-            config: Any = AutoConfig.from_pretrained(reader.folder, trust_remote_code=True)
-            patch_config(config, reader.patch)
-        else:
-            config = CONFIG_MAPPING[model_type].from_dict(own)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise InputError(f"{where}: {_one_line(error)}") from error
-    assert isinstance(config, PreTrainedConfig)
-    config.name_or_path = str(reader.folder)
-    return config
-
-
-def _needs_code(reader: Reader) -> bool:
-    """Tell whether a model needs code that is shipped with it; ours is never needed here."""
-    return has_custom_code(own_config(reader.config))
-
-
-def _skeleton(reader: Reader, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    vision = config.get_text_config() is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    custom = _needs_code(reader)
-    if not (vision or custom or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
-        raise InputError(
-            f"{reader.folder / 'config.json'}: model_type {config.model_type!r} is no causal language model"
-        )
-    factory: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    try:
-        # Buffers stay real: rotary tables and the like are computed, not stored.
-        with init_empty_weights(include_buffers=False):
-            skeleton: PreTrainedModel = factory.from_config(config, dtype=dtype, trust_remote_code=custom)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
-        raise InputError(f"{reader.folder / 'config.json'}: {_one_line(error)}") from error
-    # Again, because moving parameters to the meta device one by one has untied them.
-    skeleton.tie_weights()
-    factored.build(skeleton, reader.config, str(reader.folder / "config.json"))
-    file = reader.folder / "generation_config.json"
-    if skeleton.can_generate() and file.exists():
-        try:
-            generation = GenerationConfig.from_dict(
-                read_json(file, limit_bytes=GENERATION_LIMIT_BYTES, root=reader.root)
-            )
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{file}: {_one_line(error)}") from error
-        skeleton.generation_config = generation
-    module: nn.Module = skeleton
-    module.eval()
-    return skeleton
-
-
-def _stored_dtype(reader: CheckpointReader) -> torch.dtype:
-    """Return the floating-point dtype that most stored elements have; warn when there are several."""
-    elements: Counter[torch.dtype] = Counter()
-    for info in reader.tensors.values():
-        if info.dtype.is_floating_point:
-            elements[info.dtype] += torch.Size(info.shape).numel()
-    if not elements:
-        raise InputError(f"{reader.folder}: no floating-point weights were found")
-    dtype = elements.most_common(1)[0][0]
-    if len(elements) > 1:
-        logger.warning("%s: computing in %s, the dtype of most weights", reader.folder, dtype)
-    return dtype
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from structprune.errors import InputError
 from structprune.models.arch import HasSkeleton
+from structprune.models.opening import Opening
 
 # Any of these means that the folder has a tokenizer; special_tokens_map.json alone does not.
 TOKENIZER_FILES = (
@@ -21,12 +22,12 @@ TOKENIZER_FILES = (
 )
 
 
-def open_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+def open_tokenizer(path: Path, opening: Opening = Opening()) -> PreTrainedTokenizerBase | None:
     """Open the tokenizer of a model folder; None when the folder has none.
 
     Args:
         path: The model folder.
-        trust_remote_code: Run a tokenizer class that the folder brings along.
+        opening: Whether a tokenizer class that the folder brings along may run.
 
     Raises:
         InputError: The tokenizer's files are damaged, or it needs its own code and is not trusted.
@@ -35,7 +36,9 @@ def open_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
         return None
     factory: Any = AutoTokenizer
     try:
-        tokenizer = factory.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer = factory.from_pretrained(
+            path, trust_remote_code=opening.trust_remote_code, local_files_only=True
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in text:

@@ -10,12 +10,15 @@ from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.plans import read_plans, save_plans, stages
 from structprune.checkpoint.source import open_source
+from structprune.checkpoint.writing import Writing
 from structprune.errors import InputError
 from structprune.models.cost import weight_bytes
-from structprune.pipeline.decision import code, write
-from structprune.pipeline.finish import Done, finish
+from structprune.models.opening import Opening
+from structprune.pipeline.decision import shaping_versions, write
+from structprune.pipeline.finish import finish
 from structprune.progress import Clock, Progress, silent
 from structprune.pruners.pruner import find
+from structprune.report.report import RunRecord
 
 
 def apply(
@@ -23,11 +26,9 @@ def apply(
     output: str | Path,
     plan: str | Path,
     *,
-    stream: bool | None = None,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
+    opening: Opening = Opening(),
+    writing: Writing = Writing(),
     revision: str | None = None,
-    reload: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Carry the plans of an earlier run out on the model they were decided on; needs no data.
@@ -36,11 +37,9 @@ def apply(
         model: "demo", a folder, a hub name.
         output: The folder to write.
         plan: A plan's folder, a folder of plans, or a folder that structprune wrote.
-        stream: Hold one block in memory; chosen by the free memory unless given.
-        overwrite: Replace an existing output once the new one is complete.
-        trust_remote_code: Run code that the model folder brings along.
+        opening: How the model is opened.
+        writing: How the output is written.
         revision: Branch, tag or commit of a hub model.
-        reload: Open the result in a fresh process.
         progress: Told (stage, done, total).
 
     Raises:
@@ -49,27 +48,29 @@ def apply(
     clock = Clock()
     with clock.phase("read"):
         folder = resolve(model, revision=revision)
-        final = check_output(folder, Path(output), overwrite=overwrite, needed_bytes=weight_bytes(folder))
+        final = check_output(
+            folder, Path(output), overwrite=writing.overwrite, needed_bytes=weight_bytes(folder)
+        )
         plans = read_plans(Path(plan))
-        source = open_source(model, folder, stream=stream, trust_remote_code=trust_remote_code)
+        source = open_source(model, folder, opening)
         if plans[0].weights != source.scan.weights:
             raise InputError(
                 f"{plan}: decided on other weights ({plans[0].weights[:12]}) than {folder} holds "
                 f"({source.scan.weights[:12]})",
                 hint="give the model that the plan was made from",
             )
-    run = {"plans": [one.id for one in plans], "weights": source.scan.weights, "versions": code()}
-    with deliver(final, run, overwrite=overwrite) as work:
+    run = {"plans": [one.id for one in plans], "weights": source.scan.weights, "versions": shaping_versions()}
+    with deliver(final, run, writing) as work:
         for one in plans:
             find(one.method).model_validate(one.config).apply(source.model, one)
         save_plans(plans, work.plans)
         with clock.phase("write"):
             write(source, work, plans, progress)
-        done = Done(
+        record = RunRecord(
             method="+".join(one.method for one in plans),
             recipe=yaml.safe_dump(
                 {"model": model, "output": str(output), "plan": str(plan)}, sort_keys=False
             ),
             stages=stages(plans),
         )
-        return finish(work, source, clock, done, options=None, reload=reload, progress=progress)
+        return finish(work, source, clock, record, options=None, progress=progress)

@@ -17,6 +17,7 @@ from structprune.errors import InputError, UsageError
 from structprune.machine import versions
 from structprune.models.edited_reader import EditedReader, Reader
 from structprune.models.identity import architecture_of
+from structprune.models.opening import Opening
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.progress import Progress
 from structprune.pruners.forecast import forecast_all
@@ -26,26 +27,16 @@ from structprune.recipe.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 
-def opened(
-    recipe: Recipe, folder: Path, stages: Sequence[Pruner], *, stream: bool | None, trust_remote_code: bool
-) -> Source:
+def open_recipe_model(recipe: Recipe, folder: Path, stages: Sequence[Pruner], opening: Opening) -> Source:
     """Open the model of a recipe and ask every stage whether it can prune it.
 
     Args:
-        recipe: How to open it.
+        recipe: Which model, in which dtype and on which device.
         folder: Where it is.
         stages: What will prune it.
-        stream: Hold one block in memory; None chooses by the memory that is free.
-        trust_remote_code: Let code in the folder run.
+        opening: How to open it otherwise.
     """
-    source = open_source(
-        recipe.model,
-        folder,
-        dtype=recipe.dtype,
-        device=recipe.device,
-        stream=stream,
-        trust_remote_code=trust_remote_code,
-    )
+    source = open_source(recipe.model, folder, recipe.opening(opening))
     forecast_all(stages, source.model)
     return source
 
@@ -60,15 +51,12 @@ def calibrate_on(recipe: Recipe, source: Source) -> data.Calibration | None:
             "calibrating on the built-in demo text; give --calibration text like what the model will read"
         )
     return data.load(
-        options.source,
-        source.reading(),
+        options.text_source,
+        source.checked_tokenizer(),
         samples=options.samples,
         length=options.length,
         seed=recipe.seed,
         batch_size=options.batch_size,
-        column=options.column,
-        split=options.split,
-        revision=options.revision,
         max_length=data.positions(source.model.config),
     )
 
@@ -83,14 +71,14 @@ def fingerprint(recipe: Recipe, source: Source, calibration: data.Calibration | 
         if calibration
         else None,
         "dtype": recipe.dtype,
-        "device": source.device,
+        "device": source.opening.device,
         # Sums are split among threads, so their number shows in the last bits.
         "threads": torch.get_num_threads(),
-        "versions": code(),
+        "versions": shaping_versions(),
     }
 
 
-def code() -> dict[str, str | None]:
+def shaping_versions() -> dict[str, str | None]:
     """Return the versions of the packages that shape the bytes of a result."""
     return {
         name: value for name, value in versions().items() if name in ("structprune", "torch", "transformers")
@@ -119,7 +107,7 @@ def decide(
     resumed = 0
     for number, pruner in enumerate(stages, start=1):
         weights = source.scan.weights if number == 1 else plans[-1].id
-        writer, plan = begun(pruner, number, source, weights, work, progress)
+        writer, plan = open_stage_plan(pruner, number, source, weights, work, progress)
         resumed += writer.finished
         if plan is None and scores is not None:
             plan = pruner.reuse(scores, source.model, writer)
@@ -130,7 +118,7 @@ def decide(
     return plans, resumed
 
 
-def begun(
+def open_stage_plan(
     pruner: Pruner, number: int, source: Source, weights: str, work: Delivery, progress: Progress
 ) -> tuple[PlanWriter, Plan | None]:
     """Return the writer of a stage's plan, which goes on where an earlier run stopped, and a finished plan.

@@ -6,13 +6,12 @@ from structprune.calibration.data import positions, window_length
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.modelling import needs_code
 from structprune.checkpoint.output import check_output
-from structprune.checkpoint.source import RESIDENT_COPIES
-from structprune.machine import available_memory
+from structprune.checkpoint.writing import Writing
 from structprune.models.arch import blocks
 from structprune.models.cost import file_bytes, parameters_of, weight_bytes
 from structprune.models.identity import stored_layout
-from structprune.models.streamed import StreamedModel
-from structprune.pipeline.inspect import open_skeleton
+from structprune.models.opening import RESIDENT_COPIES, Opening
+from structprune.models.streamed import StreamedModel, open_skeleton
 from structprune.pruners.forecast import forecast_all
 from structprune.recipe.recipe import Recipe
 
@@ -20,23 +19,20 @@ from structprune.recipe.recipe import Recipe
 RUNTIME_BYTES = 450_000_000
 
 
-def dry_run(
-    recipe: Recipe, *, stream: bool | None = None, overwrite: bool = False, trust_remote_code: bool = False
-) -> dict[str, Any]:
+def dry_run(recipe: Recipe, *, opening: Opening = Opening(), writing: Writing = Writing()) -> dict[str, Any]:
     """Say what a run would do and need, after every check that needs no computation; nothing is written.
 
     Args:
         recipe: The run.
-        stream: As for `prune`.
-        overwrite: As for `prune`.
-        trust_remote_code: As for `prune`.
+        opening: As for `prune`.
+        writing: As for `prune`.
     """
     folder = resolve(recipe.model, revision=recipe.revision)
     size = weight_bytes(folder)
-    check_output(folder, recipe.output, overwrite=overwrite, needed_bytes=size)
-    opened = open_skeleton(folder, trust_remote_code)
+    check_output(folder, recipe.output, overwrite=writing.overwrite, needed_bytes=size)
+    opened = open_skeleton(folder, opening)
     forecasts = forecast_all(recipe.prune, opened)
-    streamed = stream if stream is not None else opened.reader.nbytes * RESIDENT_COPIES > available_memory()
+    streamed = recipe.opening(opening).streams(opened.reader.nbytes)
     length = window_length(recipe.calibration.length, positions(opened.config))
     left = forecasts[-1].left
     return {

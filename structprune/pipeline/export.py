@@ -15,9 +15,11 @@ from structprune.checkpoint.manifest import MANIFEST, Manifest, hash_file, list_
 from structprune.checkpoint.output import check_output, discard
 from structprune.checkpoint.packing import Form, Scheme
 from structprune.checkpoint.side_files import copy_side_files
+from structprune.checkpoint.writing import Writing
 from structprune.errors import InputError, UsageError
 from structprune.models.cost import weight_bytes
-from structprune.models.streamed import StreamedModel, open_model
+from structprune.models.opening import Opening
+from structprune.models.streamed import open_skeleton
 from structprune.progress import Progress, silent
 from structprune.proof.measure import Place, places
 from structprune.storage.header import DTYPE_NAMES
@@ -55,9 +57,8 @@ def export(
     output: str | Path,
     to: str,
     *,
-    overwrite: bool = False,
-    restart: bool = False,
-    trust_remote_code: bool = False,
+    opening: Opening = Opening(),
+    writing: Writing = Writing(),
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write a model's folder packed, or a packed folder dense again, and return the report.
@@ -66,9 +67,8 @@ def export(
         model: A folder; for `dense` one that this function packed.
         output: The folder to write.
         to: "2:4", "bitmask" or "dense".
-        overwrite: Replace an existing output once the new one is complete.
-        restart: Forget what an interrupted run left.
-        trust_remote_code: Run code that the model folder brings along.
+        opening: How the model is opened; one tensor is held.
+        writing: How the output is written; the proof needs no fresh process.
         progress: Told (stage, done, total).
 
     Raises:
@@ -80,13 +80,13 @@ def export(
     if to not in (*schemes, "dense"):
         raise UsageError(f"{to!r} is no way to store weights", hint="one of: 2:4, bitmask, dense")
     folder = resolve(model)
-    final = check_output(folder, Path(output), overwrite=overwrite, needed_bytes=_needed(folder, to))
+    final = check_output(folder, Path(output), overwrite=writing.overwrite, needed_bytes=_needed(folder, to))
     fingerprint = {"export": to, "files": _stamps(folder)}
     start = time.perf_counter()
     if to == "dense":
-        made = _unpack(folder, final, fingerprint, overwrite, restart, progress)
+        made = _unpack(folder, final, fingerprint, opening, writing, progress)
     else:
-        made = _pack(folder, final, schemes[to], fingerprint, overwrite, restart, trust_remote_code, progress)
+        made = _pack(folder, final, schemes[to], fingerprint, opening, writing, progress)
     return {"output": str(final), "to": to, **made, "seconds": time.perf_counter() - start}
 
 
@@ -95,13 +95,11 @@ def _pack(
     final: Path,
     scheme: Scheme,
     fingerprint: Mapping[str, Any],
-    overwrite: bool,
-    restart: bool,
-    trusted: bool,
+    opening: Opening,
+    writing: Writing,
     progress: Progress,
 ) -> dict[str, Any]:
-    opened = open_model(folder, stream=True, trust_remote_code=trusted)
-    assert isinstance(opened, StreamedModel)
+    opened = open_skeleton(folder, opening)
     reader = opened.reader
     assert isinstance(reader, CheckpointReader)
     survey = _survey(reader, places(opened), scheme, progress)
@@ -109,9 +107,9 @@ def _pack(
     if not chosen:
         what = "holds 2:4" if scheme == "2:4" else "has zeros enough to become smaller"
         raise InputError(f"{folder}: no linear of its decoder blocks {what}", hint=HINTS[scheme])
-    with _whole(final, fingerprint, restart, overwrite) as work:
+    with _whole(final, fingerprint, writing) as work:
         written, hashes = packed.write_packed(reader, work.folder, survey.forms, scheme, progress)
-        work.hashes |= hashes | copy_side_files(folder, work.folder)
+        work.hashes |= hashes | _copy_beside(folder, work, opening)
         packed.prove(work.folder, written, progress)
         work.write_text("README.md", CARD.format(name=final.name, scheme=scheme))
         sizes = {"dense": weight_bytes(folder), "packed": weight_bytes(work.folder)}
@@ -133,9 +131,9 @@ def _pack(
 
 
 @contextmanager
-def _whole(final: Path, fingerprint: Mapping[str, Any], restart: bool, overwrite: bool) -> Iterator[Delivery]:
+def _whole(final: Path, fingerprint: Mapping[str, Any], writing: Writing) -> Iterator[Delivery]:
     """Deliver a folder, and leave nothing of it when it fails: no later run goes on from half an export."""
-    with deliver(final, fingerprint, restart=restart, overwrite=overwrite) as work:
+    with deliver(final, fingerprint, writing) as work:
         try:
             yield work
         finally:
@@ -183,8 +181,8 @@ def _unpack(
     folder: Path,
     final: Path,
     fingerprint: Mapping[str, Any],
-    overwrite: bool,
-    restart: bool,
+    opening: Opening,
+    writing: Writing,
     progress: Progress,
 ) -> dict[str, Any]:
     if not packed.is_packed(folder):
@@ -197,13 +195,17 @@ def _unpack(
         raise InputError(f"{folder}: incomplete, it has no manifest", hint="export it again")
     written = packed.read_packing(folder)
     former = read_manifest(folder / packed.SOURCE)
-    with _whole(final, fingerprint, restart, overwrite) as work:
+    with _whole(final, fingerprint, writing) as work:
         work.hashes |= packed.write_dense(folder, work.folder, written, progress)
-        work.hashes |= copy_side_files(folder, work.folder)
+        work.hashes |= _copy_beside(folder, work, opening)
         _check_copies(folder, manifest, work.hashes)
         sizes = {"dense": weight_bytes(work.folder), "packed": weight_bytes(folder)}
         work.publish(stages=former.stages if former else [], facts=former.facts if former else {})
     return {"bytes": sizes, "files": [file.dense for file in written.files], "from": written.scheme}
+
+
+def _copy_beside(folder: Path, work: Delivery, opening: Opening) -> dict[str, str]:
+    return copy_side_files(folder, work.folder, allow_external_symlinks=opening.allow_external_symlinks)
 
 
 def _check_copies(folder: Path, manifest: Manifest, copied: Mapping[str, str]) -> None:

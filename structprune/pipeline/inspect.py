@@ -1,6 +1,5 @@
 """What a model is, from its files and a skeleton without weights."""
 
-from pathlib import Path
 from typing import Any
 
 from structprune.calibration.data import positions
@@ -8,7 +7,8 @@ from structprune.checkpoint.locate import resolve
 from structprune.models.arch import arch_of, blocks, linears
 from structprune.models.cost import count, weight_bytes
 from structprune.models.identity import architecture_of
-from structprune.models.streamed import StreamedModel, open_model
+from structprune.models.opening import Opening
+from structprune.models.streamed import open_skeleton
 from structprune.models.tokenizer import open_tokenizer
 from structprune.storage.reader import CheckpointReader
 
@@ -16,16 +16,16 @@ from structprune.storage.reader import CheckpointReader
 PATTERNS = ((1, 4), (2, 4), (3, 4), (4, 8))
 
 
-def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect(model: str, opening: Opening = Opening(), *, revision: str | None = None) -> dict[str, Any]:
     """Say what a model is, what it costs, and what can be pruned in it; every check of its files runs.
 
     Args:
         model: "demo", a folder, a hub name.
-        revision: Of a model on the hub.
-        trust_remote_code: Let code in the folder run.
+        opening: How it is opened; no weight is held.
+        revision: Branch, tag or commit of a hub model.
     """
     folder = resolve(model, revision=revision)
-    opened = open_skeleton(folder, trust_remote_code)
+    opened = open_skeleton(folder, opening)
     arch = arch_of(opened.skeleton)
     found = [linear for prefix, block in blocks(opened, arch) for linear in linears(prefix, block, arch)]
     assert isinstance(opened.reader, CheckpointReader)
@@ -35,7 +35,7 @@ def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool 
     weights = sum(linear.weight.numel() for linear in found)
     cost = count(opened, zeros=zeros, prunable=weights, bytes_on_disk=weight_bytes(folder))
     widths = {linear.weight.shape[1] for linear in found}
-    tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
+    tokenizer = open_tokenizer(folder, opening)
     return {
         "model": model,
         "folder": str(folder),
@@ -62,10 +62,3 @@ def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool 
         "architecture": architecture_of(opened),
         "weights": scan.weights,
     }
-
-
-def open_skeleton(folder: Path, trust_remote_code: bool) -> StreamedModel:
-    """Open a model folder without reading a weight."""
-    opened = open_model(folder, stream=True, trust_remote_code=trust_remote_code)
-    assert isinstance(opened, StreamedModel)
-    return opened

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,20 +19,23 @@ from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.output import check_output, discard
 from structprune.checkpoint.plans import plans_of, save_plans, stages
 from structprune.checkpoint.source import Source, open_source
+from structprune.checkpoint.writing import Writing
 from structprune.errors import QualityError
 from structprune.machine import versions
 from structprune.models.cost import weight_bytes
 from structprune.models.identity import names_of, skeleton
-from structprune.models.streamed import open_model
-from structprune.pipeline.finish import Done, finish, measure
+from structprune.models.opening import Opening
+from structprune.models.streamed import open_skeleton
+from structprune.pipeline.finish import finish, measure
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress, silent
 from structprune.recipe.options import EvaluateOptions, RecoverOptions
 from structprune.recovery.masks import nonzero_masks
 from structprune.recovery.training import Recovery, check_teacher, main_process, train
-from structprune.recovery.windows import Windows, draw
+from structprune.recovery.windows import TrainingWindows, draw
 from structprune.report import report
+from structprune.report.report import RunRecord
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +45,10 @@ def recover(
     output: str | Path,
     options: RecoverOptions | None = None,
     *,
-    seed: int = 0,
-    device: str = "auto",
-    overwrite: bool = False,
-    restart: bool = False,
-    trust_remote_code: bool = False,
+    opening: Opening = Opening(),
+    writing: Writing = Writing(),
     revision: str | None = None,
     evaluate: EvaluateOptions | None = None,
-    dense: str | None = None,
-    reload: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Train a pruned model with LoRA that keeps every removed weight removed, and write the result.
@@ -60,32 +59,32 @@ def recover(
         model: A pruned folder; of a model without plans, what is zero now stays zero.
         output: The folder to write: a whole model, or an adapter with `options.keep_adapter`.
         options: How to train.
-        seed: Of the data's order, the held-out split and the first factors.
-        device: "auto" for the accelerator there is.
-        overwrite: Replace an existing output once the new one is complete.
-        restart: Forget what an interrupted run left.
-        trust_remote_code: Let code in the folder run.
-        revision: Of a model on the hub.
-        evaluate: What to measure; the default of a prune run unless given.
-        dense: What to compare with in the report; the teacher unless given.
-        reload: Open the result in a fresh process.
+        opening: How the models are opened; always in memory, and in the dtype of the files.
+        writing: How the output is written.
+        revision: Branch, tag or commit of a hub model.
+        evaluate: What to measure, the default of a prune run unless given; the report compares with its
+            `compare`, or with the teacher where it names none.
         progress: Told (stage, done, total).
 
     Raises:
         QualityError: Nothing beat the start; nothing is written.
     """
     options = options or RecoverOptions()
+    opening = replace(opening, stream=False, dtype="auto")
     clock = Clock()
     with clock.phase("read"):
         folder = resolve(model, revision=revision)
-        final = check_output(folder, Path(output), overwrite=overwrite, needed_bytes=weight_bytes(folder))
-        source = open_source(model, folder, device=device, stream=False, trust_remote_code=trust_remote_code)
+        final = check_output(
+            folder, Path(output), overwrite=writing.overwrite, needed_bytes=weight_bytes(folder)
+        )
+        source = open_source(model, folder, opening)
         plans = [plan.beside_weights() for plan in plans_of(folder)]
-        windows = _windows(source, options, seed)
-        teacher = _open_other(options.teacher, device)
-        compared = teacher if dense in (None, options.teacher) else _open_other(dense, device)
-    if not main_process(device):
-        _train(source, plans, windows, options, teacher, seed, device, progress)
+        windows = _windows(source, options)
+        teacher = _open_other(options.teacher, opening)
+        dense = evaluate.compare if evaluate else None
+        compared = teacher if dense in (None, options.teacher) else _open_other(dense, opening)
+    if not main_process(opening.device):
+        _train(source, plans, windows, options, teacher, opening.device, progress)
         return {}
     fingerprint = {
         "recover": options.model_dump(mode="json"),
@@ -93,10 +92,10 @@ def recover(
         "data": windows.facts,
         "versions": versions(),
     }
-    with deliver(final, fingerprint, overwrite=overwrite, restart=restart) as work:
+    with deliver(final, fingerprint, writing) as work:
         try:
             with clock.phase("train"):
-                recovery = _train(source, plans, windows, options, teacher, seed, device, progress)
+                recovery = _train(source, plans, windows, options, teacher, opening.device, progress)
         except QualityError:
             discard(work.folder)
             raise
@@ -114,28 +113,26 @@ def recover(
             "output": str(output),
             "recover": options.model_dump(mode="json", exclude_none=True),
         }
-        done = Done(
+        record = RunRecord(
             method="+".join([*(plan.method for plan in plans), "recover"]),
             recipe=yaml.safe_dump(recipe, sort_keys=False),
             stages=stages(plans),
             revalued=tuple(changed),
             more={"recovery": facts},
         )
-        return finish(
-            work, source, clock, done, options=evaluate, dense=compared, reload=reload, progress=progress
-        )
+        return finish(work, source, clock, record, options=evaluate, dense=compared, progress=progress)
 
 
-def foresee(options: RecoverOptions, source: Source, seed: int) -> None:
+def check_recovery(options: RecoverOptions, source: Source) -> None:
     """Refuse what a recovery would refuse of its data and its teacher, before there is anything to recover.
 
     Raises:
         InputError: The data cannot be read or are too few, or the teacher cannot be opened or knows other
             tokens.
     """
-    _windows(source, options, seed)
+    _windows(source, options)
     if options.teacher is not None:
-        teacher = open_model(resolve(options.teacher), stream=True)
+        teacher = open_skeleton(resolve(options.teacher), source.opening)
         check_teacher(skeleton(source.model), skeleton(teacher))
 
 
@@ -144,34 +141,30 @@ def _resident(source: Source) -> PreTrainedModel:
     return source.model
 
 
-def _open_other(name: str | None, device: str) -> Source | None:
-    return open_source(name, resolve(name), device=device, stream=False) if name else None
+def _open_other(name: str | None, opening: Opening) -> Source | None:
+    return open_source(name, resolve(name), opening) if name else None
 
 
-def _windows(source: Source, options: RecoverOptions, seed: int) -> Windows:
+def _windows(source: Source, options: RecoverOptions) -> TrainingWindows:
     # No more than training can look at, and the held-out part on top.
     looked_at = options.steps * options.batch_size
     limit = options.samples or int(looked_at / (1 - options.held_out)) + 64
     return draw(
-        options.data,
-        source.reading(),
+        options.text_source,
+        source.checked_tokenizer(),
         limit=limit,
         length=options.length,
         max_length=positions(source.model.config),
-        seed=seed,
-        column=options.column,
-        split=options.split,
-        revision=options.revision,
+        seed=options.seed,
     )
 
 
 def _train(
     source: Source,
     plans: Sequence[Plan],
-    windows: Windows,
+    windows: TrainingWindows,
     options: RecoverOptions,
     teacher: Source | None,
-    seed: int,
     device: str,
     progress: Progress,
 ) -> Recovery:
@@ -181,7 +174,7 @@ def _train(
         windows.ids,
         options,
         teacher=_resident(teacher) if teacher else None,
-        seed=seed,
+        seed=options.seed,
         device=device,
         progress=progress,
     )
@@ -204,7 +197,7 @@ def masks_of(source: Source, plans: Sequence[Plan]) -> dict[str, Tensor]:
     return masks
 
 
-def _facts(recovery: Recovery, windows: Windows, plans: Sequence[Plan]) -> dict[str, Any]:
+def _facts(recovery: Recovery, windows: TrainingWindows, plans: Sequence[Plan]) -> dict[str, Any]:
     return {
         "start_loss": recovery.start_loss,
         "best_loss": recovery.best_loss,

@@ -1,4 +1,4 @@
-"""Several sparsities of one method: where the model looks the same to all of them, it is looked at once."""
+"""Several goals of one method: where the model looks the same to all of them, it is looked at once."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -9,10 +9,18 @@ from structprune.checkpoint.delivery import deliver
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.plans import folder_of
+from structprune.checkpoint.writing import Writing
 from structprune.errors import UsageError
 from structprune.models.cost import weight_bytes
-from structprune.pipeline.decision import begun, calibrate_on, fingerprint, opened, write
-from structprune.pipeline.finish import done_by, finish
+from structprune.models.opening import Opening
+from structprune.pipeline.decision import (
+    calibrate_on,
+    fingerprint,
+    open_recipe_model,
+    open_stage_plan,
+    write,
+)
+from structprune.pipeline.finish import finish, record_of
 from structprune.pipeline.prune import prune
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress, silent
@@ -21,43 +29,52 @@ from structprune.recipe.recipe import Recipe
 
 
 def prune_each(
-    recipe: Recipe, sparsities: Sequence[float | str], *, progress: Progress = silent, **options: Any
+    recipe: Recipe,
+    goals: Sequence[float | str],
+    *,
+    opening: Opening = Opening(),
+    writing: Writing = Writing(),
+    progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Prune a checkpoint to several sparsities, each into a folder of its own in the recipe's output.
+    """Prune a checkpoint to several goals, each into a folder of its own in the recipe's output.
 
-    Where what calibration sees does not depend on the sparsity, the model is looked at once for all of them.
+    Where what calibration sees does not depend on the goal, the model is looked at once for all of them.
 
     Args:
-        recipe: Of one stage; its sparsity is ignored.
-        sparsities: Fractions or patterns; a folder is called what its sparsity is written as.
+        recipe: Of one stage; its own goal is ignored.
+        goals: Such as fractions or patterns; a folder is called what its goal is written as.
+        opening: As for `prune`.
+        writing: As for `prune`.
         progress: Told (stage, done, total).
-        **options: As for `prune`.
 
     Returns:
-        "runs": the report of each sparsity, by what it is written as.
+        "runs": the report of each goal, by what it is written as.
     """
-    if shared(recipe):
-        return sweep(recipe, sparsities, progress=progress, **options)
-    runs = (prune(at(recipe, one), progress=progress, **options) for one in sparsities)
-    return {"runs": {str(one): made for one, made in zip(sparsities, runs, strict=True)}}
+    if one_look_serves_all(recipe):
+        return sweep(recipe, goals, opening=opening, writing=writing, progress=progress)
+    runs = {}
+    for goal in goals:
+        other = recipe_with_goal(recipe, goal)
+        runs[str(goal)] = prune(other, opening=opening, writing=writing, progress=progress)
+    return {"runs": runs}
 
 
-def at(recipe: Recipe, goal: float | str) -> Recipe:
-    """Return a recipe with another sparsity, which writes into a folder of that name in its output."""
-    other = stage_of(recipe).with_goal(goal)
+def recipe_with_goal(recipe: Recipe, goal: float | str) -> Recipe:
+    """Return a recipe with another goal, which writes into a folder of that name in its output."""
+    other = only_stage(recipe).with_goal(goal)
     return recipe.model_copy(update={"prune": (other,), "output": recipe.output / str(goal)})
 
 
-def shared(recipe: Recipe) -> bool:
-    """Tell whether one look at the model serves every sparsity.
+def one_look_serves_all(recipe: Recipe) -> bool:
+    """Tell whether one look at the model serves every goal.
 
     Raises:
         UsageError: The recipe has several stages, or one of another family.
     """
-    return stage_of(recipe).one_look and recipe.recover is None
+    return only_stage(recipe).one_look and recipe.recover is None
 
 
-def stage_of(recipe: Recipe) -> Pruner:
+def only_stage(recipe: Recipe) -> Pruner:
     """Return the only stage of a recipe.
 
     Raises:
@@ -70,58 +87,46 @@ def stage_of(recipe: Recipe) -> Pruner:
 
 def sweep(
     recipe: Recipe,
-    sparsities: Sequence[float | str],
+    goals: Sequence[float | str],
     *,
-    stream: bool | None = None,
-    restart: bool = False,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-    reload: bool = True,
+    opening: Opening = Opening(),
+    writing: Writing = Writing(),
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Prune a checkpoint to several sparsities with one look at it, each into a folder of its own.
+    """Prune a checkpoint to several goals with one look at it, each into a folder of its own.
 
     Args:
-        recipe: One of which `shared` is true.
-        sparsities: Fractions or patterns; a folder is called what its sparsity is written as.
-        stream: As for `prune`, and so are all further arguments.
-        restart: As for `prune`.
-        overwrite: As for `prune`.
-        trust_remote_code: As for `prune`.
-        reload: As for `prune`.
+        recipe: One of which `one_look_serves_all` is true.
+        goals: As for `prune_each`, and so are all further arguments.
+        opening: As for `prune`.
+        writing: As for `prune`.
         progress: As for `prune`.
 
     Returns:
-        "runs": the report of each sparsity, by what it is written as.
+        "runs": the report of each goal, by what it is written as.
     """
-    assert shared(recipe)
-    first = stage_of(recipe)
-    recipes = {str(one): at(recipe, one) for one in sparsities}
-    pruners = {name: stage_of(one) for name, one in recipes.items()}
+    assert one_look_serves_all(recipe)
+    first = only_stage(recipe)
+    recipes = {str(one): recipe_with_goal(recipe, one) for one in goals}
+    pruners = {name: only_stage(one) for name, one in recipes.items()}
     clock = Clock()
     with clock.phase("read"):
         folder = resolve(recipe.model, revision=recipe.revision)
         needed = weight_bytes(folder)
         finals = {
-            name: check_output(folder, one.output, overwrite=overwrite, needed_bytes=needed)
+            name: check_output(folder, one.output, overwrite=writing.overwrite, needed_bytes=needed)
             for name, one in recipes.items()
         }
-        source = opened(
-            recipe, folder, [*pruners.values()], stream=stream, trust_remote_code=trust_remote_code
-        )
+        source = open_recipe_model(recipe, folder, [*pruners.values()], opening)
         calibration = calibrate_on(recipe, source)
     runs = {}
     with ExitStack() as stack:
         works = {
-            name: stack.enter_context(
-                deliver(
-                    finals[name], fingerprint(one, source, calibration), restart=restart, overwrite=overwrite
-                )
-            )
+            name: stack.enter_context(deliver(finals[name], fingerprint(one, source, calibration), writing))
             for name, one in recipes.items()
         }
         begin = {
-            name: begun(pruners[name], 1, source, source.scan.weights, works[name], progress)
+            name: open_stage_plan(pruners[name], 1, source, source.scan.weights, works[name], progress)
             for name in recipes
         }
         resumed = {name: writer.finished for name, (writer, _) in begin.items()}
@@ -131,13 +136,11 @@ def sweep(
             if open_:
                 first.calibrate_each(source.model, batches, open_)
         for name, one in recipes.items():
-            own = replace(source, model=source.again())
+            own = replace(source, model=source.reopen_model())
             plan = Plan.load(works[name].plans / folder_of(1, first.method()))
-            done = done_by(one, [plan], calibration, resumed[name])
+            record = record_of(one, [plan], calibration, resumed[name])
             pruners[name].apply(own.model, plan)
             works[name].write_text("structprune/recipe.yaml", one.text())
             write(own, works[name], [plan], progress)
-            runs[name] = finish(
-                works[name], own, clock, done, options=one.evaluate, reload=reload, progress=progress
-            )
+            runs[name] = finish(works[name], own, clock, record, options=one.evaluate, progress=progress)
     return {"runs": runs}

@@ -4,21 +4,26 @@ from pathlib import Path
 from typing import Any
 
 from structprune.checkpoint.locate import resolve
+from structprune.models.opening import Opening
 from structprune.progress import Progress, silent
 from structprune.proof import verify as proof
 
 
 def verify(
-    folder: str | Path, against: str | None = None, *, stream: bool = False, progress: Progress = silent
+    folder: str | Path,
+    against: str | None = None,
+    *,
+    opening: Opening = Opening(),
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measure a folder from its files and reload it in a fresh process.
 
     Args:
         folder: What structprune wrote, or any model folder.
         against: The model it was made from.
-        stream: Hold one block in memory.
+        opening: How both are opened, also in the fresh process; always on the CPU, in the dtype of the files.
         progress: Told (stage, done, total).
     """
     path = resolve(str(folder))
     source = resolve(against) if against else None
-    return proof.verify(path, source, stream=stream, progress=progress).as_json()
+    return proof.verify(path, source, opening=opening, progress=progress).as_json()

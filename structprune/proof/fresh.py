@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from structprune.models.opening import Opening
 from structprune.storage.tensor_file import read_tensors, save_tensors
 
 SEQUENCES = 2
@@ -26,20 +27,18 @@ STREAMED = "structprune.proof.reload_streamed"
 
 
 @dataclass(frozen=True)
-class Job:
+class ReloadJob:
     """A folder to open.
 
     Args:
         folder: The folder.
         ids: Token ids to run through it, shape [batch, tokens].
-        dtype: The dtype to compute in, such as "bfloat16".
-        trusted: Let code that the folder brings along run.
+        opening: The dtype to compute in, which is not "auto", and what is allowed; it runs on the CPU.
     """
 
     folder: Path
     ids: Tensor
-    dtype: str
-    trusted: bool = False
+    opening: Opening
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def probe(config: PreTrainedConfig) -> Tensor:
     )
 
 
-def reload(jobs: Sequence[Job], *, stream: bool = False) -> list[Reloaded]:
+def reload(jobs: Sequence[ReloadJob], *, stream: bool = False) -> list[Reloaded]:
     """Open folders in a child process, several in one, and return what it found, in order.
 
     Without `stream` the child is plain transformers and never imports structprune. A folder that ends the
@@ -116,15 +115,16 @@ def _special(value: object, key: str = "") -> list[object]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def _write(job: Job, scratch: Path, index: int) -> dict[str, Any]:
+def _write(job: ReloadJob, scratch: Path, index: int) -> dict[str, Any]:
     asked = scratch / f"probe-{index}.safetensors"
     save_tensors(asked, {"input_ids": job.ids.cpu().contiguous()})
     return {
         "folder": str(job.folder.resolve()),
         "probe": str(asked),
         "logits": str(scratch / f"logits-{index}.safetensors"),
-        "dtype": job.dtype,
-        "trusted": job.trusted,
+        "dtype": job.opening.dtype,
+        "trusted": job.opening.trust_remote_code,
+        "links": job.opening.allow_external_symlinks,
         "threads": torch.get_num_threads(),
     }
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from structprune.models.opening import Opening
 from structprune.models.outputs import logits
-from structprune.models.streamed import open_model
+from structprune.models.streamed import open_skeleton
 from structprune.storage.tensor_file import read_tensors, save_tensors
 from structprune.version import __version__
 
@@ -26,9 +27,12 @@ def main(jobs_file: str) -> None:
     for job in json.loads(Path(jobs_file).read_text(encoding="utf-8")):
         torch.set_num_threads(job["threads"])
         with contextlib.redirect_stdout(sys.stderr):
-            model = open_model(
-                Path(job["folder"]), stream=True, dtype=job["dtype"], trust_remote_code=job["trusted"]
+            opening = Opening(
+                dtype=job["dtype"],
+                trust_remote_code=job["trusted"],
+                allow_external_symlinks=job["links"],
             )
+            model = open_skeleton(Path(job["folder"]), opening)
             found = logits(model, read_tensors(Path(job["probe"])))
             save_tensors(Path(job["logits"]), {"logits": found})
         line = {"folder": job["folder"], "loader": f"{loader()} (streamed)"}

@@ -7,9 +7,11 @@ we would generate, and never run: a fresh process runs a copy of the folder with
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from structprune.checkpoint.modelling import FILE, modelling_file
+from structprune.models.opening import Opening
 from structprune.models.outputs import logits
 from structprune.models.shipped import is_shipped
 from structprune.models.streamed import Model, StreamedModel
@@ -37,9 +39,7 @@ def check_reload(
     result: Verification,
     model: StreamedModel,
     reader: CheckpointReader,
-    *,
-    stream: bool,
-    trusted: bool,
+    opening: Opening,
     reference: Model | None,
 ) -> None:
     """Add rows: whether this run's model, the folder opened here and a fresh process agree on logits.
@@ -48,11 +48,11 @@ def check_reload(
         result: Gets the rows, and the loaders that really opened the folder.
         model: The folder's model, none of it in memory.
         reader: The folder.
-        stream: Hold one block in memory, here and in the fresh process.
-        trusted: Run code of others that the folder brings along.
+        opening: Whether one block is held, and whether code of others that the folder brings along may run.
         reference: A model whose logits the folder must give; only on the CPU.
     """
     ids = fresh.probe(model.config)
+    stream = opening.streams(reader.nbytes)
     if stream:
         ours = logits(model, {"input_ids": ids})
     else:
@@ -66,7 +66,8 @@ def check_reload(
     dtype = str(model.dtype).removeprefix("torch.")
     # A streamed reload is our own, which runs no file of ours.
     with nullcontext((reader.folder, False)) if stream else _runnable(reader) as (folder, generated):
-        job = fresh.Job(folder, ids, dtype, trusted or generated)
+        trusted = opening.trust_remote_code or generated
+        job = fresh.ReloadJob(folder, ids, replace(opening, dtype=dtype, trust_remote_code=trusted))
         (child,) = fresh.reload([job], stream=stream)
     if child.logits is None:
         result.row("reload", [f"a fresh process could not open the folder: {child.error}"], "")

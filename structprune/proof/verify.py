@@ -5,7 +5,7 @@ holds the files to the promises. Each check is a row with a name, a verdict and 
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +14,8 @@ from structprune.checkpoint.manifest import MANIFEST, check_manifest, read_manif
 from structprune.errors import InputError
 from structprune.machine import give_back_memory
 from structprune.models.identity import architecture_of
-from structprune.models.streamed import Model, StreamedModel, open_model
+from structprune.models.opening import Opening
+from structprune.models.streamed import Model, StreamedModel, open_reader, open_skeleton
 from structprune.progress import Progress, silent
 from structprune.proof import against, counts, reloading
 from structprune.proof.measure import Inputs, Measured, Place, Rows, Stage, measure, places, rows_of
@@ -45,12 +46,11 @@ def verify(
     folder: Path,
     source: Path | None = None,
     *,
+    opening: Opening = Opening(),
     reload: bool = True,
-    stream: bool = False,
     hashes: bool = True,
     revalued: Collection[str] = (),
     reference: Model | None = None,
-    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Verification:
     """Measure a folder and check it: its plans, its source, its hashes, and what a fresh process makes of it.
@@ -58,12 +58,12 @@ def verify(
     Args:
         folder: A folder that structprune wrote, or any other model folder, which is then only measured.
         source: What it was made from: what was not removed must be equal to it bit for bit.
+        opening: How the folder is opened, here and in the fresh process; always on the CPU, in the dtype of
+            its files.
         reload: Open the folder in a fresh process and compare logits.
-        stream: Hold one block in memory, here and in the fresh process.
         hashes: Check every file against the manifest; without, the manifest may not exist yet.
         revalued: Stored tensors whose kept weights were changed on purpose, beside those that the plans name.
         reference: A model whose logits the folder must give, such as the one just pruned; only on the CPU.
-        trust_remote_code: Run modelling code of others that the folder brings along.
         progress: Told after every tensor.
 
     Raises:
@@ -72,18 +72,17 @@ def verify(
     """
     result = Verification()
     ours = (folder / MANIFEST).exists() or (folder / PLANS).exists()
-    before = None if source is None else CheckpointReader(source)
+    before = None if source is None else open_reader(source, opening)
     if hashes:
         _check_manifest(result, folder, ours)
     try:
-        model = open_model(folder, stream=True, trust_remote_code=trust_remote_code)
+        model = open_skeleton(folder, replace(opening, dtype="auto"))
         stages = [Stage(path.parent) for path in sorted((folder / PLANS).glob("*/plan.json"))]
     except InputError as error:
         if not ours:
             raise
         result.row("files", [str(error)], "")
         return result
-    assert isinstance(model, StreamedModel)
     reader = model.reader
     assert isinstance(reader, CheckpointReader)
     readable = f"{len(reader.tensors)} tensors in {len(reader.shards)} files agree with config.json"
@@ -100,9 +99,7 @@ def verify(
         against.check_side_files(result, folder, before.folder, stages)
     reloading.check_modelling(result, reader)
     if reload:
-        reloading.check_reload(
-            result, model, reader, stream=stream, trusted=trust_remote_code, reference=reference
-        )
+        reloading.check_reload(result, model, reader, opening, reference)
     return result
 
 

@@ -15,7 +15,7 @@ from structprune.errors import UsageError
 M = TypeVar("M", bound=BaseModel)
 
 
-class Part(BaseModel):
+class OptionGroup(BaseModel):
     """A frozen group of keys; a key it does not know and a boolean for a number are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
@@ -53,7 +53,7 @@ def build(owner: type[M], raw: object, path: str = "") -> M:
         raise UsageError(f"{path or 'recipe'}: found {shown(raw)}, expected keys with values")
     try:
         for name, value in raw.items():
-            if not issubclass(owner, Part):  # a Part refuses booleans by itself
+            if not issubclass(owner, OptionGroup):  # an OptionGroup refuses booleans by itself
                 _refuse_boolean_at(owner, name, value, path)
         return owner.model_validate(dict(raw))
     except ValidationError as error:

@@ -7,18 +7,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from structprune.calibration.text_source import TextSource
 from structprune.decide.sparsity import fraction_of, parse_sparsity
 from structprune.errors import UsageError
-from structprune.recipe.fields import Part
+from structprune.recipe.fields import OptionGroup
 
 # Far above any use, far below where a product of two of them leaves 64 bits.
 Count = Annotated[int, Field(ge=1, le=2**24)]
 Length = Annotated[int, Field(ge=2, le=2**22)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-class Where(Part):
+class Where(OptionGroup):
     """What every command computes with.
 
     Args:
@@ -27,12 +29,12 @@ class Where(Part):
         device: "auto" for the accelerator there is.
     """
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")] = "auto"
 
 
-class CalibrationOptions(Part):
+class CalibrationOptions(OptionGroup):
     """What a pruner looks at.
 
     Args:
@@ -53,8 +55,13 @@ class CalibrationOptions(Part):
     split: Text = "train"
     revision: Text | None = None
 
+    @property
+    def text_source(self) -> TextSource:
+        """Return where the text comes from."""
+        return TextSource(self.source, self.column, self.split, self.revision)
 
-class RecoverOptions(Part):
+
+class RecoverOptions(OptionGroup):
     """How a pruned model is trained again.
 
     Args:
@@ -73,6 +80,7 @@ class RecoverOptions(Part):
         teacher: The dense model, whose predictions are imitated; none unless given.
         teacher_weight: Share of the teacher in the loss, 0-1.
         temperature: Softens the teacher's predictions; 1 leaves them as they are.
+        seed: Of the data's order, the held-out split and the first factors; the recipe's unless given.
         keep_adapter: Save the change beside the model instead of merging it.
         samples: The most sequences read; all there are unless given.
         column: Which column holds the text.
@@ -97,14 +105,20 @@ class RecoverOptions(Part):
     teacher: Text | None = None
     teacher_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     temperature: Positive = 1.0
+    seed: Seed = 0
     keep_adapter: bool = False
     samples: Count | None = None
     column: Text | None = None
     split: Text = "train"
     revision: Text | None = None
 
+    @property
+    def text_source(self) -> TextSource:
+        """Return where the text comes from."""
+        return TextSource(self.data, self.column, self.split, self.revision)
 
-class EvaluateOptions(Part):
+
+class EvaluateOptions(OptionGroup):
     """What is measured on a model.
 
     Args:
@@ -138,6 +152,11 @@ class EvaluateOptions(Part):
     column: Text | None = None
     split: Text = "test"
     revision: Text | None = None
+
+    @property
+    def text_sources(self) -> tuple[TextSource, ...]:
+        """Return where the texts come from."""
+        return tuple(TextSource(one, self.column, self.split, self.revision) for one in self.text)
 
     @field_validator("text", "tasks", mode="before")
     @classmethod

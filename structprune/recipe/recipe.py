@@ -8,15 +8,18 @@ import copy
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import Field, PrivateAttr, SerializeAsAny, ValidationInfo, field_validator
 
 from structprune.errors import UsageError
+from structprune.models.opening import Opening
 from structprune.pruners.pruner import Pruner, find, names
-from structprune.recipe.fields import Part, build, keys_of, put, shown
+from structprune.recipe.changes import changes_of
+from structprune.recipe.fields import build, keys_of, put, shown
 from structprune.recipe.options import CalibrationOptions, EvaluateOptions, RecoverOptions, Text, Where
 from structprune.storage import strict_yaml
 
@@ -26,12 +29,10 @@ __all__ = [
     "Recipe",
     "RecoverOptions",
     "assemble",
+    "choose_recipe",
     "describe",
     "load",
-    "options",
 ]
-
-P = TypeVar("P", bound=Part)
 
 
 class Recipe(Where):
@@ -68,6 +69,31 @@ class Recipe(Where):
             else stage(part, f"prune.{index}" if len(parts) > 1 else "prune", seed)
             for index, part in enumerate(parts)
         )
+
+    @field_validator("recover", mode="before")
+    @classmethod
+    def _one_seed(cls, value: object, info: ValidationInfo) -> object:
+        seed = info.data.get("seed", 0)
+        if isinstance(value, RecoverOptions):
+            return value if "seed" in value.model_fields_set else value.model_copy(update={"seed": seed})
+        return {"seed": seed, **value} if isinstance(value, Mapping) else value
+
+    def opening(self, asked: Opening) -> Opening:
+        """Return how the recipe's model is opened: in its own dtype and on its own device.
+
+        Args:
+            asked: How the run opens models otherwise.
+
+        Raises:
+            UsageError: It asks for another dtype or device than the recipe.
+        """
+        for name in ("dtype", "device"):
+            if getattr(asked, name) not in ("auto", getattr(self, name)):
+                raise UsageError(
+                    f"{name} {getattr(asked, name)!r} differs from the recipe's {getattr(self, name)!r}",
+                    hint=f"set {name} in the recipe, which is saved with the result",
+                )
+        return replace(asked, dtype=self.dtype, device=self.device)
 
     def text(self) -> str:
         """Return the recipe as YAML that runs again: the file verbatim, or every key spelled out."""
@@ -114,7 +140,9 @@ def stage(raw: object, path: str = "prune", seed: int = 0) -> Pruner:
     return build(pruner, rest, path)
 
 
-def choose(model: str, *, sets: Sequence[str] = (), flags: Mapping[str, object] | None = None) -> Recipe:
+def choose_recipe(
+    model: str, *, sets: Sequence[str] = (), flags: Mapping[str, object] | None = None
+) -> Recipe:
     """Return the recipe that a command line asks for: a file that ends in .yaml, or a model and flags.
 
     Args:
@@ -168,21 +196,9 @@ def assemble(
     """
     merged = copy.deepcopy(dict(raw))
     merged.setdefault("prune", {})  # an empty stage is told which methods there are
-    for key, value in _changes(sets, flags):
+    for key, value in changes_of(sets, flags):
         _place(merged, key, value)
     return build(Recipe, merged)
-
-
-def options(kind: type[P], *, sets: Sequence[str] = (), flags: Mapping[str, object] | None = None) -> P:
-    """Return the options of a command of its own, `evaluate` or `recover`, from flags and `--set`.
-
-    Raises:
-        UsageError: An unknown key or an impossible value.
-    """
-    raw: dict[str, Any] = {}
-    for key, value in _changes(sets, flags):
-        put(raw, key.split("."), value)
-    return build(kind, raw)
 
 
 def describe(method: str) -> dict[str, Any]:
@@ -204,16 +220,6 @@ def describe(method: str) -> dict[str, Any]:
         "needs_data": pruner.needs_data,
         "fields": keys_of(pruner),
     }
-
-
-def _changes(sets: Sequence[str], flags: Mapping[str, object] | None) -> list[tuple[str, object]]:
-    changes: list[tuple[str, object]] = []
-    for text in sets:
-        key, equals, value = text.partition("=")
-        if not equals or not all(key.strip().split(".")):
-            raise UsageError(f"--set {text!r:.60}: expected key=value")
-        changes.append((key.strip(), strict_yaml.parse(value, f"--set {key.strip()}")))
-    return changes + [(key, value) for key, value in (flags or {}).items() if value is not None]
 
 
 def _place(raw: dict[str, Any], key: str, value: object) -> None:

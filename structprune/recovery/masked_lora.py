@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from structprune.checkpoint.adapter import Factors, add_masked, round_kept
+from structprune.checkpoint.adapter import LowRankChange, add_masked, round_kept
 from structprune.errors import EnvironmentFailure, InputError, UsageError
 
 ADAPTER = "default"
@@ -95,12 +95,12 @@ def _masked_layer() -> type[nn.Module]:
                 product = nn.functional.linear(x, merged.to(weight.dtype))
             return product if base.bias is None else product + base.bias
 
-        def factors(self) -> Factors:
+        def factors(self) -> LowRankChange:
             """Return the two factors in the layout of the parameter."""
             a, b, scaling = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.scaling[ADAPTER]
             if isinstance(self.get_base_layer(), Conv1D):
-                return Factors(a.T, b.T, scaling)
-            return Factors(b, a, scaling)
+                return LowRankChange(a.T, b.T, scaling)
+            return LowRankChange(b, a, scaling)
 
     return MaskedLora
 
@@ -133,9 +133,9 @@ class MaskedExperts(nn.Module):
             return merged
         return round_kept(merged, weight, self.rounding).to(weight.dtype)
 
-    def factors(self) -> Factors:
+    def factors(self) -> LowRankChange:
         """Return the factors of all experts."""
-        return Factors(self.left, self.right, self.scaling)
+        return LowRankChange(self.left, self.right, self.scaling)
 
 
 class MaskedLayers:
@@ -185,11 +185,11 @@ class MaskedLayers:
         """Return what trains."""
         return [p for p in self._model.parameters() if p.requires_grad]
 
-    def factors(self) -> dict[str, Factors]:
+    def factors(self) -> dict[str, LowRankChange]:
         """Return copies of all factors as they are now, by parameter name."""
         found = {name: layer.factors() for name, layer in self._layers.items()}
         return {
-            name: Factors(f.left.detach().clone(), f.right.detach().clone(), f.scaling)
+            name: LowRankChange(f.left.detach().clone(), f.right.detach().clone(), f.scaling)
             for name, f in found.items()
         }
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel
 
-from structprune.checkpoint.adapter import Factors, merge
+from structprune.checkpoint.adapter import LowRankChange, merge
 from structprune.errors import InputError, QualityError
 from structprune.models.outputs import BodyAndHead
 from structprune.progress import Progress
@@ -30,7 +30,7 @@ from structprune.recovery.windows import split_off
 log = logging.getLogger(__name__)
 
 
-class Check(NamedTuple):
+class HeldOutCheck(NamedTuple):
     """One look at the held-out windows; losses in nats per token."""
 
     step: int
@@ -54,9 +54,9 @@ class Recovery:
     start_loss: float
     best_loss: float
     best_step: int = 0
-    history: list[Check] = field(default_factory=list)
+    history: list[HeldOutCheck] = field(default_factory=list)
     stopped: str = ""
-    factors: dict[str, Factors] = field(default_factory=dict)
+    factors: dict[str, LowRankChange] = field(default_factory=dict)
 
 
 def main_process(device: str = "auto") -> bool:
@@ -177,7 +177,7 @@ class _Loop:
             if progress is not None:
                 progress("recover", step, options.steps)
             if step % options.check_every == 0 or step == options.steps:
-                check = Check(step, sum(taken) / len(taken), self.measure(check_loader))
+                check = HeldOutCheck(step, sum(taken) / len(taken), self.measure(check_loader))
                 taken = []
                 self._keep_best(recovery, check)
         if recovery.stopped:
@@ -231,7 +231,7 @@ class _Loop:
                 found.append(self.accelerator.gather_for_metrics(self.losses(tokens).next_token))
         return float(torch.cat(found).double().mean())
 
-    def _keep_best(self, recovery: Recovery, check: Check) -> None:
+    def _keep_best(self, recovery: Recovery, check: HeldOutCheck) -> None:
         """Write a check down, and the factors when they are the best so far."""
         recovery.history.append(check)
         log.info("step %d: training loss %.4f, held-out loss %.4f", *check)

@@ -1,7 +1,7 @@
 """What recovery trains on: windows of a text, cut as in calibration, some of them kept away for judging."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from structprune.calibration.data import (
     cut,
     encode,
     hash_of,
-    opening,
     pieces,
+    sequence_start,
     window_length,
 )
+from structprune.calibration.text_source import TextSource
 from structprune.errors import InputError
 
 # So many windows tell one percent of loss apart; more would only make the checks as dear as the training.
@@ -25,7 +26,7 @@ HELD_OUT_LIMIT = 64
 
 
 @dataclass(frozen=True)
-class Windows:
+class TrainingWindows:
     """Windows of tokens and where they come from.
 
     Attributes:
@@ -39,29 +40,23 @@ class Windows:
 
 
 def draw(
-    source: str,
+    text: TextSource,
     tokenizer: PreTrainedTokenizerBase,
     *,
     limit: int,
     length: int | None = None,
     max_length: int | None = None,
     seed: int = 0,
-    column: str | None = None,
-    split: str = "train",
-    revision: str | None = None,
-) -> Windows:
+) -> TrainingWindows:
     """Draw windows that do not overlap; unlike calibration it makes do with fewer than asked.
 
     Args:
-        source: A file, "demo" or a data set, as for calibration.
+        text: Where they come from.
         tokenizer: The model's.
         limit: The most windows to draw: no more than training can look at.
         length: Tokens per window; min(2048, max_length) by default.
         max_length: The most positions the model knows; None when it has no such limit.
         seed: Decides which windows are drawn, and their order.
-        column: As for calibration, like the two that follow.
-        split: Which split of a data set.
-        revision: Which commit of a data set.
 
     Raises:
         UsageError: `length` is longer than `max_length`.
@@ -69,14 +64,13 @@ def draw(
         EnvironmentFailure: The source cannot be reached.
     """
     tokens = window_length(length, max_length)
-    first = opening(tokenizer)
+    first = sequence_start(tokenizer)
     body = tokens - (first.window is not None)
-    text = pieces(source, column=column, split=split, revision=revision)
-    ids = encode(text, tokenizer, limit=limit * body * READ_AHEAD, first=first.text)
+    ids = encode(pieces(text), tokenizer, limit=limit * body * READ_AHEAD, first=first.text)
     windows = cut(ids, body)
     if len(windows) < 2:
         raise InputError(
-            f"{source}: {ids.numel()} tokens are too few: recovery needs at least 2 windows of {tokens}",
+            f"{text.source}: {ids.numel()} tokens are too few: recovery needs at least 2 windows of {tokens}",
             hint=f"use a length of at most {ids.numel() // 2}, or more text"
             if len(ids) > 3
             else "use more text",
@@ -84,10 +78,7 @@ def draw(
     drawn = random.Random(seed).sample(range(len(windows)), min(limit, len(windows)))
     inputs = begin(windows[drawn], first.window)
     facts = {
-        "source": source,
-        "column": column,
-        "split": split,
-        "revision": revision,
+        **asdict(text),
         "seed": seed,
         "windows": len(inputs),
         "length": tokens,
@@ -95,7 +86,7 @@ def draw(
         "tokens_available": ids.numel(),
         "sha256": hash_of(inputs),
     }
-    return Windows(inputs, facts)
+    return TrainingWindows(inputs, facts)
 
 
 def split_off(windows: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:

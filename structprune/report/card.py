@@ -9,7 +9,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from structprune.report.report import fraction, table
+from structprune.report.figures import fraction
+from structprune.report.report import table
 from structprune.storage.durable import DurableFile
 
 CARD_FILE = "README.md"

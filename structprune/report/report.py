@@ -4,14 +4,14 @@ A number that is not finite becomes null: NaN is not JSON, and other readers sto
 """
 
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from structprune.machine import machine, peak_rss, versions
 from structprune.proof.verification import Verification
+from structprune.report.figures import fraction, number, percent, plain
 from structprune.storage.durable import DurableFile
 
 REPORT_FILE = "structprune/report.json"
@@ -30,37 +30,54 @@ class Size:
     bytes: int
 
 
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run did.
+
+    Attributes:
+        method: Name of the method, or of several joined with "+".
+        recipe: The recipe, as YAML.
+        stages: What each stage was: folder, method, config, plan id, its goal ("unit", "asked", "reachable")
+            and whatever the run adds.
+        calibration: Where the calibration tokens came from; None for a method without data.
+        blocks_resumed: Blocks that an earlier, interrupted run had decided.
+        revalued: Stored tensors whose kept weights changed on purpose.
+        more: What else stands in the report.
+    """
+
+    method: str
+    recipe: str = ""
+    stages: Sequence[Mapping[str, Any]] = ()
+    calibration: Mapping[str, Any] | None = None
+    blocks_resumed: int = 0
+    revalued: Collection[str] = ()
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
 def build(
     verification: Verification,
+    record: RunRecord,
     *,
     output: Path,
-    method: str,
     dense: Size,
     seconds: float,
-    stages: Sequence[Mapping[str, Any]] = (),
-    blocks_resumed: int = 0,
-    calibration: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Put a report together; sparsity, parameters and bytes of the result are the ones `verify` measured.
 
     Args:
         verification: What was measured from the files of the output.
+        record: What the run did; what was measured of each stage's goal is added.
         output: The output folder, as the user will find it.
-        method: Name of the method, or of several joined with "+".
         dense: Size of the source.
         seconds: Wall time of the run.
-        stages: What each stage was: folder, method, config, plan id, its goal ("unit", "asked", "reachable")
-            and whatever the caller adds; what was measured of the goal is added here.
-        blocks_resumed: Blocks that an earlier, interrupted run had finished.
-        calibration: Where the calibration tokens came from; None for a method without data.
         evaluation: What `evaluate` returned as JSON, its "generations" beside; None when not asked for.
     """
     measured = verification.as_json()
     blocks, left = measured.pop("blocks"), measured.pop("stages")
     report = {
         "output": str(output),
-        "method": method,
+        "method": record.method,
         "sparsity": verification.sparsity,
         "pattern": verification.pattern,
         "parameters": {
@@ -71,13 +88,13 @@ def build(
         "bytes": {"dense": dense.bytes, "pruned": verification.bytes},
         "seconds": round(seconds, 3),
         "peak_rss_bytes": peak_rss(),
-        "blocks_resumed": blocks_resumed,
+        "blocks_resumed": record.blocks_resumed,
         "loads_in": verification.loads_in,
         "blocks": blocks,
         "verification": measured,
         "evaluation": evaluation,
-        "calibration": calibration,
-        "stages": [{**stage, "measured": left.get(stage["folder"])} for stage in stages],
+        "calibration": record.calibration,
+        "stages": [{**stage, "measured": left.get(stage["folder"])} for stage in record.stages],
         "machine": machine(),
         "versions": versions(),
     }
@@ -124,21 +141,6 @@ def table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def number(value: float | None) -> str:
-    """Return a figure with four digits, or "-" where there is none."""
-    return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
-
-
-def fraction(value: float | str | None) -> str:
-    """Return a sparsity as people write it: "50.00%", or "2:4" as it is."""
-    return value if isinstance(value, str) else percent(value, digits=2)
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """Return a fraction as percent, or "-" where there is none."""
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}%}"
-
-
 def _scored(metrics: Mapping[str, Mapping[str, float | None]], metric: str, which: str) -> str:
     """Return a task's figure with its standard error where lm-eval gives one."""
     error = _error_of(metrics, metric).get(which)
@@ -150,14 +152,3 @@ def _error_of(metrics: Mapping[str, Mapping[str, float | None]], metric: str) ->
     """Return the standard errors of a metric; a filter's name stands behind a comma, "acc_stderr,filter"."""
     name, comma, chosen = metric.partition(",")
     return metrics.get(f"{name}_stderr{comma}{chosen}", {})
-
-
-def plain(value: Any) -> Any:
-    """Return a value as JSON can hold it: no NaN, no infinity, text for what JSON does not know."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
-    return value if value is None or isinstance(value, str | int | bool) else str(value)

@@ -1,0 +1,31 @@
+"""Figures as people read them and as JSON can hold them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def number(value: float | None) -> str:
+    """Return a figure with four digits, or "-" where there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def fraction(value: float | str | None) -> str:
+    """Return a sparsity as people write it: "50.00%", or "2:4" as it is."""
+    return value if isinstance(value, str) else percent(value, digits=2)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Return a fraction as percent, or "-" where there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}%}"
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON can hold it: no NaN, no infinity, text for what JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
