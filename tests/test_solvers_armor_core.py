@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from structprune.decide import select
-from structprune.solvers.armor.core import Core, supports
+from structprune.solvers.armor.core import Core, all_supports
 
 
 def problem(out: int = 8, inputs: int = 16, *, pattern: tuple[int, int] = (2, 4), seed: int = 0) -> Core:
@@ -68,7 +68,7 @@ def test_the_search_goes_deeper_than_moves_of_groups() -> None:
 
 def test_the_search_comes_close_to_the_best_of_all_supports() -> None:
     reached, best, worst = 0.0, 0.0, 0.0
-    choices = supports((2, 4))
+    choices = all_supports((2, 4))
     for seed in range(10):
         start = problem(1, 12, seed=seed)
         core = deepcopy(start)
@@ -95,7 +95,7 @@ def test_a_group_that_moves_alone_takes_its_best_support_and_values() -> None:
         curve = start.left[row, 0, 0] * start.right[column]
         pull = curve @ start.values[row, column, 0] - start.gradient[row, column, 0]
         answers = []
-        for choice in supports((2, 4)):
+        for choice in all_supports((2, 4)):
             values = torch.zeros(4, dtype=torch.float64)
             values[choice] = torch.linalg.solve(curve[choice][:, choice], pull[choice])
             answers.append((float(values @ curve @ values - 2 * pull @ values), values))

@@ -82,7 +82,7 @@ def solve_alps(
     hessian = found.hessian / scale / scale[:, None]
     aim = dense * scale
     if not bool(found.dead.all()):
-        aim[:, found.dead] = 0  # they leave first
+        aim[:, found.dead] = 0  # they leave first; where all are dead, size decides
     mask, start, facts = _search(aim, hessian, _projection(aim.shape, sparsity, compare), rounds)
     new, refit = solve_rows_by_conjugate_gradients(aim, mask, hessian, start)
     facts |= refit

@@ -121,6 +121,7 @@ def damp_hessian(gram: Tensor, damping: float = DAMPING, dtype: torch.dtype = to
             hint="the activations overflowed: calibrate in float32 or bfloat16, or exclude this matrix",
         )
     dead = diagonal == 0
+    # Without the dead ones, so that the damping does not depend on how many inputs nobody used.
     mean = float(diagonal.sum(dtype=torch.float64)) / max(1, int((~dead).sum())) or 1.0
     if bool(dead.any()):
         # Products of tiny activations may be left beside a square that underflowed.
@@ -146,6 +147,7 @@ def factor_inverse(gram: Tensor, damping: float = DAMPING) -> InverseFactor:
     if level < 0:
         raise ValueError(f"a damping of {level} is negative")
     while True:
+        # More precision first: it changes less than more damping does.
         for precision in dict.fromkeys((base.hessian.dtype, torch.float64)):
             upper = _inverse_factor(base, level, precision)
             if upper is not None:

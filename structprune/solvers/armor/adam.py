@@ -57,6 +57,7 @@ def descend_by_adam(
         inner = problem.rows(blockwise(weighted.mT, core))
         residual = left @ inner - problem.rows(problem.target)
         pulled = (left.mT @ residual).reshape(core.shape)
+        # By hand: autograd would keep every intermediate of [out, in].
         left.grad = 2 * residual @ inner.mT
         core.grad = 2 * blockwise(weighted, pulled) * mask
         right.grad = 2 * (problem.columns(core).mT @ problem.columns(pulled)) * columns
@@ -84,6 +85,7 @@ def _update_groups(
     blocks = problem.pairs(gradient)
     rows, columns, out, inputs = blocks.shape
     groups = blocks.reshape(rows * columns, -1, of)
+    # As in the paper; the tiny number keeps a block at its optimum drawable.
     odds = groups.abs().sum(-1) + torch.finfo(core.dtype).tiny
     drawn = torch.multinomial(odds, 1, generator=generator)[:, 0].view(rows, columns)
     line, first = drawn // (inputs // of), drawn % (inputs // of) * of

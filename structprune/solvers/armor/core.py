@@ -32,7 +32,7 @@ START_SHARE, LEAST_SHARE, MORE, LESS = 0.3, 0.002, 1.2, 0.6
 PULL = 0.1, 0.6
 
 
-def supports(pattern: tuple[int, int]) -> Tensor:
+def all_supports(pattern: tuple[int, int]) -> Tensor:
     """Return every choice of N positions among M, shape [choices, N].
 
     Raises:
@@ -78,6 +78,7 @@ class Core:
         values = self._by_admm(steps)
         found = replace(self, values=values, gradient=self.gradient + self._bend(values - self.values))
         found.refit(values != 0, refits)
+        # A quadratic's change is the step times the mean of the gradients at both of its ends.
         falls = ((found.values - self.values) * (self.gradient + found.gradient)).sum((2, 3)) < 0
         taken = falls[:, :, None, None]
         self.values = torch.where(taken, found.values, self.values)
@@ -86,9 +87,10 @@ class Core:
 
     def _by_admm(self, steps: int) -> Tensor:
         """Return the sparse one of two copies of the values; the other is free to minimise the quadratic."""
-        (left, by_row), (right, by_column) = scaled(self.left), scaled(self.right)
+        (left, by_row), (right, by_column) = (scale_to_unit_diagonal(one) for one in (self.left, self.right))
         scale = by_row[:, None, :, None] * by_column[None, :, None, :]
         (bends, turn), (curves, spin) = torch.linalg.eigh(left), torch.linalg.eigh(right)
+        # The eigenvalues of a Kronecker product are the products; rounding may leave tiny negative ones.
         curvature = bends.clamp_min(0)[:, None, :, None] * curves.clamp_min(0)[None, :, None, :]
         turn, spin, unturn, unspin = turn[:, None], spin[None], turn.mT[:, None], spin.mT[None]
         sparse = self.values * scale
@@ -101,6 +103,7 @@ class Core:
             free = turn @ free.mul_(pull).add_(aim).div_(curvature + pull) @ unspin
             free += apart
             sparse = free * mask_groups(free.abs().flatten(0, -2), *self.pattern).view(free.shape)
+            # The multipliers are kept in units of the pull: they shrink as it grows.
             apart = (free - sparse).div_(growth)
             pull *= growth
         return sparse / scale
@@ -132,6 +135,7 @@ class Core:
             target = torch.where(drawn[..., None], target, values).reshape(self.values.shape)
             step = target - self.values
             bend = self._bend(step)
+            # Of the whole step, because the groups of a block interact: each alone would have gained.
             falls = (step * (2 * self.gradient + bend)).sum((2, 3)) <= 0
             # Selected and not added: what stays stays bit for bit, and a zero is exactly zero.
             taken = falls[:, :, None, None]
@@ -147,6 +151,7 @@ class Core:
             mask: The support, shape of the values.
             steps: How many steps; one costs two products of blocks.
         """
+        # The preconditioner is the quadratic's diagonal; off the support nothing may move.
         scale = mask / (diagonal(self.left)[:, None, :, None] * diagonal(self.right)[None, :, None, :])
         direction, before = torch.zeros_like(self.values), None
         for _ in range(steps):
@@ -172,7 +177,7 @@ def diagonal(gram: Tensor) -> Tensor:
     return found + RIDGE * found.mean() + torch.finfo(found.dtype).tiny
 
 
-def scaled(gram: Tensor) -> tuple[Tensor, Tensor]:
+def scale_to_unit_diagonal(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Scale Gram matrices [n, b, b] to a diagonal of ones; returns them and the scales, shape [n, b]."""
     scale = diagonal(gram).sqrt()
     return gram / scale[:, :, None] / scale[:, None, :], scale
@@ -187,7 +192,7 @@ def group_curvature(right: Tensor, of: int) -> Tensor:
 
 def support_inverses(curvature: Tensor, pattern: tuple[int, int]) -> Tensor:
     """Invert a group's curvature on every support, zero elsewhere: shape [..., choices, M, M]."""
-    choices = supports(pattern).to(curvature.device)
+    choices = all_supports(pattern).to(curvature.device)
     of = pattern[1]
     lift = RIDGE * curvature.diagonal(dim1=-2, dim2=-1).mean((-1, -2), keepdim=True) + 1e-30
     lifted = curvature + lift[..., None] * torch.eye(of, dtype=curvature.dtype, device=curvature.device)
@@ -211,6 +216,7 @@ def best_values(linear: Tensor, inverses: Tensor) -> Tensor:
     count, choices, of, _ = inverses.shape
     stacked = inverses.permute(0, 2, 1, 3).reshape(count, of, choices * of)
     answers = torch.bmm(linear, stacked).view(count, -1, choices, of)
+    # With g the gradient and C the curvature, -C^-1 g on a support gains g^T C^-1 g.
     gains = (answers * linear[:, :, None]).sum(-1)
     best = gains.argmax(-1)
     return -answers.gather(2, best[..., None, None].expand(-1, -1, 1, of)).squeeze(2)

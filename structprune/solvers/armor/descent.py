@@ -20,7 +20,7 @@ from structprune.decide.sparsity import check_groups
 from structprune.errors import QualityError, UsageError
 from structprune.models.modules import folded
 from structprune.solvers.armor.adam import descend_by_adam
-from structprune.solvers.armor.core import START_SHARE, Core, supports
+from structprune.solvers.armor.core import START_SHARE, Core, all_supports
 from structprune.solvers.armor.joint import joint_step
 from structprune.solvers.armor.problem import Problem, State
 from structprune.solvers.armor.wrappers import solve_left, solve_right
@@ -180,7 +180,7 @@ def check_sizes(
             f"a wrapper of {right} inputs does not divide into groups of {pattern[1]}",
             hint="choose a wrapper that is a multiple of M",
         )
-    supports(pattern)
+    all_supports(pattern)
     return left, right
 
 

@@ -18,7 +18,7 @@ from structprune.solvers.armor.wrappers import solve_left
 
 # Of the mean curvature, as for the exact solutions of the wrappers.
 RIDGE = 1e-4
-# From the whole step downwards, until it gets worse again.
+# From the whole step downwards, until it gets worse again: each length costs a solve of the left wrapper.
 LENGTHS = (1.0, 0.7, 0.5, 0.3, 0.15, 0.05)
 
 
@@ -50,6 +50,7 @@ def _direction(problem: Problem, state: State, steps: int) -> tuple[Tensor, Tens
     left, core, right = state.left, problem.columns(state.core).contiguous(), state.right
     inner = problem.rows(blockwise(right.mT, state.core))
     outer = problem.columns((left @ problem.rows(state.core)).reshape(state.core.shape))
+    # Normal matrices of the two wrappers: one to eliminate the left, one to precondition the right.
     left_inverse = inverse_of(inner @ problem.rows(problem.weighed(inner.reshape(state.core.shape))).mT)
     right_inverse = inverse_of(outer.mT @ outer)
     own = diagonal(left.mT @ left).reshape(1, -1, 1) * diagonal(right @ right.mT)[:, None]

@@ -59,6 +59,7 @@ class Problem:
     def parts(self) -> list[slice]:
         """Return the block columns that can be updated together: all, or with a Gram matrix one by one."""
         count = self.target.shape[1] // self.sizes[1]
+        # The identity does not couple block columns; a Gram matrix does, and they must take turns.
         return [slice(0, count)] if self.gram is None else [slice(k, k + 1) for k in range(count)]
 
     def weighed(self, residual: Tensor, span: slice = ALL) -> Tensor:

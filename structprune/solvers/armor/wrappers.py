@@ -19,6 +19,7 @@ def solve_left(problem: Problem, state: State) -> State:
     """Solve for the left wrapper exactly: least squares with one normal matrix per block."""
     inner = blockwise(state.right.mT, state.core)
     regressors, weighed = problem.rows(inner), problem.rows(problem.weighed(inner))
+    # The residual's correction is solved for, so that the ridge pulls towards the present value.
     answer = solve_normal_equations(regressors @ weighed.mT, weighed @ problem.rows(state.residual).mT)
     return problem.state(state.left - answer.mT, state.core, state.right)
 
@@ -33,10 +34,12 @@ def solve_right(problem: Problem, state: State) -> State:
         answers = regressors.mT @ problem.columns(problem.weighed(residual, span))
         between = problem.between(part)
         if between is not None:
+            # H stands between step and residual: taken out of the answers, core and left remain.
             answers = torch.linalg.solve(between, answers, left=False)
         step = solve_normal_equations(regressors.mT @ regressors, answers)
         right[part] -= step
         if between is not None:
+            # The next block column sees what this one left; H couples them.
             residual[:, span] -= (regressors @ step)[0]
     return problem.state(state.left, state.core, right)
 

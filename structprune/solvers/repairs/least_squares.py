@@ -107,6 +107,7 @@ def _factor_rows(weight: Tensor, mask: Tensor, hessian: Tensor, limit: int) -> T
 
 def _solve_rows(hessian: Tensor, inputs: Tensor, real: Tensor, right: Tensor) -> Tensor:
     """Solve H[S, S] x = b for the inputs S of each row: [rows, kept] each, and so is the result."""
+    # Rows of a badly conditioned Hessian that float32 finds indefinite are often solved in float64.
     for precision in (torch.float32, torch.float64):
         systems = hessian[inputs[:, :, None], inputs[:, None, :]].to(precision)
         if not bool(real.all()):
