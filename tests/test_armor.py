@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import structprune
-from structprune.calibration.collect import collect
-from structprune.calibration.statistics import Gram
+from structprune.calibration.collect import collect_inputs
+from structprune.calibration.statistics import InputSums, Parts
 from structprune.checkpoint.manifest import write_manifest
 from structprune.checkpoint.plans import plans_of
 from structprune.errors import EnvironmentFailure, UsageError
 from structprune.models.arch import all_linears, blocks
-from structprune.models.modules import FactoredLinear, overhead
+from structprune.models.modules import FactoredLinear
 from structprune.models.opening import Opening
 from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
@@ -123,7 +123,7 @@ class TestAFolder:
         source, folder, report = written[family]
         model, _ = structprune.load(folder)
         more = sum(
-            overhead(one.in_features, one.out_features, one.right.shape[1], one.left.shape[1])
+            one.out_features * one.left.shape[1] + one.in_features * one.right.shape[1]
             for one in model.modules()
             if isinstance(one, FactoredLinear)
         )
@@ -346,10 +346,10 @@ class TestMemory:
         model = tiny("llama")
         before = {name: value.clone() for name, value in model.named_parameters()}
 
-        def fail(self: Gram, width: int, device: torch.device) -> None:
+        def fail(self: InputSums, parts: Parts, width: int, device: torch.device) -> None:
             raise failure
 
-        monkeypatch.setattr(Gram, "__init__", fail)
+        monkeypatch.setattr(InputSums, "__init__", fail)
         with pytest.raises(
             EnvironmentFailure, match=rf"^{Q}: .*64 inputs.*64 x 64 takes 0\.00 GiB"
         ) as raised:
@@ -359,10 +359,10 @@ class TestMemory:
         assert not any(module._forward_pre_hooks for module in model.modules())
 
     def test_any_other_error_stays_what_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(self: Gram, width: int, device: torch.device) -> None:
+        def fail(self: InputSums, parts: Parts, width: int, device: torch.device) -> None:
             raise RuntimeError("something else")
 
-        monkeypatch.setattr(Gram, "__init__", fail)
+        monkeypatch.setattr(InputSums, "__init__", fail)
         model = tiny("llama")
         with pytest.raises(RuntimeError, match="something else"):
             Sparsegpt().calibrate(model, data(model))
@@ -371,7 +371,7 @@ class TestMemory:
 class TestFloat16:
     def test_huge_activations_give_finite_statistics(self) -> None:
         inputs = torch.full((8, 4), 60000.0, dtype=torch.float16)
-        stat = Gram(4, torch.device("cpu"))
+        stat = InputSums(frozenset({"norm", "moments", "gram"}), 4, torch.device("cpu"))
         stat.add(inputs)
         for part in (stat.norm, stat.mean, stat.variance, stat.gram):
             assert bool(part.isfinite().all())
@@ -384,7 +384,8 @@ class TestFloat16:
                 3000
             )  # inputs far beyond what squares in float16
         block = next(iter(Walk(model, data(model))))
-        found = collect(block, block.linears, Gram, advance=False).statistics[Q]
+        parts: Parts = frozenset({"norm", "gram"})
+        found = collect_inputs(block, block.linears, parts, advance=False).inputs[Q]
         assert float(found.norm.max()) ** 2 > 65504 and bool(found.gram.isfinite().all())
         for pruner in (Wanda(skip="1"), Sparsegpt(skip="1"), Armor(skip="1", rounds=1)):
             plan = pruner.calibrate(model, data(model))

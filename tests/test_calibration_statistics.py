@@ -4,16 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from structprune.calibration.statistics import PANEL, Gram, InputMoments, InputNorm
+from structprune.calibration.statistics import PANEL, InputSums, Part, Parts, Statistics, gradient_norm
 
 CPU = torch.device("cpu")
+ALL: Parts = frozenset({"norm", "moments", "gram"})
 # Two whole panels and a bit.
 WIDE = 2 * PANEL + 3
 
 
-def seen(inputs: Tensor, *pieces: int) -> Gram:
+def seen(inputs: Tensor, *pieces: int, parts: Parts = ALL) -> InputSums:
     """Return what is remembered of inputs that arrive in pieces."""
-    statistic = Gram(inputs.shape[1], CPU)
+    statistic = InputSums(parts, inputs.shape[1], CPU)
     for piece in torch.split(inputs, list(pieces) or [len(inputs)]):
         statistic.add(piece)
     return statistic
@@ -57,13 +58,39 @@ def test_two_processes_add_up_to_one_whether_or_not_they_were_read() -> None:
     assert torch.equal(first.sums, whole.sums)
 
 
-def test_who_remembers_more_remembers_the_same() -> None:
+def test_every_part_is_the_same_whatever_stands_beside_it() -> None:
     inputs = torch.randn(1500, WIDE, generator=torch.Generator().manual_seed(0)) + 3
-    least, more, most = InputNorm(WIDE, CPU), InputMoments(WIDE, CPU), Gram(WIDE, CPU)
-    for statistic in (least, more, most):
-        statistic.add(inputs)
-    assert torch.equal(least.norm, more.norm)
-    assert torch.equal(more.norm, most.norm)
-    assert torch.equal(more.mean, most.mean)
-    torch.testing.assert_close(more.mean, inputs.mean(dim=0, dtype=torch.float64).float(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(more.variance, inputs.double().var(dim=0, correction=0).float())
+    norm, moments, gram = (seen(inputs, parts=frozenset({part})) for part in sorted(ALL, reverse=True))
+    whole = seen(inputs)
+    assert torch.equal(whole.norm, norm.norm)
+    assert torch.equal(whole.mean, moments.mean) and torch.equal(whole.variance, moments.variance)
+    assert torch.equal(whole.gram, gram.gram)
+    torch.testing.assert_close(whole.mean, inputs.mean(dim=0, dtype=torch.float64).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(whole.variance, inputs.double().var(dim=0, correction=0).float())
+
+
+READS: dict[Part, str] = {"norm": "norm", "moments": "variance", "gram": "gram"}
+
+
+@pytest.mark.parametrize("part", READS)
+def test_a_part_that_nobody_declared_is_an_error_that_says_so(part: Part) -> None:
+    others = Statistics(seen(torch.ones(2, 4), parts=ALL - {part}))
+    with pytest.raises(LookupError, match=f"'{part}' was not collected"):
+        getattr(others, READS[part])
+    with pytest.raises(LookupError, match="nothing was collected"):
+        getattr(Statistics(), READS[part])
+    with pytest.raises(LookupError, match="no gradient was collected"):
+        _ = others.gradient
+
+
+def test_who_needs_a_gram_matrix_alone_pays_for_no_means() -> None:
+    sums = seen(torch.ones(2, 4), parts=frozenset({"gram"}))
+    assert sums.squares.numel() == sums.sums.numel() == 0
+    assert sums.tokens == 2
+
+
+def test_gradients_are_added_up_in_one_way() -> None:
+    assert gradient_norm(frozenset({"norm", "gradient_l2"})) == "l2"
+    assert gradient_norm(frozenset({"norm"})) is None
+    with pytest.raises(ValueError, match="one way"):
+        gradient_norm(frozenset({"gradient_l1", "gradient_l2"}))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import structprune
 from structprune import prune_each
-from structprune.checkpoint.plans import plans_of
+from structprune.checkpoint.plans import plans_of, read_plans
 from structprune.checkpoint.writing import Writing
 from structprune.errors import InputError, UsageError
 from structprune.models.arch import all_linears
@@ -27,8 +27,19 @@ from structprune.proof import fresh
 from structprune.proof.verify import verify
 from structprune.pruners import pruner as registry
 from structprune.pruners.weight._family import WeightPruner
+from structprune.pruners.weight._scored import ScorePruner
 from tests.conftest import Command
-from tests.methods import CALIBRATION, EVALUATION, QUICK, WEIGHT_METHODS, accepts, quick, short_runs, usual
+from tests.methods import (
+    CALIBRATION,
+    EVALUATION,
+    QUICK,
+    TEXT,
+    WEIGHT_METHODS,
+    accepts,
+    quick,
+    short_runs,
+    usual,
+)
 from tests.tiny import save_tiny, tiny, tokens
 
 WHOLE = sum(parameter.numel() for parameter in tiny("llama").parameters())
@@ -83,7 +94,7 @@ def test_every_score_runs_with_every_budget_and_repair_or_says_which_field_does_
     fields = {"sparsity": usual(method), "budget": BUDGETS[budget], "repair": repair}
     found = registry.find(method)
     assert issubclass(found, WeightPruner)
-    wrong = [] if repair in found.repairs else ["repair"]
+    wrong = [] if repair in ("none", *found.repairs) else ["repair"]
     wrong += ["budget"] if budget != "uniform" and isinstance(fields["sparsity"], str) else []
     if wrong:
         with pytest.raises(ValidationError, match=rf"({'|'.join(wrong)}): "):
@@ -97,7 +108,7 @@ def test_every_score_runs_with_every_budget_and_repair_or_says_which_field_does_
     masks = {key: plan[key] for key in plan if key.edit == "mask"}
     assert sum(int((~mask).sum()) for mask in masks.values()) == removed(plan)
     values = {key for key in plan if key.edit in WRITTEN}
-    assert bool(values) == (found.solve is not WeightPruner.solve or repair in ("obs", "least_squares"))
+    assert bool(values) == (not issubclass(found, ScorePruner) or repair in ("obs", "least_squares"))
     shares = [sum(block.facts["removed"].values()) / (PRUNABLE / 2) for block in plan.blocks]
     expected = {
         "ramp": pytest.approx([0.6, 0.4], abs=1e-3),
@@ -148,7 +159,95 @@ def test_a_refit_mask_is_that_of_the_method_and_loses_less() -> None:
     assert errors["least_squares"] < errors["obs"] < errors["none"]
 
 
+SOLVERS = [name for name in WEIGHT_METHODS if not issubclass(registry.find(name), ScorePruner)]
+
+
+class TestFieldsThatLiveElsewhere:
+    @pytest.mark.parametrize("method", SOLVERS)
+    def test_who_has_no_scores_refuses_to_keep_them_by_name(
+        self, method: str, source: Path, command: Command, tmp_path: Path
+    ) -> None:
+        finished = command("prune", source, tmp_path / "out", "--method", method, "--keep-scores")
+        assert finished.code == 2
+        assert f"keep_scores: {method} chooses and updates at once and has no scores to keep" in finished.err
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(("method", "repair"), [("wanda", "obs"), ("sparsegpt", "least_squares")])
+    def test_a_damping_beside_a_repair_is_told_where_it_lives_now(
+        self, method: str, repair: str, source: Path, command: Command, tmp_path: Path
+    ) -> None:
+        words = ("prune", source, tmp_path / "out", "--method", method)
+        finished = command(*words, "--set", "damping=0.02", "--set", f"repair={repair}")
+        assert finished.code == 2
+        assert f"repair: {{name: {repair}, damping: ...}}" in finished.err
+        assert accepts(method, repair={"name": repair, "damping": 0.02})
+
+    def test_a_method_that_solves_has_a_damping_of_its_own(self) -> None:
+        repair = {"name": "least_squares", "damping": 0.5}
+        pruner = quick("sparsegpt", damping=0.02, repair=repair).model_dump()
+        assert (pruner["damping"], pruner["repair"]) == (0.02, repair)
+        assert not accepts("magnitude", damping=0.02)
+
+    @pytest.mark.parametrize(("name", "field"), [("obs", "damping"), ("least_squares", "damping")])
+    def test_a_repairs_damping_changes_the_values_and_no_mask(self, name: str, field: str) -> None:
+        model = tiny("llama")
+        data = [tokens(model, batch=4)]
+        plans = [
+            quick("wanda", skip="1", repair={"name": name, field: value}).calibrate(model, data)
+            for value in (0.01, 1.0)
+        ]
+        kinds = {key: torch.equal(plans[0][key], plans[1][key]) for key in plans[0]}
+        assert all(equal for key, equal in kinds.items() if key.kind == "mask")
+        assert not any(equal for key, equal in kinds.items() if key.kind == "value")
+
+    def test_dsnots_fields_reach_its_swaps(self) -> None:
+        model = tiny("llama")
+        data = [tokens(model, batch=4)]
+
+        def masks(repair: object) -> list[Tensor]:
+            plan = quick("wanda", skip="1", repair=repair).calibrate(model, data)
+            return [plan[key] for key in plan]
+
+        def swapped(repair: object) -> int:
+            return sum(
+                int((one != other).sum()) for one, other in zip(masks(repair), masks("none"), strict=True)
+            )
+
+        usual, once = swapped("dsnot"), swapped({"name": "dsnot", "rounds": 1})
+        assert 0 < once < usual
+        assert swapped({"name": "dsnot", "threshold": 1e9}) == 0
+        assert swapped({"name": "dsnot", "power": 0.0}) != usual
+
+
 class TestThroughThePipeline:
+    @pytest.mark.parametrize(("method", "fields"), [("sparsegpt", ()), ("wanda", ("repair=least_squares",))])
+    @pytest.mark.parametrize(
+        ("stored", "computed"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float32")]
+    )
+    def test_a_run_in_another_dtype_than_the_files_is_verified(
+        self,
+        method: str,
+        fields: tuple[str, ...],
+        stored: str,
+        computed: str,
+        command: Command,
+        tmp_path: Path,
+    ) -> None:
+        source = save_tiny("llama", tmp_path / "source", dtype=getattr(torch, stored))
+        out = tmp_path / "out"
+        sets = (f"dtype={computed}", f"calibration.source={TEXT}", "calibration.samples=4", *fields)
+        sets = (*sets, "calibration.length=32", "evaluate.generations=false")
+        words = [word for one in sets for word in ("--set", one)]
+        finished = command("prune", source, out, "--method", method, "--json", *words)
+        assert finished.code == 0, finished.err
+        ids = {"input_ids": fresh.probe(open_model(source, Opening(stream=True)).config)}
+        # What calibration saw of later blocks is what the folder holds: the applied plan and the reopened
+        # folder compute the same.
+        applied = registry.find(method)().apply(open_model(source, dtype=computed), read_plans(out)[0])
+        reopened = open_model(out, dtype=computed)
+        assert torch.equal(logits(applied, ids), logits(reopened, ids))
+        assert next(reopened.parameters()).dtype == getattr(torch, computed)
+
     def test_wanda_owl_least_squares_is_verified_and_opens_in_plain_transformers(
         self, source: Path, tmp_path: Path
     ) -> None:

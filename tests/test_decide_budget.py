@@ -7,16 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from structprune.calibration.statistics import InputNorm
-from structprune.decide.budgets.budget import (
-    Owl,
-    Ramp,
-    Table,
-    TargetParams,
-    apportion,
-    removed_count,
-    removed_weights,
-)
+from structprune.calibration.statistics import InputSums, Statistics
+from structprune.decide.budgets.owl import Owl
+from structprune.decide.budgets.ramp import Ramp
+from structprune.decide.budgets.table import Table
+from structprune.decide.budgets.target_params import TargetParams
+from structprune.decide.counts import apportion, removed_count, removed_weights
 from structprune.errors import UsageError
 
 
@@ -99,17 +95,17 @@ class TestOwl:
         assert Owl(outlier=3.0).measure([torch.ones(1, 4)], [stat]) == 1 / 4
 
     def test_the_range_is_twice_the_spread_and_the_mean_is_what_was_asked(self) -> None:
-        shares = Owl(spread=0.08).shares(Fraction(7, 10), [0.01, 0.02, 0.05, 0.05])
+        shares = Owl(spread=0.08).shares(Fraction(7, 10), measured(0.01, 0.02, 0.05, 0.05))
         assert max(shares) - min(shares) == Fraction(16, 100)
         assert sum(shares) / 4 == Fraction(7, 10)
         assert shares[0] == max(shares)  # fewest outliers, most removed
 
     def test_equal_blocks_get_equal_shares(self) -> None:
-        assert Owl().shares(Fraction(1, 2), [0.3, 0.3]) == [Fraction(1, 2)] * 2
+        assert Owl().shares(Fraction(1, 2), measured(0.3, 0.3)) == [Fraction(1, 2)] * 2
 
 
 def test_a_ramp_rises_in_equal_steps_through_the_asked_share() -> None:
-    assert Ramp(spread=0.1).shares(Fraction(1, 2), [0, 0, 0]) == [
+    assert Ramp(spread=0.1).shares(Fraction(1, 2), measured(0, 0, 0)) == [
         Fraction(4, 10),
         Fraction(5, 10),
         Fraction(6, 10),
@@ -117,25 +113,33 @@ def test_a_ramp_rises_in_equal_steps_through_the_asked_share() -> None:
 
 
 def test_a_table_must_fit_the_blocks() -> None:
-    assert Table(blocks=(0.25, 0.75)).shares(Fraction(1, 2), [0, 0]) == [Fraction(1, 4), Fraction(3, 4)]
+    assert Table(blocks=(0.25, 0.75)).shares(Fraction(1, 2), measured(0, 0)) == [
+        Fraction(1, 4),
+        Fraction(3, 4),
+    ]
     with pytest.raises(UsageError, match="2 sparsities for 3 blocks"):
-        Table(blocks=(0.25, 0.75)).shares(Fraction(1, 2), [0, 0, 0])
+        Table(blocks=(0.25, 0.75)).shares(Fraction(1, 2), measured(0, 0, 0))
 
 
 class TestTargetParams:
     def test_what_is_not_pruned_counts_too(self) -> None:
         model = torch.nn.Sequential(torch.nn.Linear(4, 5, bias=False), torch.nn.Linear(5, 2))  # 20 + 12
-        assert TargetParams(parameters=25).removed(model, prunable=20) == 7
+        assert TargetParams(parameters=25).total(20, 0.5, model) == 7
 
     @pytest.mark.parametrize("parameters", [12, 33])
     def test_what_cannot_be_left_is_refused_with_the_range(self, parameters: int) -> None:
         model = torch.nn.Sequential(torch.nn.Linear(4, 5, bias=False), torch.nn.Linear(5, 2))
         with pytest.raises(UsageError, match="between 13 and 32"):
-            TargetParams(parameters=parameters).removed(model, prunable=20)
+            TargetParams(parameters=parameters).total(20, 0.5, model)
 
 
-def norms(values: torch.Tensor) -> InputNorm:
-    """Return the statistic of one token of these values."""
-    stat = InputNorm(len(values), torch.device("cpu"))
-    stat.add(values[None])
-    return stat
+def measured(*values: float) -> list[torch.Tensor]:
+    """Return what a budget remembers of as many blocks."""
+    return [torch.tensor(value, dtype=torch.float64) for value in values]
+
+
+def norms(values: torch.Tensor) -> Statistics:
+    """Return the statistics of one token of these values."""
+    sums = InputSums(frozenset({"norm"}), len(values), torch.device("cpu"))
+    sums.add(values[None])
+    return Statistics(sums)

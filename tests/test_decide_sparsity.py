@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from structprune.decide.sparsity import Sparsity, check_groups, fraction_of, normalise, pattern_of
+from structprune.decide.sparsity import Sparsity, check_groups, fraction_of, parse_sparsity, pattern_of
 from structprune.errors import UsageError
 
 
@@ -37,7 +37,7 @@ class Settings(BaseModel):
     ],
 )
 def test_every_way_to_write_a_sparsity_is_read(written: object, meant: float | str) -> None:
-    found = normalise(written)
+    found = parse_sparsity(written)
     assert found == meant
     assert type(found) is type(meant)
     assert str(found) == str(meant)
@@ -92,7 +92,7 @@ def test_every_way_to_write_a_sparsity_is_read(written: object, meant: float | s
 )
 def test_what_is_not_a_sparsity_is_answered(written: object, answer: str) -> None:
     with pytest.raises(ValueError, match="not a") as found:
-        normalise(written)
+        parse_sparsity(written)
     assert answer in str(found.value)
     assert len(str(found.value)) < 300
     with pytest.raises(ValidationError, match="sparsity"):
@@ -101,7 +101,7 @@ def test_what_is_not_a_sparsity_is_answered(written: object, answer: str) -> Non
 
 def test_an_integer_too_long_to_print_is_answered() -> None:
     with pytest.raises(ValueError, match="an integer of 16610 bits is not a sparsity"):
-        normalise(10**5000)
+        parse_sparsity(10**5000)
 
 
 def test_fractions_are_those_of_the_decimal_text() -> None:

@@ -144,6 +144,18 @@ def test_a_method_does_not_import_another_method():
             assert not others, f"{module} imports {others}"
 
 
+def test_a_method_of_matrices_either_scores_or_solves():
+    """A score that nobody calls would be a lie, and a solver does not rank what it updates on the way."""
+    for module, tree in TREES.items():
+        if (
+            module.startswith(("pruners.weight.", "pruners.structure."))
+            and module.rpartition(".")[2] in METHODS
+        ):
+            (method,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.bases]
+            defined = {node.name for node in method.body if isinstance(node, ast.FunctionDef)}
+            assert len(defined & {"score", "solve"}) == 1, f"{module} defines {defined & {'score', 'solve'}}"
+
+
 def test_a_method_does_not_know_how_a_model_names_its_projections():
     for module in MODULES:
         if module.startswith("pruners."):

@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from structprune.calibration.notebook import Notebook
+from structprune.calibration.statistics import gradient_norm
 from structprune.errors import InputError, Interrupted, UsageError
 from structprune.models.arch import all_linears, arch_of, blocks, linears
 from structprune.models.opening import Opening
@@ -23,6 +24,7 @@ from structprune.plan.plan import Plan, PlanWriter
 from structprune.pruners import pruner as registry
 from structprune.pruners.pruner import Pruner
 from structprune.pruners.weight._family import WeightPruner
+from structprune.pruners.weight._scored import ScorePruner
 from tests.methods import METHODS, WEIGHT_METHODS, accepts, quick, weigher
 from tests.tiny import FAMILIES, save_tiny, tiny, tokens
 
@@ -195,7 +197,7 @@ class TestLaws:
 # What looks at the whole model before it decides: outlier shares and gradients, each noted block by block.
 FIRST_LOOKS = [
     *((name, {"budget": "owl"}) for name in WEIGHT_METHODS if accepts(name, budget="owl", sparsity=0.5)),
-    *((name, {}) for name in WEIGHT_METHODS if weigher(name).gradients),
+    *((name, {}) for name in WEIGHT_METHODS if gradient_norm(weigher(name).solving)),
 ]
 
 
@@ -226,9 +228,63 @@ def test_a_run_killed_while_it_measures_resumes_with_the_same_bytes(
     assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".safetensors"] * noted
     assert run("out").id == whole.id
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
-    if not pruner.gradients:  # what was noted of a block is not measured again
+    if not gradient_norm(pruner.solving):  # what was noted of a block is not measured again
         assert len(written) == 2
     monkeypatch.setattr(Notebook, "write", write)
+
+
+# What is stored in one dtype and computed in another; rounding to the first must be what later blocks see.
+DTYPES = [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float32")]
+ROUNDING: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in WEIGHT_METHODS),
+    *(("wanda", {"repair": repair}) for repair in ("obs", "least_squares", "dsnot")),
+    ("sparsegpt", {"repair": "least_squares"}),
+]
+
+
+@pytest.mark.parametrize(("stored", "computed"), DTYPES)
+@pytest.mark.parametrize(("method", "fields"), ROUNDING, ids=lambda value: str(value))
+class TestStoredAndComputedDtypes:
+    def test_new_values_are_rounded_to_what_their_tensor_is_stored_in(
+        self, method: str, fields: dict[str, Any], stored: str, computed: str, tmp_path: Path
+    ) -> None:
+        folder = save_tiny("llama", tmp_path / "model", shards=2, dtype=getattr(torch, stored))
+        pruner, data = weigher(method, **fields), batches(tiny("llama"))
+        outputs, plans = [], []
+        for stream in (False, True):
+            model = open_model(folder, Opening(stream=stream, dtype=computed))
+            # A model in memory hashes its weights as it computes with them; a run passes the files' hash.
+            plans.append(pruner.calibrate(model, data, pruner.writer(None, model, "0" * 64)))
+            outputs.append(logits(pruner.apply(model, plans[-1]), data[0]))
+        assert plans[0].id == plans[1].id
+        assert torch.equal(*outputs) and outputs[0].dtype == getattr(torch, computed)
+        written = [key for key in plans[0] if key.edit in WRITTEN]
+        updates = fields.get("repair") in ("obs", "least_squares") or not issubclass(
+            registry.find(method), ScorePruner
+        )
+        assert bool(written) == updates
+        assert all(plans[0][key].dtype == getattr(torch, stored) for key in written)
+
+    def test_later_blocks_see_the_rounded_values(
+        self, method: str, fields: dict[str, Any], stored: str, computed: str, tmp_path: Path
+    ) -> None:
+        if gradient_norm(weigher(method).solving):
+            return  # gradients are those of the dense model, whatever the first block has become
+        folder = save_tiny("llama", tmp_path / "model", dtype=getattr(torch, stored))
+        data = batches(tiny("llama"))
+        whole = weigher(method, propagate="pruned", **fields).calibrate(
+            open_model(folder, dtype=computed), data
+        )
+        # The first block as its finished decision leaves it, read back from the disk; then the second one.
+        first = weigher(method, skip="1", **fields)
+        model = open_model(folder, dtype=computed)
+        first.calibrate(model, data).save(tmp_path / "first")
+        model = first.apply(model, Plan.load(tmp_path / "first"))
+        second = weigher(method, propagate="pruned", skip="0", **fields).calibrate(model, data)
+        expected = dict(whole.blocks[1])
+        assert expected and expected.keys() == second.keys()
+        for key, value in expected.items():
+            assert torch.equal(value, second[key]), key
 
 
 # One family of each way to keep a matrix: as it is, transposed, several experts in one.
@@ -277,7 +333,7 @@ class TestEveryFamily:
             changed += int(name not in dense or not torch.equal(value, dense[name]))
         assert changed >= 2 * 4 - 2  # both blocks; OPT, Phi-3 and the GPTs have four linears in a block
         for index, (prefix, block) in enumerate(blocks(pruned)):
-            for linear in pruner.chosen(index, linears(prefix, block, arch_of(pruned))):
+            for linear in pruner.target_linears(index, linears(prefix, block, arch_of(pruned))):
                 zeros = (linear.weight == 0).sum(dim=1)
                 if not pruner.leaves_zeros:
                     assert zeros.sum() == 0, linear.label

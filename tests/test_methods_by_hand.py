@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from structprune.calibration.collect import collect
-from structprune.calibration.statistics import Gram, InputNorm, Sensitivity
+from structprune.calibration.collect import collect_inputs
+from structprune.calibration.statistics import InputSums, Parts, Statistics
 from structprune.decide import select
 from structprune.models.arch import Linear, all_linears
 from structprune.models.walk import Walk
@@ -30,12 +30,13 @@ from structprune.pruners.weight.ria import Ria
 from structprune.pruners.weight.sparsegpt import Sparsegpt
 from structprune.pruners.weight.thanos import Thanos
 from structprune.pruners.weight.wanda import Wanda
+from structprune.solvers.matrix import MatrixToPrune
 from structprune.solvers.nowag import FLOOR
-from structprune.solvers.solution import Task
-from structprune.solvers.solution import select as choose
 from tests.tiny import tiny, tokens
 
 CPU = torch.device("cpu")
+NORM: Parts = frozenset({"norm"})
+BOTH: Parts = frozenset({"norm", "gram"})
 
 
 def data(model: PreTrainedModel, count: int = 3) -> list[dict[str, Tensor]]:
@@ -46,11 +47,18 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def norm(values: list[float]) -> InputNorm:
-    """Return the statistic of one token with these features."""
-    found = InputNorm(len(values), CPU)
-    found.add(torch.tensor([values]))
-    return found
+def seen_of(
+    inputs: Tensor, parts: Parts = NORM, gradient: Tensor | None = None, samples: int = 0
+) -> Statistics:
+    """Return what is known of a matrix that reads these inputs, shape [tokens, in]."""
+    sums = InputSums(parts, inputs.shape[1], CPU)
+    sums.add(inputs)
+    return Statistics(sums, gradient, samples)
+
+
+def norm(values: list[float]) -> Statistics:
+    """Return the statistics of one token with these features."""
+    return seen_of(torch.tensor([values]))
 
 
 def same(one: Plan, other: Plan) -> bool:
@@ -69,7 +77,8 @@ def output_error(model: PreTrainedModel, pruned: PreTrainedModel, label: str, in
 class TestGblm:
     def test_by_hand(self) -> None:
         weight = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
-        stat = Sensitivity(torch.tensor([2.0, 1.0]), torch.tensor([[0.5, 0.0], [0.0, 0.25]]), samples=4)
+        gradient = torch.tensor([[0.5, 0.0], [0.0, 0.25]])
+        stat = seen_of(torch.tensor([[2.0, 1.0]]), gradient=gradient, samples=4)
         # alpha * 128 samples * the mean gradient, times sqrt(4) for a norm that was not divided by it
         one = Gblm(alpha=0.5).score(weight, stat)
         assert torch.equal(one, torch.tensor([[1 * (2 + 64.0), 2 * 1], [3 * 2, 4 * (1 + 32.0)]]))
@@ -80,9 +89,7 @@ class TestGblm:
     def test_with_128_samples_the_balance_is_the_papers(self) -> None:
         weight, gradients = random(4, 8), random(128, 4, 8, seed=1) / 1000
         inputs = random(128, 8, seed=2)  # one token a sample
-        stat = InputNorm(8, CPU)
-        stat.add(inputs)
-        seen = Sensitivity(stat.norm, gradients.abs().mean(dim=0), 128)
+        seen = seen_of(inputs, gradient=gradients.abs().mean(dim=0), samples=128)
         ours = Gblm().score(weight, seen)
         # The paper: the norm divided by sqrt(samples), and 100 times the sum of the gradients' sizes.
         theirs = weight.abs() * (inputs.norm(dim=0) / 128**0.5 + 100 * gradients.abs().sum(dim=0))
@@ -95,7 +102,7 @@ class TestGblm:
 
     def test_without_activations_it_is_weight_times_gradient(self) -> None:
         weight, gradient = random(3, 8), random(3, 8, seed=1).abs()
-        stat = Sensitivity(random(8, seed=2), gradient, 7)
+        stat = Statistics(weight_gradient=gradient, samples=7)  # nobody has to look at the inputs
         assert torch.equal(Gblm(activations=False).score(weight, stat), weight.abs() * gradient)
 
     @pytest.mark.parametrize("gradient_norm", ["l1", "l2"])
@@ -112,7 +119,7 @@ class TestGblm:
         samples = [ids for batch in batches for ids in batch["input_ids"]]
         gradients = _gradients(model, samples)
         for block in Walk(model, batches):
-            seen = collect(block, block.linears, InputNorm, advance=True).statistics
+            seen = collect_inputs(block, block.linears, NORM, advance=True).inputs
             for linear in block.linears:
                 gradient = gradients[linear.label]
                 score = linear.weight.abs() * (
@@ -120,7 +127,7 @@ class TestGblm:
                 )
                 kept = plan[Key(linear.name, "score")] / len(samples) ** 0.5
                 torch.testing.assert_close(kept, score, rtol=1e-4, atol=1e-5)
-                mask = select.rows(kept, linear.weight.shape[1] // 2)
+                mask = select.mask_rows(kept, linear.weight.shape[1] // 2)
                 assert torch.equal(plan[Key(linear.name, "mask")], mask)
 
 
@@ -144,7 +151,7 @@ class TestRia:
         weight[1], weight[:, 2] = 0, 0
         score = Ria().score(weight, norm([1.0] * 8))
         assert score.isfinite().all()
-        keep = choose(score, Task("x", weight, removed=11), "matrix")
+        keep = select.mask_lowest(score, 11, compare="matrix")
         assert not keep[1].any() and not keep[:, 2].any() and keep.sum() == 21
 
     def test_the_paper_ranks_the_whole_matrix(self) -> None:
@@ -166,9 +173,9 @@ class TestNowag:
     def test_two_of_four_is_wanda_on_the_normalised_weight(self) -> None:
         weight, stat = random(8, 16), norm([0.5 + place for place in range(16)])
         columns = weight / (weight.norm(dim=0) + FLOOR)
-        mask = choose(Nowag().score(weight, stat), Task("x", weight, removed=64, pattern=(2, 4)), "row")
+        mask = select.mask_groups(Nowag().score(weight, stat), 2, 4)
         # What a row is divided by changes no choice inside it.
-        expected = choose(Wanda().score(columns, stat), Task("x", weight, removed=64, pattern=(2, 4)), "row")
+        expected = select.mask_groups(Wanda().score(columns, stat), 2, 4)
         assert torch.equal(mask, expected)
 
     def test_later_blocks_see_dense_inputs(self) -> None:
@@ -183,13 +190,14 @@ class TestNowag:
 class TestSparsegpt:
     def test_linears_that_read_one_input_share_one_gram_matrix(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made: list[int] = []
-        start = Gram.__init__
+        start = InputSums.__init__
 
-        def count(self: Gram, width: int, device: torch.device) -> None:
+        def count(self: InputSums, parts: Parts, width: int, device: torch.device) -> None:
             made.append(width)
-            start(self, width, device)
+            assert parts == {"gram"}  # no norms or means are summed that nobody reads
+            start(self, parts, width, device)
 
-        monkeypatch.setattr(Gram, "__init__", count)
+        monkeypatch.setattr(InputSums, "__init__", count)
         model = tiny("llama")
         Sparsegpt().calibrate(model, data(model))
         # q, k and v; o; gate and up; down: in either block
@@ -215,10 +223,9 @@ class TestSparsegpt:
 
     def test_the_error_in_the_plan_is_half_of_the_outputs(self) -> None:
         weight, inputs = random(6, 16), random(200, 16, seed=1)
-        stat = Gram(16, CPU)
-        stat.add(inputs)
+        seen = seen_of(inputs, BOTH)
         for pruner in (Sparsegpt(damping=1e-6), Thanos(damping=1e-6)):
-            (found,) = pruner.solve([Task("x", weight, removed=48)], stat)
+            (found,) = pruner.solve([MatrixToPrune("x", weight, removed=48)], seen)
             assert found.weight is not None
             assert int((~found.mask).sum()) == 48
             error = (inputs @ (weight - found.weight * found.mask).T).square().sum() / 2
@@ -238,10 +245,9 @@ class TestSparsegpt:
 class TestThanos:
     def test_one_weight_at_a_time_removes_what_wanda_would(self) -> None:
         weight, inputs = random(1, 8), random(50, 8, seed=1)
-        stat = Gram(8, CPU)
-        stat.add(inputs)
-        (found,) = Thanos().solve([Task("x", weight, removed=1)], stat)
-        assert torch.equal(found.mask, select.rows(Wanda().score(weight, stat), 1))
+        seen = seen_of(inputs, BOTH)
+        (found,) = Thanos().solve([MatrixToPrune("x", weight, removed=1)], seen)
+        assert torch.equal(found.mask, select.mask_rows(Wanda().score(weight, seen), 1))
 
 
 class TestOwl:
@@ -280,11 +286,12 @@ class TestArmor:
 
     def test_the_start_is_the_mask_of_nowag_and_its_loss(self) -> None:
         model = tiny("llama")
-        norms = collect(next(iter(Walk(model, data(model)))), all_linears(model)[0], InputNorm, advance=False)
+        first = next(iter(Walk(model, data(model))))
+        norms = collect_inputs(first, all_linears(model)[0], NORM, advance=False)
         plan = Armor(rounds=1, skip="1").calibrate(model, data(model))
         linear = all_linears(model)[0][0]
-        score = Nowag().score(linear.weight, norms.statistics[linear.label])
-        mask = choose(score, Task("x", linear.weight, removed=0, pattern=(2, 4)), "row")
+        score = Nowag().score(linear.weight, Statistics(norms.inputs[linear.label]))
+        mask = select.mask_groups(score, 2, 4)
         lost = float((score * ~mask).sum() / score.sum())
         assert plan.blocks[0].facts["matrices"][linear.label]["nowag_loss"] == pytest.approx(lost, rel=1e-4)
 
@@ -300,17 +307,14 @@ class TestArmor:
 
 def test_magnitude_on_equal_inputs_and_wanda_by_row_agree() -> None:
     weight, stat = random(8, 16), norm([2.0] * 16)
-    task = Task("x", weight, removed=64)
-    one, other = Magnitude().score(weight, None), Wanda().score(weight, stat)
-    assert torch.equal(choose(one, task, "row"), choose(other, task, "row"))
+    one, other = Magnitude().score(weight, Statistics()), Wanda().score(weight, stat)
+    assert torch.equal(select.mask_rows(one, 8), select.mask_rows(other, 8))
 
 
-def test_a_gram_statistic_may_stand_in_for_every_smaller_one() -> None:
-    """Score and repair share what is collected, so a score gives the same whoever asked for more."""
+def test_a_score_is_the_same_whatever_else_is_collected_beside_it() -> None:
+    """Score, budget and repair share one collector, which sums the union of what they ask for."""
     inputs, weight = random(40, 16), random(4, 16, seed=1)
-    small, large = InputNorm(16, CPU), Gram(16, CPU)
-    small.add(inputs)
-    large.add(inputs)
+    small, large = seen_of(inputs), seen_of(inputs, frozenset({"norm", "moments", "gram"}))
     for pruner in (Wanda(), Ria(), Nowag()):
         assert torch.equal(pruner.score(weight, small), pruner.score(weight, large))
 

@@ -12,7 +12,7 @@ from structprune.errors import UsageError
 from structprune.pruners import pruner
 from structprune.recipe.changes import choose_options
 from structprune.recipe.options import EvaluateOptions, RecoverOptions, sparsity_of
-from structprune.recipe.recipe import Recipe, assemble, choose_recipe, describe, load
+from structprune.recipe.recipe import Recipe, assemble, choose_recipe, describe, load, stage
 from structprune.storage import strict_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -172,3 +172,17 @@ def test_a_method_describes_itself_from_its_file():
     assert fields["compare"]["default"] == "row"
     assert fields["compare"]["type"] == "row | matrix"
     assert all(row["about"] for row in told["fields"])
+
+
+@pytest.mark.parametrize("method", ["random", "armor"])
+def test_a_recipes_seed_is_a_methods_unless_it_says_another(method: str) -> None:
+    assert stage({"method": method}, seed=7).model_dump()["seed"] == 7
+    assert stage({"method": method, "seed": 3}, seed=7).model_dump()["seed"] == 3
+
+
+def test_a_key_that_a_repair_does_not_have_is_told_with_those_it_has() -> None:
+    with pytest.raises(UsageError, match="unknown key") as raised:
+        stage({"method": "wanda", "repair": {"name": "dsnot", "round": 3}})
+    assert raised.value.hint == "did you mean 'rounds'?"
+    (row,) = [row for row in describe("wanda")["fields"] if row["name"] == "repair"]
+    assert row["type"] == "obs | least_squares | dsnot"

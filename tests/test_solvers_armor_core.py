@@ -18,7 +18,7 @@ def problem(out: int = 8, inputs: int = 16, *, pattern: tuple[int, int] = (2, 4)
     right = torch.randn(3, inputs, 2 * inputs, generator=draw, dtype=torch.float64)
     left, right = left.mT @ left, right @ right.mT
     dense = torch.randn(2, 3, out, inputs, generator=draw, dtype=torch.float64)
-    values = dense * select.groups(dense.abs().flatten(0, -2), *pattern).view(dense.shape)
+    values = dense * select.mask_groups(dense.abs().flatten(0, -2), *pattern).view(dense.shape)
     return Core(values, left[:, None] @ (values - dense) @ right, left, right, pattern)
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from structprune.calibration.collect import collect
-from structprune.calibration.statistics import Gram, InputNorm
+from structprune.calibration.collect import collect_inputs
+from structprune.calibration.statistics import InputSums, Parts, Statistics
 from structprune.errors import UsageError
 from structprune.models.arch import arch_of, blocks, linears
 from structprune.models.walk import Block, Walk
@@ -22,16 +22,24 @@ from tests.tiny import tiny, tokens
 WEIGHT = torch.tensor([[1.0, -2.0, 3.0, -4.0], [4.0, 3.0, -2.0, 1.0]])
 
 
-def seen(block: Block, *, advance: bool) -> Mapping[str, InputNorm]:
+NORM: Parts = frozenset({"norm"})
+
+
+def seen(block: Block, *, advance: bool) -> Mapping[str, InputSums]:
     """Return what Wanda remembers of a block's inputs."""
-    return collect(block, block.linears, InputNorm, advance=advance).statistics
+    return collect_inputs(block, block.linears, NORM, advance=advance).inputs
 
 
-def norm(values: list[float], tokens: int = 1) -> InputNorm:
-    """Return the statistic of one token with these features."""
-    found = InputNorm(len(values), torch.device("cpu"))
+def norms(width: int) -> InputSums:
+    """Return what has seen no token yet."""
+    return InputSums(NORM, width, torch.device("cpu"))
+
+
+def norm(values: list[float], tokens: int = 1) -> Statistics:
+    """Return the statistics of one token with these features."""
+    found = norms(len(values))
     found.add(torch.tensor([values]).expand(tokens, -1))
-    return found
+    return Statistics(found)
 
 
 class TestScores:
@@ -41,12 +49,12 @@ class TestScores:
 
     def test_the_squared_wanda_score_is_the_error_of_deleting_that_weight_alone(self) -> None:
         inputs = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
-        stat = InputNorm(4, torch.device("cpu"))
+        stat = norms(4)
         stat.add(inputs)
         without = WEIGHT.clone()
         without[0, 2] = 0
         error = (inputs @ WEIGHT.T - inputs @ without.T).square().sum()
-        assert torch.isclose(Wanda().score(WEIGHT, stat)[0, 2].square(), error, rtol=1e-5)
+        assert torch.isclose(Wanda().score(WEIGHT, Statistics(stat))[0, 2].square(), error, rtol=1e-5)
 
     def test_with_orthogonal_inputs_the_squared_scores_of_removed_weights_add_up_to_the_output_error(
         self,
@@ -54,32 +62,32 @@ class TestScores:
         inputs = torch.linalg.qr(torch.randn(16, 8, generator=torch.Generator().manual_seed(0)))[0]
         inputs = inputs * torch.arange(1.0, 9.0)
         weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
-        stat = InputNorm(8, torch.device("cpu"))
+        stat = norms(8)
         stat.add(inputs)
-        score = Wanda().score(weight, stat)
+        score = Wanda().score(weight, Statistics(stat))
         keep = score > score.median(dim=1, keepdim=True).values
         error = (inputs @ (weight - weight * keep).T).square().sum()
         assert torch.isclose(score[~keep].square().sum(), error, rtol=1e-5)
 
     def test_equal_norms_make_wanda_magnitude_by_row(self) -> None:
         stat = norm([3.0] * 4)
-        order = Wanda().score(WEIGHT, stat).argsort(dim=1, stable=True)
-        assert torch.equal(order, Magnitude().score(WEIGHT, None).argsort(dim=1, stable=True))
+        order = Wanda().score(WEIGHT, Statistics(stat)).argsort(dim=1, stable=True)
+        assert torch.equal(order, Magnitude().score(WEIGHT, Statistics()).argsort(dim=1, stable=True))
 
     def test_bfloat16_weights_are_scored_in_float32(self) -> None:
         assert Wanda().score(WEIGHT.bfloat16(), norm([1.0] * 4)).dtype == torch.float32
 
     def test_random_scores_depend_on_the_seed_and_on_the_matrix(self) -> None:
-        one = Random(seed=0).score(WEIGHT, None)
-        assert torch.equal(one, Random(seed=0).score(WEIGHT.clone(), None))
-        assert not torch.equal(one, Random(seed=1).score(WEIGHT, None))
-        assert not torch.equal(one, Random(seed=0).score(-WEIGHT, None))
+        one = Random(seed=0).score(WEIGHT, Statistics())
+        assert torch.equal(one, Random(seed=0).score(WEIGHT.clone(), Statistics()))
+        assert not torch.equal(one, Random(seed=1).score(WEIGHT, Statistics()))
+        assert not torch.equal(one, Random(seed=0).score(-WEIGHT, Statistics()))
 
 
-class TestInputNorm:
+class TestNorm:
     def test_it_is_the_l2_norm_over_all_tokens_however_they_are_batched(self) -> None:
         inputs = torch.randn(700, 24, generator=torch.Generator().manual_seed(0))
-        whole, parts = InputNorm(24, torch.device("cpu")), InputNorm(24, torch.device("cpu"))
+        whole, parts = norms(24), norms(24)
         whole.add(inputs)
         for part in inputs.split(1):
             parts.add(part)
@@ -88,14 +96,14 @@ class TestInputNorm:
         assert whole.tokens == parts.tokens == 700
 
     def test_float16_activations_whose_squares_overflow_are_counted(self) -> None:
-        stat = InputNorm(1, torch.device("cpu"))
+        stat = norms(1)
         stat.add(torch.full((4, 1), 60000.0, dtype=torch.float16))
         # The square of 60000 is far above the largest float16, 65504.
         assert stat.norm.item() == pytest.approx(120000)
 
     def test_two_processes_add_up_to_one(self) -> None:
         inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-        whole, first, second = (InputNorm(8, torch.device("cpu")) for _ in range(3))
+        whole, first, second = (norms(8) for _ in range(3))
         whole.add(inputs)
         first.add(inputs[:20])
         second.add(inputs[20:])
@@ -103,7 +111,7 @@ class TestInputNorm:
         torch.testing.assert_close(first.norm, whole.norm)
 
     def test_an_input_that_no_token_reached_weighs_all_features_alike(self) -> None:
-        assert torch.equal(InputNorm(3, torch.device("cpu")).norm, torch.ones(3))
+        assert torch.equal(norms(3).norm, torch.ones(3))
 
 
 class TestWalk:
@@ -167,7 +175,7 @@ class TestExperts:
         model = tiny("mixtral")
         block = next(iter(Walk(model, [tokens(model, batch=2, length=32)])))
         found = seen(block, advance=False)
-        whole = collect(block, block.linears, InputNorm, advance=False)
+        whole = collect_inputs(block, block.linears, NORM, advance=False)
         counts = {label: tokens for label, tokens in whole.scarce.items() if "gate_up_proj" in label}
         counts |= {
             label: stat.tokens
@@ -219,12 +227,12 @@ class TestExperts:
     def test_few_tokens_are_filled_up_from_the_average(self) -> None:
         model = tiny("mixtral")
         block = next(iter(Walk(model, [tokens(model, batch=1, length=16)])))
-        found = collect(block, block.linears, Gram, advance=False)
+        found = collect_inputs(block, block.linears, frozenset({"gram"}), advance=False)
         few = [label for label in found.scarce if "gate_up_proj" in label]
         assert len(few) == 4  # 32 visits cannot give any of 4 experts the 64 tokens that it has inputs
-        assert {found.statistics[label].tokens for label in few} == {64}
+        assert {found.inputs[label].tokens for label in few} == {64}
         assert sum(found.scarce[label] for label in few) == 2 * 16
-        assert all(float(found.statistics[label].gram.trace()) > 0 for label in few)
+        assert all(float(found.inputs[label].gram.trace()) > 0 for label in few)
 
     def test_a_single_expert_can_be_left_out(self) -> None:
         model = tiny("mixtral")
@@ -242,7 +250,7 @@ class TestChoosing:
         for text in ("0-1,3", ["0-1", 3], ["0", "1", "3"]):
             pruner = Magnitude(skip=text)
             model = nn.Linear(2, 2)
-            assert [bool(pruner.chosen(index, [_linear(model)])) for index in range(5)] == [
+            assert [bool(pruner.target_linears(index, [_linear(model)])) for index in range(5)] == [
                 False,
                 False,
                 True,

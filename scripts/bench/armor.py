@@ -15,7 +15,7 @@ from matplotlib import pyplot
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from structprune.solvers.armor.descent import Solver, factorise
+from structprune.solvers.armor.descent import ArmorSearch, Solver, factorise_weight
 
 SIZE, TOKENS, LENGTH = 512, 4096, 512
 Curve = list[tuple[float, float]]
@@ -46,13 +46,11 @@ def curve(weight: Tensor, norm: Tensor, wrapper: int, solver: Solver, rounds: in
     """Return (CPU seconds, relative loss) as a solver goes; other processes do not count."""
     points: Curve = []
     begin = time.process_time()
-    factors = factorise(
+    factors = factorise_weight(
         weight,
         norm,
         wrapper=wrapper,
-        rounds=rounds,
-        solver=solver,
-        tolerance=0.0,
+        search=ArmorSearch(rounds=rounds, solver=solver, tolerance=0.0),
         watch=lambda loss: points.append((time.process_time() - begin, loss)),
     )
     return [(0.0, factors.initial), *points]

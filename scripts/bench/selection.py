@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from structprune.decide.select import groups, matrix, rows
+from structprune.decide.select import mask_groups, mask_matrix, mask_rows
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def main() -> None:
         compare(
             f"{kept}:{of}",
             shape,
-            partial(groups, kept=kept, of=of),
+            partial(mask_groups, kept=kept, of=of),
             partial(column_groups, kept=kept, of=of),
             options.repeats,
         )
@@ -99,7 +99,11 @@ def main() -> None:
     half = 2048
     cases.append(
         compare(
-            "rows", (4096, 4096), lambda s: rows(s, half), lambda s: sorted_rows(s, half), options.repeats
+            "rows",
+            (4096, 4096),
+            lambda s: mask_rows(s, half),
+            lambda s: sorted_rows(s, half),
+            options.repeats,
         )
     )
     total = 1024 * 4096 // 2
@@ -107,7 +111,7 @@ def main() -> None:
         compare(
             "matrix",
             (1024, 4096),
-            lambda s: matrix(s, total),
+            lambda s: mask_matrix(s, total),
             lambda s: sorted_rows(s.reshape(1, -1), total).view(s.shape),
             options.repeats,
         )

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from structprune.calibration.statistics import Gram
-from structprune.solvers.hessian import DAMPING, factor
-from structprune.solvers.sparsegpt import BLOCK, sparsegpt
+from structprune.calibration.statistics import InputSums
+from structprune.solvers.hessian import DAMPING, factor_inverse
+from structprune.solvers.sparsegpt import BLOCK, solve_sparsegpt
 
 TOKENS = 8192
 Solved = tuple[list[Tensor], list[Tensor]]
@@ -54,7 +54,7 @@ def plain_gram(inputs: Tensor) -> Tensor:
 
 def our_gram(inputs: Tensor) -> Tensor:
     """Return X^T X as calibration adds it up, beside the moments."""
-    statistic = Gram(inputs.shape[1], inputs.device)
+    statistic = InputSums(frozenset({"gram"}), inputs.shape[1], inputs.device)
     statistic.add(inputs)
     return statistic.gram
 
@@ -118,7 +118,7 @@ def compare(name: str, outs: list[int], width: int, sparsity: Sparsity, repeats:
     gram = our_gram(inputs)
 
     def ours() -> Solved:
-        solved = sparsegpt(weights, factor(gram), [sparsity] * len(weights))
+        solved = solve_sparsegpt(weights, factor_inverse(gram), [sparsity] * len(weights))
         return [mask for mask, _, _ in solved], [new for _, new, _ in solved]
 
     def baseline() -> Solved:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from model import VOCABULARY, random_llama
@@ -31,14 +31,15 @@ from sparsegpt import Sparsity, plain
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from structprune.calibration.statistics import Gram
+from structprune.calibration import collect
+from structprune.calibration.statistics import InputSums, Parts, Statistics
 from structprune.models.streamed import Batch, open_model
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan
 from structprune.pruners.weight.sparsegpt import Sparsegpt
-from structprune.solvers.hessian import factor
-from structprune.solvers.solution import Solution, Task
-from structprune.solvers.sparsegpt import sparsegpt
+from structprune.solvers.hessian import factor_inverse
+from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
+from structprune.solvers.sparsegpt import solve_sparsegpt
 
 SAMPLES, LENGTH, BATCH, HIDDEN, FFN = 16, 512, 8, 768, 2048
 TOKENS = SAMPLES * LENGTH
@@ -62,12 +63,12 @@ def clock(phase: str) -> Iterator[None]:
     spent[phase] = before[0] + time.perf_counter() - wall, before[1] + time.process_time() - cpu
 
 
-class TimedGram(Gram):
+class TimedSums(InputSums):
     """Our statistic, timed."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, parts: Parts, width: int, device: torch.device) -> None:
         with clock("statistics"):
-            super().__init__(width, device)
+            super().__init__(parts, width, device)
 
     def add(self, inputs: Tensor) -> None:
         """Add real tokens, shape [tokens, in]."""
@@ -78,12 +79,10 @@ class TimedGram(Gram):
 class TimedSparsegpt(Sparsegpt):
     """Our method, timed."""
 
-    statistic: ClassVar = TimedGram
-
-    def solve(self, tasks: Sequence[Task], stat: Gram) -> list[Solution]:
+    def solve(self, matrices: Sequence[MatrixToPrune], seen: Statistics) -> list[PrunedMatrix]:
         """Return masks and updated weights of the matrices that read the same input."""
         with clock("solve"):
-            return super().solve(tasks, stat)
+            return super().solve(matrices, seen)
 
 
 class Caught(Exception):
@@ -177,7 +176,7 @@ def agreement(
         )
         other, wanted = plain(weight, gram, sparsity)[0], plain(weight, gram, sparsity, mask)[1]
         exact = plain(weight.double(), gram.double(), sparsity)[0]
-        own = sparsegpt([weight.double()], factor(gram.double()), [sparsity])[0][0]
+        own = solve_sparsegpt([weight.double()], factor_inverse(gram.double()), [sparsity])[0][0]
         seen = {"masks": differing(mask, other), "exact_masks": differing(own, exact)}
         seen |= {"ours": differing(mask, exact), "baseline": differing(other, exact)}
         seen["furthest"] = float((new - wanted).abs().max() / wanted.abs().max())
@@ -279,6 +278,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    collect.InputSums = TimedSums  # what the walk makes from now on
     pruner = TimedSparsegpt(sparsity=0.5)
     runs: dict[str, list[Times]] = {"ours": [], "baseline": []}
     load = [os.getloadavg()[0]]

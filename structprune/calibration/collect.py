@@ -7,94 +7,99 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from structprune.calibration.statistics import Gram, InputNorm
+from structprune.calibration.statistics import InputSums, Parts, gradient_norm
 from structprune.errors import EnvironmentFailure
 from structprune.models.arch import Linear
 from structprune.models.walk import Block
 
 
 @dataclass(frozen=True)
-class Collected:
+class BlockSums:
     """What calibration remembers of the inputs of a block's linears.
 
     Attributes:
-        statistics: By label; linears that read the same input share one object.
+        inputs: By label; linears that read the same input share one object.
         scarce: Tokens of the experts that fewer tokens reached than they have inputs, by label.
     """
 
-    statistics: Mapping[str, InputNorm] = field(default_factory=dict)
+    inputs: Mapping[str, InputSums] = field(default_factory=dict)
     scarce: Mapping[str, int] = field(default_factory=dict)
 
 
-def collect(block: Block, chosen: Sequence[Linear], make: type[InputNorm], *, advance: bool) -> Collected:
-    """Run the calibration data through a block and remember what the chosen linears read.
+def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, advance: bool) -> BlockSums:
+    """Run the calibration data through a block and remember what some of its linears read.
 
     An expert that fewer tokens reached than it has inputs borrows the missing ones from the average of the
     block's experts.
 
     Args:
         block: The current block of a walk.
-        chosen: Linears of the block.
-        make: The kind of statistic.
+        observed: Linears of the block.
+        parts: What is remembered of each input.
         advance: Also make the block's outputs the inputs of the next block.
 
     Raises:
         EnvironmentFailure: A statistic does not fit the memory; names the linear and the size.
     """
-    statistics: dict[str, InputNorm] = {}
-    fed: dict[str, InputNorm] = {}  # the linears whose turn it is to add what they read
-    previous: list[tuple[Tensor, InputNorm]] = []
+    sums: dict[str, InputSums] = {}
+    feeding: dict[str, InputSums] = {}  # the linears whose turn it is to add what they read
+    previous: list[tuple[Tensor, InputSums]] = []
 
     def observe(linear: Linear, inputs: Tensor) -> None:
-        if linear.label not in statistics:
+        # In the first batch it shows who reads the same tensor: the first of them adds it, for all batches.
+        # Only neighbours can, so that remembering the last tensor is enough.
+        if linear.label not in sums:
             if previous and previous[0][0] is inputs:
-                statistics[linear.label] = previous[0][1]
+                sums[linear.label] = previous[0][1]
                 return
-            with _named(linear, inputs.shape[-1]):
-                statistics[linear.label] = fed[linear.label] = make(inputs.shape[-1], inputs.device)
-            previous[:] = [(inputs, statistics[linear.label])]
-        if linear.label in fed:
-            with _named(linear, inputs.shape[-1]):
-                fed[linear.label].add(inputs)
+            with _failing_by_name(linear, inputs.shape[-1]):
+                made = InputSums(parts, inputs.shape[-1], inputs.device)
+            sums[linear.label] = feeding[linear.label] = made
+            previous[:] = [(inputs, made)]
+        if linear.label in feeding:
+            with _failing_by_name(linear, inputs.shape[-1]):
+                feeding[linear.label].add(inputs)
 
-    block.observe(observe, list(chosen), advance=advance)
-    experts = [linear for linear in chosen if linear.expert is not None]
-    tokens = {linear.label: statistics[linear.label].tokens for linear in experts}
+    block.observe(observe, list(observed), advance=advance)
+    experts = [linear for linear in observed if linear.expert is not None]
+    tokens = {linear.label: sums[linear.label].tokens for linear in experts}
     scarce = {
         linear.label: tokens[linear.label]
         for linear in experts
         if tokens[linear.label] < linear.weight.shape[1]
     }
     for name in sorted({linear.name for linear in experts if linear.label in scarce}):
-        _borrow([linear for linear in experts if linear.name == name], statistics, make)
-    return Collected(statistics, scarce)
+        _borrow_tokens([linear for linear in experts if linear.name == name], sums)
+    return BlockSums(sums, scarce)
 
 
-def remembered_bytes(chosen: Sequence[Linear], make: type[InputNorm] | None, gradients: bool) -> int:
+def remembered_bytes(observed: Sequence[Linear], parts: Parts) -> int:
     """Return at most how many bytes Gram matrices, and gradients where wanted, of a block's linears take."""
-    shapes = [linear.weight.shape for linear in chosen]
-    gram = make is not None and issubclass(make, Gram)
-    return 4 * sum(inputs * inputs * gram + out * inputs * gradients for out, inputs in shapes)
+    shapes = [linear.weight.shape for linear in observed]
+    gram, gradient = "gram" in parts, gradient_norm(parts) is not None
+    return 4 * sum(inputs * inputs * gram + out * inputs * gradient for out, inputs in shapes)
 
 
-def _borrow(experts: Sequence[Linear], statistics: dict[str, InputNorm], make: type[InputNorm]) -> None:
-    """Fill up the statistics of the experts of one projection to as many tokens as they have inputs."""
+def _borrow_tokens(experts: Sequence[Linear], sums: dict[str, InputSums]) -> None:
+    """Fill up the sums of the experts of one projection to as many tokens as they have inputs."""
     width, device = experts[0].weight.shape[1], experts[0].weight.device
-    average = make(width, device)
+    parts = sums[experts[0].label].parts
+    average = InputSums(parts, width, device)
     for linear in experts:
-        average.merge(statistics[linear.label])
+        average.merge(sums[linear.label])
     if average.tokens == 0:
         return
     for linear in experts:
-        own = statistics[linear.label]
+        own = sums[linear.label]
         if own.tokens < width:  # fewer tokens than inputs make no Gram matrix of full rank
-            statistics[linear.label] = make(width, device)
-            statistics[linear.label].merge(own)
-            statistics[linear.label].merge(average, (width - own.tokens) / average.tokens)
+            # A new object: the old one may serve another linear of the expert too.
+            sums[linear.label] = InputSums(parts, width, device)
+            sums[linear.label].merge(own)
+            sums[linear.label].merge(average, (width - own.tokens) / average.tokens)
 
 
 @contextmanager
-def _named(linear: Linear, width: int) -> Iterator[None]:
+def _failing_by_name(linear: Linear, width: int) -> Iterator[None]:
     """Turn a failed allocation into an error that names the linear and says what helps."""
     try:
         yield

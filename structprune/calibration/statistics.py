@@ -1,15 +1,28 @@
 """Running statistics of what flows into a linear: sums over tokens, so that processes can add theirs.
 
-One object serves every linear that reads the same input (q, k, v; gate, up). Each class remembers all that
-the one before it does and more, so whoever needs least can read what was collected for whoever needs most.
+Statistics are a set of parts. A score, a budget and a repair each declare the parts they read; one collector
+per distinct input (q, k and v share one, as gate and up do) adds up exactly their union. Every part is summed
+the same way whichever others stand beside it, so nobody's result depends on what somebody else asked for.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
+
+from structprune.models.gradients import Norm
+
+Part = Literal["norm", "moments", "gram", "gradient_l1", "gradient_l2"]
+"""What can be remembered: of an input its features' norms, means and variances, or its Gram matrix; of a
+weight its gradient, the samples' added up by size (l1) or by square (l2)."""
+
+Parts = frozenset[Part]
+
+NOTHING: Parts = frozenset()
+# How the gradients of the samples are added up, by part.
+GRADIENTS: Mapping[Part, Norm] = {"gradient_l1": "l1", "gradient_l2": "l2"}
 
 # 1 MiB of float32: half of a common level-2 cache.
 CACHE_ELEMENTS = 2**18
@@ -17,86 +30,44 @@ CACHE_ELEMENTS = 2**18
 PANEL = 256
 
 
-class InputNorm:
-    """The L2 norm of each input feature over all tokens.
+class InputSums:
+    """Sums over all tokens of one input: those that the asked parts need, and no others.
 
     Args:
+        parts: What will be read; gradients are none of an input's.
         width: Number of input features.
         device: Where the sums live.
     """
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, parts: Parts, width: int, device: torch.device) -> None:
+        self.parts = parts
         self.tokens = 0
-        # float64, so that how tokens are batched does not show in the sum.
-        self.squares = torch.zeros(width, dtype=torch.float64, device=device)
+        # float64, so that how tokens are batched does not show in a sum; [0] where it is not needed.
+        per_feature, per_pair = width if parts & {"norm", "moments"} else 0, width if "gram" in parts else 0
+        self.squares = torch.zeros(per_feature, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(width if "moments" in parts else 0, dtype=torch.float64, device=device)
+        # Right only on and above the diagonal: the matrix is symmetric, half of its products are enough.
+        self._upper = torch.zeros(per_pair, per_pair, device=device)
 
     def add(self, inputs: Tensor) -> None:
         """Add real tokens, shape [tokens, in]."""
         self.tokens += inputs.shape[0]
-        # Rows go in pieces whose squares stay in the processor's cache: three times faster than one pass.
-        for piece in torch.split(inputs, max(1, CACHE_ELEMENTS // inputs.shape[1])):
-            # float32 because the squares of float16 activations overflow.
-            self._add_rows(piece.float())
+        if len(self.squares):
+            # Rows go in pieces whose squares stay in the processor's cache: three times faster than one pass.
+            for piece in torch.split(inputs, max(1, CACHE_ELEMENTS // inputs.shape[1])):
+                self._add_features(piece)
+        if len(self._upper):
+            self._add_products(inputs)
 
-    def _add_rows(self, rows: Tensor) -> None:
-        """Add a few tokens, shape [tokens, in], float32."""
+    def _add_features(self, piece: Tensor) -> None:
+        # float32 because the squares of float16 activations overflow. The few rows of a piece are summed in
+        # it, too: sixteen times faster than to widen every value first.
+        rows = piece.float()
         self.squares += rows.square().sum(dim=0)
+        if len(self.sums):
+            self.sums += rows.sum(dim=0)
 
-    def merge(self, other: Self, share: float = 1.0) -> None:
-        """Add what another process saw of the same input, or a share of what a like input saw."""
-        self.tokens += round(share * other.tokens)
-        self.squares += share * other.squares
-
-    @property
-    def norm(self) -> Tensor:
-        """Return the L2 norm of each feature, shape [in], float32; all ones when no token was seen."""
-        if self.tokens == 0:
-            return torch.ones_like(self.squares, dtype=torch.float32)
-        return self.squares.sqrt().float()
-
-
-class InputMoments(InputNorm):
-    """The norm, mean and variance of each input feature over all tokens."""
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        super().__init__(width, device)
-        self.sums = torch.zeros_like(self.squares)
-
-    def _add_rows(self, rows: Tensor) -> None:
-        """Add a few tokens, shape [tokens, in], float32."""
-        super()._add_rows(rows)
-        # The few rows are summed in float32: sixteen times faster than to widen every value first.
-        self.sums += rows.sum(dim=0)
-
-    def merge(self, other: Self, share: float = 1.0) -> None:
-        """Add what another process saw of the same input, or a share of what a like input saw."""
-        super().merge(other, share)
-        self.sums += share * other.sums
-
-    @property
-    def mean(self) -> Tensor:
-        """Return the mean of each feature, shape [in], float32; zeros when no token was seen."""
-        return (self.sums / max(self.tokens, 1)).float()
-
-    @property
-    def variance(self) -> Tensor:
-        """Return the variance of each feature, shape [in], float32; zeros when no token was seen."""
-        tokens = max(self.tokens, 1)
-        # In float64 the difference of the two squares keeps far more digits than float32 shows.
-        return (self.squares / tokens - (self.sums / tokens).square()).clamp_min(0).float()
-
-
-class Gram(InputMoments):
-    """The Gram matrix X^T X of an input over all tokens, and all of the above."""
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        super().__init__(width, device)
-        # Right only on and above the diagonal: the matrix is symmetric, half of its products are enough.
-        self._upper = torch.zeros(width, width, device=device)
-
-    def add(self, inputs: Tensor) -> None:
-        """Add real tokens, shape [tokens, in]."""
-        super().add(inputs)
+    def _add_products(self, inputs: Tensor) -> None:
         # float32 because products of float16 activations overflow, and their sums lose small terms.
         rows = inputs.float()
         for first in range(0, rows.shape[1], PANEL):
@@ -105,33 +76,113 @@ class Gram(InputMoments):
 
     def merge(self, other: Self, share: float = 1.0) -> None:
         """Add what another process saw of the same input, or a share of what a like input saw."""
-        super().merge(other, share)
+        self.tokens += round(share * other.tokens)
+        self.squares += share * other.squares
+        self.sums += share * other.sums
         self._upper += share * other._upper
+
+    @property
+    def norm(self) -> Tensor:
+        """Return the L2 norm of each feature, shape [in], float32; all ones when no token was seen."""
+        self._require("norm")
+        if self.tokens == 0:  # an expert that nothing reached: its weights are then told apart by size alone
+            return torch.ones_like(self.squares, dtype=torch.float32)
+        return self.squares.sqrt().float()
+
+    @property
+    def mean(self) -> Tensor:
+        """Return the mean of each feature, shape [in], float32; zeros when no token was seen."""
+        self._require("moments")
+        return (self.sums / max(self.tokens, 1)).float()
+
+    @property
+    def variance(self) -> Tensor:
+        """Return the variance of each feature, shape [in], float32; zeros when no token was seen."""
+        self._require("moments")
+        tokens = max(self.tokens, 1)
+        # In float64 the difference of the two squares keeps far more digits than float32 shows.
+        return (self.squares / tokens - (self.sums / tokens).square()).clamp_min(0).float()
 
     @property
     def gram(self) -> Tensor:
         """Return X^T X, shape [in, in], float32; the next tokens are added to the same memory."""
+        self._require("gram")
         for first in range(0, len(self._upper), PANEL):
             panel, below = slice(first, first + PANEL), slice(first + PANEL, None)
             self._upper[below, panel] = self._upper[panel, below].T
         return self._upper
 
+    def _require(self, part: Part) -> None:
+        if part not in self.parts:
+            raise LookupError(f"{part!r} was not collected, only {sorted(self.parts)}: declare it in `parts`")
+
 
 @dataclass(frozen=True)
-class Sensitivity:
-    """What is remembered of a linear's input together with what is remembered of its weights' gradient.
+class Statistics:
+    """What a score, a budget, a repair or a solver is told of one matrix.
+
+    Asking for a part that nobody declared is an error of the program, and raises LookupError.
 
     Attributes:
-        norm: L2 norm of each input feature over all calibration tokens, shape [in], float32.
-        gradient: Mean over samples of the gradient's size, shape [out, in], float32.
+        inputs: The sums of what the matrix reads, shared by all that read the same; None without data.
+        weight_gradient: Mean size of the gradient over samples, shape [out, in], float32; None unless asked.
         samples: Calibration sequences.
     """
 
-    norm: Tensor
-    gradient: Tensor
-    samples: int
+    inputs: InputSums | None = None
+    weight_gradient: Tensor | None = None
+    samples: int = 0
+
+    @property
+    def norm(self) -> Tensor:
+        """Return the L2 norm of each input feature over all tokens, shape [in], float32."""
+        return self._sums().norm
+
+    @property
+    def mean(self) -> Tensor:
+        """Return the mean of each input feature over all tokens, shape [in], float32."""
+        return self._sums().mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Return the variance of each input feature over all tokens, shape [in], float32."""
+        return self._sums().variance
+
+    @property
+    def gram(self) -> Tensor:
+        """Return X^T X over all tokens, shape [in, in], float32."""
+        return self._sums().gram
+
+    @property
+    def tokens(self) -> int:
+        """Return how many real tokens the input had."""
+        return self._sums().tokens
+
+    @property
+    def gradient(self) -> Tensor:
+        """Return the mean over samples of the gradient's size, shape [out, in], float32."""
+        if self.weight_gradient is None:
+            raise LookupError("no gradient was collected: declare 'gradient_l1' or 'gradient_l2' in `parts`")
+        return self.weight_gradient
+
+    def _sums(self) -> InputSums:
+        if self.inputs is None:
+            raise LookupError("nothing was collected of the inputs: declare what is read in `parts`")
+        return self.inputs
 
 
-def widest(wanted: Iterable[type[InputNorm] | None]) -> type[InputNorm] | None:
-    """Return the statistic that holds everything the wanted ones hold; None when none is wanted."""
-    return max(filter(None, wanted), key=lambda kind: len(kind.__mro__), default=None)
+def input_parts(parts: Parts) -> Parts:
+    """Return those of the parts that are sums over an input's tokens."""
+    return parts - GRADIENTS.keys()
+
+
+def gradient_norm(parts: Parts) -> Norm | None:
+    """Return how gradients are to be added up over samples; None when nobody asks for them.
+
+    Raises:
+        ValueError: Both ways are asked for; one walk backward keeps one matrix per weight.
+    """
+    norms = [norm for part, norm in GRADIENTS.items() if part in parts]
+    if len(norms) > 1:
+        raise ValueError(f"gradients are added up in one way, not in {len(norms)}")
+    return norms[0] if norms else None

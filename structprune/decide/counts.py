@@ -1,53 +1,86 @@
-"""How many weights leave each linear of a model: a sparsity and a budget, in whole numbers."""
+"""How many leave, in whole numbers; the one rounding rule.
 
-from collections.abc import Sequence
+Counts are the floor of exact arithmetic on the decimal number the user wrote: 0.29 of 100 is 29, although the
+float 0.29 * 100 is below 29. A budget that gives linears unequal shares hands out exactly as many removals as
+were asked for in total, by largest remainder.
+"""
+
+from collections.abc import Mapping
 from fractions import Fraction
+from typing import Literal
 
-from torch import nn
+from structprune.decide.sparsity import Amount, check_groups, fraction_of, pattern_of
+from structprune.errors import UsageError
 
-from structprune.decide.budgets.budget import (
-    Budget,
-    Compare,
-    TargetParams,
-    apportion,
-    removed_count,
-    removed_weights,
-)
-from structprune.models.arch import Linear
+Compare = Literal["row", "matrix"]
+"""Which weights compete at an unstructured sparsity: those of a row, or all of a matrix."""
 
 
-def counts(
-    chosen: Sequence[Sequence[Linear]],
-    sparsity: float | str,
-    compare: Compare,
-    budget: Budget | None,
-    model: nn.Module,
-    measured: Sequence[float],
-) -> dict[str, int]:
-    """Return how many weights leave each linear, by label.
+def removed_count(total: int, sparsity: Amount) -> int:
+    """Return how many of `total` leave at a sparsity: the floor, exactly.
 
     Args:
-        chosen: The linears to prune, block by block.
-        sparsity: Fraction removed, or "N:M".
-        compare: Where a uniform budget rounds down: in each row, or once for the matrix.
-        budget: How unequal the shares are; None for uniform ones.
-        model: All parameters, for a budget that counts them.
-        measured: What the budget measured, one number per block.
+        total: How many compete with each other: the inputs of a row, the weights of a matrix.
+        sparsity: Fraction removed in [0, 1), or a pattern.
+    """
+    fraction = fraction_of(sparsity)
+    return total * fraction.numerator // fraction.denominator
+
+
+def removed_weights(shape: tuple[int, int], sparsity: float | str, compare: Compare = "row") -> int:
+    """Return how many weights of a matrix will leave: what a sparsity can achieve, known before calibration.
+
+    Args:
+        shape: [out, in].
+        sparsity: Fraction removed, or "N:M", for which `compare` does not matter.
+        compare: Whether the floor is taken in each row or once for the matrix.
 
     Raises:
-        UsageError: The budget does not fit the model.
+        UsageError: The inputs do not divide into groups of M.
     """
-    sizes = {linear.label: linear.weight.numel() for block in chosen for linear in block}
-    if budget is None:
-        shapes = {one.label: (one.weight.shape[0], one.weight.shape[1]) for block in chosen for one in block}
-        return {label: removed_weights(shape, sparsity, compare) for label, shape in shapes.items()}
-    total = removed_count(sum(sizes.values()), sparsity)
-    if isinstance(budget, TargetParams):
-        total = budget.removed(model, sum(sizes.values()))
-    shares = budget.shares(Fraction(total, sum(sizes.values())), measured)
-    wanted = {
-        linear.label: share * sizes[linear.label]
-        for block, share in zip(chosen, shares, strict=True)
-        for linear in block
-    }
-    return apportion(total, wanted, sizes)
+    out, inputs = shape
+    pattern = pattern_of(sparsity)
+    if pattern is not None:
+        kept, of = pattern
+        check_groups(shape, of)
+        return out * (inputs // of) * (of - kept)
+    if compare == "row":
+        return out * removed_count(inputs, sparsity)
+    return removed_count(out * inputs, sparsity)
+
+
+def apportion(total: int, wanted: Mapping[str, Fraction], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Hand out exactly `total` removals: floors first, then the largest remainders, none above its size.
+
+    Args:
+        total: How many weights leave altogether.
+        wanted: Real-valued removals by name, in proportion to which the total is handed out.
+        sizes: How many weights there are, by name; every count stays below.
+
+    Raises:
+        UsageError: The total leaves nothing.
+    """
+    if not 0 <= total < sum(sizes.values()):
+        raise UsageError(f"cannot remove {total} of {sum(sizes.values())} weights")
+    counts = dict.fromkeys(wanted, 0)
+    open_ = list(wanted)
+    left = total
+    # Whoever would lose more than it has loses all but one weight, and the others share the rest; that raises
+    # their scale, so that another may now be full: ask again until none is.
+    while True:
+        asked = sum((wanted[name] for name in open_), Fraction(0))
+        scale = Fraction(left) / asked if asked else Fraction(0)
+        full = [name for name in open_ if wanted[name] * scale > sizes[name] - 1]
+        if not full:
+            break
+        for name in full:
+            counts[name] = sizes[name] - 1
+            left -= counts[name]
+            open_.remove(name)
+    exact = {name: wanted[name] * scale for name in open_}
+    counts |= {name: int(value) for name, value in exact.items()}
+    short = total - sum(counts.values())
+    # The sort is stable: among equal remainders the first name is served.
+    for name in sorted(open_, key=lambda name: int(exact[name]) - exact[name])[:short]:
+        counts[name] += 1
+    return counts

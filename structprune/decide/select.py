@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from structprune.decide.counts import Compare
 from structprune.decide.sparsity import check_groups
 from structprune.errors import QualityError
 
@@ -30,7 +31,7 @@ DEVICE_PIECE = 1 << 25
 PAIRWISE_LIMIT = 16
 
 
-def rows(scores: Tensor, removed: int) -> Tensor:
+def mask_rows(scores: Tensor, removed: int) -> Tensor:
     """Remove the `removed` lowest scores of every row.
 
     Args:
@@ -55,7 +56,7 @@ def rows(scores: Tensor, removed: int) -> Tensor:
     return mask
 
 
-def matrix(scores: Tensor, removed: int) -> Tensor:
+def mask_matrix(scores: Tensor, removed: int) -> Tensor:
     """Remove the `removed` lowest scores of the whole matrix; the index of a weight counts row by row.
 
     Args:
@@ -68,10 +69,10 @@ def matrix(scores: Tensor, removed: int) -> Tensor:
     Raises:
         QualityError: A score is NaN.
     """
-    return rows(scores.reshape(1, -1), removed).view(scores.shape)
+    return mask_rows(scores.reshape(1, -1), removed).view(scores.shape)
 
 
-def groups(scores: Tensor, kept: int, of: int) -> Tensor:
+def mask_groups(scores: Tensor, kept: int, of: int) -> Tensor:
     """Keep the `kept` highest of every `of` consecutive scores of a row.
 
     Args:
@@ -90,7 +91,7 @@ def groups(scores: Tensor, kept: int, of: int) -> Tensor:
         raise ValueError(f"cannot keep {kept} of every {of} scores")
     check_groups(tuple(scores.shape), of)
     if of > PAIRWISE_LIMIT:
-        return rows(scores.reshape(-1, of), of - kept).view(scores.shape)
+        return mask_rows(scores.reshape(-1, of), of - kept).view(scores.shape)
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     behind: Array = None
     for piece, out in _pieces(scores, mask):
@@ -101,6 +102,34 @@ def groups(scores: Tensor, kept: int, of: int) -> Tensor:
         rank = _rank(flat, behind[: len(flat)] + 0, inside)
         library = np if isinstance(rank, np.ndarray) else torch
         library.greater_equal(rank, of - kept, out=out.reshape(-1))
+    return mask
+
+
+def mask_lowest(
+    scores: Tensor, removed: int, *, pattern: tuple[int, int] | None = None, compare: Compare = "row"
+) -> Tensor:
+    """Remove exactly `removed` of a matrix's scores, the lowest of those that compete with each other.
+
+    Args:
+        scores: Shape [out, in], any float dtype; infinities allowed.
+        removed: How many leave altogether; with a pattern it follows from it.
+        pattern: (kept, of) where every `of` consecutive inputs compete; None for an unstructured choice.
+        compare: Whether the weights of a row compete with each other, or all of the matrix.
+
+    Returns:
+        Mask, shape [out, in], bool, True = kept.
+
+    Raises:
+        QualityError: A score is NaN.
+    """
+    if pattern is not None:
+        return mask_groups(scores, *pattern)
+    if compare == "matrix":
+        return mask_matrix(scores, removed)
+    each, more = divmod(removed, scores.shape[0])
+    mask = mask_rows(scores, each)
+    if more:  # a budget's count need not divide among the rows: the first ones lose one more
+        mask[:more] = mask_rows(scores[:more], each + 1)
     return mask
 
 

@@ -17,7 +17,7 @@ EXPECTED = 'a fraction removed in [0, 1) such as 0.5 or "50%", or a pattern "N:M
 GROUP_SIZES = (2, 4, 8, 16, 32)
 
 
-def normalise(value: object) -> float | str:
+def parse_sparsity(value: object) -> float | str:
     """Turn what a user wrote (0.5, "0.5", "50%", "2:4") into a float in [0, 1) or an "N:M" string.
 
     Raises:
@@ -34,7 +34,7 @@ def normalise(value: object) -> float | str:
     raise ValueError(f"{value!r:.40} is not a sparsity; expected {EXPECTED}")
 
 
-Sparsity = Annotated[float | str, BeforeValidator(normalise)]
+Sparsity = Annotated[float | str, BeforeValidator(parse_sparsity)]
 """A pydantic field type: the fraction removed, in [0, 1), or "N:M", N of every M consecutive inputs kept."""
 
 
@@ -44,26 +44,34 @@ def _needs_groups(value: float | str) -> float | str:
     return value
 
 
-Pattern = Annotated[float | str, BeforeValidator(normalise), AfterValidator(_needs_groups)]
+Pattern = Annotated[float | str, BeforeValidator(parse_sparsity), AfterValidator(_needs_groups)]
 """A pydantic field type: "N:M", N of every M consecutive inputs kept, or 0 for nothing removed."""
 
 
-def pattern_of(sparsity: float | str) -> tuple[int, int] | None:
+Amount = float | str | Fraction | tuple[int, int]
+"""How much leaves, as the solvers take it: a sparsity, an exact fraction, or (kept, of) of a pattern."""
+
+
+def pattern_of(amount: Amount) -> tuple[int, int] | None:
     """Return (kept, of) of an "N:M" sparsity, or None when it is a fraction."""
-    if not isinstance(sparsity, str):
+    if isinstance(amount, tuple):
+        return amount
+    if not isinstance(amount, str):
         return None
-    kept, of = sparsity.split(":")
+    kept, of = amount.split(":")
     return int(kept), int(of)
 
 
-def fraction_of(sparsity: float | str) -> Fraction:
+def fraction_of(amount: Amount) -> Fraction:
     """Return the exact fraction removed: of the decimal number as it is written, so 0.29 is 29/100."""
-    pattern = pattern_of(sparsity)
+    pattern = pattern_of(amount)
     if pattern is not None:
         kept, of = pattern
         return Fraction(of - kept, of)
+    if isinstance(amount, Fraction):
+        return amount
     # repr gives the shortest decimal that is this float: what the user typed, not its binary neighbour.
-    return Fraction(repr(float(sparsity)))
+    return Fraction(repr(float(amount)))  # type: ignore[arg-type]  # patterns and fractions are done with
 
 
 def check_groups(shape: tuple[int, ...], of: int) -> None:

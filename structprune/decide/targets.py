@@ -43,7 +43,7 @@ Blocks = Annotated[tuple[str, ...], BeforeValidator(_block_ranges)]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
 
 
-class Choice(BaseModel):
+class Targets(BaseModel):
     """The fields that choose linears.
 
     Args:
@@ -57,12 +57,12 @@ class Choice(BaseModel):
     exclude: Patterns = Field(default=())
 
     @final
-    def chosen(self, index: int, found: Sequence[Linear]) -> list[Linear]:
+    def target_linears(self, index: int, found: Sequence[Linear]) -> list[Linear]:
         """Return the linears of block `index` that are to be pruned."""
-        return [linear for linear in self.named(index, found) if self.fits(linear)]
+        return [linear for linear in self.matching_linears(index, found) if self.fits(linear)]
 
     @final
-    def named(self, index: int, found: Sequence[Linear]) -> list[Linear]:
+    def matching_linears(self, index: int, found: Sequence[Linear]) -> list[Linear]:
         """Return the linears of block `index` that the fields name, whether they can be pruned or not."""
         for text in self.skip:
             match = _RANGE.fullmatch(text)

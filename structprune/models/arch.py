@@ -165,10 +165,6 @@ class Linear:
         own = whole if self.expert is None else whole[self.expert]
         return own.T if self.transposed else own
 
-    def stored(self, mask: Tensor) -> Tensor:
-        """Turn a mask of shape [out, in] into the parameter's own layout (of this expert only)."""
-        return mask.T.contiguous() if self.transposed else mask
-
 
 def known_types() -> list[str]:
     """Return every model type that the table describes, sorted."""

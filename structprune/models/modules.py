@@ -37,11 +37,6 @@ def folded(left: Tensor, core: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left, rows).reshape(core.shape)
 
 
-def overhead(inputs: int, out: int, wrapper_in: int, wrapper_out: int) -> int:
-    """Return how many parameters the two wrappers add to a matrix [out, in]."""
-    return out * wrapper_out + inputs * wrapper_in
-
-
 class FactoredLinear(nn.Module):
     """A linear stored as a sparse core between two block-diagonal wrappers: y = left(core(right x)) + bias.
 

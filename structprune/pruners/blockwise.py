@@ -1,86 +1,280 @@
-"""The passes that a weight pruner makes over a model: one to measure it, one to solve it block by block."""
+"""Measure, decide, solve: the walks of every pruner that decides block by block, and how they resume.
 
+Up to three walks over the model: one dense walk for what the budget measures, one backward for gradients, and
+one on which every block is solved, written, and only then passed. Each leaves one durable file per block, so
+that a run that was killed goes on after its last whole block. What depends on a family are the hooks of
+`BlockwisePruner`; no hook walks.
+"""
+
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, Self, TypeVar, final
 
 import torch
+from torch import Tensor
 
-from structprune.calibration.collect import Collected, collect
+from structprune.calibration.collect import BlockSums, collect_inputs, remembered_bytes
 from structprune.calibration.notebook import Notebook
-from structprune.calibration.statistics import InputNorm
-from structprune.decide.budgets.budget import Budget
+from structprune.calibration.statistics import NOTHING, Parts, Statistics, gradient_norm, input_parts
 from structprune.models import edit
-from structprune.models.arch import Linear, arch_of, blocks, linears
+from structprune.models.arch import Linear, all_linears, arch_of, blocks, linears
 from structprune.models.backward import backward
-from structprune.models.gradients import Norm
-from structprune.models.identity import names_of, skeleton
+from structprune.models.identity import names_of, skeleton, weights_of
 from structprune.models.streamed import Batch, Model
 from structprune.models.walk import Block, Walk, resident
-from structprune.plan.plan import PlanWriter
-from structprune.solvers.solution import Solution, Task
+from structprune.plan.key import Key
+from structprune.plan.plan import Plan, PlanWriter
+from structprune.pruners.pruner import Pruner
 
 T = TypeVar("T")
 R = TypeVar("R")
-Choose = Callable[[int, Sequence[Linear]], list[Linear]]
-Measured = tuple[Block, Collected]
 
 
-def measure(
-    model: Model, batches: Sequence[Batch], choose: Choose, budget: Budget, notes: Notebook
-) -> list[float]:
-    """Walk through the dense model and return the number that a budget remembers of each block.
+@dataclass(frozen=True)
+class Seen:
+    """What calibration knows of a block when it is solved.
+
+    Attributes:
+        sums: Of the inputs of the block's targets; empty where nobody reads data.
+        gradients: Mean size of each target's gradient, by label; empty where nobody reads gradients.
+        samples: Calibration sequences.
+    """
+
+    sums: BlockSums = field(default_factory=BlockSums)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    samples: int = 0
+
+    def of(self, linear: Linear) -> Statistics:
+        """Return what is known of one linear."""
+        gradient = self.gradients.get(linear.label)
+        here = None if gradient is None else gradient.to(linear.weight.device)
+        return Statistics(self.sums.inputs.get(linear.label), here, self.samples)
+
+
+class BlockwisePruner(Pruner):
+    """A pruner that decides block by block, from statistics of what the linears of a block read.
 
     Args:
-        model: In memory or streamed.
-        batches: Calibration data.
-        choose: Returns the linears of a block that are pruned.
-        budget: Measures a block.
-        notes: Holds what an interrupted run measured, and all that this one does.
+        propagate: Whether later blocks see the outputs of pruned or of dense blocks.
     """
-    found: list[float] = []
-    for block in Walk(model, batches):
-        chosen = choose(block.index, block.linears)
-        if notes.has(block.index) or not chosen:
-            block.advance()
-        else:
-            seen = collect(block, chosen, InputNorm, advance=True).statistics
-            number = budget.measure([one.weight for one in chosen], [seen[one.label] for one in chosen])
-            notes.write(block.index, {"measured": torch.tensor(number, dtype=torch.float64)})
-        noted = notes.read(block.index)
-        found.append(float(noted["measured"]) if noted else 0.0)
-    return found
+
+    propagate: Literal["pruned", "dense"] = "pruned"
+
+    @abstractmethod
+    def target_linears(self, index: int, found: Sequence[Linear]) -> list[Linear]:
+        """Return the linears of block `index` that are decided on, or whose inputs decide."""
+
+    @property
+    @abstractmethod
+    def solving(self) -> Parts:
+        """Return what must be known of the targets when their block is solved."""
+
+    @property
+    def measuring(self) -> Parts:
+        """Return what must be known of every block of the dense model before anything is decided."""
+        return NOTHING
+
+    def measure(self, targets: Sequence[Linear], seen: Sequence[Statistics]) -> Tensor:
+        """Return what the decision needs of a block; asked of blocks without targets, too.
+
+        Args:
+            targets: The block's.
+            seen: What `measuring` asks for, of each of them.
+        """
+        return torch.zeros((), dtype=torch.float64)
+
+    @abstractmethod
+    def decide(self, model: Model, measured: Sequence[Tensor]) -> dict[str, int]:
+        """Return how much leaves each target, by label.
+
+        Args:
+            model: For shapes; its weights may not be in memory.
+            measured: What `measure` returned of each block.
+        """
+
+    @abstractmethod
+    def solve_block(
+        self, model: Model, block: Block, seen: Seen, leaving: Mapping[str, int]
+    ) -> tuple[dict[Key, Tensor], dict[str, Any]]:
+        """Return what is decided on a block: tensors for the plan, and facts.
+
+        Args:
+            model: The dense model.
+            block: Its parameters are in memory.
+            seen: What `solving` asks for.
+            leaving: What `decide` returned.
+        """
+
+    @abstractmethod
+    def check_sizes(self, model: Model) -> None:
+        """Check every size rule.
+
+        Raises:
+            UsageError: The model's shapes cannot carry what the fields ask for; names the tensor.
+        """
+
+    @property
+    @abstractmethod
+    def removes_something(self) -> bool:
+        """Tell whether anything leaves; else the plan is empty and nothing is looked at."""
+
+    @abstractmethod
+    def finish(
+        self, writer: PlanWriter, model: Model, leaving: Mapping[str, int], facts: Mapping[str, Any]
+    ) -> Plan:
+        """Return the finished plan, with its promises.
+
+        Args:
+            writer: Holds every block's decision.
+            model: The dense model.
+            leaving: What `decide` returned; empty where nothing leaves.
+            facts: What was measured.
+        """
+
+    @property
+    @final
+    def looks_at_data(self) -> bool:
+        """Tell whether the method, or what is chosen beside it, needs calibration data."""
+        return bool(self.needs_data or self.solving or self.measuring)
+
+    @property
+    @final
+    def one_look(self) -> bool:
+        """Tell whether what calibration sees is the same for every goal."""
+        return self.propagate == "dense" or not input_parts(self.solving)
+
+    @final
+    def remembered_bytes(self, model: Model) -> int:
+        """Return at most how many bytes the Gram matrices and gradients of one block take."""
+        parts = self.solving | self.measuring
+        return max(remembered_bytes(targets, parts) for targets in self.all_targets(model))
+
+    @final
+    def all_targets(self, model: Model) -> list[list[Linear]]:
+        """Return the targets of every block, first to last."""
+        return [self.target_linears(index, found) for index, found in enumerate(all_linears(model))]
+
+    @final
+    def calibrate(self, model: Model, batches: Sequence[Batch], plan: PlanWriter | None = None) -> Plan:
+        """Measure where the decision needs the whole model, then decide block by block."""
+        writer = plan or self.writer(None, model, weights_of(model))
+        return self.calibrate_each(model, batches, [(self, writer)])[0]
+
+    @final
+    def calibrate_each(
+        self, model: Model, batches: Sequence[Batch], wanted: Sequence[tuple[Self, PlanWriter]]
+    ) -> list[Plan]:
+        """Decide for several goals with one look at the model.
+
+        Args:
+            model: The dense model.
+            batches: Calibration data.
+            wanted: Pruners that differ from this one only in the goal, each with its plan's writer; more than
+                one only where `one_look` says so.
+        """
+        for pruner, _ in wanted:
+            pruner.check_sizes(model)
+        going = [pair for pair in wanted if pair[0].removes_something]
+        leaving, facts = self._solve_all(model, batches, going) if going else ([], {})
+        by_writer = dict(zip([id(writer) for _, writer in going], leaving, strict=True))
+        return [
+            pruner.finish(writer, model, by_writer.get(id(writer), {}), facts if pruner.measuring else {})
+            for pruner, writer in wanted
+        ]
+
+    def _solve_all(
+        self, model: Model, batches: Sequence[Batch], going: Sequence[tuple[Self, PlanWriter]]
+    ) -> tuple[list[dict[str, int]], dict[str, Any]]:
+        """Solve every block for every goal; return how much leaves for each goal, and what was measured."""
+        first = going[0][1]
+        samples = sum(len(batch["input_ids"]) for batch in batches)
+        with (
+            Notebook(first.folder, "gradients") as gradients,
+            Notebook(first.folder, "budget") as noted,
+        ):
+            self._measure_gradients(model, batches, gradients, first.folder)
+            measured = self._measure_blocks(model, batches, noted, gradients, samples)
+            leaving = [pruner.decide(model, measured) for pruner, _ in going]
+            # Whoever is furthest behind is walked for; the others skip what they have.
+            behind = min((writer for _, writer in going), key=lambda writer: writer.finished)
+            for block, sums in self._walk(model, batches, behind):
+                seen = Seen(sums, gradients.read(block.index), samples)
+                for (pruner, writer), share in zip(going, leaving, strict=True):
+                    if block.index >= writer.finished:
+                        writer.write(*pruner.solve_block(model, block, seen, share))
+        return leaving, {"measured": [one.tolist() for one in measured]} if self.measuring else {}
+
+    def _measure_gradients(
+        self, model: Model, batches: Sequence[Batch], notes: Notebook, spill: Path | None
+    ) -> None:
+        """Walk backward through the dense model and note the size of every target's gradient.
+
+        Gradients of an interrupted run are made again, unless it noted them all: the walk starts at the end.
+        """
+        norm = gradient_norm(self.solving | self.measuring)
+        if norm is None or all(notes.has(index) for index in range(len(blocks(model)))):
+            return
+        for block, found in backward(model, batches, norms=(norm,), folder=spill):
+            targets = self.target_linears(block.index, block.linears)
+            notes.write(block.index, {one.label: getattr(found[one.label], norm) for one in targets})
+
+    def _measure_blocks(
+        self,
+        model: Model,
+        batches: Sequence[Batch],
+        notes: Notebook,
+        gradients: Notebook,
+        samples: int,
+    ) -> list[Tensor]:
+        """Walk through the dense model and return what the decision needs of each block."""
+        if not self.measuring:
+            return [self.measure([], [])] * len(blocks(model))
+        found: list[Tensor] = []
+        for block in Walk(model, batches):
+            targets = self.target_linears(block.index, block.linears)
+            if notes.has(block.index) or not targets:
+                block.advance()
+            else:
+                sums = collect_inputs(block, targets, input_parts(self.measuring), advance=True)
+                seen = Seen(sums, gradients.read(block.index), samples)
+                number = self.measure(targets, [seen.of(one) for one in targets])
+                notes.write(block.index, {"measured": number})
+            noted = notes.read(block.index)
+            found.append(noted["measured"] if noted else self.measure([], []))
+        return found
+
+    def _walk(
+        self, model: Model, batches: Sequence[Batch], writer: PlanWriter
+    ) -> Iterator[tuple[Block, BlockSums]]:
+        """Yield every undecided block with its statistics, and advance through it once it is decided."""
+        parts, dense = input_parts(self.solving), self.propagate == "dense"
+        if not parts:
+            yield from ((block, BlockSums()) for block in walk_weights(model, writer.finished))
+            return
+        last = len(blocks(model)) - 1
+        for block in Walk(model, batches):
+            if block.index >= writer.finished:
+                targets = self.target_linears(block.index, block.linears)
+                # Dense outputs do not wait for the decision: one forward collects and advances.
+                yield block, collect_inputs(block, targets, parts, advance=dense)
+                if dense:
+                    continue
+            if block.index < last:
+                if dense:
+                    block.advance()
+                    continue
+                # Also on resuming: what was decided is carried out again, no activation is ever stored.
+                decided = writer.blocks[block.index]
+                with edit.temporarily(block.module, block.prefix, decided, names_of(model)):
+                    block.advance()
+                decided.release()
 
 
-def measure_gradients(
-    model: Model,
-    batches: Sequence[Batch],
-    choose: Choose,
-    norm: Norm,
-    notes: Notebook,
-    *,
-    spill: Path | None = None,
-) -> None:
-    """Walk backward through the dense model and note the size of every chosen weight's gradient.
-
-    Args:
-        model: In memory or streamed.
-        batches: Calibration data.
-        choose: Returns the linears of a block that are pruned.
-        norm: How the gradients of the samples are added up.
-        notes: Holds what an interrupted run measured; nothing is done when that is all.
-        spill: Where hidden states wait for their turn; None for a temporary folder.
-    """
-    if all(notes.has(index) for index in range(len(blocks(model)))):
-        return
-    for block, found in backward(model, batches, norms=(norm,), folder=spill):
-        chosen = [linear.label for linear in choose(block.index, block.linears)]
-        notes.write(block.index, {label: getattr(found[label], norm) for label in chosen})
-
-
-def walk_weights(model: Model, finished: int) -> Iterator[Measured]:
-    """Yield every block that is not decided yet, without any data.
+def walk_weights(model: Model, finished: int) -> Iterator[Block]:
+    """Yield every block that is not decided yet, its parameters in memory, without any data.
 
     Args:
         model: In memory or streamed.
@@ -90,70 +284,10 @@ def walk_weights(model: Model, finished: int) -> Iterator[Measured]:
     for index, (prefix, module) in enumerate(blocks(model)):
         if index >= finished:
             with resident(model, prefix):
-                yield Block(index, prefix, module, linears(prefix, module, arch)), Collected()
+                yield Block(index, prefix, module, linears(prefix, module, arch))
 
 
-def walk_data(
-    model: Model,
-    batches: Sequence[Batch],
-    writer: PlanWriter,
-    choose: Choose,
-    statistic: type[InputNorm],
-    *,
-    dense: bool,
-) -> Iterator[Measured]:
-    """Yield every undecided block with its statistics, and advance through it once it is decided.
-
-    Args:
-        model: In memory or streamed.
-        batches: Calibration data.
-        writer: Where the caller writes each block's decision before it asks for the next block.
-        choose: Returns the linears of a block that are pruned.
-        statistic: What is remembered of their inputs.
-        dense: Later blocks see the outputs of dense blocks, not of pruned ones.
-    """
-    last = len(blocks(model)) - 1
-    for block in Walk(model, batches):
-        if block.index >= writer.finished:
-            yield block, collect(block, choose(block.index, block.linears), statistic, advance=dense)
-            if dense:
-                continue
-        if block.index < last:
-            decided = writer.blocks[block.index]
-            if dense:
-                block.advance()
-                continue
-            with edit.temporarily(block.module, block.prefix, decided, names_of(model)):
-                block.advance()
-            decided.release()
-
-
-def solve_block(
-    tasks: Sequence[Task],
-    statistics: Mapping[str, InputNorm],
-    solve: Callable[[Sequence[Task], InputNorm | None], list[Solution]],
-) -> dict[str, Solution]:
-    """Return what becomes of a block's matrices, by label.
-
-    Args:
-        tasks: The matrices.
-        statistics: What is remembered of their inputs; those that read the same one share an object.
-        solve: Answers for matrices that read the same input.
-    """
-    shared: dict[int, list[Task]] = {}
-    for number, task in enumerate(tasks):
-        stat = statistics.get(task.label)
-        shared.setdefault(-number if stat is None else id(stat), []).append(task)
-    groups = list(shared.values())
-    solved = side_by_side(lambda group: solve(group, statistics.get(group[0].label)), groups)
-    return {
-        task.label: solution
-        for group, solutions in zip(groups, solved, strict=True)
-        for task, solution in zip(group, solutions, strict=True)
-    }
-
-
-def side_by_side(work: Callable[[T], R], jobs: Sequence[T]) -> list[R]:
+def run_side_by_side(work: Callable[[T], R], jobs: Sequence[T]) -> list[R]:
     """Do independent work, each job with one thread of those that PyTorch may use; return the results."""
     threads = torch.get_num_threads()
     if threads == 1 or len(jobs) < 2:

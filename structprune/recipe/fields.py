@@ -174,8 +174,15 @@ def _owner_of(owner: type[BaseModel], keys: list[str]) -> type[BaseModel]:
         inner = [atom for atom in _atoms(field.annotation if field else None) if _is_model(atom)]
         if not inner:
             break
-        owner = inner[0]
+        # Of a choice between groups pydantic names the one that was chosen as a key of the path.
+        owner = next((group for group in inner if _word_for(group) in keys), inner[0])
     return owner
+
+
+def _word_for(kind: type) -> str:
+    """Return what a user writes for a group of keys: its `name` where several are to choose from."""
+    named = kind.model_fields.get("name") if issubclass(kind, BaseModel) else None
+    return str(named.default) if named is not None else kind.__name__.lower()
 
 
 def _is_model(atom: object) -> bool:
@@ -208,4 +215,6 @@ def _type_text(annotation: Any) -> str:
     if parts:  # Annotated
         return _type_text(parts[0])
     words = {str: "text", int: "integer", float: "number", bool: "true | false"}
-    return words.get(annotation, getattr(annotation, "__name__", str(annotation)).lower())
+    if annotation in words or not isinstance(annotation, type):
+        return words.get(annotation, str(annotation).lower())
+    return _word_for(annotation)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from structprune.calibration.text_source import TextSource
-from structprune.decide.sparsity import fraction_of, normalise
+from structprune.decide.sparsity import fraction_of, parse_sparsity
 from structprune.errors import UsageError
 from structprune.recipe.fields import OptionGroup
 
@@ -212,6 +212,6 @@ def sparsity_of(
 
 def _normal(flag: str, value: object) -> float | str:
     try:
-        return normalise(value)
+        return parse_sparsity(value)
     except ValueError as error:
         raise UsageError(f"{flag}: {error}") from None

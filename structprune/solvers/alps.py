@@ -9,17 +9,16 @@ in one way: the refit runs until its residual is small, not for ten steps whatev
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from structprune.decide.budgets.budget import Compare, removed_count
-from structprune.decide.select import groups, matrix, rows
-from structprune.solvers.hessian import DAMPING, damped, read_weight
-from structprune.solvers.repairs.repair import conjugate_gradients
-from structprune.solvers.sparsegpt import Amount, pattern
+from structprune.decide.counts import Compare, removed_count
+from structprune.decide.select import mask_groups, mask_matrix, mask_rows
+from structprune.decide.sparsity import Amount, pattern_of
+from structprune.solvers.conjugate_gradients import solve_rows_by_conjugate_gradients
+from structprune.solvers.hessian import DAMPING, damp_hessian, read_weight
 
 # The paper's schedule: the pull at the start, how often it is adapted, and by how much for which share of
 # changes in the support.
@@ -30,6 +29,7 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 WEAKENING = 5.0
 # The pull is by then weaker than the damping: the support has settled, and nothing has frozen it.
 RESTARTS = 3
+# Over all restarts; the fact `settled` says whether they were enough.
 ROUNDS = 300
 
 Project = Callable[[Tensor], Tensor]
@@ -47,7 +47,7 @@ class _Spectrum:
         return (target @ self.vectors).div_(self.values + shift) @ self.vectors.T
 
 
-def alps(
+def solve_alps(
     weight: Tensor,
     gram: Tensor,
     sparsity: Amount,
@@ -75,7 +75,7 @@ def alps(
         UsageError: The inputs do not divide into groups of M.
         QualityError: A value is NaN or infinite.
     """
-    found = damped(gram, damping)
+    found = damp_hessian(gram, damping)
     dense = read_weight(weight)
     # Inputs are scaled to a Hessian with a diagonal of ones, where size tells what a weight is worth.
     scale = found.hessian.diagonal().sqrt()
@@ -84,7 +84,7 @@ def alps(
     if not bool(found.dead.all()):
         aim[:, found.dead] = 0  # they leave first
     mask, start, facts = _search(aim, hessian, _projection(aim.shape, sparsity, compare), rounds)
-    new, refit = conjugate_gradients(aim, mask, hessian, start)
+    new, refit = solve_rows_by_conjugate_gradients(aim, mask, hessian, start)
     facts |= refit
     new /= scale
     # Nothing else reaches a dead input: what stays of it stays as it was.
@@ -96,16 +96,14 @@ def alps(
 
 def _projection(shape: tuple[int, ...], sparsity: Amount, compare: Compare) -> Project:
     """Return what turns scores [out, in] into the mask that an amount allows."""
-    shape_of_groups = pattern(sparsity)
+    shape_of_groups = pattern_of(sparsity)
     if shape_of_groups is not None:
         kept, of = shape_of_groups
-        return lambda scores: groups(scores, kept, of)
-    assert isinstance(sparsity, float | Fraction)
+        return lambda scores: mask_groups(scores, kept, of)
+    each, whole = removed_count(shape[1], sparsity), removed_count(shape[0] * shape[1], sparsity)
     if compare == "row":
-        leaving = removed_count(shape[1], sparsity)
-        return lambda scores: rows(scores, leaving)
-    leaving = removed_count(shape[0] * shape[1], sparsity)
-    return lambda scores: matrix(scores, leaving)
+        return lambda scores: mask_rows(scores, each)
+    return lambda scores: mask_matrix(scores, whole)
 
 
 def _search(
@@ -130,6 +128,7 @@ def _search(
         sparse, dual = aim * mask, torch.zeros_like(aim)
         before = mask
         while done < rounds and not settled:
+            # The free copy minimises the error with the pull; the sparse one is its nearest allowed point.
             free = spectrum.solve((target - dual).add_(sparse, alpha=pull), pull)
             wanted = dual.div(pull).add_(free)
             mask = project(wanted.abs())
@@ -143,4 +142,5 @@ def _search(
         if not settled or checks > 1 or restarts == RESTARTS:
             facts = {"rounds": done, "restarts": restarts, "settled": settled, "pull": pull}
             return mask, sparse, facts
+        # Settled at the very first look: begin again, with a pull too weak to freeze it.
         begin, restarts = begin / WEAKENING, restarts + 1

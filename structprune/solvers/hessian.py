@@ -12,14 +12,19 @@ raises the damping in counted steps.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from structprune.errors import QualityError
 
+# SparseGPT's.
 DAMPING = 0.01
+Damping = Annotated[float, Field(gt=0, le=1)]
+"""A field's type: what is added to the diagonal of a Gram matrix, in units of its mean."""
+
 # Where a damping of zero continues when it fails: far below any usual one, far above float32's rounding.
 SMALLEST_RAISE = 1e-4
 # At one mean diagonal the update is hardly more than noise; a matrix that needs more is not a Gram matrix.
@@ -30,7 +35,7 @@ LEAF = 128
 
 
 @dataclass(frozen=True)
-class Damped:
+class DampedHessian:
     """A Hessian that can be inverted.
 
     Args:
@@ -45,7 +50,7 @@ class Damped:
 
 
 @dataclass(frozen=True)
-class Factored:
+class InverseFactor:
     """The factor of an inverse Hessian: H^-1 = U^T U.
 
     Args:
@@ -95,7 +100,7 @@ def read_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return dense
 
 
-def damped(gram: Tensor, damping: float = DAMPING, dtype: torch.dtype = torch.float32) -> Damped:
+def damp_hessian(gram: Tensor, damping: float = DAMPING, dtype: torch.dtype = torch.float32) -> DampedHessian:
     """Add `damping` mean diagonals to the diagonal; a dead input gets one mean diagonal and no neighbours.
 
     Args:
@@ -123,10 +128,10 @@ def damped(gram: Tensor, damping: float = DAMPING, dtype: torch.dtype = torch.fl
         hessian[:, dead] = 0
         diagonal[dead] = mean
     diagonal += damping * mean
-    return Damped(hessian, dead, mean)
+    return DampedHessian(hessian, dead, mean)
 
 
-def factor(gram: Tensor, damping: float = DAMPING) -> Factored:
+def factor_inverse(gram: Tensor, damping: float = DAMPING) -> InverseFactor:
     """Factor the inverse of the damped Hessian, with more precision and then more damping where it must be.
 
     Args:
@@ -136,7 +141,7 @@ def factor(gram: Tensor, damping: float = DAMPING) -> Factored:
     Raises:
         QualityError: The matrix holds NaN or infinity, or no damping up to one mean diagonal helps.
     """
-    base = damped(gram, damping=0.0, dtype=torch.promote_types(gram.dtype, torch.float32))
+    base = damp_hessian(gram, damping=0.0, dtype=torch.promote_types(gram.dtype, torch.float32))
     level, raises = damping, 0
     if level < 0:
         raise ValueError(f"a damping of {level} is negative")
@@ -144,7 +149,7 @@ def factor(gram: Tensor, damping: float = DAMPING) -> Factored:
         for precision in dict.fromkeys((base.hessian.dtype, torch.float64)):
             upper = _inverse_factor(base, level, precision)
             if upper is not None:
-                return Factored(upper, base.dead, level, raises, str(precision).removeprefix("torch."))
+                return InverseFactor(upper, base.dead, level, raises, str(precision).removeprefix("torch."))
         if level >= LARGEST_DAMPING:
             raise QualityError(
                 f"the Gram matrix {list(gram.shape)} has no Cholesky factor at a damping of {level:g}",
@@ -153,7 +158,7 @@ def factor(gram: Tensor, damping: float = DAMPING) -> Factored:
         level, raises = min(max(10 * level, SMALLEST_RAISE), LARGEST_DAMPING), raises + 1
 
 
-def _inverse_factor(base: Damped, damping: float, precision: torch.dtype) -> Tensor | None:
+def _inverse_factor(base: DampedHessian, damping: float, precision: torch.dtype) -> Tensor | None:
     """Return U of the Hessian with its damping; None when it is not positive definite in this precision."""
     # The mean becomes 1, so that neither huge nor tiny activations leave the range of float32.
     hessian = base.hessian.to(precision, copy=True).div_(base.mean)

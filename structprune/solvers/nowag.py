@@ -13,7 +13,7 @@ FLOOR = 1e-5
 
 
 @dataclass(frozen=True)
-class Normalised:
+class NormalisedWeight:
     """A weight divided by its column norms, then by its row norms.
 
     Attributes:
@@ -34,12 +34,8 @@ class Normalised:
         """
         return self.weight.square() * importance(norm)
 
-    def restore(self, weight: Tensor) -> Tensor:
-        """Undo the normalisation of a matrix [out, in] in the normalised scale."""
-        return weight * self.rows[:, None] * self.columns
 
-
-def normalise(weight: Tensor) -> Normalised:
+def normalise_weight(weight: Tensor) -> NormalisedWeight:
     """Divide a weight by its column norms, then by the row norms of the result, in float32.
 
     Args:
@@ -48,7 +44,8 @@ def normalise(weight: Tensor) -> Normalised:
     columns = weight.detach().float().norm(dim=0) + FLOOR
     scaled = weight.detach().float() / columns
     rows = scaled.norm(dim=1) + FLOOR
-    return Normalised(scaled / rows[:, None], columns, rows)
+    # Columns first, as in the paper: the rows are measured on what that leaves, so the order shows.
+    return NormalisedWeight(scaled / rows[:, None], columns, rows)
 
 
 def importance(norm: Tensor) -> Tensor:

@@ -12,18 +12,14 @@ The order of the columns matters to the result, here as in the paper: an error i
 """
 
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from structprune.decide.budgets.budget import removed_count
-from structprune.decide.select import groups, matrix
-from structprune.decide.sparsity import check_groups, pattern_of
-from structprune.solvers.hessian import Factored, read_weight
-
-Amount = Fraction | float | str | tuple[int, int]
-"""How much leaves: a fraction removed, "N:M", or (kept, of)."""
+from structprune.decide.counts import removed_count
+from structprune.decide.select import mask_groups, mask_matrix
+from structprune.decide.sparsity import Amount, check_groups, pattern_of
+from structprune.solvers.hessian import InverseFactor, read_weight
 
 Solved = tuple[Tensor, Tensor, float]
 """Mask [out, in], bool; new weight [out, in], in the factor's precision, zero where removed; loss."""
@@ -32,14 +28,15 @@ Solved = tuple[Tensor, Tensor, float]
 Choose = Callable[[Tensor, int], Tensor]  # which of them stay
 Score = Callable[[Tensor, int], Tensor]  # what removing each costs
 
+# The paper's; wide enough for products of matrices, narrow enough that a mask follows the updates.
 BLOCK = 128
 # Columns solved one by one; wider pieces are split in two, so that products of matrices do most of the work.
 LEAF = 16
 
 
-def sparsegpt(
+def solve_sparsegpt(
     weights: Sequence[Tensor],
-    factored: Factored,
+    factored: InverseFactor,
     sparsities: Sequence[Amount],
     *,
     block: int = BLOCK,
@@ -67,7 +64,7 @@ def sparsegpt(
     """
     stacks: dict[tuple[int, int] | None, list[int]] = {}
     for index, sparsity in enumerate(sparsities):
-        stacks.setdefault(pattern(sparsity), []).append(index)
+        stacks.setdefault(pattern_of(sparsity), []).append(index)
     solved: dict[int, Solved] = {}
     for shape, members in stacks.items():
         outs = [len(weights[index]) for index in members]
@@ -82,10 +79,11 @@ def sparsegpt(
     return [solved[index] for index in range(len(weights))]
 
 
-def obs(weight: Tensor, mask: Tensor, factored: Factored, *, block: int = BLOCK) -> Tensor:
-    """Return the weight [out, in] with what a given mask removes made up for, as SparseGPT does.
+def update_by_obs(weight: Tensor, mask: Tensor, factored: InverseFactor, *, block: int = BLOCK) -> Tensor:
+    """Return the weight [out, in] with what a given mask removes made up for: Optimal Brain Surgeon's update.
 
-    It is in the precision of the factor.
+    As in SparseGPT each column's error moves on to the columns at its right. The result is in the precision
+    of the factor.
 
     Args:
         weight: Shape [out, in], any float dtype.
@@ -101,22 +99,13 @@ def obs(weight: Tensor, mask: Tensor, factored: Factored, *, block: int = BLOCK)
     return chosen[0][1]
 
 
-def pattern(sparsity: Amount) -> tuple[int, int] | None:
-    """Return (kept, of) when an amount is N:M, else None."""
-    if isinstance(sparsity, tuple):
-        return sparsity
-    return None if isinstance(sparsity, Fraction) else pattern_of(sparsity)
-
-
-def _in_blocks(factored: Factored, outs: list[int], amounts: Sequence[Amount], *, joint: bool) -> Choose:
+def _in_blocks(factored: InverseFactor, outs: list[int], amounts: Sequence[Amount], *, joint: bool) -> Choose:
     """Choose by fractions, ranking each matrix of a stack, or the stack, over the columns that are given."""
     score = _score(factored)
     bounds = [sum(outs[:index]) for index in range(len(outs) + 1)]
 
     def leaving(index: int, columns: int) -> int:
-        amount = amounts[index]
-        assert not isinstance(amount, tuple)
-        return removed_count(outs[index] * columns, amount)
+        return removed_count(outs[index] * columns, amounts[index])
 
     def choose(columns: Tensor, first: int) -> Tensor:
         # Rounding the total so far, and not each block, makes the counts of all blocks add up.
@@ -124,20 +113,20 @@ def _in_blocks(factored: Factored, outs: list[int], amounts: Sequence[Amount], *
         counts = [leaving(index, last) - leaving(index, first) for index in range(len(outs))]
         scores = score(columns, first).T
         if joint:
-            return matrix(scores, sum(counts)).T
+            return mask_matrix(scores, sum(counts)).T
         parts = zip(bounds, bounds[1:], counts)
-        return torch.cat([matrix(scores[start:end], count) for start, end, count in parts]).T
+        return torch.cat([mask_matrix(scores[start:end], count) for start, end, count in parts]).T
 
     return choose
 
 
-def _in_groups(factored: Factored, kept: int, of: int) -> Choose:
+def _in_groups(factored: InverseFactor, kept: int, of: int) -> Choose:
     """Choose the best `kept` of the `of` columns that are given, in every row."""
     score = _score(factored)
-    return lambda columns, first: groups(score(columns, first).T.contiguous(), kept, of).T
+    return lambda columns, first: mask_groups(score(columns, first).T.contiguous(), kept, of).T
 
 
-def _score(factored: Factored) -> Score:
+def _score(factored: InverseFactor) -> Score:
     """Score by w^2 / U_jj^2; the weights of dead inputs score below all others."""
     price = factored.upper.diagonal()[:, None].square().reciprocal()
     any_dead = bool(factored.dead.any())
@@ -148,13 +137,13 @@ def _score(factored: Factored) -> Score:
         if any_dead:
             # Negative, and still growing with the weight: where all inputs are dead, magnitude decides.
             dead = factored.dead[here]
-            scores[dead] = -1 / (columns[dead].square() + 1e-30)
+            scores[dead] = -1 / (columns[dead].square() + 1e-30)  # the tiny number keeps a zero weight finite
         return scores
 
     return score
 
 
-def _solve(weights: Sequence[Tensor], factored: Factored, choose: Choose, step: int) -> list[Solved]:
+def _solve(weights: Sequence[Tensor], factored: InverseFactor, choose: Choose, step: int) -> list[Solved]:
     """Solve a stack of matrices; `choose` is asked for `step` columns at a time."""
     dense = [read_weight(weight, factored.upper.dtype) for weight in weights]
     outs = [len(weight) for weight in dense]
@@ -197,6 +186,7 @@ def _sweep(columns: Tensor, errors: Tensor, upper: Tensor, choose: Choose, step:
                 ~kept[first:last] * inverse[first:last],
             )
             return
+        # Halves end where a choice ends: `choose` must see its columns after all updates from their left.
         unit = step if last - first > step else LEAF
         middle = first + unit * -(-(last - first) // (2 * unit))
         solve(first, middle, chosen)

@@ -6,13 +6,12 @@ Source: Meng et al. 2024, https://arxiv.org/abs/2406.07831
 from collections.abc import Sequence
 from typing import ClassVar
 
-from torch import Tensor
-
-from structprune.calibration.statistics import Gram
-from structprune.decide.budgets.budget import Compare
+from structprune.calibration.statistics import Parts, Statistics
+from structprune.decide.counts import Compare
 from structprune.pruners.weight._family import WeightPruner
-from structprune.solvers.alps import alps
-from structprune.solvers.solution import Solution, Task
+from structprune.solvers.alps import solve_alps
+from structprune.solvers.hessian import DAMPING, Damping
+from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
 
 
 class Alps(WeightPruner):
@@ -20,33 +19,26 @@ class Alps(WeightPruner):
 
     Args:
         compare: Which weights compete; the paper ranks the whole matrix.
+        damping: Added to the diagonal of the Gram matrix, relative to its mean.
     """
 
     compare: Compare = "matrix"
+    damping: Damping = DAMPING
 
-    statistic: ClassVar = Gram
-    repairs: ClassVar = ("none",)
+    parts: ClassVar[Parts] = frozenset({"gram"})
+    repairs: ClassVar[tuple[str, ...]] = ()  # its last step is the exact refit already
 
-    def score(self, weight: Tensor, stat: Gram) -> Tensor:
-        """Return |W| * ||X||, where the search starts, shape [out, in], float32; a higher score is kept.
-
-        Args:
-            weight: Shape [out, in], in the model's dtype.
-            stat: Gram matrix of the input, shape [in, in].
-        """
-        return weight.float().abs() * stat.norm
-
-    def solve(self, tasks: Sequence[Task], stat: Gram) -> list[Solution]:
+    def solve(self, matrices: Sequence[MatrixToPrune], seen: Statistics) -> list[PrunedMatrix]:
         """Return masks and refitted weights of the matrices that read the same input.
 
         Args:
-            tasks: The matrices, each [out, in].
-            stat: Gram matrix of their input, shape [in, in].
+            matrices: The matrices, each [out, in].
+            seen: Gram matrix of their input, shape [in, in].
         """
-        solutions = []
-        for task in tasks:
-            mask, weight, facts = alps(
-                task.weight, stat.gram, task.amount, compare=self.compare, damping=self.damping
+        solved = []
+        for one in matrices:
+            mask, weight, facts = solve_alps(
+                one.weight, seen.gram, one.amount, compare=self.compare, damping=self.damping
             )
-            solutions.append(Solution(mask, weight, facts=facts))
-        return solutions
+            solved.append(PrunedMatrix(mask, weight, facts=facts))
+        return solved

@@ -8,19 +8,19 @@ with any other number it stays the same.
 """
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from structprune.calibration.statistics import InputNorm, Sensitivity
-from structprune.models.gradients import Norm
-from structprune.pruners.weight._family import WeightPruner
+from structprune.calibration.statistics import Parts, Statistics
+from structprune.pruners.weight._scored import ScorePruner
 
+# alpha = 100 stands for a sum over so many samples.
 PAPER_SAMPLES = 128
 
 
-class Gblm(WeightPruner):
+class Gblm(ScorePruner):
     """Score a weight by |W_ij| * (||X_j|| + alpha * gradient_ij), ranked inside each output row.
 
     Args:
@@ -33,24 +33,24 @@ class Gblm(WeightPruner):
     gradient_norm: Literal["l1", "l2"] = "l1"
     activations: bool = True
 
-    statistic: ClassVar = InputNorm
-
     @property
-    def gradients(self) -> Norm:
-        """Return how the gradients of the samples are added up."""
-        return self.gradient_norm
+    def needs(self) -> Parts:
+        """Return the gradient, added up as asked, and the inputs' norms where activations count."""
+        gradient: Parts = frozenset({"gradient_l1" if self.gradient_norm == "l1" else "gradient_l2"})
+        return gradient | frozenset({"norm"} if self.activations else ())
 
-    def score(self, weight: Tensor, stat: Sensitivity) -> Tensor:
+    def score(self, weight: Tensor, seen: Statistics) -> Tensor:
         """Return |W| * (activations + gradient), shape [out, in], float32; a higher score is kept.
 
         Args:
             weight: Shape [out, in], in the model's dtype.
-            stat: Norms of the input features, shape [in], and mean gradient sizes, shape [out, in].
+            seen: Norms of the input features, shape [in], and mean gradient sizes, shape [out, in].
         """
         size = weight.float().abs()
         if not self.activations:
-            return size * stat.gradient
+            return size * seen.gradient
+        # A sum of sizes grows with the samples, a root of summed squares with their root.
         samples = PAPER_SAMPLES if self.gradient_norm == "l1" else PAPER_SAMPLES**0.5
         # The paper divides the norm by sqrt(samples); multiplying here leaves alpha = 0 exactly Wanda.
-        gradient = stat.gradient * (self.alpha * samples * math.sqrt(stat.samples))
-        return size * (stat.norm + gradient)
+        gradient = seen.gradient * (self.alpha * samples * math.sqrt(seen.samples))
+        return size * (seen.norm + gradient)

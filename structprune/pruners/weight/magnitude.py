@@ -9,10 +9,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from structprune.pruners.weight._family import WeightPruner
+from structprune.calibration.statistics import Statistics
+from structprune.pruners.weight._scored import ScorePruner
 
 
-class Magnitude(WeightPruner):
+class Magnitude(ScorePruner):
     """Score a weight by |W_ij|, ranked over the whole matrix.
 
     Args:
@@ -23,11 +24,11 @@ class Magnitude(WeightPruner):
 
     compare: Literal["row", "matrix"] = "matrix"
 
-    def score(self, weight: Tensor, stat: None) -> Tensor:
+    def score(self, weight: Tensor, seen: Statistics) -> Tensor:
         """Return |W|, shape [out, in], float32; a higher score is kept.
 
         Args:
             weight: Shape [out, in], in the model's dtype.
-            stat: Nothing; the method needs no data.
+            seen: Nothing; the method needs no data.
         """
         return weight.float().abs()

@@ -7,13 +7,13 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from structprune.calibration.statistics import InputNorm
-from structprune.decide.budgets.budget import Compare
-from structprune.pruners.weight._family import WeightPruner
-from structprune.solvers.nowag import normalise
+from structprune.calibration.statistics import Parts, Statistics
+from structprune.decide.counts import Compare
+from structprune.pruners.weight._scored import ScorePruner
+from structprune.solvers.nowag import normalise_weight
 
 
-class Nowag(WeightPruner):
+class Nowag(ScorePruner):
     """Score a weight by the square of the normalised weight times the mean square of its input.
 
     Args:
@@ -25,13 +25,13 @@ class Nowag(WeightPruner):
     compare: Compare = "matrix"
     propagate: Literal["pruned", "dense"] = "dense"
 
-    statistic: ClassVar = InputNorm
+    parts: ClassVar[Parts] = frozenset({"norm"})
 
-    def score(self, weight: Tensor, stat: InputNorm) -> Tensor:
+    def score(self, weight: Tensor, seen: Statistics) -> Tensor:
         """Return the normalised weight's share of the output error, shape [out, in]; a higher score is kept.
 
         Args:
             weight: Shape [out, in], in the model's dtype.
-            stat: L2 norm of each input feature over all calibration tokens, shape [in].
+            seen: L2 norm of each input feature over all calibration tokens, shape [in].
         """
-        return normalise(weight).score(stat.norm)
+        return normalise_weight(weight).score(seen.norm)

@@ -10,10 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from structprune.pruners.weight._family import WeightPruner
+from structprune.calibration.statistics import Statistics
+from structprune.pruners.weight._scored import ScorePruner
 
 
-class Random(WeightPruner):
+class Random(ScorePruner):
     """Score weights by chance, ranked inside each output row.
 
     Args:
@@ -24,14 +25,14 @@ class Random(WeightPruner):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
-    def score(self, weight: Tensor, stat: None) -> Tensor:
+    def score(self, weight: Tensor, seen: Statistics) -> Tensor:
         """Return scores drawn from the seed and the weight's own bytes, shape [out, in], float32.
 
         The bytes make every matrix draw its own scores, whatever the order in which matrices are visited.
 
         Args:
             weight: Shape [out, in], in the model's dtype.
-            stat: Nothing; the method needs no data.
+            seen: Nothing; the method needs no data.
         """
         content = weight.detach().cpu().contiguous().view(torch.uint8).numpy().data
         digest = hashlib.sha256(content).digest()

@@ -10,12 +10,12 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from structprune.calibration.statistics import InputNorm
-from structprune.decide.budgets.budget import Compare
-from structprune.pruners.weight._family import WeightPruner
+from structprune.calibration.statistics import Parts, Statistics
+from structprune.decide.counts import Compare
+from structprune.pruners.weight._scored import ScorePruner
 
 
-class Ria(WeightPruner):
+class Ria(ScorePruner):
     """Score a weight by (|W_ij| / its column's sum + |W_ij| / its row's sum) * ||X_j||^power.
 
     Args:
@@ -26,17 +26,17 @@ class Ria(WeightPruner):
     compare: Compare = "matrix"
     power: Annotated[float, Field(ge=0)] = 0.5
 
-    statistic: ClassVar = InputNorm
+    parts: ClassVar[Parts] = frozenset({"norm"})
 
-    def score(self, weight: Tensor, stat: InputNorm) -> Tensor:
+    def score(self, weight: Tensor, seen: Statistics) -> Tensor:
         """Return the relative importance, shape [out, in], float32; a higher score is kept.
 
         Args:
             weight: Shape [out, in], in the model's dtype.
-            stat: L2 norm of each input feature over all calibration tokens, shape [in].
+            seen: L2 norm of each input feature over all calibration tokens, shape [in].
         """
         size = weight.float().abs()
         # A row or column of zeros has a sum of zero, and nothing in it to be weighed.
         smallest = 1e-30
         columns, rows = size.sum(0).clamp_min(smallest), size.sum(1, keepdim=True).clamp_min(smallest)
-        return (size / columns + size / rows) * stat.norm.pow(self.power)
+        return (size / columns + size / rows) * seen.norm.pow(self.power)

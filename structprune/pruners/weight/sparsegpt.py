@@ -10,51 +10,45 @@ from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from structprune.calibration.statistics import Gram
+from structprune.calibration.statistics import Parts, Statistics
 from structprune.pruners.weight._family import WeightPruner
-from structprune.solvers import hessian, sparsegpt
-from structprune.solvers.solution import Solution, Task
+from structprune.solvers.hessian import DAMPING, Damping, factor_inverse
+from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
+from structprune.solvers.sparsegpt import BLOCK, solve_sparsegpt
 
 
 class Sparsegpt(WeightPruner):
-    """Score a weight by W_ij^2 / [H^-1]_jj of the columns not yet decided, ranked per block of columns.
+    """Rank a weight by W_ij^2 / [H^-1]_jj of the columns not yet decided, per block of columns.
 
     Args:
         compare: Always "matrix": rows of a block of columns compete with each other.
         joint: Rank linears that read the same input together, not each on its own as in the paper.
         block: Columns ranked together.
+        damping: Added to the diagonal of the Gram matrix, relative to its mean.
     """
 
     compare: Literal["matrix"] = "matrix"
     joint: bool = False
-    block: Annotated[int, Field(ge=1)] = 128
+    block: Annotated[int, Field(ge=1)] = BLOCK
+    damping: Damping = DAMPING
 
-    statistic: ClassVar = Gram
-    repairs: ClassVar = ("none", "least_squares")
+    parts: ClassVar[Parts] = frozenset({"gram"})
+    # Its update is that of "obs"; the exact refit still gains, because columns only look to their right.
+    repairs: ClassVar[tuple[str, ...]] = ("least_squares",)
 
-    def score(self, weight: Tensor, stat: Gram) -> Tensor:
-        """Return W^2 / [H^-1]_jj before any update, shape [out, in], float32; a higher score is kept.
-
-        Args:
-            weight: Shape [out, in], in the model's dtype.
-            stat: Gram matrix of the input, shape [in, in].
-        """
-        factored = hessian.factor(stat.gram, self.damping)
-        return (weight.float() / factored.upper.diagonal()).square()
-
-    def solve(self, tasks: Sequence[Task], stat: Gram) -> list[Solution]:
+    def solve(self, matrices: Sequence[MatrixToPrune], seen: Statistics) -> list[PrunedMatrix]:
         """Return masks and updated weights of the matrices that read the same input, solved stacked.
 
         Args:
-            tasks: The matrices, each [out, in].
-            stat: Gram matrix of their input, shape [in, in].
+            matrices: The matrices, each [out, in].
+            seen: Gram matrix of their input, shape [in, in].
         """
-        factored = hessian.factor(stat.gram, self.damping)
-        amounts = [task.amount for task in tasks]
-        weights = [task.weight for task in tasks]
-        solved = sparsegpt.sparsegpt(weights, factored, amounts, block=self.block, joint=self.joint)
+        factored = factor_inverse(seen.gram, self.damping)
+        amounts = [one.amount for one in matrices]
+        weights = [one.weight for one in matrices]
+        solved = solve_sparsegpt(weights, factored, amounts, block=self.block, joint=self.joint)
         return [
-            Solution(mask, weight, facts={"error": loss, **factored.facts}) for mask, weight, loss in solved
+            PrunedMatrix(mask, weight, facts={"error": loss, **factored.facts})
+            for mask, weight, loss in solved
         ]

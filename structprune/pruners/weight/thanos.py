@@ -7,48 +7,42 @@ from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from structprune.calibration.statistics import Gram
+from structprune.calibration.statistics import Parts, Statistics
 from structprune.pruners.weight._family import WeightPruner
-from structprune.solvers import hessian
-from structprune.solvers.solution import Solution, Task
-from structprune.solvers.thanos import thanos
+from structprune.solvers.hessian import DAMPING, Damping, factor_inverse
+from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
+from structprune.solvers.sparsegpt import BLOCK
+from structprune.solvers.thanos import solve_thanos
 
 
 class Thanos(WeightPruner):
-    """Score a weight by |W_ij| * ||X_j|| among all that have yet to be decided, and update the rest jointly.
+    """Rank a weight by |W_ij| * ||X_j|| among all that have yet to be decided, and update the rest jointly.
 
     Args:
         compare: Always "matrix".
         block: Columns decided together.
+        damping: Added to the diagonal of the Gram matrix, relative to its mean.
     """
 
     compare: Literal["matrix"] = "matrix"
-    block: Annotated[int, Field(ge=1)] = 128
+    block: Annotated[int, Field(ge=1)] = BLOCK
+    damping: Damping = DAMPING
 
-    statistic: ClassVar = Gram
-    repairs: ClassVar = ("none", "least_squares")
+    parts: ClassVar[Parts] = frozenset({"norm", "gram"})
+    # Its own update is an "obs"; the exact refit still gains, because blocks only look to their right.
+    repairs: ClassVar[tuple[str, ...]] = ("least_squares",)
 
-    def score(self, weight: Tensor, stat: Gram) -> Tensor:
-        """Return |W| * ||X|| before any update, shape [out, in], float32; a higher score is kept.
-
-        Args:
-            weight: Shape [out, in], in the model's dtype.
-            stat: Gram matrix of the input, shape [in, in].
-        """
-        return weight.float().abs() * stat.norm
-
-    def solve(self, tasks: Sequence[Task], stat: Gram) -> list[Solution]:
+    def solve(self, matrices: Sequence[MatrixToPrune], seen: Statistics) -> list[PrunedMatrix]:
         """Return masks and updated weights of the matrices that read the same input.
 
         Args:
-            tasks: The matrices, each [out, in].
-            stat: Gram matrix of their input, shape [in, in].
+            matrices: The matrices, each [out, in].
+            seen: Norms, shape [in], and Gram matrix of their input, shape [in, in].
         """
-        factored = hessian.factor(stat.gram, self.damping)
-        solutions = []
-        for task in tasks:
-            mask, weight, loss = thanos(task.weight, stat.norm, factored, task.amount, block=self.block)
-            solutions.append(Solution(mask, weight, facts={"error": loss, **factored.facts}))
-        return solutions
+        factored = factor_inverse(seen.gram, self.damping)
+        solved = []
+        for one in matrices:
+            mask, weight, loss = solve_thanos(one.weight, seen.norm, factored, one.amount, block=self.block)
+            solved.append(PrunedMatrix(mask, weight, facts={"error": loss, **factored.facts}))
+        return solved

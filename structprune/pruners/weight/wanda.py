@@ -9,26 +9,26 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from structprune.calibration.statistics import InputNorm
-from structprune.pruners.weight._family import WeightPruner
+from structprune.calibration.statistics import Parts, Statistics
+from structprune.pruners.weight._scored import ScorePruner
 
 
-class Wanda(WeightPruner):
+class Wanda(ScorePruner):
     """Score a weight by |W_ij| * ||X_j||, ranked inside each output row.
 
     Args:
         compare: Which weights compete; the paper ranks each output row on its own.
     """
 
-    statistic: ClassVar = InputNorm
+    parts: ClassVar[Parts] = frozenset({"norm"})
 
-    def score(self, weight: Tensor, stat: InputNorm) -> Tensor:
+    def score(self, weight: Tensor, seen: Statistics) -> Tensor:
         """Return |W| * ||X||, shape [out, in], float32; a higher score is kept.
 
         Args:
             weight: Shape [out, in], in the model's dtype.
-            stat: L2 norm of each input feature over all calibration tokens, shape [in].
+            seen: L2 norm of each input feature over all calibration tokens, shape [in].
         """
         # float32 because bfloat16 keeps 8 bits: thousands of scores would tie, and the
         # position of a weight, not its importance, would then decide.
-        return weight.float().abs() * stat.norm
+        return weight.float().abs() * seen.norm

@@ -14,12 +14,13 @@ from structprune.models.modules import blockwise
 from structprune.solvers.armor.core import best_values, support_inverses
 from structprune.solvers.armor.problem import Problem, State
 
+# The paper's.
 RATE = 1e-4
 # Steps between two looks at the loss, which a step itself does not need.
 LOOK = 50
 
 
-def adam(
+def descend_by_adam(
     problem: Problem,
     start: State,
     scale: Tensor,

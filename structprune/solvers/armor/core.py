@@ -17,7 +17,7 @@ from math import comb
 import torch
 from torch import Tensor
 
-from structprune.decide import select
+from structprune.decide.select import mask_groups
 from structprune.errors import UsageError
 
 # 4:8 has 70 supports; every one of them is tried for every group.
@@ -100,7 +100,7 @@ class Core:
             free = unturn @ (sparse - apart) @ spin
             free = turn @ free.mul_(pull).add_(aim).div_(curvature + pull) @ unspin
             free += apart
-            sparse = free * select.groups(free.abs().flatten(0, -2), *self.pattern).view(free.shape)
+            sparse = free * mask_groups(free.abs().flatten(0, -2), *self.pattern).view(free.shape)
             apart = (free - sparse).div_(growth)
             pull *= growth
         return sparse / scale

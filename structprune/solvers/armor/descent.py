@@ -2,10 +2,9 @@
 
 Source: Liu et al. 2025, ARMOR, https://arxiv.org/abs/2510.05528
 The paper takes one Adam step on all three factors and updates one group per block, 20 000 times. Here a round
-solves the left wrapper exactly, then the right one (`factor_wrappers`), searches and refits the core
-(`factor_core`), then moves all three together (`factor_joint`). Each is a half-step, and one that would raise
-the loss is not taken, so the loss never rises and never exceeds NoWag-P's, where it starts. The paper's loop
-is `solver="adam"` (`factor_adam`).
+solves the left wrapper exactly, then the right one (`wrappers`), searches and refits the core (`core`), then
+moves all three together (`joint`). Each is a half-step; one that would raise the loss is not taken, so the
+loss never rises and never exceeds NoWag-P's, where it starts. The paper's loop is `solver="adam"` (`adam`).
 With the "gram" proxy the loss is the error of the outputs, tr(E H E^T); the paper keeps H's diagonal only.
 """
 
@@ -16,23 +15,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from structprune.decide import select
+from structprune.decide.select import mask_groups
 from structprune.decide.sparsity import check_groups
 from structprune.errors import QualityError, UsageError
 from structprune.models.modules import folded
-from structprune.solvers.armor.adam import adam
+from structprune.solvers.armor.adam import descend_by_adam
 from structprune.solvers.armor.core import START_SHARE, Core, supports
 from structprune.solvers.armor.joint import joint_step
 from structprune.solvers.armor.problem import Problem, State
 from structprune.solvers.armor.wrappers import solve_left, solve_right
-from structprune.solvers.nowag import Normalised, importance, normalise
+from structprune.solvers.nowag import NormalisedWeight, importance, normalise_weight
 
 Proxy = Literal["diagonal", "gram"]
 Solver = Literal["descent", "adam"]
 # Told the relative loss, after every half-step of the descent and now and then by Adam.
 Watch = Callable[[float], None]
 
-# Chosen as `factor_core.PULL` was. For the core: steps of ADMM, conjugate-gradient steps on what it
+# Chosen as `core.PULL` was. For the core: steps of ADMM, conjugate-gradient steps on what it
 # ends with, moves of the groups where it was refused, and conjugate-gradient steps after them.
 ADMM_STEPS, ADMM_REFITS, SWEEPS, REFITS = 20, 10, 1, 5
 # Conjugate-gradient steps of the joint step: in the first round, more in every later one, and at most. While
@@ -45,7 +44,27 @@ PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Factors:
+class ArmorSearch:
+    """What is minimised, how, and for how long.
+
+    Attributes:
+        rounds: At most so many rounds; for Adam, so many steps.
+        seed: Chooses the groups that move together.
+        proxy: "gram" counts the error of the outputs and needs the Gram matrix; "diagonal" ignores the
+            correlation of the inputs, as the paper does.
+        solver: "adam" is the paper's loop, kept to compare with.
+        tolerance: Stop when a round lowers the loss by less than this fraction of it.
+    """
+
+    rounds: int = 20
+    seed: int = 0
+    proxy: Proxy = "diagonal"
+    solver: Solver = "descent"
+    tolerance: float = 1e-3
+
+
+@dataclass(frozen=True)
+class ArmorFactors:
     """A weight as left @ core @ right, the normalisation folded in.
 
     Attributes:
@@ -70,19 +89,15 @@ class Factors:
 
 
 @torch.no_grad()
-def factorise(
+def factorise_weight(
     weight: Tensor,
     inputs: Tensor,
     pattern: tuple[int, int] = (2, 4),
     wrapper: int | tuple[int, int] = 128,
+    search: ArmorSearch = ArmorSearch(),  # frozen
     *,
-    rounds: int = 20,
-    seed: int = 0,
-    proxy: Proxy = "diagonal",
-    solver: Solver = "descent",
-    tolerance: float = 1e-3,
     watch: Watch | None = None,
-) -> Factors:
+) -> ArmorFactors:
     """Factorise a weight into a sparse core between two block-diagonal wrappers.
 
     Args:
@@ -92,12 +107,7 @@ def factorise(
         pattern: (N, M): N of every M consecutive inputs of the core stay.
         wrapper: Size of the wrappers' blocks; one for both sides or (left, right). Each divides its side; the
             right one is a multiple of M, or 1. A wrapper of 1 has nothing to add to the core's own values.
-        rounds: At most so many rounds; for Adam, so many steps.
-        seed: Chooses the groups that move together.
-        proxy: "gram" counts the error of the outputs and needs the Gram matrix; "diagonal" ignores the
-            correlation of the inputs, as the paper does.
-        solver: "adam" is the paper's loop, kept to compare with.
-        tolerance: Stop when a round lowers the loss by less than this fraction of it.
+        search: What is minimised, how, and for how long.
         watch: Told the relative loss as the search goes.
 
     Raises:
@@ -106,36 +116,46 @@ def factorise(
         QualityError: The weight or the statistics hold numbers that are not finite.
     """
     sizes = check_sizes((weight.shape[0], weight.shape[1]), pattern, wrapper)
-    normalised = normalise(weight)
+    normalised = normalise_weight(weight)
     if not normalised.weight.isfinite().all():
         raise QualityError("the weight holds numbers that are not finite", hint="check the checkpoint")
     norm = inputs.diagonal().clamp_min(0).sqrt() if inputs.dim() == 2 else inputs
     scale = importance(norm).sqrt()
     # The core's own values absorb a right wrapper of 1; its blocks then hold a group and are left alone.
     block = sizes[1] if sizes[1] > 1 else pattern[1]
-    gram = _correlation(inputs) if proxy == "gram" else None
+    gram = _correlation(inputs) if search.proxy == "gram" else None
     problem = Problem(normalised.weight * scale, gram, pattern, (sizes[0], block))
-    start = _start(problem, normalised, norm, scale)
-    if solver == "adam":
-        state, losses = adam(problem, start, scale, steps=rounds, seed=seed, watch=watch)
+    start = _nowag_start(problem, normalised, norm, scale)
+    if search.solver == "adam":
+        steps, seed = search.rounds, search.seed
+        state, losses = descend_by_adam(problem, start, scale, steps=steps, seed=seed, watch=watch)
     else:
-        begin, fixed_right = start, sizes[1] == 1
-        if gram is not None:
-            # The diagonal's answer is found sooner, and the output's error only falls from there.
-            easier = replace(problem, gram=None)
-            first = easier.state(start.left, start.core, start.right)
-            near, _ = _descend(easier, first, rounds, tolerance, seed, None, fixed_right=fixed_right)
-            nearer = problem.state(near.left, near.core, near.right)
-            begin = nearer if nearer.loss < start.loss else start
-        state, losses = _descend(problem, begin, rounds, tolerance, seed, watch, fixed_right=fixed_right)
-        if begin is not start:
-            losses.insert(0, start.loss)
+        state, losses = _descend_from(problem, start, search, watch, fixed_right=sizes[1] == 1)
+    # The search was in the normalised and weighted scale; the wrappers take both scales back.
     left = state.left * normalised.rows.view(-1, sizes[0], 1)
     right = state.right * (normalised.columns / scale).view(-1, 1, block)
     if sizes[1] == 1:
         right = right.diagonal(dim1=1, dim2=2).reshape(-1, 1, 1)
     # A value may be zero by chance; the mask still has N of every M.
-    return Factors(left, state.core, right, select.groups(state.core.abs(), *pattern), start.loss, losses)
+    mask = mask_groups(state.core.abs(), *pattern)
+    return ArmorFactors(left, state.core, right, mask, start.loss, losses)
+
+
+def _descend_from(
+    problem: Problem, start: State, search: ArmorSearch, watch: Watch | None, *, fixed_right: bool
+) -> tuple[State, list[float]]:
+    """Descend from NoWag-P's answer; with a Gram matrix by way of the diagonal's answer."""
+    if problem.gram is None:
+        return _descend(problem, start, search, watch, fixed_right=fixed_right)
+    # The diagonal's answer is found sooner, and the output's error only falls from there.
+    easier = replace(problem, gram=None)
+    first = easier.state(start.left, start.core, start.right)
+    near, _ = _descend(easier, first, search, None, fixed_right=fixed_right)
+    nearer = problem.state(near.left, near.core, near.right)
+    if nearer.loss >= start.loss:
+        return _descend(problem, start, search, watch, fixed_right=fixed_right)
+    state, losses = _descend(problem, nearer, search, watch, fixed_right=fixed_right)
+    return state, [start.loss, *losses]
 
 
 def check_sizes(
@@ -180,11 +200,11 @@ def _correlation(gram: Tensor) -> Tensor:
     return between.fill_diagonal_(1.0).float()
 
 
-def _start(problem: Problem, normalised: Normalised, norm: Tensor, scale: Tensor) -> State:
+def _nowag_start(problem: Problem, normalised: NormalisedWeight, norm: Tensor, scale: Tensor) -> State:
     """Return NoWag-P's answer: identity wrappers around the pruned normalised weight."""
     (size_out, size_in), (out, inputs) = problem.sizes, normalised.weight.shape
     eye_out, eye_in = torch.eye(size_out).to(scale), torch.eye(size_in).to(scale)
-    mask = select.groups(normalised.score(norm), *problem.pattern)
+    mask = mask_groups(normalised.score(norm), *problem.pattern)
     left, right = eye_out.repeat(out // size_out, 1, 1), eye_in.repeat(inputs // size_in, 1, 1)
     return problem.state(left, normalised.weight.masked_fill(~mask, 0), right * scale.view(-1, 1, size_in))
 
@@ -192,16 +212,14 @@ def _start(problem: Problem, normalised: Normalised, norm: Tensor, scale: Tensor
 def _descend(
     problem: Problem,
     start: State,
-    rounds: int,
-    tolerance: float,
-    seed: int,
+    search: ArmorSearch,
     watch: Watch | None,
     *,
     fixed_right: bool,
 ) -> tuple[State, list[float]]:
     """Descend from a state; returns the last state and the losses after every half-step."""
     state, losses = start, [start.loss]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(search.seed)
     share = torch.full(problem.pairs(problem.target).shape[:2], START_SHARE, device=start.core.device)
     moves: list[Callable[[State, int], State]] = [
         lambda now, _: solve_left(problem, now),
@@ -209,9 +227,9 @@ def _descend(
         lambda now, _: _move_core(problem, _balanced(now), share, generator),
         lambda now, joint: joint_step(problem, now, joint),
     ]
-    if fixed_right:
+    if fixed_right:  # a right wrapper of 1 adds nothing: only the left one and the core move
         del moves[3], moves[1]
-    for index in range(rounds):
+    for index in range(search.rounds):
         before = state.loss
         joint = min(JOINT_FIRST + index * JOINT_MORE, JOINT_MOST)
         for move in moves:
@@ -220,7 +238,7 @@ def _descend(
             losses.append(state.loss)
             if watch is not None:
                 watch(state.loss)
-        if state.loss >= before * (1 - tolerance):
+        if state.loss >= before * (1 - search.tolerance):
             break
     return state, losses
 
@@ -238,7 +256,7 @@ def _balanced(state: State) -> State:
 
 
 def _move_core(problem: Problem, state: State, share: Tensor, generator: torch.Generator) -> State:
-    """Search the core's supports and refit its values, piece by piece; `share` is adapted in place.
+    """ArmorSearch the core's supports and refit its values, piece by piece; `share` is adapted in place.
 
     A block that refuses what the search found moves a share of its groups, each exactly.
     """

@@ -50,8 +50,8 @@ def _direction(problem: Problem, state: State, steps: int) -> tuple[Tensor, Tens
     left, core, right = state.left, problem.columns(state.core).contiguous(), state.right
     inner = problem.rows(blockwise(right.mT, state.core))
     outer = problem.columns((left @ problem.rows(state.core)).reshape(state.core.shape))
-    left_inverse = inverted(inner @ problem.rows(problem.weighed(inner.reshape(state.core.shape))).mT)
-    right_inverse = inverted(outer.mT @ outer)
+    left_inverse = inverse_of(inner @ problem.rows(problem.weighed(inner.reshape(state.core.shape))).mT)
+    right_inverse = inverse_of(outer.mT @ outer)
     own = diagonal(left.mT @ left).reshape(1, -1, 1) * diagonal(right @ right.mT)[:, None]
     ease = (core != 0) / own  # zero off the support, where nothing may move
 
@@ -100,7 +100,7 @@ def _dot(one: Tensor, other: Tensor) -> float:
     return float(torch.dot(one.reshape(-1), other.reshape(-1)))
 
 
-def inverted(normal: Tensor) -> Tensor:
+def inverse_of(normal: Tensor) -> Tensor:
     """Invert normal matrices [n, b, b], lifted off singularity."""
     mean = normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     identity = torch.eye(normal.shape[1], dtype=normal.dtype, device=normal.device)

@@ -19,7 +19,7 @@ def solve_left(problem: Problem, state: State) -> State:
     """Solve for the left wrapper exactly: least squares with one normal matrix per block."""
     inner = blockwise(state.right.mT, state.core)
     regressors, weighed = problem.rows(inner), problem.rows(problem.weighed(inner))
-    answer = solved(regressors @ weighed.mT, weighed @ problem.rows(state.residual).mT)
+    answer = solve_normal_equations(regressors @ weighed.mT, weighed @ problem.rows(state.residual).mT)
     return problem.state(state.left - answer.mT, state.core, state.right)
 
 
@@ -34,14 +34,14 @@ def solve_right(problem: Problem, state: State) -> State:
         between = problem.between(part)
         if between is not None:
             answers = torch.linalg.solve(between, answers, left=False)
-        step = solved(regressors.mT @ regressors, answers)
+        step = solve_normal_equations(regressors.mT @ regressors, answers)
         right[part] -= step
         if between is not None:
             residual[:, span] -= (regressors @ step)[0]
     return problem.state(state.left, state.core, right)
 
 
-def solved(normal: Tensor, answers: Tensor) -> Tensor:
+def solve_normal_equations(normal: Tensor, answers: Tensor) -> Tensor:
     """Solve normal equations [n, b, b] x = answers [n, b, c], damped as little as works.
 
     Raises:
