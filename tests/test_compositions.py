@@ -240,7 +240,7 @@ class TestThroughThePipeline:
         words = [word for one in sets for word in ("--set", one)]
         finished = command("prune", source, out, "--method", method, "--json", *words)
         assert finished.code == 0, finished.err
-        ids = {"input_ids": fresh.probe(open_model(source, stream=True).config)}
+        ids = {"input_ids": fresh.probe(open_model(source, Opening(stream=True)).config)}
         # What calibration saw of later blocks is what the folder holds: the applied plan and the reopened
         # folder compute the same.
         applied = registry.find(method)().apply(open_model(source, dtype=computed), read_plans(out)[0])

@@ -252,7 +252,7 @@ class TestStoredAndComputedDtypes:
         pruner, data = weigher(method, **fields), batches(tiny("llama"))
         outputs, plans = [], []
         for stream in (False, True):
-            model = open_model(folder, stream=stream, dtype=computed)
+            model = open_model(folder, Opening(stream=stream, dtype=computed))
             # A model in memory hashes its weights as it computes with them; a run passes the files' hash.
             plans.append(pruner.calibrate(model, data, pruner.writer(None, model, "0" * 64)))
             outputs.append(logits(pruner.apply(model, plans[-1]), data[0]))

@@ -42,7 +42,8 @@ def load(
     path = Path(folder).expanduser()
     if is_adapter(path):
         return _with_adapter(path, opening)
-    if (path / OURS).is_dir() and read_manifest(path) is None:
+    links = opening.allow_external_symlinks
+    if (path / OURS).is_dir() and read_manifest(path, allow_external_symlinks=links) is None:
         raise InputError(
             f"{path}: incomplete, it has no manifest", hint="run the command that wrote it again"
         )

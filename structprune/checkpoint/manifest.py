@@ -86,8 +86,12 @@ def write_manifest(
     return manifest
 
 
-def read_manifest(folder: Path) -> Manifest | None:
+def read_manifest(folder: Path, *, allow_external_symlinks: bool = False) -> Manifest | None:
     """Return the manifest of a folder of ours; None where there is none: not ours, or never completed.
+
+    Args:
+        folder: The folder.
+        allow_external_symlinks: Accept a link that leads out of it.
 
     Raises:
         InputError: There is one, but it is damaged or of a later structprune.
@@ -95,8 +99,9 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST
     if not path.exists():
         return None
+    root = None if allow_external_symlinks else folder
     try:
-        manifest = Manifest.model_validate(read_json(path, limit_bytes=MAX_MANIFEST_BYTES, root=folder))
+        manifest = Manifest.model_validate(read_json(path, limit_bytes=MAX_MANIFEST_BYTES, root=root))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -112,11 +117,15 @@ def read_manifest(folder: Path) -> Manifest | None:
     return manifest
 
 
-def check_manifest(folder: Path) -> list[str]:
+def check_manifest(folder: Path, *, allow_external_symlinks: bool = False) -> list[str]:
     """Compare a folder of ours with its manifest; read every byte.
 
     Files that came later (a user's notes, evaluation results) are no problem and only logged, unless they
     change what is loaded: weights, an index, an adapter.
+
+    Args:
+        folder: The folder.
+        allow_external_symlinks: Accept links that lead out of it.
 
     Returns:
         One line per problem; empty when all is as it was written.
@@ -125,11 +134,12 @@ def check_manifest(folder: Path) -> list[str]:
         InputError: The manifest itself is damaged.
         EnvironmentFailure: A file cannot be read.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, allow_external_symlinks=allow_external_symlinks)
+    root = None if allow_external_symlinks else folder
     if manifest is None:
         return [f"{folder / MANIFEST} is missing: the folder was never completed, or is not ours"]
     problems = [
-        problem for name in manifest.files if (problem := _compare(folder, name, manifest.files[name]))
+        problem for name in manifest.files if (problem := _compare(folder, name, manifest.files[name], root))
     ]
     for name in list_files(folder):
         if name in manifest.files:
@@ -174,14 +184,14 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _compare(folder: Path, name: str, written: FileHash) -> str:
+def _compare(folder: Path, name: str, written: FileHash, root: Path | None) -> str:
     path = folder / name
     if not path.exists():
         return f"{name} is missing"
     size = path.stat().st_size
     if size != written.bytes:
         return f"{name} has {size} bytes, {written.bytes} were written"
-    found = hash_file(path, folder)
+    found = hash_file(path, root)
     return (
         ""
         if found == written.sha256

@@ -92,15 +92,19 @@ def write_packed(
     return result, hashes
 
 
-def read_packing(folder: Path) -> Packing:
+def read_packing(folder: Path, root: Path | None) -> Packing:
     """Return a packed folder's packing.json, checked against the headers of its weight files.
+
+    Args:
+        folder: The folder.
+        root: See `safe_open.check_link`.
 
     Raises:
         InputError: It is damaged, or a file or tensor is missing, left over, or of another dtype or shape.
     """
     path = folder / PACKING
     try:
-        found = Packing.model_validate(read_json(path, limit_bytes=MAX_PACKING_BYTES, root=folder))
+        found = Packing.model_validate(read_json(path, limit_bytes=MAX_PACKING_BYTES, root=root))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -116,20 +120,25 @@ def read_packing(folder: Path) -> Packing:
             twice = next(name for name in names if names.count(name) > 1)
             raise InputError(f"{path}: {twice!r} is named twice", hint="export it again")
     for file in found.files:
-        _header(folder, file)
+        _header(folder, file, root)
     return found
 
 
-def unpacked(folder: Path, file: PackedFile) -> Iterator[tuple[str, Tensor]]:
+def unpacked(folder: Path, file: PackedFile, root: Path | None) -> Iterator[tuple[str, Tensor]]:
     """Read the tensors of one file in order, in their dense layout, one in memory at a time.
+
+    Args:
+        folder: The packed folder.
+        file: The file.
+        root: See `safe_open.check_link`.
 
     Raises:
         InputError: The file is damaged; the message names it and the tensor.
     """
-    header = _header(folder, file)
+    header = _header(folder, file, root)
     path = folder / file.packed
     for form in file.tensors:
-        parts = {name: read_tensor(path, header.tensors[name], header, folder) for name, _, _ in form.entries}
+        parts = {name: read_tensor(path, header.tensors[name], header, root) for name, _, _ in form.entries}
         yield form.name, form.unpack(parts, str(path))
 
 
@@ -142,7 +151,7 @@ def prove(folder: Path, written: Packing, progress: Progress) -> None:
     done = 0
     for file in written.files:
         digest = hashlib.sha256(file.header)
-        for name, tensor in unpacked(folder, file):
+        for name, tensor in unpacked(folder, file, folder):
             digest.update(bytes_of(tensor, name))
             done += 1
             progress("prove", done, len(written.forms))
@@ -153,8 +162,17 @@ def prove(folder: Path, written: Packing, progress: Progress) -> None:
             )
 
 
-def write_dense(folder: Path, dest: Path, written: Packing, progress: Progress) -> dict[str, str]:
+def write_dense(
+    folder: Path, dest: Path, written: Packing, root: Path | None, progress: Progress
+) -> dict[str, str]:
     """Write the dense weights of a packed folder, and what else belonged to the folder it was made from.
+
+    Args:
+        folder: The packed folder.
+        dest: An existing folder.
+        written: The folder's packing.
+        root: See `safe_open.check_link`.
+        progress: Told after every tensor.
 
     Returns:
         The sha256 of each written file, by file name.
@@ -165,12 +183,12 @@ def write_dense(folder: Path, dest: Path, written: Packing, progress: Progress) 
     hashes: dict[str, str] = {}
     if (folder / SOURCE).is_dir():
         for name in list_files(folder / SOURCE):
-            hashes[name] = _copy(folder / SOURCE / name, dest / name, folder)
+            hashes[name] = _copy(folder / SOURCE / name, dest / name, root)
     done = 0
     for file in written.files:
         layout = {file.dense: file.entries}
         with ShardWriter(dest, layout, {file.dense: file.metadata}) as writer:
-            for name, tensor in unpacked(folder, file):
+            for name, tensor in unpacked(folder, file, root):
                 writer.write(name, tensor)
                 done += 1
                 progress("unpack", done, len(written.forms))
@@ -202,10 +220,10 @@ def _record(folder: Path) -> list[str]:
     return found
 
 
-def _header(folder: Path, file: PackedFile) -> Header:
+def _header(folder: Path, file: PackedFile, root: Path | None) -> Header:
     """Return the header of a packed file, which holds exactly the tensors that packing.json says."""
     path = folder / file.packed
-    header = read_header(path, folder)
+    header = read_header(path, root)
     expected = [entry for form in file.tensors for entry in form.entries]
     found = {info.name: (info.dtype, info.shape) for info in header.tensors.values()}
     for name, dtype, shape in expected:

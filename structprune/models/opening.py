@@ -49,6 +49,10 @@ class Opening:
             return self.stream
         return nbytes * RESIDENT_COPIES > available_memory()
 
+    def root(self, folder: Path) -> Path | None:
+        """Return the folder that its links may not lead out of; None where they may lead anywhere."""
+        return None if self.allow_external_symlinks else folder
+
     def resolve(self, folder: Path, nbytes: int) -> "Opening":
         """Return the opening of one model, with its device and whether it is streamed decided.
 

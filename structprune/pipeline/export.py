@@ -80,7 +80,9 @@ def export(
     if to not in (*schemes, "dense"):
         raise UsageError(f"{to!r} is no way to store weights", hint="one of: 2:4, bitmask, dense")
     folder = resolve(model)
-    final = check_output(folder, Path(output), overwrite=writing.overwrite, needed_bytes=_needed(folder, to))
+    final = check_output(
+        folder, Path(output), overwrite=writing.overwrite, needed_bytes=_needed(folder, to, opening)
+    )
     fingerprint = {"export": to, "files": _stamps(folder)}
     start = time.perf_counter()
     if to == "dense":
@@ -190,15 +192,16 @@ def _unpack(
             f"{folder}: is not packed, it has no {PACKING}",
             hint="a folder that `structprune export --to 2:4` or `--to bitmask` wrote is unpacked",
         )
-    manifest = read_manifest(folder)
+    links, root = opening.allow_external_symlinks, opening.root(folder)
+    manifest = read_manifest(folder, allow_external_symlinks=links)
     if manifest is None:
         raise InputError(f"{folder}: incomplete, it has no manifest", hint="export it again")
-    written = packed.read_packing(folder)
-    former = read_manifest(folder / packed.SOURCE)
+    written = packed.read_packing(folder, root)
+    former = read_manifest(folder / packed.SOURCE, allow_external_symlinks=links)
     with _whole(final, fingerprint, writing) as work:
-        work.hashes |= packed.write_dense(folder, work.folder, written, progress)
+        work.hashes |= packed.write_dense(folder, work.folder, written, root, progress)
         work.hashes |= _copy_beside(folder, work, opening)
-        _check_copies(folder, manifest, work.hashes)
+        _check_copies(folder, manifest, work.hashes, root)
         sizes = {"dense": weight_bytes(work.folder), "packed": weight_bytes(folder)}
         work.publish(stages=former.stages if former else [], facts=former.facts if former else {})
     return {"bytes": sizes, "files": [file.dense for file in written.files], "from": written.scheme}
@@ -208,12 +211,12 @@ def _copy_beside(folder: Path, work: Delivery, opening: Opening) -> dict[str, st
     return copy_side_files(folder, work.folder, allow_external_symlinks=opening.allow_external_symlinks)
 
 
-def _check_copies(folder: Path, manifest: Manifest, copied: Mapping[str, str]) -> None:
+def _check_copies(folder: Path, manifest: Manifest, copied: Mapping[str, str], root: Path | None) -> None:
     """Compare what was copied or read with the manifest; weights have hashes of their own in packing.json."""
     found = dict(copied)
     for name in (PACKING, f"{packed.SOURCE}/{MANIFEST}"):
         if (folder / name).exists():
-            found[name] = hash_file(folder / name, folder)
+            found[name] = hash_file(folder / name, root)
     for name, file in manifest.files.items():
         if name in (FINGERPRINT, "README.md") or (name.endswith(".safetensors") and "/" not in name):
             continue
@@ -224,10 +227,10 @@ def _check_copies(folder: Path, manifest: Manifest, copied: Mapping[str, str]) -
             )
 
 
-def _needed(folder: Path, to: str) -> int:
+def _needed(folder: Path, to: str, opening: Opening) -> int:
     """Return the most bytes that the result can take."""
     if to == "dense" and packed.is_packed(folder):
-        return sum(form.dense_nbytes for form in packed.read_packing(folder).forms)
+        return sum(form.dense_nbytes for form in packed.read_packing(folder, opening.root(folder)).forms)
     return weight_bytes(folder)
 
 

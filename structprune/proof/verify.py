@@ -74,7 +74,7 @@ def verify(
     ours = (folder / MANIFEST).exists() or (folder / PLANS).exists()
     before = None if source is None else open_reader(source, opening)
     if hashes:
-        _check_manifest(result, folder, ours)
+        _check_manifest(result, folder, ours, opening.allow_external_symlinks)
     try:
         model = open_skeleton(folder, replace(opening, dtype="auto"))
         stages = [Stage(path.parent) for path in sorted((folder / PLANS).glob("*/plan.json"))]
@@ -91,7 +91,8 @@ def verify(
     held = _measure(model, reader, stages, before, progress)
     _summarise(result, model, reader, held, before)
     _check_weights(result, held)
-    manifest = read_manifest(folder) if ours else None
+    links = opening.allow_external_symlinks
+    manifest = read_manifest(folder, allow_external_symlinks=links) if ours else None
     trained = {*(manifest.facts.get("revalued", ()) if manifest else ()), *revalued}
     _check_values(result, held, trained)
     if before is not None:
@@ -103,12 +104,12 @@ def verify(
     return result
 
 
-def _check_manifest(result: Verification, folder: Path, ours: bool) -> None:
+def _check_manifest(result: Verification, folder: Path, ours: bool, links: bool) -> None:
     if not ours:
         result.row("manifest", [], f"not written by structprune (no {MANIFEST}); measured only")
         return
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, allow_external_symlinks=links)
     except InputError as error:
         result.row("manifest", [str(error)], "")
         return
@@ -116,7 +117,8 @@ def _check_manifest(result: Verification, folder: Path, ours: bool) -> None:
         result.row("manifest", [f"{folder}: no {MANIFEST}; the folder is incomplete"], "")
         return
     count = len(manifest.files)
-    result.row("manifest", check_manifest(folder), f"{count} files have the size and sha256 of {MANIFEST}")
+    problems = check_manifest(folder, allow_external_symlinks=links)
+    result.row("manifest", problems, f"{count} files have the size and sha256 of {MANIFEST}")
 
 
 def _check_plans(result: Verification, model: StreamedModel, stages: list[Stage]) -> None:
