@@ -14,11 +14,11 @@ from structprune.models.config_patch import merge_patch
 from structprune.models.tensor_edit import apply_mask, edited_layout, keep_indices, new_value
 from structprune.plan.plan import Plan
 from structprune.storage.header import TensorInfo
-from structprune.storage.reader import CheckpointReader
-from structprune.storage.tensor_file import Entry, nbytes_of
+from structprune.storage.reader import CheckpointReader, StoredTensors
+from structprune.storage.tensor_file import nbytes_of
 
 
-class EditedReader:
+class EditedReader(StoredTensors):
     """The tensors and the configuration that a plan leaves of a checkpoint.
 
     Args:
@@ -44,29 +44,13 @@ class EditedReader:
         self.index_metadata: dict[str, Any] | None = below.index_metadata
         self.config: dict[str, Any] = merge_patch(below.config, plan.patch)
         self.patch: dict[str, Any] = merge_patch(below.patch, plan.patch)
-        self.tensors: dict[str, TensorInfo] = {}
-        self.shards: dict[str, tuple[str, ...]] = {}
+        self.tensors = {}
+        self.shards = {}
         left = edited_layout(below.layout, plan)
         for file, entries in left.items():
             self.shards[file] = tuple(name for name, _, _ in entries)
             for name, dtype, shape in entries:
                 self.tensors[name] = TensorInfo(name, dtype, shape, file, 0, nbytes_of(dtype, shape))
-
-    @property
-    def layout(self) -> dict[str, list[Entry]]:
-        """Return file -> (name, dtype, shape) of its tensors in order, as `ShardWriter` takes it."""
-        infos = {file: [self.tensors[name] for name in names] for file, names in self.shards.items()}
-        return {file: [(one.name, one.dtype, one.shape) for one in found] for file, found in infos.items()}
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return name -> shape of every tensor."""
-        return {name: info.shape for name, info in self.tensors.items()}
-
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes of all tensors together."""
-        return sum(info.nbytes for info in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
         """Return one tensor as the plan leaves it, in the dtype it is stored in.

@@ -24,7 +24,35 @@ logger = logging.getLogger(__name__)
 _FORMATS = ("pt", "")
 
 
-class CheckpointReader:
+class StoredTensors:
+    """The tensors of a checkpoint, by file: what is known of them without reading one.
+
+    Attributes:
+        tensors: Name -> file, dtype and shape, in the order of the files and of the bytes in them.
+        shards: File -> names of its tensors in the order of their bytes; files sorted.
+    """
+
+    tensors: dict[str, TensorInfo]
+    shards: dict[str, tuple[str, ...]]
+
+    @property
+    def layout(self) -> dict[str, list[Entry]]:
+        """Return file -> (name, dtype, shape) of its tensors in order, as `ShardWriter` takes it."""
+        infos = {file: [self.tensors[name] for name in names] for file, names in self.shards.items()}
+        return {file: [(one.name, one.dtype, one.shape) for one in found] for file, found in infos.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return name -> shape of every tensor."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all tensors together."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+class CheckpointReader(StoredTensors):
     """The weights and the configuration of a model folder; nothing in the folder is ever changed or executed.
 
     Args:
@@ -54,7 +82,7 @@ class CheckpointReader:
         self.config: dict[str, Any] = read_config(folder / "config.json", self.root)
         self.patch: dict[str, Any] = {}
         self._headers: dict[str, Header] = {}
-        self.tensors: dict[str, TensorInfo] = {}
+        self.tensors = {}
         for file in weights.files:
             header = read_header(folder / file, self.root)
             _check_format(folder / file, header)
@@ -72,24 +100,6 @@ class CheckpointReader:
         self.index_metadata = weights.index_metadata
         refuse_quantised_tensors(self.tensors, folder)
         self._warn_of_mixed_dtypes()
-
-    @property
-    def layout(self) -> dict[str, list[Entry]]:
-        """Return file -> (name, dtype, shape) of its tensors in order, as `ShardWriter` takes it."""
-        return {
-            file: [(info.name, info.dtype, info.shape) for info in header.tensors.values()]
-            for file, header in self._headers.items()
-        }
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return name -> shape of every tensor."""
-        return {name: info.shape for name, info in self.tensors.items()}
-
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes of all tensors together."""
-        return sum(info.nbytes for info in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its stored dtype, in fresh memory; the files may be read from several threads.
