@@ -45,6 +45,12 @@ def test_an_opening_of_one_model_leaves_nothing_to_choose(monkeypatch: pytest.Mo
     assert Opening(stream=True, device="cpu").resolve(Path("model"), 1).device == "cpu"
 
 
+@pytest.mark.parametrize("unknown", [{"dtype": "int8"}, {"device": "gpu"}])
+def test_an_unknown_dtype_or_device_is_refused(unknown: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match=r"is not known"):
+        Opening(**unknown)
+
+
 def test_every_command_follows_links_out_of_a_model_only_when_told(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

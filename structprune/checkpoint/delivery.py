@@ -92,7 +92,7 @@ def deliver(final: Path, fingerprint: Mapping[str, Any], writing: Writing = Writ
         yield work
 
 
-def delivered(final: Path, fingerprint: Mapping[str, Any]) -> bool:
+def is_delivered(final: Path, fingerprint: Mapping[str, Any]) -> bool:
     """Tell whether a folder is the complete and untouched result of a run with this fingerprint.
 
     Raises:

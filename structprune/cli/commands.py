@@ -118,20 +118,20 @@ def prune(
     )
     writing = structprune.Writing(overwrite=overwrite, restart=restart)
     if dry_run:
-        return Job(lambda _: structprune.dry_run(chosen, opening=opening, writing=writing), summary.listed)
+        return Job(lambda _: structprune.dry_run(chosen, opening=opening, writing=writing), summary.key_lines)
     if len(several) > 1:
         wanted = [one for text in several if (one := sparsity_of(text)) is not None]
         return Job(
             lambda progress: structprune.prune_each(
                 chosen, wanted, opening=opening, writing=writing, progress=progress
             ),
-            summary.pruned_each,
+            summary.runs_lines,
         )
     return Job(
         lambda progress: structprune.prune(
             chosen, opening=opening, writing=writing, scores=scores, progress=progress
         ),
-        summary.pruned,
+        summary.run_lines,
     )
 
 
@@ -159,7 +159,7 @@ def apply(
         lambda progress: structprune.apply(
             model, output, plan, opening=opening, writing=writing, revision=revision, progress=progress
         ),
-        summary.pruned,
+        summary.run_lines,
     )
 
 
@@ -176,7 +176,7 @@ def inspect(
     opening = structprune.Opening(
         trust_remote_code=trust_remote_code, allow_external_symlinks=allow_external_symlinks
     )
-    return Job(lambda _: structprune.inspect(model, opening=opening, revision=revision), summary.listed)
+    return Job(lambda _: structprune.inspect(model, opening=opening, revision=revision), summary.key_lines)
 
 
 @app.command()
@@ -186,7 +186,9 @@ def methods(
     debug: Debug = False,
 ) -> Job:
     """List the methods, or the fields of one."""
-    return Job(lambda _: structprune.methods(name), summary.methods if name is None else summary.method)
+    return Job(
+        lambda _: structprune.methods(name), summary.methods_lines if name is None else summary.method_lines
+    )
 
 
 @app.command()
@@ -206,7 +208,7 @@ def verify(
     )
     return Job(
         lambda progress: structprune.verify(output, against, opening=opening, progress=progress),
-        summary.verified,
+        summary.verification_lines,
     )
 
 
@@ -255,7 +257,7 @@ def evaluate(
         lambda progress: structprune.evaluate(
             model, options, opening=opening, revision=revision, progress=progress
         ),
-        summary.evaluated,
+        summary.evaluation_lines,
     )
 
 
@@ -306,11 +308,11 @@ def recover(
         lambda progress: structprune.recover(
             model, output, options, opening=opening, writing=writing, revision=revision, progress=progress
         ),
-        summary.recovered,
+        summary.recovery_lines,
     )
 
 
 @app.command()
 def env(json: Json = False, debug: Debug = False) -> Job:
     """Print what a bug report needs: the machine and the versions."""
-    return Job(lambda _: structprune.environment(), summary.listed)
+    return Job(lambda _: structprune.environment(), summary.key_lines)

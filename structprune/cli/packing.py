@@ -32,11 +32,11 @@ def export(
         lambda progress: structprune.export(
             model, output, to, opening=opening, writing=writing, progress=progress
         ),
-        shown,
+        export_lines,
     )
 
 
-def shown(result: Mapping[str, Any]) -> str:
+def export_lines(result: Mapping[str, Any]) -> str:
     """Return what an export wrote and what it saved, in a few lines."""
     dense, packed = result["bytes"]["dense"], result["bytes"]["packed"]
     where = f"{result['output']} ({result['seconds']:.0f} s)"

@@ -8,7 +8,7 @@ from structprune.report.figures import number, percent
 Result = Mapping[str, Any]
 
 
-def pruned(result: Result) -> str:
+def run_lines(result: Result) -> str:
     """Return what a run asked, got, where it lies and who can load it."""
     parameters, size = result["parameters"], result["bytes"]
     goals = [stage for stage in result.get("stages", ()) if "unit" in stage]
@@ -28,7 +28,7 @@ def pruned(result: Result) -> str:
     return table(rows)
 
 
-def recovered(result: Result) -> str:
+def recovery_lines(result: Result) -> str:
     """Return what training gained, and the folder it was written to."""
     training = result["recovery"]
     loss = f"{number(training['start_loss'])} -> {number(training['best_loss'])}"
@@ -38,15 +38,15 @@ def recovered(result: Result) -> str:
         rows += [("adapter", f"{result['output']} for {result['adapter']['base']}")]
         rows += [("loads in", ", ".join(result["loads_in"]))]
         return table([row for row in rows if row[1]])
-    return f"{table(rows)}\n{pruned(result)}"
+    return f"{table(rows)}\n{run_lines(result)}"
 
 
-def pruned_each(result: Result) -> str:
+def runs_lines(result: Result) -> str:
     """Return what several runs of one command did, one after the other."""
-    return "\n\n".join(pruned(run) for run in result["runs"].values())
+    return "\n\n".join(run_lines(run) for run in result["runs"].values())
 
 
-def verified(result: Result) -> str:
+def verification_lines(result: Result) -> str:
     """Return one line per check, and what was measured."""
     rows = [("ok" if check["ok"] else "FAILED", check["name"], check["detail"]) for check in result["checks"]]
     measured = (
@@ -55,7 +55,7 @@ def verified(result: Result) -> str:
     return f"{table(rows)}\n{measured}"
 
 
-def evaluated(result: Result) -> str:
+def evaluation_lines(result: Result) -> str:
     """Return a table: what, dense, model."""
     rows = [("", "dense", "model")]
     for name, figures in result.get("perplexity", {}).items():
@@ -70,12 +70,12 @@ def evaluated(result: Result) -> str:
     return table(rows)
 
 
-def methods(result: Result) -> str:
+def methods_lines(result: Result) -> str:
     """Return one line per method."""
     return table([(row["name"], row["family"], row["about"]) for row in result["methods"]])
 
 
-def method(result: Result) -> str:
+def method_lines(result: Result) -> str:
     """Return one method: what it does, where it comes from, its fields with their defaults."""
     fields = [
         (f"  {row['name']}", row["type"], f"= {_plain(row['default'])}", row["about"])
@@ -87,7 +87,7 @@ def method(result: Result) -> str:
     )
 
 
-def listed(result: Result) -> str:
+def key_lines(result: Result) -> str:
     """Return any result as indented lines, "key: value"."""
     return "\n".join(_lines(result, ""))
 

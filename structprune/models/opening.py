@@ -30,7 +30,7 @@ class Opening:
             always are).
 
     Raises:
-        UsageError: `dtype` is none of the above.
+        UsageError: `dtype` or `device` is not known.
     """
 
     dtype: str = "auto"
@@ -42,6 +42,12 @@ class Opening:
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r} is not known", hint=f"one of: auto, {', '.join(DTYPES)}")
+        try:
+            torch.device("cpu" if self.device == "auto" else self.device)
+        except RuntimeError:
+            raise UsageError(
+                f"device {self.device!r} is not known", hint="one of: auto, cpu, cuda, cuda:N, mps"
+            ) from None
 
     def streams(self, nbytes: int) -> bool:
         """Tell whether a model of so many bytes is held one block at a time."""

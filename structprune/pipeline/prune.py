@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from structprune.checkpoint.delivery import deliver, delivered
+from structprune.checkpoint.delivery import deliver, is_delivered
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.writing import Writing
@@ -69,7 +69,7 @@ def prune(
         kept = read_scores(Path(scores), recipe.prune, source) if scores else None
         calibration = None if kept else calibrate_on(recipe, source)
     run = fingerprint(recipe, source, calibration) | ({"scores": kept.id} if kept else {})
-    if recipe.recover is None or writing.restart or not delivered(final, run):
+    if recipe.recover is None or writing.restart or not is_delivered(final, run):
         check_output(folder, final, overwrite=writing.overwrite)
         with deliver(final, run, writing) as work:
             with clock.phase("calibrate"):

@@ -50,7 +50,7 @@ def build(owner: type[M], raw: object, path: str = "") -> M:
         UsageError: An unknown key, a missing one or an impossible value.
     """
     if not isinstance(raw, Mapping):
-        raise UsageError(f"{path or 'recipe'}: found {shown(raw)}, expected keys with values")
+        raise UsageError(f"{path or 'recipe'}: found {quote(raw)}, expected keys with values")
     try:
         for name, value in raw.items():
             if not issubclass(owner, OptionGroup):  # an OptionGroup refuses booleans by itself
@@ -76,7 +76,7 @@ def put(raw: dict[str, Any], keys: list[str], value: object) -> None:
         group = group[key]
         if not isinstance(group, dict):
             here = ".".join(keys[: index + 1])
-            raise UsageError(f"{'.'.join(keys)}: {here} is {shown(group)}, not a group of keys")
+            raise UsageError(f"{'.'.join(keys)}: {here} is {quote(group)}, not a group of keys")
     group[keys[-1]] = value
 
 
@@ -87,7 +87,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(choices)}"
 
 
-def shown(value: object) -> str:
+def quote(value: object) -> str:
     """Return a value as an error can quote it: one short line."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 64:
         return f"an integer of {value.bit_length()} bits"  # Python refuses to print the longest ones
@@ -163,7 +163,7 @@ def _usage_error(owner: type[BaseModel], detail: ErrorDetails, path: str) -> Usa
                 detail["msg"].replace("Input should be", "expected").replace("Input should have", "expected")
             )
             return UsageError(
-                f"{here}: found {shown(detail['input'])}, {said[0].lower()}{said[1:]}", hint=hint
+                f"{here}: found {quote(detail['input'])}, {said[0].lower()}{said[1:]}", hint=hint
             )
 
 

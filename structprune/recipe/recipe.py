@@ -19,7 +19,7 @@ from structprune.errors import UsageError
 from structprune.models.opening import Opening
 from structprune.pruners.pruner import Pruner, find, names
 from structprune.recipe.changes import changes_of
-from structprune.recipe.fields import build, keys_of, put, shown
+from structprune.recipe.fields import build, keys_of, put, quote
 from structprune.recipe.options import CalibrationOptions, EvaluateOptions, RecoverOptions, Text, Where
 from structprune.storage import strict_yaml
 
@@ -126,10 +126,10 @@ def stage(raw: object, path: str = "prune", seed: int = 0) -> Pruner:
     """
     fields = {"method": raw} if isinstance(raw, str) else raw
     if not isinstance(fields, Mapping):
-        raise UsageError(f"{path}: found {shown(raw)}, expected a method and its fields")
+        raise UsageError(f"{path}: found {quote(raw)}, expected a method and its fields")
     method = fields.get("method")
     if not isinstance(method, str):
-        said = "is missing" if method is None else f"is {shown(method)}, expected text"
+        said = "is missing" if method is None else f"is {quote(method)}, expected text"
         raise UsageError(
             f"{path}.method {said}", hint=f"--method or `method:` is one of: {', '.join(names())}"
         )
@@ -177,7 +177,7 @@ def load(path: Path, *, sets: Sequence[str] = (), flags: Mapping[str, object] | 
     """
     raw, text = strict_yaml.read(path)
     if not isinstance(raw, dict):
-        raise UsageError(f"{path}: found {shown(raw)}, expected the keys model, output and prune")
+        raise UsageError(f"{path}: found {quote(raw)}, expected the keys model, output and prune")
     chosen = {key: value for key, value in (flags or {}).items() if value is not None}
     try:
         recipe = assemble(raw, sets=sets, flags=chosen)
@@ -242,7 +242,7 @@ def _place(raw: dict[str, Any], key: str, value: object) -> None:
     if isinstance(several[number], str):
         several[number] = {"method": several[number]}
     if not isinstance(several[number], dict):
-        raise UsageError(f"prune: found {shown(several[number])}, expected a method and its fields")
+        raise UsageError(f"prune: found {quote(several[number])}, expected a method and its fields")
     put(several[number], rest, value)
     raw["prune"] = several
     return None
