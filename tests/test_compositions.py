@@ -243,8 +243,10 @@ class TestThroughThePipeline:
         ids = {"input_ids": fresh.probe(open_model(source, Opening(stream=True)).config)}
         # What calibration saw of later blocks is what the folder holds: the applied plan and the reopened
         # folder compute the same.
-        applied = registry.find(method)().apply(open_model(source, dtype=computed), read_plans(out)[0])
-        reopened = open_model(out, dtype=computed)
+        applied = registry.find(method)().apply(
+            open_model(source, Opening(dtype=computed)), read_plans(out)[0]
+        )
+        reopened = open_model(out, Opening(dtype=computed))
         assert torch.equal(logits(applied, ids), logits(reopened, ids))
         assert next(reopened.parameters()).dtype == getattr(torch, computed)
 

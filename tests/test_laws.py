@@ -273,11 +273,11 @@ class TestStoredAndComputedDtypes:
         folder = save_tiny("llama", tmp_path / "model", dtype=getattr(torch, stored))
         data = batches(tiny("llama"))
         whole = weigher(method, propagate="pruned", **fields).calibrate(
-            open_model(folder, dtype=computed), data
+            open_model(folder, Opening(dtype=computed)), data
         )
         # The first block as its finished decision leaves it, read back from the disk; then the second one.
         first = weigher(method, skip="1", **fields)
-        model = open_model(folder, dtype=computed)
+        model = open_model(folder, Opening(dtype=computed))
         first.calibrate(model, data).save(tmp_path / "first")
         model = first.apply(model, Plan.load(tmp_path / "first"))
         second = weigher(method, propagate="pruned", skip="0", **fields).calibrate(model, data)
