@@ -129,6 +129,14 @@ class TestLiveModels:
             probe = torch.arange(3, 13)[None]
             assert torch.equal(resident(probe).logits, streamed.skeleton(probe).logits)
 
+    def test_a_plan_of_wrong_shapes_leaves_the_model_as_it_was(self, folder: Path) -> None:
+        model = open_model(folder)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        good, bad = torch.zeros(64, 64, dtype=torch.bool), torch.zeros(5, 64, dtype=torch.bool)
+        with pytest.raises(InputError, match=r"up_proj.*mask has shape \[5, 64\], the tensor \[96, 64\]"):
+            carry_out(model, plan_of(folder, {Key(Q, "mask"): good, Key(UP, "mask"): bad}))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
     def test_for_a_while_means_that_every_bit_and_module_comes_back(self, folder: Path) -> None:
         model = open_model(folder)
         assert isinstance(model, PreTrainedModel)

@@ -223,3 +223,10 @@ class TestAForeignFolder:
         copy_side_files(source, tmp_path)
         with pytest.raises(InputError):
             verify(tmp_path)
+
+    def test_a_manifest_that_is_no_manifest_is_a_row_and_no_traceback(self, half: Pruned) -> None:
+        folder = half.write()
+        (folder / "structprune.json").write_text("{}")
+        name, detail = the_failing_row(verify(folder, reload=False))
+        assert name == "manifest"
+        assert "version" in detail

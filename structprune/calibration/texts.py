@@ -218,8 +218,11 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
                 for value in batch.column(0).to_pylist():
                     row += 1
                     yield _cell({column: value}, column, f"{path}: row {row}")
+    except PermissionError as error:
+        raise EnvironmentFailure(f"{path}: {error.strerror}") from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
+        said = str(error).partition("\n")[0]
+        raise InputError(f"{path}: not a readable parquet file: {said}") from None
 
 
 def _dataset(source: str, column: str, split: str, revision: str | None) -> Iterator[str]:

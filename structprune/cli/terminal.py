@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
@@ -45,8 +46,11 @@ def say(text: str, stream: TextIO | None = None) -> None:
         target.flush()
     except UnicodeEncodeError as error:
         # Part of the text may be in the buffer; what cannot be encoded is escaped, not lost.
-        target.write(f"{text.encode(error.encoding, 'backslashreplace').decode(error.encoding)}\n")
-        target.flush()
+        # The stream's own encoding: for the code pages of Windows the error's is "charmap".
+        known = getattr(target, "encoding", None) or error.encoding
+        with contextlib.suppress(BrokenPipeError):
+            target.write(f"{text.encode(known, 'backslashreplace').decode(known)}\n")
+            target.flush()
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:  # noqa: PTH123
             # Python flushes once more when it exits, and would complain then.
@@ -199,13 +203,15 @@ class _StderrHandler(logging.Handler):
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
-        self._said: set[str] = set()
+        self._said: set[tuple[object, ...]] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = f"{record.levelname.lower()}: {_one_line(record.getMessage())}"
-        if line not in self._said:
-            self._said.add(line)
-            say(line, sys.stderr)
+        # A model's copy under work has the oddities of its source: which folder it is makes no other fact.
+        told = record.args if isinstance(record.args, tuple) else ()
+        fact = (record.msg, *(str(one) for one in told if not isinstance(one, Path)))
+        if fact not in self._said:
+            self._said.add(fact)
+            say(f"{record.levelname.lower()}: {_one_line(record.getMessage())}", sys.stderr)
 
 
 def _can_draw(stream: TextIO) -> bool:

@@ -26,6 +26,7 @@ from structprune.models.tensor_edit import (
     Decisions,
     Outline,
     apply_mask,
+    check_shapes,
     edited_layout,
     keep_indices,
     left_shape,
@@ -43,7 +44,8 @@ def carry_out(model: Model, plan: Plan) -> None:
     """Carry a plan out on a model in place; the same plan twice is the plan once.
 
     Raises:
-        InputError: The plan belongs to another architecture; the model is left as it was.
+        InputError: The plan belongs to another architecture, or a decision has another shape than what it is
+            about; the model is left as it was.
     """
     if plan.id in applied(model):
         return
@@ -64,7 +66,7 @@ def left_of(model: Model, outline: Outline, patch: Mapping[str, Any]) -> PreTrai
 
     Args:
         model: Stays as it is.
-        outline: Which decisions change what there is.
+        outline: Which decisions change tensors or shapes; masks do not, and need not be in it.
         patch: Keys of config.json with their new values.
     """
     twin = twin_of(skeleton(model))
@@ -76,6 +78,7 @@ def left_of(model: Model, outline: Outline, patch: Mapping[str, Any]) -> PreTrai
 
 def _edit_whole(model: PreTrainedModel, plan: Decisions, patch: Mapping[str, Any]) -> None:
     left = edited_layout(stored_layout(model), plan)
+    check_shapes(left, plan)  # all of them before the first edit, so that none is left half done
     # One by one, because what an edit replaced is let go of when the next one is asked for.
     for _ in edit_modules(model, "", plan, names_of(model)):
         pass
@@ -95,29 +98,35 @@ def edit_modules(module: nn.Module, prefix: str, plan: Decisions, names: Names) 
     Yields:
         What undoes the edit just made; to be called in reverse order.
     """
+    # Stored weights that become products, and those that stay tensors of their own but change.
     wholes = {factored.whole_of(key.name) for key in plan if key.edit == "parts"}
     touched = {key.name for key in plan if key.edit in ("mask", "value", "keep", "drop")}
-    for path, parameter in [*module.named_parameters()]:
+    # A list of paths, for the tree changes on the way; not of parameters, which are to be freed.
+    for path in [path for path, _ in module.named_parameters()]:
+        parameter = module.get_parameter(path)
         stored = names.stored_of.get(f"{prefix}.{path}" if prefix else path, ())
         owner, leaf = module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
         if wholes.intersection(stored):
             yield factored.replace(module, path.rpartition(".")[0], stored[0], plan)
-        elif any(Key(name, "drop") in plan for name in stored):
+        elif stored and all(Key(name, "drop") in plan for name in stored):
             yield _put(owner, leaf, None)
         elif touched.intersection(stored):
             key = f"{prefix}.{path}" if prefix else path
             found = names.to_stored({key: parameter.data})
             edited = {name: _edited(name, value, plan) for name, value in found.items()}
             yield _set_data(owner, parameter, names.to_module(edited)[key])
-    for name in touched - names.module_of.keys():
+    # What the model lacks so far, a value creates: a bias beside its weight. It is found by a stored sibling,
+    # because files and modules may call the way to it differently (GPT-2 files lack "transformer.").
+    for name in sorted(key.name for key in plan if key.edit == "value" and key.name not in names.module_of):
         home = name.rpartition(".")[0]
-        sibling = next((one for one in names.module_of if one.rpartition(".")[0] == home), None)
-        place = None if sibling is None else names.module_of[sibling].rpartition(".")[0]
-        if place is not None and (not prefix or place == prefix or place.startswith(f"{prefix}.")):
-            owner = module.get_submodule(place.removeprefix(prefix).removeprefix("."))
-            beside = next(owner.parameters())
+        alike = (names.module_of[one] for one in names.module_of if one.rpartition(".")[0] == home)
+        beside = next(alike, "")
+        if beside and beside.startswith(f"{prefix}." if prefix else ""):
+            path = beside.removeprefix(f"{prefix}.")
+            owner, like = module.get_submodule(path.rpartition(".")[0]), module.get_parameter(path)
             value = apply_mask(name, plan[Key(name, "value")], plan.shapes[Key(name, "value")], plan)
-            yield _put(owner, name.rpartition(".")[2], nn.Parameter(value.to(beside), requires_grad=False))
+            created = nn.Parameter(value.to(like.device, like.dtype), requires_grad=False)
+            yield _put(owner, name.rpartition(".")[2], created)
 
 
 @contextmanager
@@ -144,6 +153,8 @@ def _set_data(owner: nn.Module, parameter: nn.Parameter, value: Tensor) -> Undo:
     """Exchange what a parameter holds; the parameter itself stays, so that what is tied to it follows."""
     before, sizes = parameter.data, _sizes(owner)
     parameter.data = value
+    # Sizes that a forward does not look at, but people and later forecasts do. A cut Conv1D would need its
+    # own (nf), which its forward looks at.
     if isinstance(owner, nn.Linear) and parameter is owner.weight:
         owner.out_features, owner.in_features = value.shape
 

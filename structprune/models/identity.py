@@ -106,5 +106,6 @@ def stored_names(names: Names, chosen: Sequence[Linear]) -> list[str]:
 
 def _hashed(name: str, value: Tensor) -> tuple[TensorInfo, str]:
     tensor = value.detach().cpu().contiguous()
+    # In no file and at no place: only name, dtype and shape are part of the hash.
     info = TensorInfo(name, tensor.dtype, tuple(tensor.shape), "", 0, 0)
     return info, hashlib.sha256(bytes_of(tensor, name)).hexdigest()

@@ -1,6 +1,7 @@
 """What a plan makes of stored tensors: of one, and of the list of all.
 
-Inside a plan the order is: keep, then value, then mask; the latter two are in the layout that is left.
+Inside a plan the order is: keep, then value, then mask; the latter two are in the layout that is left, so
+that a value replaces what a keep would leave.
 """
 
 from collections.abc import Iterator, Mapping
@@ -100,7 +101,8 @@ def edited_layout(layout: Layout, plan: Decisions) -> Layout:
         elif key.edit == "value" and key.name not in known:
             created.setdefault(_module_of(key.name), []).append(key)
     left: Layout = {}
-    # Backwards, because a created tensor follows the last one of its module.
+    # Backwards, because a created tensor follows the last one of its module; what is collected is turned
+    # round at the end, so parts are put in backwards too.
     for file in reversed([*layout]):
         kept: list[Entry] = []
         for name, dtype, shape in reversed(layout[file]):
@@ -128,8 +130,24 @@ def left_shape(name: str, shape: tuple[int, ...], plan: Decisions) -> tuple[int,
     return tuple(left)
 
 
-def _entry(key: Key, plan: Decisions) -> Entry:
-    return key.name, plan[key].dtype, plan.shapes[key]
+def check_shapes(left: Layout, plan: Decisions) -> None:
+    """Check that every mask and new value of a plan has the shape that the plan leaves of its tensor.
+
+    Args:
+        left: What `edited_layout` returned.
+        plan: What is to be carried out.
+
+    Raises:
+        InputError: One has another shape; the tensor is named.
+    """
+    shapes = {name: shape for entries in left.values() for name, _, shape in entries}
+    for key in plan:
+        if key.edit in ("mask", "value") and shapes.get(key.name) != tuple(plan.shapes[key]):
+            found = list(shapes[key.name]) if key.name in shapes else "none"
+            raise InputError(
+                f"{key.name}: the plan's {key.kind} has shape {list(plan.shapes[key])}, the tensor {found}",
+                hint="the plan belongs to another model",
+            )
 
 
 def _module_of(name: str) -> str:

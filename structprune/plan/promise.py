@@ -23,8 +23,8 @@ class Removed(_Said):
             together (an expert's gate and up projection may be stored apart and compete as one).
         per: What loses so many: "row" of a weight seen as [out, in], "group" of consecutive inputs, "matrix".
         removed: How many weights leave each.
-        of: Members of a group; 0 for rows and matrices.
-        transposed: The tensors are stored as [in, out].
+        of: Members of a group of consecutive inputs, the M of N:M; 0 for rows and matrices.
+        transposed: The tensors are stored as [in, out]; never those of experts.
         expert: Which matrix of a stored tensor [experts, out, in] is meant; None for a tensor of its own.
     """
 
@@ -56,9 +56,9 @@ class Promises(_Said):
     """What one stage promises.
 
     Attributes:
-        unit: What is counted: "weights", "parameters", ...
+        unit: What is counted, for people: "weights", "parameters", ...; no code depends on it.
         asked: What was asked for, as the user says it.
-        removed: How many of them leave altogether.
+        removed: How many of them leave altogether: of weights, the sum over `stored`.
         of: Of how many.
         stored: What becomes of single stored tensors; what is not named keeps its shape and loses nothing.
     """

@@ -71,7 +71,8 @@ class Measured:
         changed: Elements that no plan removed and whose bits are not the source's.
         fullest: M -> the most elements that are not zero in a group of M consecutive inputs; M where groups
             do not divide the inputs, or for what is no linear.
-        foreign: The last plan that gives the tensor new values gave it others.
+        foreign: Whether the last plan that touched the tensor gave it other values; None where that plan gave
+            it none, so that there is nothing to compare with.
         rows: Per plan what it removes; None where it does not name the tensor.
     """
 
@@ -81,7 +82,7 @@ class Measured:
     not_finite: int = 0
     revived: int = 0
     changed: int = 0
-    foreign: bool = False
+    foreign: bool | None = None
     fullest: dict[int, int] = field(default_factory=dict)
     rows: list[Rows | None] = field(default_factory=list)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from structprune.checkpoint.manifest import MANIFEST, check_manifest, read_manifest
+from structprune.checkpoint.manifest import MANIFEST, Manifest, check_manifest, read_manifest
 from structprune.errors import InputError
 from structprune.machine import give_back_memory
 from structprune.models.identity import architecture_of
@@ -73,8 +73,9 @@ def verify(
     result = Verification()
     ours = (folder / MANIFEST).exists() or (folder / PLANS).exists()
     before = None if source is None else open_reader(source, opening)
+    manifest = None
     if hashes:
-        _check_manifest(result, folder, ours, opening.allow_external_symlinks)
+        manifest = _check_manifest(result, folder, ours, opening.allow_external_symlinks)
     try:
         model = open_skeleton(folder, replace(opening, dtype="auto"))
         stages = [Stage(path.parent) for path in sorted((folder / PLANS).glob("*/plan.json"))]
@@ -91,8 +92,6 @@ def verify(
     held = _measure(model, reader, stages, before, progress)
     _summarise(result, model, reader, held, before)
     _check_weights(result, held)
-    links = opening.allow_external_symlinks
-    manifest = read_manifest(folder, allow_external_symlinks=links) if ours else None
     trained = {*(manifest.facts.get("revalued", ()) if manifest else ()), *revalued}
     _check_values(result, held, trained)
     if before is not None:
@@ -104,21 +103,23 @@ def verify(
     return result
 
 
-def _check_manifest(result: Verification, folder: Path, ours: bool, links: bool) -> None:
+def _check_manifest(result: Verification, folder: Path, ours: bool, links: bool) -> Manifest | None:
+    """Add a row on the manifest, and return it where it can be read."""
     if not ours:
         result.row("manifest", [], f"not written by structprune (no {MANIFEST}); measured only")
-        return
+        return None
     try:
         manifest = read_manifest(folder, allow_external_symlinks=links)
     except InputError as error:
         result.row("manifest", [str(error)], "")
-        return
+        return None
     if manifest is None:
         result.row("manifest", [f"{folder}: no {MANIFEST}; the folder is incomplete"], "")
-        return
+        return None
     count = len(manifest.files)
     problems = check_manifest(folder, allow_external_symlinks=links)
     result.row("manifest", problems, f"{count} files have the size and sha256 of {MANIFEST}")
+    return manifest
 
 
 def _check_plans(result: Verification, model: StreamedModel, stages: list[Stage]) -> None:
@@ -138,6 +139,7 @@ def _check_plans(result: Verification, model: StreamedModel, stages: list[Stage]
             mask = list(stage.mask_shape(name))
             problems.append(f"{stage.name}: {name}: mask of shape {mask}, in the files {found}")
         stage.masked = {name: block for name, block in stage.masked.items() if name not in misfit}
+        # The hash is of the architecture before the stage: the files' own only if nothing restructured since.
         same = not any(one.restructures for one in stages[number:])
         if same and stage.plan.architecture != architecture_of(model):
             problems.append(f"{stage.name}: made for another architecture than the one in the files")
@@ -160,6 +162,7 @@ def _measure(
     """Measure every tensor in the order of the files; one is in memory, with its masks and its source."""
     where = places(model)
     promised = {of for stage in stages for _, of in stage.patterns}
+    # M -> whether masks are counted in such groups too; the common ones are looked for in the weights alone.
     groups = {of: of in promised for of in {*counts.COMMON, *promised}}
     found: dict[str, Measured] = {}
     rows: list[dict[str, Rows]] = [{} for _ in stages]
@@ -176,7 +179,8 @@ def _measure(
         for number, one in enumerate(found[name].rows):
             if one is not None:
                 rows[number][name] = one
-        touching = [stage for stage in stages if name in stage.written or name in stage.masked]
+        # A later mask or cut changes the bytes: such a value has no hash to be held to, and is not counted.
+        touching = [one for one in stages if name in {*one.written, *one.masked, *one.reshaped}]
         if touching and name in touching[-1].written:
             found[name].foreign = not touching[-1].holds(name, tensor)
         # Before the next one is read: the two largest are often neighbours in the file.
@@ -215,6 +219,7 @@ def _summarise(
 ) -> None:
     names, found = model.names, held.found
     real = {name for name, _ in model.skeleton.named_parameters(remove_duplicate=False)}
+    # Buffers are no parameters, and a tied tensor that is stored twice is one.
     counted = [name for name in found if name not in names.duplicates and names.module_of.get(name) in real]
     result.parameters = sum(found[name].size for name in counted)
     result.nonzero = result.parameters - sum(found[name].zeros for name in counted)
@@ -262,11 +267,16 @@ def _check_weights(result: Verification, held: Held) -> None:
 def _check_values(result: Verification, held: Held, trained: Collection[str]) -> None:
     gone = set().union(*(stage.gone for stage in held.stages))
     decided = {name for stage in held.stages for name in stage.written} - gone
+    # What was trained afterwards is told by the manifest or by whoever trained it; the source row counts it.
+    compared = {
+        name
+        for name in decided - set(trained)
+        if name not in held.found or held.found[name].foreign is not None
+    }
     if decided:
         problems = [
             f"{name}: its values are not those that the plan decided on"
-            for name in sorted(decided - set(trained))
+            for name in sorted(compared)
             if name not in held.found or held.found[name].foreign
         ]
-        fine = f"{len(decided - set(trained))} tensors hold the new values of their plans"
-        result.row("values", problems, fine)
+        result.row("values", problems, f"{len(compared)} tensors hold the new values of their plans")

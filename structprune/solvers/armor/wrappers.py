@@ -10,8 +10,8 @@ from structprune.errors import QualityError
 from structprune.models.modules import blockwise
 from structprune.solvers.armor.problem import Problem, State
 
-# Of the mean curvature: first what float32 needs, then what a singular matrix needs; always towards the
-# present value, so that the step stays a descent.
+# Relative to the mean diagonal: 1e-6 is some ten units in the last place of float32, 1e-2 what SparseGPT
+# damps with. What is solved for is the step from the present value: a ridge shortens it; it still descends.
 RIDGES = (1e-6, 1e-4, 1e-2)
 
 
@@ -25,7 +25,11 @@ def solve_left(problem: Problem, state: State) -> State:
 
 
 def solve_right(problem: Problem, state: State) -> State:
-    """Solve for the right wrapper exactly, with a Gram matrix one block after the other."""
+    """Solve for the right wrapper exactly, with a Gram matrix one block after the other.
+
+    With O = left @ core (its block column k) and the residual R, the loss is least in the step d where
+    O^T O d H_kk = O^T (R H)_k: so first H_kk is taken out on the right, then O^T O on the left.
+    """
     outer = torch.bmm(state.left, problem.rows(state.core)).reshape(state.core.shape)
     right, residual = state.right.clone(), state.residual.clone()
     for part in problem.parts:
@@ -34,18 +38,21 @@ def solve_right(problem: Problem, state: State) -> State:
         answers = regressors.mT @ problem.columns(problem.weighed(residual, span))
         between = problem.between(part)
         if between is not None:
-            # H stands between step and residual: taken out of the answers, core and left remain.
+            # Definite, because the correlations were damped off their diagonal of ones.
             answers = torch.linalg.solve(between, answers, left=False)
         step = solve_normal_equations(regressors.mT @ regressors, answers)
         right[part] -= step
         if between is not None:
-            # The next block column sees what this one left; H couples them.
+            # The next block column sees what this one left, as H couples them; `problem.state` computes the
+            # residual anew, so that no rounding adds up.
             residual[:, span] -= (regressors @ step)[0]
     return problem.state(state.left, state.core, right)
 
 
 def solve_normal_equations(normal: Tensor, answers: Tensor) -> Tensor:
-    """Solve normal equations [n, b, b] x = answers [n, b, c], damped as little as works.
+    """Solve normal equations [n, b, b] x = answers [n, b, c], all blocks damped as little as works for each.
+
+    Cholesky reads the lower triangles only, so rounding that makes a product unsymmetric does not matter.
 
     Raises:
         QualityError: No damping makes them definite: something is not finite.
