@@ -207,6 +207,13 @@ class TestDamage:
         found = verify(folder, hashes=False)
         assert the_failing_row(found)[0] == "files"
 
+    def test_a_manifest_that_is_no_manifest_is_a_row_and_no_traceback(self, half: Pruned) -> None:
+        folder = half.write()
+        (folder / "structprune.json").write_text("{}")
+        name, detail = the_failing_row(verify(folder, reload=False))
+        assert name == "manifest"
+        assert "version" in detail
+
 
 class TestAForeignFolder:
     def test_is_measured(self, source: Path) -> None:
@@ -223,10 +230,3 @@ class TestAForeignFolder:
         copy_side_files(source, tmp_path)
         with pytest.raises(InputError):
             verify(tmp_path)
-
-    def test_a_manifest_that_is_no_manifest_is_a_row_and_no_traceback(self, half: Pruned) -> None:
-        folder = half.write()
-        (folder / "structprune.json").write_text("{}")
-        name, detail = the_failing_row(verify(folder, reload=False))
-        assert name == "manifest"
-        assert "version" in detail
