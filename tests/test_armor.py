@@ -27,7 +27,7 @@ from structprune.models.opening import Opening
 from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
 from structprune.models.walk import Walk
-from structprune.proof import fresh
+from structprune.proof import fresh_process as fresh
 from structprune.proof.verify import verify
 from structprune.pruners.weight.armor import Armor
 from structprune.pruners.weight.sparsegpt import Sparsegpt

@@ -173,15 +173,6 @@ def test_a_window_begins_as_the_tokenizer_begins_a_text(prose: str) -> None:
     assert (ids[:, 1:] != ours.bos_token_id).all()
 
 
-def test_a_token_can_begin_the_text_only(prose: str) -> None:
-    ours = with_bos()
-    everything = load(
-        TextSource(prose), ours, samples=encode([PROSE], ours).numel() // 16, length=16, bos="text"
-    )
-    ids = torch.cat([batch["input_ids"] for batch in everything.batches])
-    assert int((ids == ours.bos_token_id).sum()) == 1
-
-
 def test_the_length_defaults_to_what_the_model_knows_but_never_over_2048() -> None:
     assert window_length(None, 128) == 128
     assert window_length(None, 131072) == 2048

@@ -23,7 +23,7 @@ from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
 from structprune.plan.key import WRITTEN, Key
 from structprune.plan.plan import Plan
-from structprune.proof import fresh
+from structprune.proof import fresh_process as fresh
 from structprune.proof.verify import verify
 from structprune.pruners import pruner as registry
 from structprune.pruners.weight._family import WeightPruner

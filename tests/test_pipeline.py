@@ -28,7 +28,7 @@ from structprune.errors import (
 from structprune.models.opening import Opening
 from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
-from structprune.proof import fresh
+from structprune.proof import fresh_process as fresh
 from structprune.pruners import pruner as registry
 from tests.methods import CALIBRATION, TEXT, accepts, quick
 from tests.tiny import save_tiny, tiny

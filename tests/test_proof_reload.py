@@ -10,7 +10,7 @@ from structprune.models.opening import Opening
 from structprune.models.outputs import logits
 from structprune.models.streamed import StreamedModel, open_model
 from structprune.plan.promise import Removed
-from structprune.proof import fresh
+from structprune.proof import fresh_process as fresh
 from structprune.proof.measure import measure
 from structprune.proof.verify import verify
 from structprune.storage.reader import CheckpointReader
@@ -129,6 +129,12 @@ class TestDifference:
         logits = torch.tensor([[1.0, -4.0]])
         assert fresh.difference(logits, logits) == (True, "the same logits to the last bit")
         assert fresh.difference(logits + 1e-5, logits)[0]
-        assert fresh.difference(logits + 1e-3, logits) == (False, "logits differ by 0.001, the largest is 4")
+        assert fresh.difference(logits + 1e-3, logits) == (
+            False,
+            "logits differ by 0.001, the largest is 4",
+        )
         assert fresh.difference(logits * float("nan"), logits) == (False, "2 logits are not finite")
-        assert fresh.difference(logits[:, :1], logits) == (False, "logits of shape [1, 1], expected [1, 2]")
+        assert fresh.difference(logits[:, :1], logits) == (
+            False,
+            "logits of shape [1, 1], expected [1, 2]",
+        )

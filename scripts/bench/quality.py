@@ -147,7 +147,7 @@ def wrapper_of(model: Model) -> tuple[int, float]:
 def held_out_of(path: str | None, tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Windows:
     """Return `count` windows spread evenly over a text; the demo's own held-out text where path is None."""
     pieces: Iterable[str] = [text(HELD_OUT_SEED, 200_000)] if path is None else data.pieces(TextSource(path))
-    every = windows_of(data.encode(pieces, tokenizer), length, first=data.sequence_start(tokenizer).window)
+    every = windows_of(data.encode(pieces, tokenizer), length, first=data.sequence_start(tokenizer).token)
     step = len(every.inputs) // count
     if not step:
         raise SystemExit(f"the text has only {len(every.inputs)} windows of {length} tokens")

@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from structprune.errors import InputError, UsageError
 from structprune.models.streamed import Batch
 
 __all__ = [
-    "Bos",
     "Calibration",
     "cut",
     "encode",
@@ -33,8 +32,6 @@ __all__ = [
     "sequence_start",
     "texts",
 ]
-
-Bos = Literal["auto", "window", "text", "none"]
 
 LONGEST_DEFAULT = 2048
 # So many times the tokens needed are read at most: enough for the draw to reach past a source's first pages,
@@ -66,7 +63,6 @@ def load(
     seed: int = 0,
     batch_size: int = 8,
     max_length: int | None = None,
-    bos: Bos = "auto",
 ) -> Calibration:
     """Draw calibration samples; the same arguments give the same tokens in the same order.
 
@@ -78,7 +74,6 @@ def load(
         seed: Decides which windows are drawn, and their order.
         batch_size: Windows per batch; the last batch may be smaller.
         max_length: The most positions the model knows (`positions` tells); None when it has no such limit.
-        bos: As for `sequence_start`.
 
     Raises:
         UsageError: `length` is longer than `max_length`, or a count is not positive.
@@ -89,15 +84,15 @@ def load(
         if value < 1:
             raise UsageError(f"{name} is {value}, expected at least 1")
     tokens = window_length(length, max_length)
-    first = sequence_start(tokenizer, bos)
-    body = tokens - (first.window is not None)
-    ids = encode(pieces(text), tokenizer, limit=samples * body * READ_AHEAD, first=first.text)
+    first = sequence_start(tokenizer)
+    body = tokens - (first.token is not None)
+    ids = encode(pieces(text), tokenizer, limit=samples * body * READ_AHEAD)
     available = ids.numel()
     if available // body < samples:
         raise _too_few(text.source, available, samples, tokens, tokens - body)
     windows = cut(ids, body)
     drawn = random.Random(seed).sample(range(len(windows)), samples)
-    inputs = begin(windows[drawn], first.window)
+    inputs = begin(windows[drawn], first.token)
     facts = {
         **asdict(text),
         "seed": seed,
@@ -138,42 +133,27 @@ def window_length(length: int | None, max_length: int | None) -> int:
 
 @dataclass(frozen=True)
 class SequenceStart:
-    """Which beginning-of-sequence token goes where.
+    """Whether a beginning-of-sequence token stands before every window.
 
     Attributes:
-        rule: "window" (before every window), "text" (once, before the text) or "none".
-        window: The token before every window, or None.
-        text: The token before the text, or None.
+        token: The token, or None.
     """
 
-    rule: Literal["window", "text", "none"]
-    window: int | None = None
-    text: int | None = None
+    token: int | None = None
+
+    @property
+    def rule(self) -> str:
+        """Return the rule as it is stamped on figures: "window" or "none"."""
+        return "none" if self.token is None else "window"
 
 
-def sequence_start(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> SequenceStart:
-    """Decide where beginning-of-sequence tokens go.
-
-    Args:
-        tokenizer: The model's.
-        bos: "auto" is "window" when the tokenizer begins texts with one by itself, else "none". "text" puts
-            it once at the text's beginning, which is how most published perplexities were measured.
-
-    Raises:
-        UsageError: `bos` asks for a token that the tokenizer does not have.
-    """
+def sequence_start(tokenizer: PreTrainedTokenizerBase) -> SequenceStart:
+    """Return what every window begins with: a token where the tokenizer begins texts with one by itself."""
     token = tokenizer.bos_token_id
-    if bos == "auto":
-        own = tokenizer("a", verbose=False)["input_ids"]
-        bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
-        bos = "window" if token is not None and own[0] == token != bare[0] else "none"
-    if bos == "none":
-        return SequenceStart("none")
-    if not isinstance(token, int):
-        raise UsageError(
-            f"bos is {bos!r}, but the tokenizer has no beginning-of-sequence token", hint="use 'none'"
-        )
-    return SequenceStart("window", window=token) if bos == "window" else SequenceStart("text", text=token)
+    own = tokenizer("a", verbose=False)["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    starts = isinstance(token, int) and own[0] == token != bare[0]
+    return SequenceStart(token if starts else None)
 
 
 def encode(
@@ -181,7 +161,6 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     *,
     limit: int | None = None,
-    first: int | None = None,
 ) -> Tensor:
     """Tokenise a running text piece by piece, without adding special tokens.
 
@@ -189,13 +168,12 @@ def encode(
         text: Pieces of the text; special tokens spelled out in it are read as such.
         tokenizer: The model's.
         limit: Stop reading once there are so many tokens; the rest of the last piece is dropped.
-        first: A token to put before the text.
 
     Returns:
         Token ids, shape [tokens], int32.
     """
-    parts = [] if first is None else [torch.tensor([first], dtype=torch.int32)]
-    count = len(parts)
+    parts: list[Tensor] = []
+    count = 0
     for piece in text:
         # verbose=False: a text longer than the model's limit is what we want, and no reason for a warning.
         ids = tokenizer(piece, add_special_tokens=False, return_attention_mask=False, verbose=False)[

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from structprune.calibration.data import Bos, positions, sequence_start, window_length
+from structprune.calibration.data import positions, sequence_start, window_length
 from structprune.calibration.text_source import TextSource
 from structprune.calibration.texts import DEMO, name_of, pieces
 from structprune.demo.world import HELD_OUT_SEED
@@ -86,7 +86,6 @@ def evaluate(
     *,
     dense: Model | None = None,
     dense_tokenizer: PreTrainedTokenizerBase | None = None,
-    bos: Bos = "auto",
 ) -> Evaluation:
     """Measure a model and, in the same run, the dense model it was made from.
 
@@ -96,7 +95,6 @@ def evaluate(
         options: What to measure; the text "demo" is held-out text of the demo's generator.
         dense: The model to compare with, opened from what `options.compare` names or from anything else.
         dense_tokenizer: The dense model's, to check that both read the same tokens.
-        bos: Where beginning-of-sequence tokens go, as for `calibration.data.sequence_start`.
 
     Raises:
         UsageError: A size is impossible, a task is unknown, or both models do not share the protocol.
@@ -109,7 +107,7 @@ def evaluate(
     if dense is not None:
         same_footing(model, tokenizer, dense, dense_tokenizer)
     longest = positions(model.config)
-    size, first = window_length(options.length, longest), sequence_start(tokenizer, bos)
+    size, first = window_length(options.length, longest), sequence_start(tokenizer)
     cut = partial(
         cut_windows,
         tokenizer=tokenizer,
@@ -128,7 +126,7 @@ def evaluate(
         _add_text(result, name, score(model, found, dense=dense, batch_size=options.batch_size))
     if sources and options.generations:
         chosen = beginnings(_pieces(sources[0]), tokenizer, max_length=longest)
-        result.generations = _side_by_side(chosen, model, dense, tokenizer, first.window)
+        result.generations = _side_by_side(chosen, model, dense, tokenizer, first.token)
     if options.tasks:
         for which, one in (("model", model), ("dense", dense)):
             if one is not None:

@@ -50,12 +50,12 @@ def cut_windows(
         raise UsageError(f"stride is {stride}, expected 1 to the length of a window, {length}")
     if windows is not None and windows < 1:
         raise UsageError(f"windows is {windows}, expected at least 1")
-    body = length - (start.window is not None)
+    body = length - (start.token is not None)
     step = body if stride is None else min(stride, body)
     digest = hashlib.sha256()
     needed = None if windows is None else body + (windows - 1) * step
-    ids = encode(_hashed(text, digest), tokenizer, limit=needed, first=start.text)
-    found = windows_of(ids, length, stride=step, first=start.window)
+    ids = encode(_hashed(text, digest), tokenizer, limit=needed)
+    found = windows_of(ids, length, stride=step, first=start.token)
     if not found.starts:
         raise InputError(
             f"{source}: {ids.numel()} tokens are too few for one window of length {length}",

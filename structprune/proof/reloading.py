@@ -15,7 +15,7 @@ from structprune.models.opening import Opening
 from structprune.models.outputs import logits
 from structprune.models.shipped import is_shipped
 from structprune.models.streamed import Model, StreamedModel
-from structprune.proof import fresh
+from structprune.proof import fresh_process
 from structprune.proof.reload_streamed import loader
 from structprune.proof.verification import Verification
 from structprune.storage.reader import CheckpointReader
@@ -51,7 +51,7 @@ def check_reload(
         opening: Whether one block is held, and whether code of others that the folder brings along may run.
         reference: A model whose logits the folder must give; only on the CPU.
     """
-    ids = fresh.probe(model.config)
+    ids = fresh_process.probe(model.config)
     stream = opening.streams(reader.nbytes)
     if stream:
         ours = logits(model, {"input_ids": ids})
@@ -61,18 +61,18 @@ def check_reload(
     result.loads_in.append(loader())
     # An accelerator rounds differently from the processor that the folder is run on here.
     if reference is not None and reference.device.type == "cpu":
-        same, said = fresh.difference(logits(reference, {"input_ids": ids}).cpu(), ours)
+        same, said = fresh_process.difference(logits(reference, {"input_ids": ids}).cpu(), ours)
         result.row("logits", [] if same else [f"this run's model: {said}"], f"this run's model: {said}")
     dtype = str(model.dtype).removeprefix("torch.")
     # A streamed reload is our own, which runs no file of ours.
     with nullcontext((reader.folder, False)) if stream else _runnable(reader) as (folder, generated):
         trusted = opening.trust_remote_code or generated
-        job = fresh.ReloadJob(folder, ids, replace(opening, dtype=dtype, trust_remote_code=trusted))
-        (child,) = fresh.reload([job], stream=stream)
+        job = fresh_process.ReloadJob(folder, ids, replace(opening, dtype=dtype, trust_remote_code=trusted))
+        (child,) = fresh_process.reload([job], stream=stream)
     if child.logits is None:
         result.row("reload", [f"a fresh process could not open the folder: {child.error}"], "")
         return
-    same, said = fresh.difference(child.logits, ours)
+    same, said = fresh_process.difference(child.logits, ours)
     problems = [] if same else [f"{child.loader} in a fresh process: {said}"]
     problems += [f"{name}: {child.loader} does not find it" for name in child.missing]
     if child.same_with_cache is False:

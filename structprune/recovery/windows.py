@@ -65,8 +65,8 @@ def draw(
     """
     tokens = window_length(length, max_length)
     first = sequence_start(tokenizer)
-    body = tokens - (first.window is not None)
-    ids = encode(pieces(text), tokenizer, limit=limit * body * READ_AHEAD, first=first.text)
+    body = tokens - (first.token is not None)
+    ids = encode(pieces(text), tokenizer, limit=limit * body * READ_AHEAD)
     windows = cut(ids, body)
     if len(windows) < 2:
         raise InputError(
@@ -76,7 +76,7 @@ def draw(
             else "use more text",
         )
     drawn = random.Random(seed).sample(range(len(windows)), min(limit, len(windows)))
-    inputs = begin(windows[drawn], first.window)
+    inputs = begin(windows[drawn], first.token)
     facts = {
         **asdict(text),
         "seed": seed,
