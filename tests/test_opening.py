@@ -118,9 +118,12 @@ def test_a_warning_is_said_once_per_run(capsys: pytest.CaptureFixture[str]) -> N
             log.warning("%s: mixed dtypes", "folder")
             log.warning("folder: mixed dtypes")
             log.warning("folder: something else")
+            for folder in (Path("source"), Path("out.partial-0")):
+                log.warning("%s: the private key %r is ignored", folder, "_key")
     assert capsys.readouterr().err.splitlines() == 2 * [
         "warning: folder: mixed dtypes",
         "warning: folder: something else",
+        "warning: source: the private key '_key' is ignored",
     ]
 
 

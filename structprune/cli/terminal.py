@@ -203,12 +203,13 @@ class _StderrHandler(logging.Handler):
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
-        self._said: set[tuple[object, ...]] = set()
+        self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         # A model's copy under work has the oddities of its source: which folder it is makes no other fact.
         told = record.args if isinstance(record.args, tuple) else ()
-        fact = (record.msg, *(str(one) for one in told if not isinstance(one, Path)))
+        told = tuple("" if isinstance(one, Path) else one for one in told)
+        fact = str(record.msg) % told if told else str(record.msg)
         if fact not in self._said:
             self._said.add(fact)
             say(f"{record.levelname.lower()}: {_one_line(record.getMessage())}", sys.stderr)
