@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import processors
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from structprune.calibration.data import load
@@ -20,7 +21,7 @@ from structprune.errors import EnvironmentFailure, InputError, QualityError, Usa
 from structprune.evaluation import perplexity
 from structprune.evaluation.evaluation import Evaluation, evaluate, gate
 from structprune.evaluation.generations import beginnings, generations
-from structprune.evaluation.harness import harness
+from structprune.evaluation.harness import _without_bars, harness
 from structprune.evaluation.perplexity import Scores, Windows, score, windows_of
 from structprune.models import outputs
 from structprune.models.opening import Opening
@@ -419,3 +420,11 @@ def test_a_streamed_model_is_refused_by_lm_eval(tmp_path: Path) -> None:
     model = open_model(save_tiny("llama", tmp_path / "model"), Opening(stream=True))
     with pytest.raises(UsageError, match="need the whole model in memory"):
         harness(model, tokenizer(), ["tiny_choice"])
+
+
+def test_no_bar_is_drawn_into_a_log_and_all_are_again_afterwards(capsys: pytest.CaptureFixture[str]) -> None:
+    with _without_bars():
+        assert list(tqdm(range(3), disable=False)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    assert list(tqdm(range(3))) == [0, 1, 2]
+    assert "100%" in capsys.readouterr().err

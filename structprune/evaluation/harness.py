@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,12 @@ def harness(
         hint = "pip install 'structprune[eval]'"
         raise EnvironmentFailure(f"lm-eval tasks need {error.name}", hint=hint) from None
     # lm-eval prints while it draws standard errors, and sets a padding token on the tokenizer it is given.
-    with contextlib.redirect_stdout(sys.stderr):
+    bars = contextlib.nullcontext() if sys.stderr.isatty() else _without_bars()
+    with contextlib.redirect_stdout(sys.stderr), bars:
         manager, names = _find(tasks, include_path)
         loaded = _load(manager, names)
         with _quiet():
             runner = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        if not sys.stderr.isatty():
-            _hide_bars(runner)
         results: dict[str, Any] = lm_eval.simple_evaluate(
             model=runner,
             tasks=loaded,
@@ -109,14 +108,24 @@ def _numbers(row: dict[str, Any]) -> dict[str, float | None]:
     return found
 
 
-def _hide_bars(runner: Any) -> None:
-    """Draw no progress bars: in a file every step of theirs is another line."""
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Let nobody draw progress bars for the length of a `with`: in a file every step of theirs is a line.
 
-    def hidden(method: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: method(*args, **{**kwargs, "disable_tqdm": True})
+    lm-eval takes a flag for some of its bars and none for others, nor do the libraries that read its data.
+    """
+    from tqdm import tqdm
 
-    for name in ("loglikelihood", "loglikelihood_rolling", "_loglikelihood_tokens", "generate_until"):
-        setattr(runner, name, hidden(getattr(runner, name)))
+    draw = tqdm.__init__
+
+    def hidden(bar: Any, *args: Any, **kwargs: Any) -> None:
+        draw(bar, *args, **{**kwargs, "disable": True})
+
+    tqdm.__init__ = hidden
+    try:
+        yield
+    finally:
+        tqdm.__init__ = draw
 
 
 def _find(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[str]]:
