@@ -73,6 +73,7 @@ class StreamedModel:
         if reader.shapes == self.reader.shapes and reader.config == self.reader.config:
             self.reader = reader
             return
+        # Edits never name code of a folder: this runs some only where opening `self.reader` was trusted to.
         skeleton = build_skeleton(reader, open_config(reader, trust_remote_code=True), self.dtype)
         names = Names(skeleton, reader.shapes)
         agreement.check(reader, names.expected(), names.ignored, names.duplicates)
