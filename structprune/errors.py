@@ -17,20 +17,21 @@ class StructpruneError(Exception):
 
     Args:
         message: What was found and what was expected, naming the file, tensor or key; one line.
-        hint: What the user can do; one line.
+        hint: What the user can do; one line, never empty.
     """
 
     exit_code: int = 1
     kind: ClassVar[str] = "bug"
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str) -> None:
+        assert hint, "whoever refuses says what to do"
         super().__init__(message)
         self.message = message
         self.hint = hint
 
     def __str__(self) -> str:
         """Return the message and the hint as one line."""
-        return f"{self.message} ({self.hint})" if self.hint else self.message
+        return f"{self.message} ({self.hint})"
 
 
 class UsageError(StructpruneError):

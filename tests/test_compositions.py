@@ -345,7 +345,7 @@ class TestSeveralSparsities:
         self, command: Command, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked: list[Any] = []
-        stop = UsageError("seen")
+        stop = UsageError("seen", hint="nothing to do")
 
         def note(recipe: structprune.Recipe, sparsities: list[Any], **_: Any) -> dict[str, Any]:
             asked.append((recipe.prune[0].method(), sparsities))
@@ -428,7 +428,7 @@ class TestKeptScores:
 
         def note(recipe: structprune.Recipe, **options: Any) -> dict[str, Any]:
             asked.append((getattr(recipe.prune[0], "keep_scores", None), options["scores"]))
-            raise UsageError("seen")
+            raise UsageError("seen", hint="nothing to do")
 
         monkeypatch.setattr("structprune.pipeline.prune.prune", note)
         command("prune", "x", "out", "--method", "random", "--keep-scores")

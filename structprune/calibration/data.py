@@ -82,7 +82,10 @@ def load(
     """
     for name, value in {"samples": samples, "batch_size": batch_size}.items():
         if value < 1:
-            raise UsageError(f"{name} is {value}, expected at least 1")
+            raise UsageError(
+                f"{name} is {value}, expected at least 1",
+                hint=f"leave {name} out for its default, or give a whole number of at least 1",
+            )
     tokens = window_length(length, max_length)
     first = sequence_start(tokenizer)
     body = tokens - (first.token is not None)
@@ -120,7 +123,10 @@ def window_length(length: int | None, max_length: int | None) -> int:
     if length is None:
         return LONGEST_DEFAULT if max_length is None else min(LONGEST_DEFAULT, max_length)
     if length < 2:
-        raise UsageError(f"length is {length}, expected at least 2 tokens")
+        raise UsageError(
+            f"length is {length}, expected at least 2 tokens",
+            hint="leave length out for its default; one token predicts nothing",
+        )
     if max_length is not None and length > max_length:
         # Rotary embeddings run on past it without a word, and every figure after that is about something
         # else.

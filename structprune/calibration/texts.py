@@ -12,6 +12,10 @@ from typing import Any
 from structprune.calibration.text_source import TextSource
 from structprune.errors import EnvironmentFailure, InputError, StructpruneError, UsageError
 
+PLAIN_FILE = "put the text itself there; folders, pipes and devices are not read"
+AS_TEXT = "save it as UTF-8 text; compressed and binary files are not read"
+RIGHTS = "check the rights of the file, and the disk"
+
 DEMO = "demo"
 COLUMN = "text"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -94,7 +98,7 @@ def hub_failure(error: Exception, what: str) -> StructpruneError:
     if "LocalEntryNotFoundError" in chain or "ConnectionError" in chain or "HTTPError" in chain:
         hint = "without a network, use local files, or what was fetched before with HF_HUB_OFFLINE=1"
         return EnvironmentFailure(message, hint=hint)
-    return InputError(message)
+    return InputError(message, hint="check the name, the configuration, the split and the revision")
 
 
 def _is_file(source: str) -> bool:
@@ -109,11 +113,13 @@ def _check(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        raise InputError(
+            f"{path}: no such file", hint="check the path; relative ones start at the working directory"
+        ) from None
     except OSError as error:
-        raise EnvironmentFailure(f"{path}: {error.strerror}") from None
+        raise EnvironmentFailure(f"{path}: {error.strerror}", hint=RIGHTS) from None
     if not stat.S_ISREG(mode):
-        raise InputError(f"{path}: not a regular file")
+        raise InputError(f"{path}: not a regular file", hint=PLAIN_FILE)
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: unknown kind of data file", hint=f"known are {', '.join(SUFFIXES)}")
 
@@ -152,7 +158,7 @@ def _lines(path: Path) -> Iterator[str]:
                 yield _decode(line, path, number, offset)
                 offset += len(line)
     except OSError as error:
-        raise EnvironmentFailure(f"{path}: {error.strerror}") from None
+        raise EnvironmentFailure(f"{path}: {error.strerror}", hint=RIGHTS) from None
 
 
 def _decode(line: bytes, path: Path, number: int, offset: int) -> str:
@@ -164,11 +170,13 @@ def _decode(line: bytes, path: Path, number: int, offset: int) -> str:
         bad = error.object[error.start]
         raise InputError(
             f"{path}: not UTF-8 at byte {at} (line {number}): 0x{bad:02x} cannot stand there",
-            hint="save it as UTF-8 text; compressed and binary files are not read",
+            hint=AS_TEXT,
         ) from None
     if "\0" in text:
         at = offset + line.index(b"\0")
-        raise InputError(f"{path}: a NUL byte at byte {at} (line {number}); this is a binary file, not text")
+        raise InputError(
+            f"{path}: a NUL byte at byte {at} (line {number}); this is a binary file, not text", hint=AS_TEXT
+        )
     return text
 
 
@@ -179,11 +187,15 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: line {number} is not JSON: {error}") from None
+            raise InputError(
+                f"{path}: line {number} is not JSON: {error}",
+                hint="one JSON object a line; a plain text is called .txt",
+            ) from None
         if not isinstance(row, dict):
             found = type(row).__name__
             raise InputError(
-                f"{path}: line {number} holds a {found}, expected an object with a column {column!r}"
+                f"{path}: line {number} holds a {found}, expected an object with a column {column!r}",
+                hint=f'one object a line, such as {{"{column}": "some text"}}',
             )
         yield _cell(row, column, f"{path}: line {number}")
 
@@ -193,7 +205,10 @@ def _cell(row: dict[str, Any], column: str, where: str) -> str:
         raise _no_column(where, column, row)
     value = row[column]
     if not isinstance(value, str):
-        raise InputError(f"{where}: column {column!r} holds {value!r:.40}, expected text")
+        raise InputError(
+            f"{where}: column {column!r} holds {value!r:.40}, expected text",
+            hint="choose a column of texts with `column`",
+        )
     return value
 
 
@@ -219,10 +234,13 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
                     row += 1
                     yield _cell({column: value}, column, f"{path}: row {row}")
     except PermissionError as error:
-        raise EnvironmentFailure(f"{path}: {error.strerror}") from None
+        raise EnvironmentFailure(f"{path}: {error.strerror}", hint=RIGHTS) from None
     except (pyarrow.ArrowException, OSError) as error:
         said = str(error).partition("\n")[0]
-        raise InputError(f"{path}: not a readable parquet file: {said}") from None
+        raise InputError(
+            f"{path}: not a readable parquet file: {said}",
+            hint="the file is damaged or of another kind: write it again, or use .txt or .jsonl",
+        ) from None
 
 
 def _dataset(source: str, column: str, split: str, revision: str | None) -> Iterator[str]:

@@ -22,6 +22,8 @@ from structprune.errors import InputError
 from structprune.storage.strict_json import read_json
 from structprune.storage.tensor_file import read_tensors, save_tensors
 
+BROKEN = "the adapter is not whole: copy it again"
+
 PEFT_TYPE = "STRUCTPRUNE_MASKED_LORA"
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -149,7 +151,8 @@ def merge_adapter(model: nn.Module, adapter: Adapter) -> None:
         if tuple(parameters[name].shape) != factors.shape:
             found, expected = list(factors.shape), list(parameters[name].shape)
             raise InputError(
-                f"the adapter's change of {name} has shape {found}, the model's tensor {expected}"
+                f"the adapter's change of {name} has shape {found}, the model's tensor {expected}",
+                hint=f"the adapter was trained on {adapter.base}",
             )
     for name, factors in adapter.factors.items():
         parameters[name].copy_(merge(parameters[name], factors))
@@ -205,7 +208,7 @@ def read_adapter(folder: Path) -> Adapter:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: {key}: {first['msg']}") from error
+        raise InputError(f"{path}: {key}: {first['msg']}", hint=BROKEN) from error
     factors = _pair(folder / TENSOR_FILE, config.scaling)
     return Adapter(factors, config.base_model_name_or_path, config.base_weights, config.masks)
 
@@ -216,17 +219,16 @@ def _pair(path: Path, scaling: Mapping[str, float]) -> dict[str, LowRankChange]:
     wanted = {f"{name}.{side}" for name in scaling for side in ("left", "right")}
     for name in sorted(wanted ^ tensors.keys()):
         problem = "missing" if name in wanted else f"not announced in {CONFIG_FILE}"
-        raise InputError(
-            f"{path}: tensor {name} is {problem}", hint="the adapter is not whole: copy it again"
-        )
+        raise InputError(f"{path}: tensor {name} is {problem}", hint=BROKEN)
     pairs = {}
     for name, factor in scaling.items():
         left, right = tensors[f"{name}.left"], tensors[f"{name}.right"]
         if left.ndim < 2 or left.shape[:-2] != right.shape[:-2] or left.shape[-1] != right.shape[-2]:
             raise InputError(
-                f"{path}: {name}: factors {list(left.shape)} and {list(right.shape)} do not multiply"
+                f"{path}: {name}: factors {list(left.shape)} and {list(right.shape)} do not multiply",
+                hint=BROKEN,
             )
         if not (math.isfinite(factor) and bool(left.isfinite().all()) and bool(right.isfinite().all())):
-            raise InputError(f"{path}: {name} holds numbers that are not finite")
+            raise InputError(f"{path}: {name} holds numbers that are not finite", hint=BROKEN)
         pairs[name] = LowRankChange(left, right, factor)
     return pairs

@@ -103,7 +103,10 @@ def modelling_file(config: Mapping[str, Any]) -> bytes:
     base = str((config.get("architectures") or [""])[0])
     dense = str(config.get("model_type")).removeprefix(SHIPPED_TYPE)
     if dense not in CONFIG_MAPPING or not base.isidentifier():
-        raise InputError(f"config.json: architectures {base!r} and model_type {dense!r} are not known")
+        raise InputError(
+            f"config.json: architectures {base!r} and model_type {dense!r} are not known",
+            hint="put back the config.json that was written with these weights",
+        )
     text = Path(modules.__file__).read_text(encoding="utf-8") + TEMPLATE.format(
         base=base,
         config=CONFIG_MAPPING[dense].__name__,

@@ -65,8 +65,7 @@ def say_json(data: Mapping[str, Any]) -> None:
 def complain(error: StructpruneError) -> None:
     """Write an error and its hint to stderr, one line each."""
     say(f"error: {_one_line(error.message)}", sys.stderr)
-    if error.hint:
-        say(f"hint: {_one_line(error.hint)}", sys.stderr)
+    say(f"hint: {_one_line(error.hint)}", sys.stderr)
 
 
 def error_json(error: StructpruneError, figures: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -61,7 +61,10 @@ def apportion(total: int, wanted: Mapping[str, Fraction], sizes: Mapping[str, in
         UsageError: The total leaves nothing.
     """
     if not 0 <= total < sum(sizes.values()):
-        raise UsageError(f"cannot remove {total} of {sum(sizes.values())} weights")
+        raise UsageError(
+            f"cannot remove {total} of {sum(sizes.values())} weights",
+            hint="at least one weight must stay: ask for less",
+        )
     counts = dict.fromkeys(wanted, 0)
     open_ = list(wanted)
     left = total

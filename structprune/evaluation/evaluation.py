@@ -155,7 +155,10 @@ def gate(evaluation: Evaluation, max_ppl_ratio: float) -> None:
             break
         mine, dense = figures["model"], figures["dense"]
         if mine is None or dense is None:
-            raise QualityError(f"the perplexity on {name} is not finite (model {mine}, dense {dense})")
+            raise QualityError(
+                f"the perplexity on {name} is not finite (model {mine}, dense {dense})",
+                hint="compute in float32, and check the model with `structprune verify`",
+            )
         if not mine / dense <= max_ppl_ratio:
             raise QualityError(
                 f"the perplexity on {name} is {mine:.4g}, {mine / dense:.3g} times the dense {dense:.4g}; "
@@ -163,7 +166,10 @@ def gate(evaluation: Evaluation, max_ppl_ratio: float) -> None:
                 hint="prune less, recover, or raise max_ppl_ratio",
             )
     if not evaluation.divergence:
-        raise UsageError("max_ppl_ratio needs a text and a dense model to compare with")
+        raise UsageError(
+            "max_ppl_ratio needs a text and a dense model to compare with",
+            hint="give a text with --text and the dense model with --compare",
+        )
 
 
 def _pieces(text: TextSource) -> Iterator[str]:

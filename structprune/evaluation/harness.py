@@ -133,7 +133,10 @@ def _find(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[st
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not include_path.is_dir():
-        raise UsageError(f"include_path {include_path}: no such folder")
+        raise UsageError(
+            f"include_path {include_path}: no such folder",
+            hint="check --include-path: the folder that holds your task files",
+        )
     folder = None if include_path is None else str(include_path)
     # Reading lm-eval's own thousands of task files takes seconds, so it comes second.
     manager = TaskManager(include_path=folder, include_defaults=folder is None)
@@ -161,7 +164,10 @@ def _load(manager: Any, names: list[str]) -> list[Any]:
         raise hub_failure(error, where) from error
     except (TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
         # lm-eval does not check a task's file; what is wrong with it shows as whatever it trips over.
-        raise InputError(f"{where}: cannot be set up: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(
+            f"{where}: cannot be set up: {' '.join(str(error).split())[:300]}",
+            hint="check the task's YAML file; `lm-eval ls tasks` lists those that come with lm-eval",
+        ) from error
     nested = {child for group in loaded["groups"].values() for child in group.child_names}
     built = loaded["groups"] | loaded["tasks"]
     return [one for name, one in built.items() if name not in nested]

@@ -125,7 +125,8 @@ def _check_vocabulary(ids: Tensor, model: Model, dense: Model | None) -> None:
     sizes = [int(one.config.get_text_config().vocab_size) for one in (model, dense) if one is not None]
     if len(set(sizes)) > 1:
         raise InputError(
-            f"the model has a vocabulary of {sizes[0]}, the one it is compared with of {sizes[1]}"
+            f"the model has a vocabulary of {sizes[0]}, the one it is compared with of {sizes[1]}",
+            hint="compare with the dense model that this one was pruned from",
         )
     if ids.numel() and int(ids.max()) >= sizes[0]:
         raise InputError(

@@ -47,9 +47,14 @@ def cut_windows(
         InputError: The text is shorter than one window.
     """
     if stride is not None and not 1 <= stride <= length:
-        raise UsageError(f"stride is {stride}, expected 1 to the length of a window, {length}")
+        raise UsageError(
+            f"stride is {stride}, expected 1 to the length of a window, {length}",
+            hint="leave --stride out for windows that do not overlap",
+        )
     if windows is not None and windows < 1:
-        raise UsageError(f"windows is {windows}, expected at least 1")
+        raise UsageError(
+            f"windows is {windows}, expected at least 1", hint="leave --windows out to read the whole text"
+        )
     body = length - (start.token is not None)
     step = body if stride is None else min(stride, body)
     digest = hashlib.sha256()
@@ -92,7 +97,10 @@ def same_footing(
             hint="open both with the same dtype",
         )
     if dense_tokenizer is not None and hash_of_tokenizer(tokenizer) != hash_of_tokenizer(dense_tokenizer):
-        raise UsageError("the two models have different tokenizers, so their figures cannot be compared")
+        raise UsageError(
+            "the two models have different tokenizers, so their figures cannot be compared",
+            hint="compare with the dense model that this one was pruned from",
+        )
 
 
 def dtype_of(model: Model) -> str:

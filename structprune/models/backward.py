@@ -63,7 +63,10 @@ def backward(
     real = [_real_tokens(batch) for batch in batches]
     samples = sum(len(rows) for rows in real)
     if samples == 0:
-        raise InputError("there are no samples to compute gradients from")
+        raise InputError(
+            "there are no samples to compute gradients from",
+            hint="give at least one sample: --samples 1 or more",
+        )
     arch = arch_of(skeleton(model))
     found = [
         Block(index, prefix, module, linears(prefix, module, arch))
@@ -197,7 +200,8 @@ class _Products:
         owner = self._owner if rows is None else self._owner[rows]
         if len(read) != len(owner) or linear.label in self._seen:
             raise InputError(
-                f"{linear.label}: reads {len(read)} rows, expected each of {len(owner)} tokens once"
+                f"{linear.label}: reads {len(read)} rows, expected each of {len(owner)} tokens once",
+                hint="this layer cannot be scored by gradients: --exclude it, or choose another method",
             )
         self._seen.add(linear.label)
 
@@ -235,7 +239,10 @@ def _finite(gradient: Tensor, where: str, dtype: torch.dtype) -> Tensor:
 def _real_tokens(batch: Batch) -> Tensor:
     """Return which tokens are no padding, shape [batch, tokens]."""
     if more := set(batch) - {"input_ids", "attention_mask"}:
-        raise InputError(f"gradients are computed from text only, the batch also holds {sorted(more)}")
+        raise InputError(
+            f"gradients are computed from text only, the batch also holds {sorted(more)}",
+            hint="leave out what is no text, or choose a method that needs no gradients",
+        )
     mask = batch.get("attention_mask")
     real = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
     if not bool((real[:, :-1] & real[:, 1:]).any(dim=1).all()):

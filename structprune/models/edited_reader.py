@@ -59,7 +59,10 @@ class EditedReader(StoredTensors):
             InputError: There is no such tensor, or the plan's decision has another shape than it.
         """
         if name not in self.tensors:
-            raise InputError(f"{self.folder}: no tensor {name!r} is left by {self._plan.method}")
+            raise InputError(
+                f"{self.folder}: no tensor {name!r} is left by {self._plan.method}",
+                hint="ask for one of the names in `tensors`",
+            )
         info = self.tensors[name]
         value = new_value(name, self._plan)
         if value is None:

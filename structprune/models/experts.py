@@ -39,7 +39,10 @@ def recording_experts(
         InputError: The experts carry biases or are stored transposed, which no supported family does.
     """
     if getattr(module, "has_bias", False) or getattr(module, "is_transposed", False):
-        raise InputError(f"{served[0].label}: experts with biases or a transposed layout are not supported")
+        raise InputError(
+            f"{served[0].label}: experts with biases or a transposed layout are not supported",
+            hint="--exclude the experts",
+        )
 
     pairs: dict[int, list[Linear]] = {}
     for linear in served:

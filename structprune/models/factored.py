@@ -13,6 +13,8 @@ from structprune.errors import InputError
 from structprune.models.modules import FactoredLinear
 from structprune.plan.key import Key
 
+LISTED = "config.json and weights belong together: put back the config.json that was written with them"
+
 CONFIG_KEY = "factored_linears"
 PARTS = ("left", "core.weight", "right")
 
@@ -84,15 +86,19 @@ def build(model: nn.Module, config: Mapping[str, Any], where: str) -> None:
     """
     listed = config.get(CONFIG_KEY) or {}
     if not isinstance(listed, dict):
-        raise InputError(f"{where}: {CONFIG_KEY} must hold an object")
+        raise InputError(f"{where}: {CONFIG_KEY} must hold an object", hint=LISTED)
     for path, sizes in listed.items():
         linear = next((module for name, module in model.named_modules() if name == path), None)
         if not isinstance(linear, nn.Linear):
-            raise InputError(f"{where}: {CONFIG_KEY} names {path!r}, which is no linear of the model")
+            raise InputError(
+                f"{where}: {CONFIG_KEY} names {path!r}, which is no linear of the model", hint=LISTED
+            )
         try:
             left, right = (int(size) for size in sizes)
             factored = FactoredLinear.like(linear, right, left)
         except (TypeError, ValueError) as error:
-            raise InputError(f"{where}: {CONFIG_KEY}.{path} is {str(sizes)[:40]}: {error}") from None
+            raise InputError(
+                f"{where}: {CONFIG_KEY}.{path} is {str(sizes)[:40]}: {error}", hint=LISTED
+            ) from None
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, factored)

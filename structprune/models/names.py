@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from structprune.errors import InputError
 from structprune.models.conversion import Conversion, Part, Shape, Slot
 
+OTHER_MODEL = "give the tensors of this very model: one with the same tensor names and shapes"
+
 
 class Names:
     """The two namings of one model's tensors, and the conversion between the two layouts.
@@ -88,7 +90,7 @@ class Names:
         result: dict[str, Tensor] = {}
         for name in tensors:
             if name not in self.module_of:
-                raise InputError(f"tensor {name!r} does not belong to this model")
+                raise InputError(f"tensor {name!r} does not belong to this model", hint=OTHER_MODEL)
             module = self.module_of[name]
             if module not in result or name in self.duplicates:
                 result.update(self._join(self._parts[module], partial(_given, tensors, module)))
@@ -185,7 +187,7 @@ class Names:
     def _part(self, name: str) -> Part:
         if name not in self._parts:
             where = "the files" if name in self._shapes else "this model"
-            raise InputError(f"tensor {name!r} is not in {where}")
+            raise InputError(f"tensor {name!r} is not in {where}", hint=OTHER_MODEL)
         return self._parts[name]
 
     def _join(self, part: Part, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -214,5 +216,8 @@ def _tied(skeleton: PreTrainedModel) -> dict[str, str]:
 
 def _given(tensors: Mapping[str, Tensor], whole: str, name: str) -> Tensor:
     if name not in tensors:
-        raise InputError(f"tensor {whole!r} is incomplete: {name!r} is missing")
+        raise InputError(
+            f"tensor {whole!r} is incomplete: {name!r} is missing",
+            hint="give all tensors of the files that it is made of",
+        )
     return tensors[name]

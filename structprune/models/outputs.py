@@ -62,7 +62,10 @@ class BodyAndHead:
         # Every module around the blocks: OPT's class calls not the outermost of them but the one inside it.
         self._around = [model.get_submodule(".".join(path[:depth])) for depth in range(1, len(path) + 1)]
         if not self._around:
-            raise InputError(f"{type(model).__name__} has no body that could run without its head")
+            raise InputError(
+                f"{type(model).__name__} has no body that could run without its head",
+                hint="the perplexity of this model cannot be computed; leave the evaluation out",
+            )
 
     def run(self, batch: Batch, call: Callable[..., Any] | None = None) -> Output:
         """Run the body.

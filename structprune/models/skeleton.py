@@ -32,6 +32,8 @@ from structprune.storage.reader import CheckpointReader, refusal_of_code
 from structprune.storage.stored_config import has_custom_code
 from structprune.storage.strict_json import read_json
 
+CONFIG_HINT = "mend this key of config.json, or fetch the model again"
+
 logger = logging.getLogger(__name__)
 
 GENERATION_LIMIT_BYTES = 1 << 20  # a generation_config.json is a page of text; a larger one is not one
@@ -53,7 +55,10 @@ def open_config(reader: Reader, trust_remote_code: bool) -> PreTrainedConfig:
         raise refusal_of_code(reader.folder)
     model_type = str(own.get("model_type"))
     if not custom and model_type not in CONFIG_MAPPING:
-        raise InputError(f"{where}: model_type {model_type!r} is not known to the installed transformers")
+        raise InputError(
+            f"{where}: model_type {model_type!r} is not known to the installed transformers",
+            hint="check model_type in config.json, or install a release of transformers that knows it",
+        )
     try:
         if custom:
             config: Any = AutoConfig.from_pretrained(reader.folder, trust_remote_code=True)
@@ -61,7 +66,7 @@ def open_config(reader: Reader, trust_remote_code: bool) -> PreTrainedConfig:
         else:
             config = CONFIG_MAPPING[model_type].from_dict(own)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise InputError(f"{where}: {_one_line(error)}") from error
+        raise InputError(f"{where}: {_one_line(error)}", hint=CONFIG_HINT) from error
     assert isinstance(config, PreTrainedConfig)
     config.name_or_path = str(reader.folder)
     return config
@@ -87,7 +92,8 @@ def build_skeleton(reader: Reader, config: PreTrainedConfig, dtype: torch.dtype)
     custom = _needs_code(reader)
     if not (vision or custom or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
         raise InputError(
-            f"{reader.folder / 'config.json'}: model_type {config.model_type!r} is no causal language model"
+            f"{reader.folder / 'config.json'}: model_type {config.model_type!r} is no causal language model",
+            hint="only models that continue text are pruned; give one of those",
         )
     factory: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     try:
@@ -95,7 +101,7 @@ def build_skeleton(reader: Reader, config: PreTrainedConfig, dtype: torch.dtype)
         with init_empty_weights(include_buffers=False):
             skeleton: PreTrainedModel = factory.from_config(config, dtype=dtype, trust_remote_code=custom)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
-        raise InputError(f"{reader.folder / 'config.json'}: {_one_line(error)}") from error
+        raise InputError(f"{reader.folder / 'config.json'}: {_one_line(error)}", hint=CONFIG_HINT) from error
     # Again, because moving parameters to the meta device one by one has untied them.
     skeleton.tie_weights()
     factored.build(skeleton, reader.config, str(reader.folder / "config.json"))
@@ -106,7 +112,9 @@ def build_skeleton(reader: Reader, config: PreTrainedConfig, dtype: torch.dtype)
                 read_json(file, limit_bytes=GENERATION_LIMIT_BYTES, root=reader.root)
             )
         except (ValueError, TypeError) as error:
-            raise InputError(f"{file}: {_one_line(error)}") from error
+            raise InputError(
+                f"{file}: {_one_line(error)}", hint="mend the file, or remove it: generation works without"
+            ) from error
         skeleton.generation_config = generation
     module: nn.Module = skeleton
     module.eval()
@@ -120,7 +128,10 @@ def stored_dtype(reader: CheckpointReader) -> torch.dtype:
         if info.dtype.is_floating_point:
             elements[info.dtype] += torch.Size(info.shape).numel()
     if not elements:
-        raise InputError(f"{reader.folder}: no floating-point weights were found")
+        raise InputError(
+            f"{reader.folder}: no floating-point weights were found",
+            hint="the weights are missing or stored as integers: use the original model",
+        )
     dtype = elements.most_common(1)[0][0]
     if len(elements) > 1:
         logger.warning("%s: computing in %s, the dtype of most weights", reader.folder, dtype)

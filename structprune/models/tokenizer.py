@@ -46,7 +46,10 @@ def open_tokenizer(path: Path, opening: Opening = Opening()) -> PreTrainedTokeni
                 f"{path}: the tokenizer brings its own code (auto_map)",
                 hint="pass --trust-remote-code, with a pinned --revision, to run it",
             ) from error
-        raise InputError(f"{path}: the tokenizer cannot be opened: {text[:200]}") from error
+        raise InputError(
+            f"{path}: the tokenizer cannot be opened: {text[:200]}",
+            hint="fetch the tokenizer files of the model again",
+        ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 

@@ -158,7 +158,10 @@ def read_scores(folder: Path, stages: Sequence[Pruner], source: Source) -> Plan:
     if len(stages) > 1 or more:
         raise UsageError(f"--scores {folder}: scores alone do not decide here", hint="only for one stage")
     if plan.weights != source.scan.weights:
-        raise InputError(f"{folder}: its scores are of other weights than {source.folder} holds")
+        raise InputError(
+            f"{folder}: its scores are of other weights than {source.folder} holds",
+            hint="give the model that the scores were kept from, or leave --scores out",
+        )
     try:
         stages[0].check_scores(plan)
     except (InputError, UsageError) as error:

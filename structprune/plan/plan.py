@@ -25,6 +25,8 @@ from structprune.plan.promise import Promises
 from structprune.storage.durable import DurableFile
 from structprune.storage.strict_json import read_json
 
+CHANGED = "the file was changed; prune again"
+
 # 2: keys of six edits, promises, a patch of config.json.
 FORMAT = 2
 # A plan.json holds a few facts per matrix; far below this even for a model with thousands of experts.
@@ -196,11 +198,13 @@ class Plan(Mapping[Key, Tensor]):
             facts, patch = dict(head["facts"]), dict(head["patch"])
         except (KeyError, TypeError, ValidationError, ValueError) as error:
             said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else f"lacks {error}"
-            raise InputError(f"{path}: {said}", hint="the file was changed; prune again") from None
+            raise InputError(f"{path}: {said}", hint=CHANGED) from None
         blocks = [PlanBlock.load(folder / block_file(index)) for index in range(count)]
         plan = cls(origin, blocks, facts=facts, promises=promised, patch=patch)
         if plan.id != head.get("id"):
-            raise InputError(f"{path}: id {head.get('id')} does not match the plan's content {plan.id}")
+            raise InputError(
+                f"{path}: id {head.get('id')} does not match the plan's content {plan.id}", hint=CHANGED
+            )
         return plan
 
 

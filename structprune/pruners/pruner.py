@@ -192,6 +192,9 @@ def _files() -> dict[str, Path]:
         if path.stem.startswith("_"):
             continue
         if path.stem in found:
-            raise UsageError(f"two files are called {path.stem!r}: {found[path.stem]} and {path}")
+            raise UsageError(
+                f"two files are called {path.stem!r}: {found[path.stem]} and {path}",
+                hint="rename one of them: a file's name is the method's name",
+            )
         found[path.stem] = path
     return dict(sorted(found.items()))

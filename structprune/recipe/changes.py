@@ -38,6 +38,9 @@ def changes_of(sets: Sequence[str], flags: Mapping[str, object] | None) -> list[
     for text in sets:
         key, equals, value = text.partition("=")
         if not equals or not all(key.strip().split(".")):
-            raise UsageError(f"--set {text!r:.60}: expected key=value")
+            raise UsageError(
+                f"--set {text!r:.60}: expected key=value",
+                hint="such as --set sparsity=0.5 or --set calibration.samples=64",
+            )
         changes.append((key.strip(), strict_yaml.parse(value, f"--set {key.strip()}")))
     return changes + [(key, value) for key, value in (flags or {}).items() if value is not None]

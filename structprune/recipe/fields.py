@@ -50,7 +50,10 @@ def build(owner: type[M], raw: object, path: str = "") -> M:
         UsageError: An unknown key, a missing one or an impossible value.
     """
     if not isinstance(raw, Mapping):
-        raise UsageError(f"{path or 'recipe'}: found {quote(raw)}, expected keys with values")
+        raise UsageError(
+            f"{path or 'recipe'}: found {quote(raw)}, expected keys with values",
+            hint=f"the keys are: {', '.join(owner.model_fields)}",
+        )
     try:
         for name, value in raw.items():
             if not issubclass(owner, OptionGroup):  # an OptionGroup refuses booleans by itself
@@ -76,7 +79,10 @@ def put(raw: dict[str, Any], keys: list[str], value: object) -> None:
         group = group[key]
         if not isinstance(group, dict):
             here = ".".join(keys[: index + 1])
-            raise UsageError(f"{'.'.join(keys)}: {here} is {quote(group)}, not a group of keys")
+            raise UsageError(
+                f"{'.'.join(keys)}: {here} is {quote(group)}, not a group of keys",
+                hint=f"remove {here}, or make it a group: {here}: {{{keys[-1]}: ...}}",
+            )
     group[keys[-1]] = value
 
 

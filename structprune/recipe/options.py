@@ -214,4 +214,4 @@ def _normal(flag: str, value: object) -> float | str:
     try:
         return parse_sparsity(value)
     except ValueError as error:
-        raise UsageError(f"{flag}: {error}") from None
+        raise UsageError(f"{flag}: {error}", hint="such as 0.5, 50% or 2:4") from None

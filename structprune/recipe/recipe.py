@@ -126,7 +126,10 @@ def stage(raw: object, path: str = "prune", seed: int = 0) -> Pruner:
     """
     fields = {"method": raw} if isinstance(raw, str) else raw
     if not isinstance(fields, Mapping):
-        raise UsageError(f"{path}: found {quote(raw)}, expected a method and its fields")
+        raise UsageError(
+            f"{path}: found {quote(raw)}, expected a method and its fields",
+            hint="such as `method: magnitude` with `sparsity: 0.5`",
+        )
     method = fields.get("method")
     if not isinstance(method, str):
         said = "is missing" if method is None else f"is {quote(method)}, expected text"
@@ -159,7 +162,8 @@ def choose_recipe(
     chosen = {"model": model, **(flags or {})}
     if chosen.get("output") is None:
         raise UsageError(
-            "OUT is missing", hint="structprune prune MODEL OUT --method NAME, or prune RECIPE.yaml"
+            "OUT is missing",
+            hint="`structprune prune MODEL OUT --method NAME`, or `structprune prune RECIPE.yaml`",
         )
     return assemble({}, sets=sets, flags=chosen)
 
@@ -177,7 +181,10 @@ def load(path: Path, *, sets: Sequence[str] = (), flags: Mapping[str, object] | 
     """
     raw, text = strict_yaml.read(path)
     if not isinstance(raw, dict):
-        raise UsageError(f"{path}: found {quote(raw)}, expected the keys model, output and prune")
+        raise UsageError(
+            f"{path}: found {quote(raw)}, expected the keys model, output and prune",
+            hint="such as `model: demo`, `output: OUT`, `prune: {method: magnitude, sparsity: 0.5}`",
+        )
     chosen = {key: value for key, value in (flags or {}).items() if value is not None}
     try:
         recipe = assemble(raw, sets=sets, flags=chosen)
@@ -238,11 +245,17 @@ def _place(raw: dict[str, Any], key: str, value: object) -> None:
             hint=f"say which: prune.0.{'.'.join(rest)}",
         )
     if number >= len(several) or not rest:
-        raise UsageError(f"{key}: the recipe has {len(several)} stages, counted from 0")
+        raise UsageError(
+            f"{key}: the recipe has {len(several)} stages, counted from 0",
+            hint=f"name one: prune.0 to prune.{len(several) - 1}, then its field",
+        )
     if isinstance(several[number], str):
         several[number] = {"method": several[number]}
     if not isinstance(several[number], dict):
-        raise UsageError(f"prune: found {quote(several[number])}, expected a method and its fields")
+        raise UsageError(
+            f"prune: found {quote(several[number])}, expected a method and its fields",
+            hint="such as `method: magnitude` with `sparsity: 0.5`",
+        )
     put(several[number], rest, value)
     raw["prune"] = several
     return None

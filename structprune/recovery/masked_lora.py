@@ -164,7 +164,8 @@ class MaskedLayers:
         self._layers: dict[str, Any] = {}
         if not names:
             raise InputError(
-                f"{type(model).__name__} has no linear layer in its blocks: nothing can be recovered"
+                f"{type(model).__name__} has no linear layer in its blocks: nothing can be recovered",
+                hint="give a language model whose decoder blocks hold linear layers",
             )
         layers, experts = _sort(model, names)
         targets = [name.rpartition(".")[0] for name in layers]
@@ -277,7 +278,10 @@ def _reaches(pattern: str, names: Sequence[str]) -> bool:
         # It returns the name itself when nothing matches.
         return any(get_pattern_key([pattern], name) == pattern for name in names)
     except re.error as error:
-        raise UsageError(f"ranks: {pattern!r} is not a regular expression: {error}") from None
+        raise UsageError(
+            f"ranks: {pattern!r} is not a regular expression: {error}",
+            hint="keys of `ranks` match the end of a module's name; \\. is a dot",
+        ) from None
 
 
 def _check_patterns(ranks: Mapping[str, int], names: Sequence[str]) -> None:

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from structprune.errors import InputError, QualityError, VerificationError
 from structprune.models.arch import arch_of, blocks, linears
 
+OTHER_MODEL = "the masks belong to another model: give the one that was pruned with them"
+
 log = logging.getLogger(__name__)
 
 
@@ -38,10 +40,12 @@ def reapply(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():
         if name not in parameters:
-            raise InputError(f"there is a mask for {name}, which {type(model).__name__} does not have")
+            raise InputError(
+                f"there is a mask for {name}, which {type(model).__name__} does not have", hint=OTHER_MODEL
+            )
         if parameters[name].shape != mask.shape:
             found, expected = list(mask.shape), list(parameters[name].shape)
-            raise InputError(f"the mask of {name} has shape {found}, the tensor {expected}")
+            raise InputError(f"the mask of {name} has shape {found}, the tensor {expected}", hint=OTHER_MODEL)
     for name, mask in masks.items():
         removed = ~mask.to(parameters[name].device)
         alive = int((parameters[name][removed] != 0).sum())
@@ -72,4 +76,7 @@ def check_merged(name: str, weight: Tensor, expected: int) -> None:
             f"{name} holds numbers that are not finite after merging", hint="use a smaller learning rate"
         )
     if zeros(weight) != expected:
-        raise VerificationError(f"{name} has {zeros(weight)} zeros after merging, expected {expected}")
+        raise VerificationError(
+            f"{name} has {zeros(weight)} zeros after merging, expected {expected}",
+            hint="nothing was published; report it with `structprune env`",
+        )

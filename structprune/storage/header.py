@@ -17,6 +17,9 @@ from structprune.errors import InputError
 from structprune.storage.safe_open import open_regular, read_at
 from structprune.storage.strict_json import parse_json
 
+DAMAGED = "the header is damaged; fetch the file again"
+CUT_OFF = "the download was interrupted; fetch it again"
+
 # A tensor takes about 100 bytes: room for 300 thousand in one file, and no header can exhaust the memory.
 MAX_HEADER_BYTES = 32_000_000
 MAX_NAMES = 1_000_000
@@ -100,9 +103,7 @@ def read_header(path: Path, root: Path | None = None) -> Header:
         stamp = stamp_of(descriptor)
         size = stamp[0]
         if size == 0:
-            raise InputError(
-                f"{path}: the file is empty", hint="the download was interrupted; fetch it again"
-            )
+            raise InputError(f"{path}: the file is empty", hint=CUT_OFF)
         if size < 8:
             raise InputError(
                 f"{path}: {size} bytes, a safetensors file has at least 8", hint="fetch it again"
@@ -118,7 +119,7 @@ def read_header(path: Path, root: Path | None = None) -> Header:
         if 8 + length > size:
             raise InputError(
                 f"{path}: {size} bytes, but the header alone needs {8 + length}",
-                hint="the download was interrupted; fetch it again",
+                hint=CUT_OFF,
             )
         raw = bytearray(length)
         read_at(descriptor, memoryview(raw), 8, path)
@@ -129,7 +130,7 @@ def read_header(path: Path, root: Path | None = None) -> Header:
     entries = parse_json(bytes(raw), f"{path} (header)")
     metadata = _metadata(entries.pop("__metadata__", {}), path)
     if len(entries) > MAX_NAMES:
-        raise InputError(f"{path}: {len(entries)} tensors, at most {MAX_NAMES} are read")
+        raise InputError(f"{path}: {len(entries)} tensors, at most {MAX_NAMES} are read", hint=DAMAGED)
     tensors = [_tensor(name, entry, path, 8 + length) for name, entry in entries.items()]
     tensors.sort(key=lambda info: (info.start, info.end))
     _check_ranges(tensors, path, 8 + length, size)
@@ -144,15 +145,21 @@ def stamp_of(descriptor: int) -> tuple[int, int, int]:
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise InputError(f"{path}: __metadata__ must be an object of texts, found {str(value)[:80]!r}")
+        raise InputError(
+            f"{path}: __metadata__ must be an object of texts, found {str(value)[:80]!r}", hint=DAMAGED
+        )
     return value
 
 
 def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
     if not name or not name.isprintable():
-        raise InputError(f"{path}: the tensor name {name!r} is empty or holds unprintable characters")
+        raise InputError(
+            f"{path}: the tensor name {name!r} is empty or holds unprintable characters", hint=DAMAGED
+        )
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise InputError(f"{path}: tensor {name!r} must have exactly dtype, shape and data_offsets")
+        raise InputError(
+            f"{path}: tensor {name!r} must have exactly dtype, shape and data_offsets", hint=DAMAGED
+        )
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise InputError(
@@ -162,21 +169,25 @@ def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
         raise InputError(
-            f"{path}: tensor {name!r} has the shape {str(shape)[:80]}, which is not a list of sizes"
+            f"{path}: tensor {name!r} has the shape {str(shape)[:80]}, which is not a list of sizes",
+            hint=DAMAGED,
         )
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InputError(
-            f"{path}: tensor {name!r} has the data_offsets {str(offsets)[:80]}, expected [start, end]"
+            f"{path}: tensor {name!r} has the data_offsets {str(offsets)[:80]}, expected [start, end]",
+            hint=DAMAGED,
         )
     # Sizes besides a zero must fit as well: PyTorch multiplies them for the strides.
     if prod(size for size in shape if size) * dtype.itemsize >= 2**63:
-        raise InputError(f"{path}: tensor {name!r} of shape {str(shape)[:80]} is larger than any memory")
+        raise InputError(
+            f"{path}: tensor {name!r} of shape {str(shape)[:80]} is larger than any memory", hint=DAMAGED
+        )
     needed, given = prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
     if needed != given:
         raise InputError(
             f"{path}: tensor {name!r} of shape {shape} and dtype {entry['dtype']} takes {needed} bytes, "
             f"but its data_offsets {offsets} hold {given}",
-            hint="the header is damaged; fetch the file again",
+            hint=DAMAGED,
         )
     return TensorInfo(name, dtype, tuple(shape), path.name, data_start + offsets[0], data_start + offsets[1])
 
@@ -193,13 +204,13 @@ def _check_ranges(tensors: list[TensorInfo], path: Path, data_start: int, size: 
             problem = "overlaps the one before it" if info.start < end else "leaves a hole before it"
             raise InputError(
                 f"{path}: tensor {info.name!r} {problem}: starts at byte {info.start}, expected {end}",
-                hint="the header is damaged; fetch the file again",
+                hint=DAMAGED,
             )
         end = info.end
     if size < end:
         raise InputError(
             f"{path}: {size} bytes, expected {end}: the file is cut off",
-            hint="the download was interrupted; fetch it again",
+            hint=CUT_OFF,
         )
     if size > end:
         last = f" after tensor {tensors[-1].name!r}" if tensors else ""

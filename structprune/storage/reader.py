@@ -88,7 +88,10 @@ class CheckpointReader(StoredTensors):
             _check_format(folder / file, header)
             self._headers[file] = header
             if sum(len(known.tensors) for known in self._headers.values()) > MAX_NAMES:
-                raise InputError(f"{folder}: more than {MAX_NAMES} tensors")
+                raise InputError(
+                    f"{folder}: more than {MAX_NAMES} tensors",
+                    hint="the folder is damaged, or several models are mixed in it: fetch one again",
+                )
         self.shards = {file: tuple(header.tensors) for file, header in self._headers.items()}
         compare_with_index(self.shards, weights, folder)
         for header in self._headers.values():
@@ -109,7 +112,9 @@ class CheckpointReader(StoredTensors):
             EnvironmentFailure: The memory does not suffice, or the disk fails.
         """
         if name not in self.tensors:
-            raise InputError(f"{self.folder}: no tensor {name!r}")
+            raise InputError(
+                f"{self.folder}: no tensor {name!r}", hint="ask for one of the names in `tensors`"
+            )
         info = self.tensors[name]
         return read_tensor(self.folder / info.file, info, self._headers[info.file], self.root)
 

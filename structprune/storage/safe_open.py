@@ -28,7 +28,10 @@ def check_link(path: Path, root: Path | None) -> None:
     except FileNotFoundError:
         return  # The caller reports a missing file in its own words.
     except OSError as error:
-        raise InputError(f"{path}: the link cannot be followed: {error.strerror}") from None
+        raise InputError(
+            f"{path}: the link cannot be followed: {error.strerror}",
+            hint="copy the file into the folder in place of the link",
+        ) from None
     folder = Path(os.path.realpath(root))
     allowed = [folder]
     allowed += [parent / "blobs" for parent in folder.parents if parent.name.startswith("models--")]
@@ -53,7 +56,7 @@ def open_regular(path: Path, root: Path | None = None) -> Iterator[int]:
         _refuse_irregular(path, path.stat())
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path}: no such file") from None
+        raise InputError(f"{path}: no such file", hint="check the path; is the download complete?") from None
     except OSError as error:
         raise unreadable(path, error) from None
     try:
@@ -100,7 +103,10 @@ def read_whole(path: Path, *, limit_bytes: int, root: Path | None = None) -> byt
     with open_regular(path, root) as descriptor:
         size = os.fstat(descriptor).st_size
         if size > limit_bytes:
-            raise InputError(f"{path}: {size} bytes, at most {limit_bytes} are expected in such a file")
+            raise InputError(
+                f"{path}: {size} bytes, at most {limit_bytes} are expected in such a file",
+                hint="not the file that it is called, or damaged: fetch it again",
+            )
         data = bytearray(size)
         read_at(descriptor, memoryview(data), 0, path)
     return bytes(data)
@@ -110,4 +116,7 @@ def _refuse_irregular(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
         kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
-        raise InputError(f"{path}: is {kind}, expected a regular file")
+        raise InputError(
+            f"{path}: is {kind}, expected a regular file",
+            hint="put the file itself there; folders, pipes and devices are not read",
+        )

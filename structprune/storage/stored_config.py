@@ -51,7 +51,10 @@ def read_config(path: Path, root: Path | None) -> dict[str, Any]:
     """
     config = read_json(path, limit_bytes=MAX_CONFIG_BYTES, root=root)
     if not isinstance(config, dict):
-        raise InputError(f"{path}: must hold an object, found {str(config)[:80]!r}")
+        raise InputError(
+            f"{path}: must hold an object, found {str(config)[:80]!r}",
+            hint="put the model's own config.json there: fetch it again",
+        )
     _strip(config, path, "")
     for key, part in _parts(config):
         _check_sizes(part, path, key)

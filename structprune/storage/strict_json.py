@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 from structprune.errors import InputError
 from structprune.storage.safe_open import read_whole
 
+DAMAGED = "the file is damaged or was cut off; download it again"
+
 # A configuration nests five levels; 64 leaves room and stays far away from Python's recursion limit.
 MAX_DEPTH = 64
 
@@ -48,7 +50,7 @@ def parse_json(data: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         raise InputError(
             f"{where}: not UTF-8: byte {error.start} is 0x{data[error.start]:02x}",
-            hint="the file is damaged; download it again",
+            hint=DAMAGED,
         ) from None
 
     def refuse_constant(name: str) -> NoReturn:
@@ -61,7 +63,10 @@ def parse_json(data: bytes, where: str) -> Any:
     def finite(number: str) -> float:
         value = float(number)
         if not math.isfinite(value):
-            raise InputError(f"{where}: the number {number[:40]} is too large for a float")
+            raise InputError(
+                f"{where}: the number {number[:40]} is too large for a float",
+                hint="write a number that a float can hold",
+            )
         return value
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -79,17 +84,19 @@ def parse_json(data: bytes, where: str) -> Any:
             # Only an escape can smuggle in half of a surrogate pair, which no file name or hash can hold.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
-        raise InputError(f"{where}: JSON nested too deeply, at most {MAX_DEPTH} levels are read") from None
+        raise InputError(
+            f"{where}: JSON nested too deeply, at most {MAX_DEPTH} levels are read", hint=DAMAGED
+        ) from None
     except UnicodeEncodeError:
-        raise InputError(f"{where}: a \\u escape is half of a surrogate pair") from None
+        raise InputError(f"{where}: a \\u escape is half of a surrogate pair", hint=DAMAGED) from None
     except json.JSONDecodeError as error:
         raise InputError(
             f"{where}: not valid JSON: {error.msg} at line {error.lineno} column {error.colno}",
-            hint="the file is damaged or was cut off; download it again",
+            hint=DAMAGED,
         ) from None
     except ValueError as error:
         # Python refuses integers of more than 4300 digits.
-        raise InputError(f"{where}: a number cannot be read: {str(error)[:80]}") from None
+        raise InputError(f"{where}: a number cannot be read: {str(error)[:80]}", hint=DAMAGED) from None
     return value
 
 
@@ -105,4 +112,4 @@ def _check_depth(value: Any, where: str) -> None:
         level = inner
         if not level:
             return
-    raise InputError(f"{where}: JSON nested too deeply, at most {MAX_DEPTH} levels are read")
+    raise InputError(f"{where}: JSON nested too deeply, at most {MAX_DEPTH} levels are read", hint=DAMAGED)

@@ -117,10 +117,16 @@ def parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark and "\n" in text else ""
-        raise UsageError(f"{where}{place}: {error.problem or error.context}") from None
+        raise UsageError(
+            f"{where}{place}: {error.problem or error.context}",
+            hint="write plain YAML; quote what is meant as text",
+        ) from None
     except yaml.YAMLError as error:
         # What is left is a character that YAML does not allow; its message spans lines.
-        raise UsageError(f"{where}: {' '.join(str(error).split())}") from None
+        raise UsageError(
+            f"{where}: {' '.join(str(error).split())}",
+            hint="remove the character, or write the file again as UTF-8 text",
+        ) from None
     finally:
         if loader is not None:
             loader.dispose()  # type: ignore[no-untyped-call, unused-ignore]
@@ -133,16 +139,22 @@ def read(path: Path) -> tuple[Any, str]:
         UsageError: No such file, larger than a mebibyte, not UTF-8, or as for `parse`.
     """
     if not path.is_file():
-        raise UsageError(f"{path}: {'not a plain file' if path.exists() else 'no such file'}")
+        raise UsageError(
+            f"{path}: {'not a plain file' if path.exists() else 'no such file'}",
+            hint="check the path; a recipe is a YAML file",
+        )
     try:
         with path.open("rb") as file:
             raw = file.read(LIMIT_BYTES + 1)
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
+        raise UsageError(f"{path}: {error.strerror}", hint="check the path and its rights") from None
     if len(raw) > LIMIT_BYTES:
-        raise UsageError(f"{path}: more than {LIMIT_BYTES} bytes; that is no recipe")
+        raise UsageError(
+            f"{path}: more than {LIMIT_BYTES} bytes; that is no recipe",
+            hint="give the recipe, which is a page of YAML",
+        )
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 at byte {error.start}") from None
+        raise UsageError(f"{path}: not UTF-8 at byte {error.start}", hint="save it as UTF-8 text") from None
     return parse(text, str(path)), text

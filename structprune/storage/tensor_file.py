@@ -37,7 +37,10 @@ def read_tensor(path: Path, info: TensorInfo, header: Header, root: Path | None 
             raise InputError(f"{path}: the file was changed while it was being read", hint="start again")
         read_at(descriptor, flat.numpy().data, info.start, path)
     if info.dtype == torch.bool and info.nbytes and int(flat.max()) > 1:
-        raise InputError(f"{path}: tensor {info.name!r} is boolean but holds the byte {int(flat.max())}")
+        raise InputError(
+            f"{path}: tensor {info.name!r} is boolean but holds the byte {int(flat.max())}",
+            hint="the file is damaged; fetch it again",
+        )
     return flat.view(info.dtype).view(info.shape)
 
 
@@ -100,6 +103,9 @@ def bytes_of(tensor: Tensor, name: str) -> memoryview:
         StructpruneError: The tensor is on the meta device and has no data.
     """
     if tensor.is_meta:
-        raise StructpruneError(f"tensor {name!r} has no data: it is on the meta device")
+        raise StructpruneError(
+            f"tensor {name!r} has no data: it is on the meta device",
+            hint="open the model with its weights before writing it",
+        )
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data

@@ -9,6 +9,8 @@ from typing import Any
 from structprune.errors import EnvironmentFailure, InputError
 from structprune.storage.strict_json import read_json
 
+INDEX_HINT = "the index is damaged; fetch the model again"
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Its weights have other names and forms; `structprune export --to dense` turns them back.
@@ -50,7 +52,7 @@ def find_weights(folder: Path, root: Path | None) -> WeightFiles:
     if (folder / PACKING).exists():
         raise InputError(
             f"{folder}: its weights are packed to be stored, no runtime reads them",
-            hint=f"unpack it first: structprune export {folder} DENSE --to dense",
+            hint=f"unpack it first: `structprune export {folder} DENSE --to dense`",
         )
     if "adapter_config.json" in names:
         raise InputError(
@@ -137,10 +139,13 @@ def _read_index(folder: Path, root: Path | None) -> WeightFiles:
         or not isinstance(index.get("weight_map"), dict)
         or not index["weight_map"]
     ):
-        raise InputError(f"{path}: must hold an object with a weight_map that names the file of every tensor")
+        raise InputError(
+            f"{path}: must hold an object with a weight_map that names the file of every tensor",
+            hint=INDEX_HINT,
+        )
     metadata = index.get("metadata") or {}
     if not isinstance(metadata, dict):
-        raise InputError(f"{path}: metadata must be an object, found {str(metadata)[:80]!r}")
+        raise InputError(f"{path}: metadata must be an object, found {str(metadata)[:80]!r}", hint=INDEX_HINT)
     weight_map: dict[str, str] = index["weight_map"]
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _is_plain(file):

@@ -184,7 +184,10 @@ class WeightPruner(Targets, BlockwisePruner):
         """
         targets = [linear for block in self.all_targets(model) for linear in block]
         if not targets:
-            raise UsageError("skip, include, exclude and indivisible leave no linear to prune")
+            raise UsageError(
+                "skip, include, exclude and indivisible leave no linear to prune",
+                hint="skip fewer blocks, or loosen include, exclude or indivisible",
+            )
         for linear in targets:
             if reason := self.misfit(linear):
                 raise UsageError(

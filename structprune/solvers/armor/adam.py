@@ -46,7 +46,9 @@ def descend_by_adam(
         UsageError: The proxy is a Gram matrix, for which the blocks cannot be updated side by side.
     """
     if problem.gram is not None:
-        raise UsageError('solver "adam" knows only the diagonal proxy')
+        raise UsageError(
+            'solver "adam" knows only the diagonal proxy', hint="--set proxy=diagonal, or another solver"
+        )
     columns = scale.view(-1, 1, problem.sizes[1])
     generator = torch.Generator().manual_seed(seed)
     left, core, right = start.left.clone(), start.core.clone(), start.right / columns

@@ -191,7 +191,10 @@ def _correlation(gram: Tensor) -> Tensor:
         UsageError: There are only norms.
     """
     if gram.dim() != 2:
-        raise UsageError('proxy "gram" needs the Gram matrix of the inputs, not their norms')
+        raise UsageError(
+            'proxy "gram" needs the Gram matrix of the inputs, not their norms',
+            hint="collect the Gram matrices, or --set proxy=diagonal",
+        )
     if not gram.isfinite().all():
         raise QualityError("the Gram matrix holds numbers that are not finite", hint="check the texts")
     spread = gram.diagonal().double().clamp_min(0).sqrt()
