@@ -117,10 +117,12 @@ def prune(
         allow_external_symlinks=allow_external_symlinks,
     )
     writing = structprune.Writing(overwrite=overwrite, restart=restart)
+    wanted = [] if len(several) == 1 else [sparsity_of(text) or 0.0 for text in several]
     if dry_run:
-        return Job(lambda _: structprune.dry_run(chosen, opening=opening, writing=writing), summary.key_lines)
-    if len(several) > 1:
-        wanted = [one for text in several if (one := sparsity_of(text)) is not None]
+        return Job(
+            lambda _: structprune.dry_run(chosen, wanted, opening=opening, writing=writing), summary.key_lines
+        )
+    if wanted:
         return Job(
             lambda progress: structprune.prune_each(
                 chosen, wanted, opening=opening, writing=writing, progress=progress

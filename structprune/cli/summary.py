@@ -19,6 +19,8 @@ def run_lines(result: Result) -> str:
     where = f"{result['output']} ({result['seconds']:.0f} s, peak memory {_bytes(result['peak_rss_bytes'])})"
     if result.get("blocks_resumed"):
         where += f", {result['blocks_resumed']} blocks resumed"
+    if result.get("kept"):
+        where = f"{result['output']} (complete before this command, kept as it is)"
     rows = [
         ("asked", ", ".join(f"{one['method']} {_exact(one['asked'])}" for one in goals) or result["method"]),
         ("got", ", ".join(got)),

@@ -1,5 +1,7 @@
 """What a run would do and need, after every check that needs no computation."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from structprune.calibration.data import positions, window_length
@@ -12,6 +14,8 @@ from structprune.models.cost import file_bytes, parameters_of, weight_bytes
 from structprune.models.identity import stored_layout
 from structprune.models.opening import RESIDENT_COPIES, Opening
 from structprune.models.streamed import StreamedModel, open_skeleton
+from structprune.pipeline.kept import may_stand
+from structprune.pipeline.sweep import recipes_of
 from structprune.pruners.forecast import forecast_all
 from structprune.recipe.recipe import Recipe
 
@@ -19,23 +23,38 @@ from structprune.recipe.recipe import Recipe
 RUNTIME_BYTES = 450_000_000
 
 
-def dry_run(recipe: Recipe, *, opening: Opening = Opening(), writing: Writing = Writing()) -> dict[str, Any]:
+def dry_run(
+    recipe: Recipe,
+    goals: Sequence[float | str] = (),
+    *,
+    opening: Opening = Opening(),
+    writing: Writing = Writing(),
+) -> dict[str, Any]:
     """Say what a run would do and need, after every check that needs no computation; nothing is written.
 
     Args:
         recipe: The run.
+        goals: Those of `prune_each`, where there are several; what is complete may stand already.
         opening: As for `prune`.
         writing: As for `prune`.
+
+    Returns:
+        The forecast of the run; with goals "runs": that of each, by what it is written as.
     """
+    if goals:
+        writing = replace(writing, keep=True)
+        runs = recipes_of(recipe, goals).items()
+        return {"runs": {name: dry_run(one, opening=opening, writing=writing) for name, one in runs}}
     folder = resolve(recipe.model, revision=recipe.revision)
     size = weight_bytes(folder)
-    check_output(folder, recipe.output, overwrite=writing.overwrite, needed_bytes=size)
+    check_output(folder, recipe.output, overwrite=may_stand(recipe.output, writing), needed_bytes=size)
     opened = open_skeleton(folder, opening)
     forecasts = forecast_all(recipe.prune, opened)
     streamed = recipe.opening(opening).streams(opened.reader.nbytes)
     length = window_length(recipe.calibration.length, positions(opened.config))
     left = forecasts[-1].left
     return {
+        "output": str(recipe.output),
         "recipe": recipe.text(),
         "stages": [
             {

@@ -18,6 +18,7 @@ from structprune.pipeline.decision import (
     write,
 )
 from structprune.pipeline.finish import default_options, finish, record_of
+from structprune.pipeline.kept import RECIPE_FILE, kept_report, may_stand
 from structprune.pipeline.recover import check_recovery, recover
 from structprune.progress import Clock, Progress, silent
 from structprune.pruners.pruner import Pruner
@@ -59,7 +60,9 @@ def prune(
     with clock.phase("read"):
         folder = resolve(recipe.model, revision=recipe.revision)
         needed = weight_bytes(folder)
-        final = check_output(folder, recipe.output, overwrite=writing.overwrite, needed_bytes=needed)
+        final = check_output(
+            folder, recipe.output, overwrite=may_stand(recipe.output, writing), needed_bytes=needed
+        )
         if recipe.recover is not None:  # which makes the output from a pruned model beside it
             pruned = recipe.output.with_name(f"{recipe.output.name}.pruned")
             final = check_output(folder, pruned, overwrite=True, needed_bytes=needed)
@@ -69,6 +72,8 @@ def prune(
         kept = read_scores(Path(scores), recipe.prune, source) if scores else None
         calibration = None if kept else calibrate_on(recipe, source)
     run = fingerprint(recipe, source, calibration) | ({"scores": kept.id} if kept else {})
+    if recipe.recover is None and (report := kept_report(final, run, recipe.evaluate, writing)):
+        return report
     if recipe.recover is None or writing.restart or not is_delivered(final, run):
         check_output(folder, final, overwrite=writing.overwrite)
         with deliver(final, run, writing) as work:
@@ -76,7 +81,7 @@ def prune(
                 plans, resumed = decide(recipe.prune, source, calibration, work, progress, kept)
             record = record_of(recipe, plans, calibration, resumed)
             with clock.phase("write"):
-                work.write_text("structprune/recipe.yaml", recipe.text())
+                work.write_text(RECIPE_FILE, recipe.text())
                 write(source, work, plans, progress)
             result = finish(work, source, clock, record, options=recipe.evaluate, progress=progress)
         if recipe.recover is None:

@@ -1,14 +1,19 @@
-"""Several goals of one method: where the model looks the same to all of them, it is looked at once."""
+"""Several goals of one method: where the model looks the same to all of them, it is looked at once.
 
-from collections.abc import Sequence
+The same command given again makes what is missing: results that are complete are kept.
+"""
+
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from structprune.checkpoint.delivery import deliver
+from structprune.calibration.data import Calibration
+from structprune.checkpoint.delivery import Delivery, deliver
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.plans import folder_of
+from structprune.checkpoint.source import Source
 from structprune.checkpoint.writing import Writing
 from structprune.errors import UsageError
 from structprune.models.cost import weight_bytes
@@ -21,6 +26,7 @@ from structprune.pipeline.decision import (
     write,
 )
 from structprune.pipeline.finish import finish, record_of
+from structprune.pipeline.kept import RECIPE_FILE, kept_report, may_stand
 from structprune.pipeline.prune import prune
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress, silent
@@ -38,31 +44,46 @@ def prune_each(
 ) -> dict[str, Any]:
     """Prune a checkpoint to several goals, each into a folder of its own in the recipe's output.
 
-    Where what calibration sees does not depend on the goal, the model is looked at once for all of them.
+    Where what calibration sees does not depend on the goal, the model is looked at once for all of them. A
+    goal that an earlier command with this recipe has reached is kept: what was interrupted is finished by the
+    same command.
 
     Args:
         recipe: Of one stage; its own goal is ignored.
         goals: Such as fractions or patterns; a folder is called what its goal is written as.
         opening: As for `prune`.
-        writing: As for `prune`.
+        writing: As for `prune`; results of other runs are replaced with `overwrite`, also those of this one
+            made anew with `restart`.
         progress: Told (stage, done, total).
 
     Returns:
-        "runs": the report of each goal, by what it is written as.
+        "runs": the report of each goal, by what it is written as; "kept" stands in those that were there.
     """
+    writing = replace(writing, keep=True)
+    recipes = recipes_of(recipe, goals)
     if one_look_serves_all(recipe):
-        return sweep(recipe, goals, opening=opening, writing=writing, progress=progress)
-    runs = {}
-    for goal in goals:
-        other = recipe_with_goal(recipe, goal)
-        runs[str(goal)] = prune(other, opening=opening, writing=writing, progress=progress)
+        return sweep(recipe, recipes, opening=opening, writing=writing, progress=progress)
+    runs = {
+        name: prune(one, opening=opening, writing=writing, progress=progress) for name, one in recipes.items()
+    }
     return {"runs": runs}
 
 
-def recipe_with_goal(recipe: Recipe, goal: float | str) -> Recipe:
-    """Return a recipe with another goal, which writes into a folder of that name in its output."""
-    other = only_stage(recipe).with_goal(goal)
-    return recipe.model_copy(update={"prune": (other,), "output": recipe.output / str(goal)})
+def recipes_of(recipe: Recipe, goals: Sequence[float | str]) -> dict[str, Recipe]:
+    """Return a recipe of each goal, by what the goal is written as: it writes into a folder of that name.
+
+    Goals that are the same written in two ways (0 and 0.0, 0.5 and "50%") are one.
+
+    Raises:
+        UsageError: The recipe has several stages, or a stage that cannot have such a goal.
+    """
+    recipes: dict[str, Recipe] = {}
+    for goal in goals:
+        other = only_stage(recipe).with_goal(goal)
+        if all(other != only_stage(known) for known in recipes.values()):
+            name = str(goal).removesuffix(".0")
+            recipes[name] = recipe.with_stage(other, recipe.output / name)
+    return recipes
 
 
 def one_look_serves_all(recipe: Recipe) -> bool:
@@ -87,7 +108,7 @@ def only_stage(recipe: Recipe) -> Pruner:
 
 def sweep(
     recipe: Recipe,
-    goals: Sequence[float | str],
+    recipes: Mapping[str, Recipe],
     *,
     opening: Opening = Opening(),
     writing: Writing = Writing(),
@@ -97,50 +118,63 @@ def sweep(
 
     Args:
         recipe: One of which `one_look_serves_all` is true.
-        goals: As for `prune_each`, and so are all further arguments.
-        opening: As for `prune`.
-        writing: As for `prune`.
-        progress: As for `prune`.
+        recipes: What `recipes_of` returned.
+        opening: As for `prune_each`, and so are all further arguments.
+        writing: As for `prune_each`.
+        progress: As for `prune_each`.
 
     Returns:
-        "runs": the report of each goal, by what it is written as.
+        As `prune_each`.
     """
-    assert one_look_serves_all(recipe)
-    first = only_stage(recipe)
-    recipes = {str(one): recipe_with_goal(recipe, one) for one in goals}
-    pruners = {name: only_stage(one) for name, one in recipes.items()}
     clock = Clock()
     with clock.phase("read"):
         folder = resolve(recipe.model, revision=recipe.revision)
         needed = weight_bytes(folder)
         finals = {
-            name: check_output(folder, one.output, overwrite=writing.overwrite, needed_bytes=needed)
+            name: check_output(
+                folder, one.output, overwrite=may_stand(one.output, writing), needed_bytes=needed
+            )
             for name, one in recipes.items()
         }
-        source = open_recipe_model(recipe, folder, [*pruners.values()], opening)
+        stages = [only_stage(one) for one in recipes.values()]
+        source = open_recipe_model(recipe, folder, stages, opening)
         calibration = calibrate_on(recipe, source)
-    runs = {}
+    prints = {name: fingerprint(one, source, calibration) for name, one in recipes.items()}
+    runs = {name: kept_report(finals[name], prints[name], recipe.evaluate, writing) for name in recipes}
+    missing = {name: one for name, one in recipes.items() if runs[name] is None}
+    for name in missing:
+        check_output(folder, finals[name], overwrite=writing.overwrite)
     with ExitStack() as stack:
-        works = {
-            name: stack.enter_context(deliver(finals[name], fingerprint(one, source, calibration), writing))
-            for name, one in recipes.items()
-        }
-        begin = {
-            name: open_stage_plan(pruners[name], 1, source, source.scan.weights, works[name], progress)
-            for name in recipes
-        }
-        resumed = {name: writer.finished for name, (writer, _) in begin.items()}
-        open_ = [(pruners[name], writer) for name, (writer, plan) in begin.items() if plan is None]
-        with clock.phase("calibrate"):
-            batches = calibration.batches if calibration else []
-            if open_:
-                first.calibrate_each(source.model, batches, open_)
-        for name, one in recipes.items():
-            own = replace(source, model=source.reopen_model())
-            plan = Plan.load(works[name].plans / folder_of(1, first.method()))
+        works = {name: stack.enter_context(deliver(finals[name], prints[name], writing)) for name in missing}
+        resumed = _decide_each(missing, source, calibration, works, clock, progress)
+        for name, one in missing.items():
+            own, pruner = replace(source, model=source.reopen_model()), only_stage(one)
+            plan = Plan.load(works[name].plans / folder_of(1, pruner.method()))
             record = record_of(one, [plan], calibration, resumed[name])
-            pruners[name].apply(own.model, plan)
-            works[name].write_text("structprune/recipe.yaml", one.text())
+            pruner.apply(own.model, plan)
+            works[name].write_text(RECIPE_FILE, one.text())
             write(own, works[name], [plan], progress)
             runs[name] = finish(works[name], own, clock, record, options=one.evaluate, progress=progress)
     return {"runs": runs}
+
+
+def _decide_each(
+    recipes: Mapping[str, Recipe],
+    source: Source,
+    calibration: Calibration | None,
+    works: Mapping[str, Delivery],
+    clock: Clock,
+    progress: Progress,
+) -> dict[str, int]:
+    """Write the plan of each goal, with one look for all; return how many blocks were already decided."""
+    resumed, open_ = {}, []
+    for name, one in recipes.items():
+        pruner = only_stage(one)
+        writer, plan = open_stage_plan(pruner, 1, source, source.scan.weights, works[name], progress)
+        resumed[name] = writer.finished
+        if plan is None:
+            open_.append((pruner, writer))
+    with clock.phase("calibrate"):
+        if open_:
+            open_[0][0].calibrate_each(source.model, calibration.batches if calibration else [], open_)
+    return resumed

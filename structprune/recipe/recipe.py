@@ -107,6 +107,12 @@ class Recipe(Where):
         data["prune"] = stages[0] if len(stages) == 1 else stages
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
+    def with_stage(self, stage: Pruner, output: Path) -> Self:
+        """Return the recipe with another only stage and output; what it was read from is another's text."""
+        other = self.model_copy(update={"prune": (stage,), "output": output})
+        other._source = None
+        return other
+
     def remember(self, source: str) -> Self:
         """Keep the file that this recipe is an unchanged reading of; returns the recipe."""
         self._source = source

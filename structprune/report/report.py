@@ -9,12 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from structprune.errors import InputError
 from structprune.machine import machine, peak_rss, versions
 from structprune.proof.verification import Verification
 from structprune.report.figures import fraction, number, percent, plain
 from structprune.storage.durable import DurableFile
+from structprune.storage.strict_json import read_json
 
 REPORT_FILE = "structprune/report.json"
+# A thousand blocks with a table each stay far below.
+REPORT_LIMIT = 2**26
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,20 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> Path:
     with DurableFile(path) as file:
         file.write(text.encode())
     return path
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Return the report of an output folder.
+
+    Raises:
+        InputError: It is missing or damaged.
+    """
+    found = read_json(folder / REPORT_FILE, limit_bytes=REPORT_LIMIT, root=folder)
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{folder / REPORT_FILE}: found no object", hint="the file was changed; create the folder again"
+        )
+    return found
 
 
 def table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -1,0 +1,44 @@
+"""A complete result of the very same run: what a command that is given again need not make again."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from structprune.checkpoint.delivery import is_delivered
+from structprune.checkpoint.manifest import MANIFEST
+from structprune.checkpoint.writing import Writing
+from structprune.recipe.fields import build
+from structprune.recipe.options import EvaluateOptions
+from structprune.report.report import read_report
+from structprune.storage import strict_yaml
+
+RECIPE_FILE = "structprune/recipe.yaml"
+
+
+def may_stand(output: Path, writing: Writing) -> bool:
+    """Tell whether a folder may stand in the way of a run until its fingerprint is known.
+
+    Anything may that is to be replaced; and a complete result, where those of the same run are kept.
+    """
+    return writing.overwrite or (writing.keep and (output / MANIFEST).is_file())
+
+
+def kept_report(
+    final: Path, fingerprint: Mapping[str, Any], evaluation: EvaluateOptions | None, writing: Writing
+) -> dict[str, Any] | None:
+    """Return the report of a result that stays as it is, marked "kept"; None where it is still to be made.
+
+    The fingerprint is of what shapes the weights. A result that was evaluated otherwise than is asked for now
+    is no result of this run: an older one must not pass a quality gate that it was never held to.
+    """
+    if not writing.keep or writing.restart or not is_delivered(final, fingerprint):
+        return None
+    if _evaluation_of(final) != evaluation:
+        return None
+    return read_report(final) | {"kept": True}
+
+
+def _evaluation_of(folder: Path) -> EvaluateOptions | None:
+    raw, _ = strict_yaml.read(folder / RECIPE_FILE)
+    asked = raw.get("evaluate") if isinstance(raw, dict) else None
+    return None if asked is None else build(EvaluateOptions, asked, "evaluate")
