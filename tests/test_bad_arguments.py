@@ -206,6 +206,48 @@ def test_a_set_that_means_nothing_is_refused(text, command, tmp_path):
     assert done.err.startswith("error: ")
 
 
+@pytest.mark.parametrize("flag", ["--sparsity", "--method", "--calibration", "--set", "--device", "--dtype"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_flag_whose_shell_variable_is_not_set_is_refused_by_name(flag, joined, command, tmp_path):
+    words = [f"{flag}="] if joined else [flag, ""]
+    done = command("prune", "demo", tmp_path / "out", *words, "--json")
+
+    assert (done.code, done.json["error"]["kind"]) == (2, "usage")
+    assert done.json["error"]["message"] == f"{flag} is empty: found ''"
+    assert "shell" in done.json["error"]["hint"]
+
+
+def test_a_model_whose_shell_variable_is_not_set_is_refused(command, tmp_path):
+    done = command("prune", "", tmp_path / "out", "--method", "magnitude", "--json")
+
+    assert (done.code, done.json["error"]["message"]) == (2, "an argument is empty: found ''")
+
+
+@pytest.mark.parametrize(
+    "line", ["output: ''", "calibration: {source: ''}", "revision: ' '", "evaluate: {include_path: ''}"]
+)
+def test_an_empty_text_of_a_recipe_is_refused_by_its_key(line, refused):
+    key = line.partition(":")[0]
+    kept = HEAD if key != "output" else "model: demo\n"
+
+    said = refused(f"{kept}{WANDA}{line}\n")
+
+    assert key in said
+    assert "found an empty text" in said
+
+
+@pytest.mark.parametrize("skip", ["99", "0-99", "2,99", "-1", "0--1"])
+def test_blocks_that_a_model_does_not_have_cannot_be_skipped(skip, command, llama, tmp_path):
+    done = command("prune", llama, tmp_path / "out", "--method", "magnitude", f"--set=skip={skip}", "--json")
+
+    assert (done.code, done.json["error"]["kind"]) == (2, "usage")
+    assert "skip" in done.json["error"]["message"]
+    if "99" in skip:
+        assert "the model has 2 blocks" in done.json["error"]["message"]
+        assert done.json["error"]["hint"].endswith("0 to 1")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("place", ["same", "inside", "around", "link"])
 def test_an_output_that_overlaps_the_input_is_refused(place, llama, command, tmp_path):
     link = tmp_path / "link"

@@ -200,20 +200,43 @@ def test_streamed_models_give_the_figures_of_resident_ones(
     assert streamed.generations == resident.generations
 
 
-def test_the_json_has_the_promised_shape_and_survives_nan(prose: str) -> None:
-    broken: Any = tiny("llama")
-    broken.get_output_embeddings().weight.data.fill_(math.nan)
-    result = evaluate(
-        broken, tokenizer(), EvaluateOptions(text=[prose], length=32, generations=False), dense=tiny("llama")
-    )
+def test_the_json_has_the_promised_shape_and_no_nan(prose: str) -> None:
+    options = EvaluateOptions(text=[prose], length=32, windows=1, generations=False)
+    result = evaluate(tiny("llama", seed=1), tokenizer(), options, dense=tiny("llama"))
     told = json.loads(json.dumps(result.as_json(), allow_nan=False))
     assert set(told) == {"perplexity", "divergence", "tasks", "protocol"}
-    assert told["perplexity"]["prose"]["model"] is None
+    assert told["perplexity"]["prose"]["model"] > 1
     assert told["perplexity"]["prose"]["dense"] > 1
-    assert told["divergence"]["prose"]["kl"] is None
-    assert "prose: the perplexity of the given model is not finite" in told["protocol"]["flags"]
-    with pytest.raises(QualityError, match="not finite"):
-        gate(result, 2.0)
+    # One window has no standard error.
+    assert told["divergence"]["prose"]["kl_se"] is None
+    assert told["protocol"]["flags"] == ["prose: the standard error of KL over windows is not finite"]
+
+
+@pytest.mark.parametrize("which", ["model", "dense model"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_a_failure_and_no_figure(prose: str, which: str, value: float) -> None:
+    broken: Any = tiny("llama")
+    broken.get_output_embeddings().weight.data.fill_(value)
+    pair = (broken, tiny("llama")) if which == "model" else (tiny("llama"), broken)
+    options = EvaluateOptions(text=[prose], length=32, generations=False)
+    with pytest.raises(
+        QualityError, match=f"the loss of the {which} on prose is not finite: nan in window 0"
+    ):
+        evaluate(pair[0], tokenizer(), options, dense=pair[1])
+
+
+def test_a_perplexity_beyond_all_numbers_is_a_failure_and_no_figure(prose: str) -> None:
+    wild: Any = tiny("llama")
+    wild.get_output_embeddings().weight.data.mul_(1e6)
+    options = EvaluateOptions(text=[prose], length=32, generations=False)
+    with pytest.raises(QualityError, match="perplexity of the model on prose is not finite: a loss of"):
+        evaluate(wild, tokenizer(), options)
+
+
+def test_a_text_that_a_model_rules_out_has_no_perplexity() -> None:
+    model = bigram([[1.0, 0.0], [0.5, 0.5]])
+    with pytest.raises(QualityError, match="not finite: inf in window 1"):
+        score(model, Windows(torch.tensor([[0, 0, 0], [0, 1, 0]]), [1, 1]))
 
 
 def test_the_protocol_says_how_it_was_measured(prose: str) -> None:
@@ -379,6 +402,13 @@ def test_lm_eval_tasks_stand_beside_the_dense_ones(
     paths = result.save_harness(tmp_path / "not" / "yet")
     assert [path.name for path in paths] == ["lm_eval-model.json", "lm_eval-dense.json"]
     assert json.loads(paths[0].read_text())["results"]["tiny_choice"]["acc,none"] == figures["model"]
+
+
+def test_lm_eval_of_a_model_whose_logits_are_nan_is_a_failure(tasks: Path) -> None:
+    broken: Any = tiny("llama")
+    broken.get_output_embeddings().weight.data.fill_(math.nan)
+    with pytest.raises(QualityError, match="lm-eval tasks tiny_choice: the logits hold NaN"):
+        harness(broken, tokenizer(), ["tiny_choice"], include_path=tasks, limit=2)
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_name(

@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from itertools import pairwise
 from typing import Any
 
 import typer
@@ -48,6 +49,7 @@ def main(words: Sequence[str] | None = None) -> int:
         say(f"structprune {__version__}")
         return 0
     try:
+        _refuse_empty(line)
         with stoppable() as check, logging_to_stderr():
             job = app(line, prog_name="structprune", standalone_mode=False)
             if not isinstance(job, Job):  # --help has been printed
@@ -78,6 +80,24 @@ def _dashed(word: str) -> str:
     """Return a flag with dashes for underscores: the papers' code and lm-eval write --sparsity_ratio."""
     name, equals, value = word.partition("=")
     return f"{name.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
+
+
+def _refuse_empty(line: Sequence[str]) -> None:
+    """Refuse an empty word: nearly always the variable of a shell that was never set.
+
+    Raises:
+        UsageError: There is one; names the flag that it stands behind.
+    """
+    for before, word in pairwise(("", *line)):
+        name, equals, value = word.partition("=")
+        flag = before if before.startswith("-") else ""
+        if word.startswith("--") and equals:
+            flag, word = name, value
+        if not word.strip():
+            raise UsageError(
+                f"{flag or 'an argument'} is empty: found {word!r}",
+                hint="is a variable of the shell not set? give a value, or leave it out",
+            )
 
 
 def _failure(error: BaseException, line: Sequence[str]) -> StructpruneError | None:

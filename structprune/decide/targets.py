@@ -6,9 +6,11 @@ from typing import Annotated, final
 
 from pydantic import BaseModel, BeforeValidator, Field
 
+from structprune.errors import UsageError
 from structprune.models.arch import Linear
 
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+# Five digits: no model has more blocks, and int() refuses a text of more than 4300.
+_RANGE = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?", re.ASCII)
 
 
 def _block_ranges(value: object) -> object:
@@ -24,6 +26,13 @@ def _block_ranges(value: object) -> object:
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise ValueError(f"block range {text!r}: write a block number or a range such as '0-3'")
     return tuple(texts)
+
+
+def _ends(text: str) -> tuple[int, int]:
+    """Return the first and the last block of a range."""
+    match = _RANGE.fullmatch(text)
+    assert match is not None
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _patterns(value: object) -> object:
@@ -57,6 +66,21 @@ class Targets(BaseModel):
     exclude: Patterns = Field(default=())
 
     @final
+    def check_skipped(self, count: int) -> None:
+        """Check that a model of `count` blocks has every block that is left dense.
+
+        Raises:
+            UsageError: It has not.
+        """
+        for text in self.skip:
+            first, last = _ends(text)
+            if last >= count:
+                raise UsageError(
+                    f"skip: there is no block {max(first, count)}, the model has {count} blocks",
+                    hint=f"blocks are counted from 0: 0 to {count - 1}",
+                )
+
+    @final
     def target_linears(self, index: int, found: Sequence[Linear]) -> list[Linear]:
         """Return the linears of block `index` that are to be pruned."""
         return [linear for linear in self.matching_linears(index, found) if self.fits(linear)]
@@ -65,9 +89,8 @@ class Targets(BaseModel):
     def matching_linears(self, index: int, found: Sequence[Linear]) -> list[Linear]:
         """Return the linears of block `index` that the fields name, whether they can be pruned or not."""
         for text in self.skip:
-            match = _RANGE.fullmatch(text)
-            assert match is not None
-            if int(match[1]) <= index <= int(match[2] or match[1]):
+            first, last = _ends(text)
+            if first <= index <= last:
                 return []
         return [
             linear

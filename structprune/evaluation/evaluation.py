@@ -24,7 +24,7 @@ from structprune.errors import QualityError, UsageError
 from structprune.evaluation.generations import beginnings, generations
 from structprune.evaluation.harness import harness, metrics
 from structprune.evaluation.harness import save as save_results
-from structprune.evaluation.perplexity import Scores, score
+from structprune.evaluation.perplexity import NOT_FINITE, Scores, score
 from structprune.evaluation.protocol import cut_windows, dtype_of, same_footing, stamped_versions
 from structprune.models.streamed import Model
 from structprune.recipe.options import EvaluateOptions
@@ -43,7 +43,7 @@ class Evaluation:
     """What was measured.
 
     Attributes:
-        perplexity: Text name -> "model", "dense" (None without a dense model, or when it is not finite).
+        perplexity: Text name -> "model", "dense" (None without a dense model); always finite.
         divergence: Text name -> "kl" (mean KL(dense || model) per token, in nats), "kl_se" (its standard
             error over windows), "top1_agreement" (fraction of tokens, 0-1); empty without a dense model.
         tasks: Task -> metric -> "model", "dense".
@@ -100,6 +100,7 @@ def evaluate(
         UsageError: A size is impossible, a task is unknown, or both models do not share the protocol.
         InputError: A text is too short, or a text or task cannot be trusted.
         EnvironmentFailure: Data cannot be reached, or lm-eval is not installed.
+        QualityError: A loss or a perplexity is not finite, or a model answers lm-eval with NaN.
     """
     names = [name_of(source) for source in options.text]
     if len(set(names)) < len(names):
@@ -123,7 +124,8 @@ def evaluate(
     for name, source, (found, stamp) in zip(names, sources, texts, strict=True):
         log.info("perplexity on %s: %d windows of %d tokens", name, stamp["windows"], size)
         result.protocol["texts"][name] = stamp | asdict(source) | {"dtype": dtype_of(model)}
-        _add_text(result, name, score(model, found, dense=dense, batch_size=options.batch_size))
+        scores = score(model, found, dense=dense, batch_size=options.batch_size, name=name)
+        _add_text(result, name, scores)
     if sources and options.generations:
         chosen = beginnings(_pieces(sources[0]), tokenizer, max_length=longest)
         result.generations = _side_by_side(chosen, model, dense, tokenizer, first.token)
@@ -147,18 +149,14 @@ def gate(evaluation: Evaluation, max_ppl_ratio: float) -> None:
     """Hold a model to a limit: its perplexity divided by the dense one's, on every text.
 
     Raises:
-        QualityError: A ratio is over `max_ppl_ratio`, or a perplexity is not finite.
+        QualityError: A ratio is over `max_ppl_ratio`.
         UsageError: There is nothing to compare with.
     """
     for name, figures in evaluation.perplexity.items():
         if name not in evaluation.divergence:
             break
         mine, dense = figures["model"], figures["dense"]
-        if mine is None or dense is None:
-            raise QualityError(
-                f"the perplexity on {name} is not finite (model {mine}, dense {dense})",
-                hint="compute in float32, and check the model with `structprune verify`",
-            )
+        assert mine is not None and dense is not None
         if not mine / dense <= max_ppl_ratio:
             raise QualityError(
                 f"the perplexity on {name} is {mine:.4g}, {mine / dense:.3g} times the dense {dense:.4g}; "
@@ -197,7 +195,7 @@ def _side_by_side(
 
 
 def _add_text(result: Evaluation, name: str, scores: Scores) -> None:
-    """Turn window sums into figures; what is not finite becomes None and a flag."""
+    """Turn window sums into figures; a divergence that is not finite becomes None and a flag."""
 
     def checked(value: float, what: str) -> float | None:
         if math.isfinite(value):
@@ -205,15 +203,20 @@ def _add_text(result: Evaluation, name: str, scores: Scores) -> None:
         result.protocol["flags"].append(f"{name}: {what} is not finite")
         return None
 
-    def perplexity(sums: list[float], which: str) -> float | None:
+    def perplexity(sums: list[float], which: str) -> float:
         mean = scores.mean(sums)
         # math.exp raises past 709, where a perplexity has long ceased to be one.
-        return checked(math.exp(mean) if mean < 700 else math.inf, f"the perplexity of the {which} model")
+        if mean > 700:
+            raise QualityError(
+                f"the perplexity of the {which} on {name} is not finite: a loss of {mean:.4g} nats per token",
+                hint=NOT_FINITE,
+            )
+        return math.exp(mean)
 
     compared = bool(scores.dense)
     result.perplexity[name] = {
-        "model": perplexity(scores.model, "given"),
-        "dense": perplexity(scores.dense, "dense") if compared else None,
+        "model": perplexity(scores.model, "model"),
+        "dense": perplexity(scores.dense, "dense model") if compared else None,
     }
     if compared:
         result.divergence[name] = {

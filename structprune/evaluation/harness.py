@@ -14,7 +14,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from structprune.calibration.texts import hub_failure
-from structprune.errors import EnvironmentFailure, InputError, UsageError
+from structprune.errors import EnvironmentFailure, InputError, QualityError, UsageError
+from structprune.evaluation.perplexity import NOT_FINITE
 from structprune.models.streamed import Model, StreamedModel
 
 # Only standard errors without a closed form (medians, F1) are drawn; lm-eval's own 100 000 would take
@@ -49,6 +50,7 @@ def harness(
         UsageError: A task is unknown, or the model is streamed.
         InputError: A task's file or data are damaged or missing.
         EnvironmentFailure: lm-eval is not installed, or a task's data cannot be reached.
+        QualityError: The model's logits hold NaN.
     """
     if isinstance(model, StreamedModel):
         raise UsageError(
@@ -61,13 +63,23 @@ def harness(
     except ModuleNotFoundError as error:
         hint = "pip install 'structprune[eval]'"
         raise EnvironmentFailure(f"lm-eval tasks need {error.name}", hint=hint) from None
+
+    class Finite(HFLM):  # type: ignore[misc]  # lm-eval has no annotations
+        """lm-eval's own model; it would count the guess that NaN sorts first as an answer."""
+
+        def _model_call(self, *inputs: Any, **options: Any) -> Any:
+            logits = super()._model_call(*inputs, **options)
+            if bool(logits.isnan().any()):
+                raise QualityError(f"lm-eval tasks {', '.join(tasks)}: the logits hold NaN", hint=NOT_FINITE)
+            return logits
+
     # lm-eval prints while it draws standard errors, and sets a padding token on the tokenizer it is given.
     bars = contextlib.nullcontext() if sys.stderr.isatty() else _without_bars()
     with contextlib.redirect_stdout(sys.stderr), bars:
         manager, names = _find(tasks, include_path)
         loaded = _load(manager, names)
         with _quiet():
-            runner = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+            runner = Finite(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         results: dict[str, Any] = lm_eval.simple_evaluate(
             model=runner,
             tasks=loaded,

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from structprune.calibration.data import begin, cut
-from structprune.errors import InputError
+from structprune.errors import InputError, QualityError
 from structprune.models.outputs import Output, outputs, per_token
 from structprune.models.streamed import Batch, Model
 
 # Hidden states that a streamed model keeps between two blocks; past it the model is read once more.
 HIDDEN_BYTES = 2**29
+NOT_FINITE = "the numbers overflow, or the model is broken: compute with --dtype float32, or prune less"
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,14 @@ def windows_of(ids: Tensor, length: int, *, stride: int | None = None, first: in
 
 
 @torch.no_grad()
-def score(model: Model, text: Windows, *, dense: Model | None = None, batch_size: int = 8) -> Scores:
+def score(
+    model: Model,
+    text: Windows,
+    *,
+    dense: Model | None = None,
+    batch_size: int = 8,
+    name: str = "the text",
+) -> Scores:
     """Score a text under a model and, in the same run, under the model it was made from.
 
     Args:
@@ -102,9 +110,11 @@ def score(model: Model, text: Windows, *, dense: Model | None = None, batch_size
         text: What to score.
         dense: The model to compare with; in memory or streamed, whatever `model` is.
         batch_size: Windows per forward.
+        name: What to call the text in an error.
 
     Raises:
         InputError: A token id is outside a model's vocabulary, or the two vocabularies differ.
+        QualityError: A loss is not finite; the run stops at the first batch that has one.
     """
     _check_vocabulary(text.inputs, model, dense)
     config = model.config.get_text_config()
@@ -118,7 +128,18 @@ def score(model: Model, text: Windows, *, dense: Model | None = None, batch_size
         for batch, mine, other in zip(group, outputs(model, group), others, strict=True):
             ids = batch["input_ids"]
             _add(scores, ids, list(islice(starts, len(ids))), mine, other)
+            _refuse_not_finite(scores, name)
     return scores
+
+
+def _refuse_not_finite(scores: Scores, name: str) -> None:
+    for which, sums in (("model", scores.model), ("dense model", scores.dense)):
+        window = next((index for index, loss in enumerate(sums) if not math.isfinite(loss)), None)
+        if window is not None:
+            raise QualityError(
+                f"the loss of the {which} on {name} is not finite: {sums[window]} in window {window}",
+                hint=NOT_FINITE,
+            )
 
 
 def _check_vocabulary(ids: Tensor, model: Model, dense: Model | None) -> None:

@@ -16,23 +16,28 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class OptionGroup(BaseModel):
-    """A frozen group of keys; a key it does not know and a boolean for a number are refused."""
+    """A frozen group of keys; unknown keys, a boolean for a number and an empty text are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _not_a_boolean(cls, value: object, info: ValidationInfo) -> object:
-        refuse_boolean(cls, info.field_name or "", value)
+    def _not_misread(cls, value: object, info: ValidationInfo) -> object:
+        refuse_misread(cls, info.field_name or "", value)
         return value
 
 
-def refuse_boolean(owner: type[BaseModel], name: str, value: object) -> None:
-    """Refuse True or False for a field of `owner` that is not a boolean; Python counts with them as 1 and 0.
+def refuse_misread(owner: type[BaseModel], name: str, value: object) -> None:
+    """Refuse what would silently be read as something else by a field of `owner`.
+
+    True and False for what is not a boolean: Python counts with them as 1 and 0. An empty text: mostly a
+    shell's variable that was never set; a path would be the working directory, a pattern would match all.
 
     Raises:
-        ValueError: It is one.
+        ValueError: It is one of these.
     """
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("found an empty text; leave the key out, or give it a value")
     field = owner.model_fields.get(name)
     if isinstance(value, bool) and field is not None and bool not in _atoms(field.annotation):
         raise ValueError(f"found {str(value).lower()}, expected {_type_text(field.annotation)}")
@@ -56,8 +61,8 @@ def build(owner: type[M], raw: object, path: str = "") -> M:
         )
     try:
         for name, value in raw.items():
-            if not issubclass(owner, OptionGroup):  # an OptionGroup refuses booleans by itself
-                _refuse_boolean_at(owner, name, value, path)
+            if not issubclass(owner, OptionGroup):  # an OptionGroup refuses by itself
+                _refuse_misread_at(owner, name, value, path)
         return owner.model_validate(dict(raw))
     except ValidationError as error:
         details = error.errors(include_url=False)
@@ -140,9 +145,9 @@ def _documented(owner: type) -> dict[str, str]:
     return {name: " ".join(words.split()) for name, words in found}
 
 
-def _refuse_boolean_at(owner: type[BaseModel], name: str, value: object, path: str) -> None:
+def _refuse_misread_at(owner: type[BaseModel], name: str, value: object, path: str) -> None:
     try:
-        refuse_boolean(owner, name, value)
+        refuse_misread(owner, name, value)
     except ValueError as error:
         raise UsageError(
             f"{_join(path, name)}: {error}", hint=f"{name}: {_about(owner).get(name, '')}"

@@ -182,6 +182,7 @@ class WeightPruner(Targets, BlockwisePruner):
         Raises:
             UsageError: It cannot; names the linear.
         """
+        self.check_skipped(len(blocks(model)))
         targets = [linear for block in self.all_targets(model) for linear in block]
         if not targets:
             raise UsageError(
