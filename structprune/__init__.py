@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from structprune.pipeline.sweep import prune_each as prune_each
     from structprune.pipeline.verify import verify as verify
     from structprune.plan.plan import Plan as Plan
+    from structprune.pruners.catalogue import find as find
     from structprune.pruners.pruner import Pruner as Pruner
-    from structprune.pruners.pruner import find as find
     from structprune.recipe.options import EvaluateOptions as EvaluateOptions
     from structprune.recipe.options import RecoverOptions as RecoverOptions
     from structprune.recipe.recipe import Recipe as Recipe
@@ -59,7 +59,7 @@ _HOMES = {
     "environment": "machine",
     "evaluate": "pipeline.evaluate",
     "export": "pipeline.export",
-    "find": "pruners.pruner",
+    "find": "pruners.catalogue",
     "inspect": "pipeline.inspect",
     "load": "checkpoint.load",
     "methods": "pipeline.methods",

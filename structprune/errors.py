@@ -9,6 +9,8 @@ StructpruneError            1  a bug of ours, never raised on purpose
 └── Interrupted       130/143  stopped by a signal; the same command resumes
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -81,3 +83,10 @@ class Interrupted(StructpruneError):
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by signal {signal_number}", hint="run the same command again to resume")
         self.exit_code = 128 + signal_number
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint for an unknown name: the nearest known one, or all of them."""
+    choices = list(known)
+    near = difflib.get_close_matches(name, choices, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(choices)}"

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from structprune.checkpoint.writing import Writing
-from structprune.pruners import pruner as registry
+from structprune.pruners import catalogue
 from structprune.pruners.pruner import Pruner
 from structprune.pruners.weight._family import WeightPruner
 
@@ -20,14 +20,14 @@ CALIBRATION = {"source": TEXT, "samples": 6, "length": 32, "batch_size": 4}
 EVALUATION = {"text": TEXT, "windows": 1, "length": 16, "generations": False}
 QUICK: dict[str, Any] = {"calibration": CALIBRATION, "evaluate": EVALUATION, "writing": Writing(reload=False)}
 
-METHODS = sorted(registry.names())
-WEIGHT_METHODS = [name for name in METHODS if issubclass(registry.find(name), WeightPruner)]
+METHODS = sorted(catalogue.names())
+WEIGHT_METHODS = [name for name in METHODS if issubclass(catalogue.find(name), WeightPruner)]
 
 
 def accepts(method: str, **fields: Any) -> bool:
     """Tell whether a method can have these fields."""
     try:
-        registry.find(method).model_validate(fields)
+        catalogue.find(method).model_validate(fields)
     except ValidationError:
         return False
     return True
@@ -35,7 +35,7 @@ def accepts(method: str, **fields: Any) -> bool:
 
 def quick(method: str, **fields: Any) -> Pruner:
     """Build a pruner that stops its search early, where it searches at all."""
-    found = registry.find(method)
+    found = catalogue.find(method)
     few = {"rounds": 2} if "rounds" in found.model_fields else {}
     return found.model_validate(few | fields)
 

@@ -18,7 +18,7 @@ from structprune.checkpoint.writing import Writing
 from structprune.cli.terminal import progress_on_stderr, say, stoppable
 from structprune.errors import InputError, Interrupted, QualityError
 from structprune.models.opening import Opening
-from structprune.pruners import pruner
+from structprune.pruners import catalogue
 from structprune.recipe.options import EvaluateOptions, RecoverOptions
 
 ROOT = Path(__file__).parents[1]
@@ -252,7 +252,7 @@ def test_a_folder_that_fails_its_checks_gives_six_and_the_figures(calls, command
 def test_methods_lists_every_file_under_pruners(command):
     listed = command("methods", "--json").json["methods"]
 
-    assert [row["name"] for row in listed] == list(pruner.names())
+    assert [row["name"] for row in listed] == list(catalogue.names())
     assert all(row["source"] and row["about"] for row in listed)
     assert command("methods", "wnda").code == 2
 
@@ -260,7 +260,7 @@ def test_methods_lists_every_file_under_pruners(command):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (["prune"], "Missing"),
+        (["prune"], "MODEL is missing"),
         (["prune", "demo", "--method", "wanda"], "OUT is missing"),
         (["prune", "demo", "out"], "prune.method is missing"),
         (["prune", "demo", "out", "--methd", "wanda"], "--method"),
@@ -269,6 +269,9 @@ def test_methods_lists_every_file_under_pruners(command):
         (["prune", "demo", "out", "extra", "--method", "wanda"], "extra"),
         (["prun"], "prune"),
         (["recover", "a", "b"], "--data"),
+        (["recover", "a", "--data", "demo"], "OUT is missing"),
+        (["recover", "a", "b", "-o", "c", "--data", "demo"], "two outputs"),
+        (["prune", "a.yaml", "-C", "b.yaml"], "two recipes"),
         (["evaluate", "demo", "--windows", "0"], "windows"),
         (["evaluate", "demo", "--device", "gpu"], "device"),
     ],
@@ -375,7 +378,7 @@ def test_progress_is_plain_lines_without_a_terminal(capsys, monkeypatch):
         "calibrate: 60 of 100, about 40 s left",
         "calibrate: 90 of 100, about 10 s left",
         "calibrate: 100 of 100, done in 1 min 40 s",
-        "write: 1 of 1",
+        "write",
     ]
 
 

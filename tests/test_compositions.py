@@ -25,7 +25,7 @@ from structprune.plan.key import WRITTEN, Key
 from structprune.plan.plan import Plan
 from structprune.proof import fresh_process as fresh
 from structprune.proof.verify import verify
-from structprune.pruners import pruner as registry
+from structprune.pruners import catalogue
 from structprune.pruners.weight._family import WeightPruner
 from structprune.pruners.weight._scored import ScorePruner
 from tests.conftest import Command
@@ -92,7 +92,7 @@ def test_every_score_runs_with_every_budget_and_repair_or_says_which_field_does_
     method: str, budget: str, repair: str
 ) -> None:
     fields = {"sparsity": usual(method), "budget": BUDGETS[budget], "repair": repair}
-    found = registry.find(method)
+    found = catalogue.find(method)
     assert issubclass(found, WeightPruner)
     wrong = [] if repair in ("none", *found.repairs) else ["repair"]
     wrong += ["budget"] if budget != "uniform" and isinstance(fields["sparsity"], str) else []
@@ -159,7 +159,7 @@ def test_a_refit_mask_is_that_of_the_method_and_loses_less() -> None:
     assert errors["least_squares"] < errors["obs"] < errors["none"]
 
 
-SOLVERS = [name for name in WEIGHT_METHODS if not issubclass(registry.find(name), ScorePruner)]
+SOLVERS = [name for name in WEIGHT_METHODS if not issubclass(catalogue.find(name), ScorePruner)]
 
 
 class TestFieldsThatLiveElsewhere:
@@ -243,7 +243,7 @@ class TestThroughThePipeline:
         ids = {"input_ids": fresh.probe(open_model(source, Opening(stream=True)).config)}
         # What calibration saw of later blocks is what the folder holds: the applied plan and the reopened
         # folder compute the same.
-        applied = registry.find(method)().apply(
+        applied = catalogue.find(method)().apply(
             open_model(source, Opening(dtype=computed)), read_plans(out)[0]
         )
         reopened = open_model(out, Opening(dtype=computed))
@@ -460,7 +460,7 @@ def test_a_score_without_data_is_calibrated_where_its_budget_looks_at_some(tmp_p
 
 def test_a_number_of_parameters_is_what_was_asked() -> None:
     budget = {"name": "target_params", "parameters": 12}
-    assert registry.find("magnitude").model_validate({"budget": budget}).asked == "12 parameters"
+    assert catalogue.find("magnitude").model_validate({"budget": budget}).asked == "12 parameters"
 
 
 def _carried_out(name: str, weight: Tensor, plan: Plan) -> Tensor:

@@ -11,7 +11,7 @@ import typer
 from structprune import errors
 from structprune.cli import app
 from structprune.errors import Interrupted, StructpruneError
-from structprune.pruners.pruner import find, names
+from structprune.pruners.catalogue import find, names
 from structprune.recipe.recipe import Recipe, RecoverOptions
 from tests.test_imports import MODULES, ROOT, TREES
 

@@ -21,7 +21,7 @@ from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
 from structprune.plan.key import WRITTEN
 from structprune.plan.plan import Plan, PlanWriter
-from structprune.pruners import pruner as registry
+from structprune.pruners import catalogue
 from structprune.pruners.pruner import Pruner
 from structprune.pruners.weight._family import WeightPruner
 from structprune.pruners.weight._scored import ScorePruner
@@ -93,7 +93,7 @@ class TestLaws:
         assert hooks(model) == 0
 
     def test_1_also_when_it_raises(self, method: str) -> None:
-        if not registry.find(method).needs_data:
+        if not catalogue.find(method).needs_data:
             return  # nothing runs forward, so nothing can raise there
         model = tiny("llama")
         before = state(model)
@@ -132,7 +132,7 @@ class TestLaws:
     def test_6_removing_nothing_is_the_identity(self, method: str) -> None:
         model = tiny("llama")
         before = state(model)
-        pruner = removing_nothing(registry.find(method))
+        pruner = removing_nothing(catalogue.find(method))
         plan = pruner.calibrate(model, batches(model))
         assert not plan.keys()
         assert same(before, state(pruner.apply(model, plan)))
@@ -170,7 +170,7 @@ class TestLaws:
         assert not torch.equal(results[0], logits(open_model(folder), probe))
 
     def test_10_the_file_names_its_source_and_has_a_recipe(self, method: str) -> None:
-        module = inspect.getmodule(registry.find(method))
+        module = inspect.getmodule(catalogue.find(method))
         assert module is not None
         assert re.search(r"^Source: .*https?://\S+", module.__doc__ or "", re.MULTILINE)
         assert (ROOT / "recipes" / f"{method}.yaml").is_file()
@@ -260,7 +260,7 @@ class TestStoredAndComputedDtypes:
         assert torch.equal(*outputs) and outputs[0].dtype == getattr(torch, computed)
         written = [key for key in plans[0] if key.edit in WRITTEN]
         updates = fields.get("repair") in ("obs", "least_squares") or not issubclass(
-            registry.find(method), ScorePruner
+            catalogue.find(method), ScorePruner
         )
         assert bool(written) == updates
         assert all(plans[0][key].dtype == getattr(torch, stored) for key in written)
@@ -308,7 +308,7 @@ class TestEveryFamily:
         self, family: str, method: str, sparsity: float | str, tmp_path: Path
     ) -> None:
         folder = save_tiny(family, tmp_path / "model")
-        found = registry.find(method)
+        found = catalogue.find(method)
         by_row = "row" in get_args(found.model_fields["compare"].annotation)
         pruner = weigher(method, sparsity=sparsity, **({"compare": "row"} if by_row else {}))
         if "fold" in found.model_fields and family in NO_PRODUCTS:

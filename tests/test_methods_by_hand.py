@@ -21,7 +21,7 @@ from structprune.models.arch import Linear, all_linears
 from structprune.models.walk import Walk
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan
-from structprune.pruners.pruner import find
+from structprune.pruners.catalogue import find
 from structprune.pruners.weight.armor import Armor
 from structprune.pruners.weight.gblm import Gblm
 from structprune.pruners.weight.magnitude import Magnitude

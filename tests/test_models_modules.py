@@ -7,7 +7,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from structprune.models.arch import all_linears
 from structprune.models.cost import parameters_of
 from structprune.models.modules import FactoredLinear, blockwise, folded
-from structprune.pruners.pruner import find
+from structprune.pruners.catalogue import find
 
 # hidden, keys and values, feed-forward: Qwen2.5, and the published growth in percent at wrapper 128.
 QWEN = {

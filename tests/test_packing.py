@@ -18,7 +18,7 @@ from structprune.errors import EnvironmentFailure, InputError, Interrupted, Usag
 from structprune.pipeline.export import export
 from structprune.plan import block as plan_block
 from structprune.proof.verify import verify
-from structprune.pruners import pruner as registry
+from structprune.pruners import catalogue
 from tests.tiny import save_tiny, tiny
 
 EVALUATION = {"text": "demo", "windows": 1, "length": 32, "generations": False}
@@ -33,7 +33,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for family, (dtype, shards) in MODELS.items():
         root = tmp_path_factory.mktemp(family)
         save_tiny(family, root / "dense", dtype=dtype, shards=shards)
-        pruner = registry.find("magnitude")(sparsity="2:4")
+        pruner = catalogue.find("magnitude")(sparsity="2:4")
         structprune.prune(
             root / "dense", root / "out", pruner, evaluate=EVALUATION, writing=Writing(reload=False)
         )

@@ -29,7 +29,7 @@ from structprune.models.opening import Opening
 from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
 from structprune.proof import fresh_process as fresh
-from structprune.pruners import pruner as registry
+from structprune.pruners import catalogue
 from tests.methods import CALIBRATION, TEXT, accepts, quick
 from tests.tiny import save_tiny, tiny
 
@@ -57,7 +57,7 @@ def test_laws_5_and_8_every_method_holds_what_was_asked_and_reloads_to_the_same_
 ) -> None:
     jobs, expected = [], []
     ids = fresh.probe(open_model(llama, Opening(stream=True)).config)
-    for method in registry.names():
+    for method in catalogue.names():
         for sparsity in (0.25, "2:4"):
             if not accepts(method, sparsity=sparsity):
                 continue
@@ -155,7 +155,7 @@ def test_a_run_killed_for_good_resumes_from_the_command_line(llama: Path, tmp_pa
 def test_a_run_stopped_while_it_looks_at_the_whole_model_resumes_with_the_same_bytes(
     method: str, fields: dict[str, str], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pruner = registry.find(method).model_validate(fields)
+    pruner = catalogue.find(method).model_validate(fields)
     structprune.prune(llama, tmp_path / "whole", pruner, opening=Opening(stream=True), **QUICK)
     write = Notebook.write
 
@@ -248,18 +248,18 @@ def test_a_pattern_that_does_not_divide_is_refused_before_anything_is_calibrated
     llama: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=r"model\.layers\.0.*not divisible by 7"):
-        structprune.prune(llama, tmp_path / "out", registry.find("wanda")(sparsity="3:7"), **QUICK)
+        structprune.prune(llama, tmp_path / "out", catalogue.find("wanda")(sparsity="3:7"), **QUICK)
     assert not list(tmp_path.iterdir())
 
 
 def test_sparsity_zero_copies_the_model_bit_for_bit(llama: Path, tmp_path: Path) -> None:
-    report = structprune.prune(llama, tmp_path / "out", registry.find("wanda")(sparsity=0), **QUICK)
+    report = structprune.prune(llama, tmp_path / "out", catalogue.find("wanda")(sparsity=0), **QUICK)
     assert report["sparsity"] == report["stages"][0]["reachable"] == 0
     assert digests(tmp_path / "out", of="model*.safetensors") == digests(llama, of="model*.safetensors")
 
 
 def test_what_is_skipped_and_excluded_stays_dense(llama: Path, tmp_path: Path) -> None:
-    pruner = registry.find("magnitude")(skip="0", exclude=["down_proj"])
+    pruner = catalogue.find("magnitude")(skip="0", exclude=["down_proj"])
     report = structprune.prune(llama, tmp_path / "out", pruner, **QUICK)
     assert report["sparsity"] == 0.5  # of the prunable set, which is what was chosen
     matrices = {block["block"]: block["matrices"] for block in report["blocks"]}

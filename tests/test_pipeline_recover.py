@@ -12,7 +12,7 @@ from structprune.checkpoint.writing import Writing
 from structprune.errors import InputError, QualityError
 from structprune.models.opening import Opening
 from structprune.models.streamed import open_model
-from structprune.pruners.pruner import find
+from structprune.pruners.catalogue import find
 from structprune.recipe.recipe import EvaluateOptions, RecoverOptions
 from tests.tiny import save_tiny
 

@@ -9,10 +9,12 @@ import structprune
 from structprune.checkpoint.writing import Writing
 from structprune.decide.sparsity import fraction_of
 from structprune.errors import UsageError
-from structprune.pruners import pruner
-from structprune.recipe.changes import choose_options
-from structprune.recipe.options import EvaluateOptions, RecoverOptions, sparsity_of
-from structprune.recipe.recipe import Recipe, assemble, choose_recipe, describe, load, stage
+from structprune.pipeline.methods import describe
+from structprune.pruners import catalogue
+from structprune.recipe.changes import EVALUATE, GROUPS, RECOVER
+from structprune.recipe.draft import choose_settings, request_recipe
+from structprune.recipe.options import EvaluateOptions, sparsity_of
+from structprune.recipe.recipe import Recipe, assemble, choose_recipe, load, stage
 from structprune.storage import strict_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -32,7 +34,7 @@ def test_a_recipe_of_three_keys_has_a_default_for_everything_else():
 
 
 def test_every_method_has_a_recipe_of_its_name():
-    assert set(pruner.names()) <= {path.stem for path in RECIPES}
+    assert set(catalogue.names()) <= {path.stem for path in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -112,20 +114,72 @@ def test_a_method_that_draws_takes_over_the_seed_of_the_recipe():
 def test_a_model_and_flags_are_a_recipe_too():
     recipe = choose_recipe("demo", flags={"output": "out", "prune.method": "wanda", "prune.sparsity": "50%"})
 
-    assert recipe == Recipe(model="demo", output="out", prune=pruner.find("wanda")(sparsity=0.5))
+    assert recipe == Recipe(model="demo", output="out", prune=catalogue.find("wanda")(sparsity=0.5))
     with pytest.raises(UsageError, match="OUT is missing"):
         choose_recipe("demo", flags={"prune.method": "wanda"})
 
 
+def evaluating(**given: object) -> EvaluateOptions:
+    flags = {f"evaluate.{key}": value for key, value in given.items()}
+    return choose_settings(EVALUATE, flags=flags).evaluate or EvaluateOptions()
+
+
 def test_without_texts_and_tasks_the_built_in_text_is_measured():
-    assert choose_options(EvaluateOptions).text == ("demo",)
-    assert choose_options(EvaluateOptions, flags={"tasks": "a, b"}).tasks == ("a", "b")
-    assert choose_options(EvaluateOptions, flags={"tasks": "a"}).text == ()
+    assert evaluating().text == ("demo",)
+    assert evaluating(tasks="a, b").tasks == ("a", "b")
+    assert evaluating(tasks="a").text == ()
 
 
 def test_alpha_is_twice_the_rank_unless_given():
-    assert choose_options(RecoverOptions, flags={"rank": 8}).alpha == 16
-    assert choose_options(RecoverOptions, sets=["rank=8", "alpha=8"]).alpha == 8
+    assert choose_settings(RECOVER, flags={"recover.rank": 8}).recover.alpha == 16
+    assert choose_settings(RECOVER, sets=["rank=8", "alpha=8"]).recover.alpha == 8
+
+
+def test_a_path_of_a_recipe_is_the_same_key_in_every_command():
+    sets = ["recover.rank=4", "evaluate.windows=3"]
+
+    recipe, recovery = assemble(WANDA, sets=sets), choose_settings(RECOVER, sets=sets)
+
+    assert (recipe.recover.rank, recipe.evaluate.windows) == (4, 3)
+    assert (recovery.recover.rank, recovery.evaluate.windows) == (4, 3)
+    assert choose_settings(EVALUATE, sets=["evaluate.windows=3"]).evaluate.windows == 3
+    assert choose_settings(EVALUATE, sets=["windows=3", "device=cpu"]).evaluate.windows == 3
+    assert assemble(WANDA, sets=["samples=4"]).calibration.samples == 4
+
+
+@pytest.mark.parametrize(
+    ("reading", "text", "said"),
+    [
+        (EVALUATE, "calibration.samples=4", "does not read it"),
+        (EVALUATE, "prune.sparsity=0.5", "does not read it"),
+        (RECOVER, "model=demo", "does not read it"),
+        (EVALUATE, "windos=4", "did you mean 'windows'"),
+        (RECOVER, "evaluate.windos=4", "did you mean 'windows'"),
+    ],
+)
+def test_a_path_that_a_command_does_not_read_is_refused(reading, text, said):
+    with pytest.raises(UsageError) as raised:
+        choose_settings(reading, sets=[text])
+
+    assert said in str(raised.value)
+
+
+def test_a_short_path_of_a_stage_is_no_key_of_the_calibration():
+    for name in catalogue.names():
+        assert not catalogue.find(name).model_fields.keys() & GROUPS["calibration"].model_fields.keys(), name
+
+
+def test_a_recipe_is_the_config_of_every_command(tmp_path):
+    path = tmp_path / "mine.yaml"
+    text = "model: demo\noutput: out\nprune: wanda\ndevice: cpu\nrecover: {rank: 4}\nevaluate: {windows: 3}\n"
+    path.write_text(text)
+
+    measured = choose_settings(EVALUATE, config=path, flags={"evaluate.length": 16})
+    assert (measured.evaluate.windows, measured.evaluate.length, measured.device) == (3, 16, "cpu")
+    assert choose_settings(RECOVER, config=path).recover.rank == 4
+    assert Recipe.of(request_recipe(None, config=path)) == load(path)
+    with pytest.raises(UsageError, match="two recipes"):
+        request_recipe(str(path), config=path)
 
 
 @pytest.mark.parametrize(

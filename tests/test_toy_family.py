@@ -14,8 +14,8 @@ from structprune import pruners
 from structprune.models.identity import architecture_of, names_of
 from structprune.models.opening import Opening
 from structprune.models.streamed import open_model
+from structprune.pruners.catalogue import find, names
 from structprune.pruners.forecast import forecast_all
-from structprune.pruners.pruner import find, names
 from structprune.recipe.recipe import load
 from tests.conftest import Command
 from tests.methods import short_runs

@@ -13,7 +13,7 @@ from structprune.errors import UsageError
 from structprune.models.arch import arch_of, blocks, linears
 from structprune.models.walk import Block, Walk
 from structprune.plan.key import Key
-from structprune.pruners.pruner import find
+from structprune.pruners.catalogue import find
 from structprune.pruners.weight.magnitude import Magnitude
 from structprune.pruners.weight.random import Random
 from structprune.pruners.weight.wanda import Wanda

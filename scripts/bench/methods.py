@@ -23,7 +23,7 @@ from structprune.evaluation.perplexity import Scores, Windows, score, windows_of
 from structprune.models.opening import Opening
 from structprune.models.streamed import Model, open_model
 from structprune.models.tokenizer import open_tokenizer
-from structprune.pruners.pruner import find
+from structprune.pruners.catalogue import find
 
 METHODS = ("random", "magnitude", "wanda")
 SPARSITIES: tuple[float | str, ...] = (0.5, 0.6, 0.7, "2:4")

@@ -54,7 +54,7 @@ from structprune.models.arch import all_linears
 from structprune.models.opening import Opening
 from structprune.models.streamed import Model, open_model
 from structprune.models.tokenizer import open_tokenizer
-from structprune.pruners.pruner import find
+from structprune.pruners.catalogue import find
 
 MOST_OVERHEAD = 0.125
 # Words that a question shows, words in each of its answers, and answers.

@@ -14,7 +14,7 @@ from structprune.models.identity import applied, names_of
 from structprune.models.opening import Opening
 from structprune.models.streamed import Model, open_model, open_reader
 from structprune.models.tokenizer import open_tokenizer
-from structprune.pruners.pruner import find
+from structprune.pruners.catalogue import find
 
 
 def load(

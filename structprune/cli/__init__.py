@@ -1,5 +1,6 @@
-"""The command line: a line of words in, one result out, an exit code; the commands are in `commands`."""
+"""The command line: a line of words in, one result out, an exit code; commands: `writers`, `readers`."""
 
+import importlib
 import os
 import sys
 import traceback
@@ -10,9 +11,11 @@ from typing import Any
 
 import typer
 
-from structprune.cli import packing  # noqa: F401 - adds its command to the app
-from structprune.cli.commands import Job, app
+from structprune.cli import readers, writers
+from structprune.cli.flags import Job
+from structprune.cli.spellings import ours_for
 from structprune.cli.terminal import (
+    Report,
     complain,
     error_json,
     logging_to_stderr,
@@ -27,10 +30,33 @@ from structprune.errors import (
     StructpruneError,
     UsageError,
     VerificationError,
+    nearest,
 )
-from structprune.recipe.fields import nearest
 from structprune.version import __version__
 
+app = typer.Typer(
+    help="Prune a language model checkpoint, prove what was done, evaluate it and recover it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# In this order in `--help`.
+for _run in (
+    writers.prune,
+    writers.apply,
+    writers.recover,
+    writers.export,
+    readers.inspect,
+    readers.verify,
+    readers.evaluate,
+    readers.methods,
+    readers.env,
+):
+    app.command(context_settings={"help_option_names": ["-h", "--help"]})(_run)
+
+# What every job stands on but those that only list something.
+HEAVY = ("torch", "transformers")
 MEMORY_HINT = "try --stream, --samples 32, --length 512 or --device cpu"
 
 
@@ -50,12 +76,18 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     try:
         _refuse_empty(line)
-        with stoppable() as check, logging_to_stderr():
+        with stoppable() as check:
             job = app(line, prog_name="structprune", standalone_mode=False)
             if not isinstance(job, Job):  # --help has been printed
                 return int(job or 0)
             # Libraries print as they like; stdout is for the result alone.
-            with progress_on_stderr(check) as progress, redirect_stdout(sys.stderr):
+            with (
+                logging_to_stderr(verbose=job.talk.verbose),
+                progress_on_stderr(check, quiet=job.talk.quiet) as progress,
+                redirect_stdout(sys.stderr),
+            ):
+                if not job.light:
+                    _load(progress)
                 result = job.run(progress)
     except BaseException as error:
         failure = _failure(error, line)
@@ -74,6 +106,17 @@ def main(words: Sequence[str] | None = None) -> int:
     else:
         say(job.show(result))
     return 0
+
+
+def _load(progress: Report) -> None:
+    """Import what takes seconds before anything else is seen of a run."""
+    missing = [name for name in HEAVY if name not in sys.modules]
+    if missing:
+        stage = f"load {' and '.join(missing)}"
+        progress(stage, 0, 1)
+        for name in missing:
+            importlib.import_module(name)
+        progress(stage, 1, 1)
 
 
 def _dashed(word: str) -> str:
@@ -107,10 +150,7 @@ def _failure(error: BaseException, line: Sequence[str]) -> StructpruneError | No
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return Interrupted(2)
     if isinstance(error, typer.TyperException):
-        known = [command.callback.__name__ for command in app.registered_commands if command.callback]
-        named = line[0] in known
-        hint = f"`structprune {line[0]} --help` lists what it takes" if named else nearest(line[0], known)
-        return UsageError(error.format_message(), hint=hint)
+        return UsageError(error.format_message(), hint=_hint(error, line))
     # Known by its name, because torch is not imported for a line that needs none of it; torch's CPU allocator
     # has no exception of its own.
     short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
@@ -122,6 +162,18 @@ def _failure(error: BaseException, line: Sequence[str]) -> StructpruneError | No
             f"{where}{os.strerror(error.errno)}", hint="check the disk, the path and the rights"
         )
     return None
+
+
+def _hint(error: typer.TyperException, line: Sequence[str]) -> str:
+    """Return what to write instead of what typer refused."""
+    commands = typer.main.get_group(app).commands
+    if line[0] not in commands:
+        return nearest(line[0], commands)
+    flags = {flag for one in commands[line[0]].params for flag in (*one.opts, *one.secondary_opts)}
+    refused = getattr(error, "option_name", None)
+    if refused is not None and refused not in flags:
+        return ours_for(refused, line[0], sorted(flag for flag in flags if flag.startswith("-")))
+    return f"`structprune {line[0]} --help` lists what it takes"
 
 
 def _fail(failure: StructpruneError, as_json: bool) -> int:

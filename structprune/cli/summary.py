@@ -89,6 +89,26 @@ def method_lines(result: Result) -> str:
     )
 
 
+def export_lines(result: Result) -> str:
+    """Return what an export wrote and what it saved, in a few lines."""
+    dense, packed = result["bytes"]["dense"], result["bytes"]["packed"]
+    where = f"{result['output']} ({result['seconds']:.0f} s)"
+    if result["to"] == "dense":
+        files = f"{len(result['files'])} weight files, the bytes that were packed"
+        return table([("got", f"{packed:,} -> {dense:,} bytes"), ("proved", files), ("where", where)])
+    linears = result["linears"]
+    share = linears["packed_bytes"] / linears["dense_bytes"]
+    rows = [
+        ("got", f"{dense:,} -> {packed:,} bytes"),
+        ("packed", f"{linears['packed']} linears as {result['to']}, {share:.2%} of their dense bytes"),
+        ("as they were", f"{len(result['left'])} tensors, {_reasons(result['left'])}"),
+        ("proved", "every tensor unpacks to its bits"),
+        ("where", where),
+        ("loads in", "nothing as it is; `structprune export DEST DENSE --to dense` gives the model back"),
+    ]
+    return table(rows)
+
+
 def key_lines(result: Result) -> str:
     """Return any result as indented lines, "key: value"."""
     return "\n".join(_lines(result, ""))
@@ -108,6 +128,14 @@ def _reached(stage: Result) -> str:
     if stage["measured"] == stage["reachable"]:
         return removed
     return f"{removed} ({_exact(stage['reachable'])} reachable)"
+
+
+def _reasons(left: list[Mapping[str, str]]) -> str:
+    """Return why tensors were left, and how many for each reason."""
+    linears = [row for row in left if row["reason"] != "no linear of a decoder block"]
+    if not linears:
+        return "none of them a linear of a decoder block"
+    return f"{len(linears)} of them linears, such as {linears[0]['name']}: {linears[0]['reason']}"
 
 
 def _quality(evaluation: Result) -> list[str]:

@@ -107,23 +107,29 @@ def stoppable() -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def logging_to_stderr() -> Iterator[None]:
-    """Show the library's warnings as lines on stderr, as long as the context lasts."""
-    handler = _StderrHandler(logging.WARNING)
+def logging_to_stderr(*, verbose: bool = False) -> Iterator[None]:
+    """Show the library's warnings, or all it notes, as lines on stderr, as long as the context lasts."""
+    level = logging.INFO if verbose else logging.WARNING
+    handler = _StderrHandler(level)
     logger = logging.getLogger("structprune")
+    former = logger.level
     logger.addHandler(handler)
+    if verbose:
+        logger.setLevel(level)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(former)
 
 
 @contextlib.contextmanager
-def progress_on_stderr(check: Callable[[], None] = lambda: None) -> Iterator[Report]:
+def progress_on_stderr(check: Callable[[], None] = lambda: None, *, quiet: bool = False) -> Iterator[Report]:
     """Show progress on stderr: bars with the time left on a terminal, else a plain line now and then.
 
     Args:
         check: Called at every report; may raise to stop the run.
+        quiet: Show nothing.
 
     Yields:
         A function to be told (stage, done, total).
@@ -132,7 +138,8 @@ def progress_on_stderr(check: Callable[[], None] = lambda: None) -> Iterator[Rep
 
     def report(stage: str, done: int, total: int) -> None:
         check()
-        shown.report(stage, done, total)
+        if not quiet:
+            shown.report(stage, done, total)
 
     try:
         yield report
@@ -176,9 +183,10 @@ class _Lines:
         if stage != self._stage or done < self._done:
             self._stage, self._first = stage, done
             self._started = self._last = now
-            say(f"{stage}: {done} of {total}", sys.stderr)
+            say(stage if total == 1 else f"{stage}: {done} of {total}", sys.stderr)
         elif done >= total > self._done:
-            say(f"{stage}: {done} of {total}, done in {_duration(now - self._started)}", sys.stderr)
+            counted = "" if total == 1 else f"{done} of {total}, "
+            say(f"{stage}: {counted}done in {_duration(now - self._started)}", sys.stderr)
         elif now - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now
             say(f"{stage}: {done} of {total}{self._left(now, done, total)}", sys.stderr)

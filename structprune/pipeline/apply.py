@@ -17,7 +17,7 @@ from structprune.models.opening import Opening
 from structprune.pipeline.decision import shaping_versions, write
 from structprune.pipeline.finish import finish
 from structprune.progress import Clock, Progress, silent
-from structprune.pruners.pruner import find
+from structprune.pruners.catalogue import find
 from structprune.report.report import RunRecord
 
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from structprune.pruners.pruner import names
-from structprune.recipe.recipe import describe
+from structprune.pruners.catalogue import docstring, find, names
+from structprune.recipe.fields import keys_of
 
 
 def methods(name: str | None = None) -> dict[str, Any]:
-    """Return what a method is, as `describe` tells it, or "methods": all of them.
+    """Return what a method is, as `describe` tells it, or "methods": all of them, without their fields.
 
     Args:
         name: One method; all unless given.
@@ -15,4 +15,32 @@ def methods(name: str | None = None) -> dict[str, Any]:
     Raises:
         UsageError: No such method.
     """
-    return describe(name) if name is not None else {"methods": [describe(known) for known in names()]}
+    return describe(name) if name is not None else {"methods": [introduce(known) for known in names()]}
+
+
+def introduce(method: str) -> dict[str, Any]:
+    """Return what the file of a method says of itself: "name", "family", "about" and "source".
+
+    Raises:
+        UsageError: No such method.
+    """
+    text = docstring(method)
+    sources = [
+        line.removeprefix("Source:").strip() for line in text.splitlines() if line.startswith("Source:")
+    ]
+    return {
+        "name": method,
+        "family": names()[method],
+        "about": text.partition("\n")[0],
+        "source": sources[0] if sources else "",
+    }
+
+
+def describe(method: str) -> dict[str, Any]:
+    """Return what a method is: as `introduce` does, and "needs_data" and "fields".
+
+    Raises:
+        UsageError: No such method.
+    """
+    pruner = find(method)
+    return introduce(method) | {"needs_data": pruner.needs_data, "fields": keys_of(pruner)}

@@ -1,12 +1,9 @@
-"""The contract of every pruner, and the folder that is its registry.
+"""The contract of every pruner.
 
 A pruner looks at a model and data once and decides; the decision is a value, a `Plan`. Carrying it out
 needs no data.
 """
 
-import difflib
-import importlib
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +11,6 @@ from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from structprune import pruners
 from structprune.errors import UsageError
 from structprune.models.arch import blocks
 from structprune.models.edit import carry_out
@@ -81,7 +77,8 @@ class Pruner(BaseModel, ABC):
             weights: Hash of the model's weights.
             progress: Told (stage, done, total) after each block.
         """
-        total, stage = len(blocks(model)), f"calibrate {self.method()}"
+        verb = "calibrate" if self.looks_at_data else "decide"
+        total, stage = len(blocks(model)), f"{verb} {self.method()}"
         origin = Origin(self.method(), self.model_dump(mode="json"), architecture_of(model), weights)
         return PlanWriter(folder, origin, decided=lambda done: progress(stage, done, total))
 
@@ -148,53 +145,3 @@ class Pruner(BaseModel, ABC):
         """
         carry_out(model, plan)
         return model
-
-
-def names() -> dict[str, str]:
-    """Return every method's name with its family, from the folders on the path of `structprune.pruners`.
-
-    Raises:
-        UsageError: Two files claim one name; a recipe could then mean either.
-    """
-    return {name: path.parent.name for name, path in _files().items()}
-
-
-def find(name: str) -> type[Pruner]:
-    """Return the pruner class of a method.
-
-    Args:
-        name: The method's name, which is its file's: "wanda".
-
-    Raises:
-        UsageError: No such method; the nearest name is given.
-    """
-    known = _files()
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(known)}"
-        raise UsageError(f"method {name!r} does not exist", hint=hint)
-    family = importlib.import_module(f"{pruners.__name__}.{known[name].parent.name}")
-    if (folder := str(known[name].parent)) not in family.__path__:
-        family.__path__.append(folder)  # a folder elsewhere that adds a method to a family known already
-    module = importlib.import_module(f"{family.__name__}.{name}")
-    found = [
-        value
-        for _, value in inspect.getmembers(module, inspect.isclass)
-        if issubclass(value, Pruner) and value.__module__ == module.__name__
-    ]
-    return found[0]
-
-
-def _files() -> dict[str, Path]:
-    """Return the file of every method by its name; files that begin with an underscore are no methods."""
-    found: dict[str, Path] = {}
-    for path in sorted((file for root in pruners.__path__ for file in Path(root).glob("*/*.py")), key=str):
-        if path.stem.startswith("_"):
-            continue
-        if path.stem in found:
-            raise UsageError(
-                f"two files are called {path.stem!r}: {found[path.stem]} and {path}",
-                hint="rename one of them: a file's name is the method's name",
-            )
-        found[path.stem] = path
-    return dict(sorted(found.items()))

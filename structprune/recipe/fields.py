@@ -1,16 +1,15 @@
 """From what a user wrote to checked values: a refusal names the key, what was found and expected."""
 
-import difflib
 import inspect
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
-from structprune.errors import UsageError
+from structprune.errors import UsageError, nearest
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -89,13 +88,6 @@ def put(raw: dict[str, Any], keys: list[str], value: object) -> None:
                 hint=f"remove {here}, or make it a group: {here}: {{{keys[-1]}: ...}}",
             )
     group[keys[-1]] = value
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint for an unknown name: the nearest known one, or all of them."""
-    choices = list(known)
-    near = difflib.get_close_matches(name, choices, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(choices)}"
 
 
 def quote(value: object) -> str:

@@ -1,0 +1,163 @@
+"""The flags that several commands share, and how a command takes whole groups of them."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+import structprune
+from structprune.cli.terminal import Report
+from structprune.errors import UsageError
+
+if TYPE_CHECKING:
+    from structprune.checkpoint.writing import Writing
+    from structprune.models.opening import Opening
+
+
+@dataclass(frozen=True)
+class Talk:
+    """How much a command says; `main` also finds two of them in a line that fails."""
+
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")
+    ] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say no progress, only warnings.")] = False
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more of what is done.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command line asks for; it runs once all of the line has been understood.
+
+    Attributes:
+        run: Does it, telling its progress, and returns the JSON object.
+        show: Returns that object as text for people.
+        light: It needs neither torch nor transformers, which take seconds to be loaded.
+        talk: How much is said meanwhile.
+    """
+
+    run: Callable[[Report], Mapping[str, Any]]
+    show: Callable[[Mapping[str, Any]], str]
+    light: bool = False
+    talk: Talk = field(default_factory=Talk)
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, a hub name, or 'demo' for the built-in model.")
+]
+Output = Annotated[Path | None, typer.Argument(metavar="OUT", help="The folder to write.")]
+Seed = Annotated[int | None, typer.Option(help="Decides what is drawn (default 0)")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps (default auto)")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16 (default auto)")]
+Length = Annotated[int | None, typer.Option("--length", "--seqlen", help="Tokens per sequence.")]
+Samples = Annotated[int | None, typer.Option("--samples", "--nsamples", help="Sequences (default 128)")]
+Column = Annotated[str | None, typer.Option(help="Which column holds the text (default text)")]
+Batch = Annotated[int | None, typer.Option(help="Sequences per forward (default 8)")]
+MaxRatio = Annotated[float | None, typer.Option(help="Exit 5 above this multiple of dense perplexity.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of a recipe; repeatable.")
+]
+Config = Annotated[
+    Path | None, typer.Option("--config", "-C", metavar="FILE", help="A recipe; flags win over it.")
+]
+Stream = Annotated[bool | None, typer.Option("--stream/--resident", help="One block in memory, or all.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+
+
+@dataclass(frozen=True)
+class OpeningFlags:
+    """What is accepted of a model's files."""
+
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False
+    allow_external_symlinks: Annotated[
+        bool, typer.Option("--allow-external-symlinks", help="Accept files that are links out of the folder.")
+    ] = False
+
+    def opening(self, *, stream: bool | None = None, device: str = "auto", dtype: str = "auto") -> "Opening":
+        """Return how a model is opened."""
+        return structprune.Opening(
+            dtype, device, stream, self.trust_remote_code, self.allow_external_symlinks
+        )
+
+
+@dataclass(frozen=True)
+class WritingFlags:
+    """How the output is written."""
+
+    out: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="The same as OUT.")] = None
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT once the new result is complete.")
+    ] = False
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")] = False
+
+    def writing(self) -> "Writing":
+        """Return how a result is written."""
+        return structprune.Writing(overwrite=self.overwrite, restart=self.restart)
+
+    def output(self, first: Path | None) -> Path | None:
+        """Return OUT, which either stands behind MODEL or is given by its flag.
+
+        Raises:
+            UsageError: Both are given.
+        """
+        if first is not None and self.out is not None:
+            raise UsageError(f"two outputs: {first} and --output {self.out}", hint="give one of them")
+        return first or self.out
+
+    def folder(self, first: Path | None) -> Path:
+        """Return OUT.
+
+        Raises:
+            UsageError: None is given, or two.
+        """
+        output = self.output(first)
+        if output is None:
+            raise UsageError("OUT is missing", hint="give the folder to write after MODEL, or as -o OUT")
+        return output
+
+
+def command(function: Callable[..., Job]) -> Callable[..., Job]:
+    """Spell out the flags of a command.
+
+    A parameter whose type is a dataclass stands for a group of flags, one for each field; every command has
+    those of `Talk` as well.
+    """
+    groups: dict[str, Any] = {"talk": Talk}
+    parameters: list[inspect.Parameter] = []
+    hints = get_type_hints(function, include_extras=True)
+    for parameter in inspect.signature(function).parameters.values():
+        if is_dataclass(hints[parameter.name]):
+            groups[parameter.name] = hints[parameter.name]
+            parameters += _flags_of(hints[parameter.name])
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+    parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in [*parameters, *_flags_of(Talk)]]
+
+    def run(**given: Any) -> Job:
+        values = {
+            name: group(**{one.name: given.pop(one.name) for one in fields(group)})
+            for name, group in groups.items()
+        }
+        talk = values.pop("talk")
+        return replace(function(**given, **values), talk=talk)
+
+    run.__doc__, run.__name__ = function.__doc__, function.__name__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
+
+
+def _flags_of(group: type) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=hints[one.name]
+        )
+        for one in fields(group)
+    ]

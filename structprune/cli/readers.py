@@ -1,0 +1,122 @@
+"""The commands that write no model: what a model is and how good, what methods there are, the machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import structprune
+from structprune.cli import summary
+from structprune.cli.flags import (
+    Batch,
+    Column,
+    Config,
+    Device,
+    Dtype,
+    Job,
+    Length,
+    MaxRatio,
+    Model,
+    OpeningFlags,
+    Revision,
+    Sets,
+    Stream,
+    command,
+)
+from structprune.pruners.catalogue import check_name
+from structprune.recipe.changes import EVALUATE
+from structprune.recipe.draft import choose_settings
+
+
+@command
+def inspect(model: Model, revision: Revision = None, *, opens: OpeningFlags) -> Job:
+    """Say what a model is, and what can be pruned in it."""
+    return Job(
+        lambda _: structprune.inspect(model, opening=opens.opening(), revision=revision), summary.key_lines
+    )
+
+
+@command
+def verify(
+    output: Annotated[
+        str, typer.Argument(metavar="OUT", help="A folder that structprune wrote, or any model.")
+    ],
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="The model it was made from.")] = None,
+    *,
+    opens: OpeningFlags,
+) -> Job:
+    """Measure a folder from its files, reload it in a fresh process and compare."""
+    return Job(
+        lambda progress: structprune.verify(output, against, opening=opens.opening(), progress=progress),
+        summary.verification_lines,
+    )
+
+
+@command
+def evaluate(
+    model: Model,
+    text: Annotated[list[str] | None, typer.Option(help="A text for the perplexity; repeatable.")] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks of lm-eval.")] = None,
+    include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="Your own task files.")] = None,
+    length: Length = None,
+    column: Column = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens from one window to the next.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
+    batch_size: Batch = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first documents of each task.")] = None,
+    compare: Annotated[str | None, typer.Option(metavar="DENSE", help="Measured beside it.")] = None,
+    max_ppl_ratio: MaxRatio = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    stream: Stream = None,
+    config: Config = None,
+    sets: Sets = None,
+    revision: Revision = None,
+    *,
+    opens: OpeningFlags,
+) -> Job:
+    """Measure perplexity, divergence from a dense model, and lm-eval tasks."""
+    flags = {
+        "evaluate.text": text or None,
+        "evaluate.tasks": tasks,
+        "evaluate.include_path": include_path,
+        "evaluate.length": length,
+        "evaluate.column": column,
+        "evaluate.stride": stride,
+        "evaluate.windows": windows,
+        "evaluate.batch_size": batch_size,
+        "evaluate.limit": limit,
+        "evaluate.compare": compare,
+        "evaluate.max_ppl_ratio": max_ppl_ratio,
+        "device": device,
+        "dtype": dtype,
+        "revision": revision,
+    }
+    asked = choose_settings(EVALUATE, config=config, sets=sets or (), flags=flags)
+    return Job(
+        lambda progress: structprune.evaluate(
+            model,
+            asked.evaluate,
+            opening=opens.opening(stream=stream, device=asked.device, dtype=asked.dtype),
+            revision=asked.revision,
+            progress=progress,
+        ),
+        summary.evaluation_lines,
+    )
+
+
+@command
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One method, with its fields.")] = None,
+) -> Job:
+    """List the methods, or the fields of one."""
+    if name is None:
+        return Job(lambda _: structprune.methods(), summary.methods_lines, light=True)
+    check_name(name)
+    return Job(lambda _: structprune.methods(name), summary.method_lines)
+
+
+@command
+def env() -> Job:
+    """Print what a bug report needs: the machine and the versions."""
+    return Job(lambda _: structprune.environment(), summary.key_lines)

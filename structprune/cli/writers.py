@@ -1,0 +1,231 @@
+"""The commands that write a model: which key of a recipe, or argument of the pipeline, each flag is."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import structprune
+from structprune.cli import summary
+from structprune.cli.flags import (
+    Batch,
+    Column,
+    Config,
+    Device,
+    Dtype,
+    Job,
+    Length,
+    MaxRatio,
+    Model,
+    OpeningFlags,
+    Output,
+    Revision,
+    Samples,
+    Seed,
+    Sets,
+    Stream,
+    WritingFlags,
+    command,
+)
+from structprune.errors import UsageError
+from structprune.recipe.changes import RECOVER
+from structprune.recipe.draft import choose_settings, request_recipe
+from structprune.recipe.options import sparsity_of
+
+
+@command
+def prune(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL|RECIPE.yaml", help="A model, or a whole recipe.")
+    ] = None,
+    output: Output = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", "--prune-method", help="A method; `structprune methods` lists them."),
+    ] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="Removed: 0.5 or 50%; or N of M kept: 2:4; several: 0.3,0.5.")
+    ] = None,
+    sparsity_ratio: Annotated[float | None, typer.Option(help="The fraction, in Wanda's words.")] = None,
+    sparsity_type: Annotated[str | None, typer.Option(help="unstructured or N:M, in Wanda's words.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="A text file, a data set's name, or demo.")] = None,
+    samples: Samples = None,
+    length: Length = None,
+    column: Column = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    stream: Stream = None,
+    config: Config = None,
+    sets: Sets = None,
+    include: Annotated[list[str] | None, typer.Option(help="Prune only linears whose name matches.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave linears dense whose name matches.")] = None,
+    fold: Annotated[bool, typer.Option("--fold", help="Write products as dense matrices.")] = False,
+    keep_scores: Annotated[bool, typer.Option("--keep-scores", help="Keep scores in the plan.")] = False,
+    scores: Annotated[Path | None, typer.Option(metavar="DIR", help="Decide from kept scores.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    revision: Revision = None,
+    max_ppl_ratio: MaxRatio = None,
+    *,
+    writes: WritingFlags,
+    opens: OpeningFlags,
+) -> Job:
+    """Prune a model, prove the result and report on it."""
+    several = sparsity.split(",") if sparsity else [None]
+    flags = {
+        "output": writes.output(output),
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "revision": revision,
+        "prune.method": method,
+        "prune.sparsity": sparsity_of(several[0], ratio=sparsity_ratio, kind=sparsity_type),
+        "prune.fold": fold or None,
+        "prune.keep_scores": keep_scores or None,
+        "prune.include": include or None,
+        "prune.exclude": exclude or None,
+        "calibration.source": calibration,
+        "calibration.samples": samples,
+        "calibration.length": length,
+        "calibration.column": column,
+        "evaluate.max_ppl_ratio": max_ppl_ratio,
+    }
+    request = request_recipe(model, config=config, sets=sets or (), flags=flags)
+    wanted = [] if len(several) == 1 else [sparsity_of(text) or 0.0 for text in several]
+    if dry_run:
+        return Job(
+            lambda _: structprune.dry_run(
+                structprune.Recipe.of(request),
+                wanted,
+                opening=opens.opening(stream=stream),
+                writing=writes.writing(),
+            ),
+            summary.key_lines,
+        )
+    if wanted:
+        return Job(
+            lambda progress: structprune.prune_each(
+                structprune.Recipe.of(request),
+                wanted,
+                opening=opens.opening(stream=stream),
+                writing=writes.writing(),
+                progress=progress,
+            ),
+            summary.runs_lines,
+        )
+    return Job(
+        lambda progress: structprune.prune(
+            structprune.Recipe.of(request),
+            opening=opens.opening(stream=stream),
+            writing=writes.writing(),
+            scores=scores,
+            progress=progress,
+        ),
+        summary.run_lines,
+    )
+
+
+@command
+def apply(
+    model: Model,
+    plan: Annotated[Path, typer.Option(metavar="DIR", help="A plan, or a folder structprune wrote.")],
+    output: Output = None,
+    stream: Stream = None,
+    revision: Revision = None,
+    *,
+    writes: WritingFlags,
+    opens: OpeningFlags,
+) -> Job:
+    """Carry out the plan of an earlier run; needs no data."""
+    folder = writes.folder(output)
+    return Job(
+        lambda progress: structprune.apply(
+            model,
+            folder,
+            plan,
+            opening=opens.opening(stream=stream),
+            writing=writes.writing(),
+            revision=revision,
+            progress=progress,
+        ),
+        summary.run_lines,
+    )
+
+
+@command
+def recover(
+    model: Model,
+    output: Output = None,
+    data: Annotated[str | None, typer.Option(help="A text file, a data set's name, or demo.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of each matrix's change (default 16)")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The highest (default 1e-4)")] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", "--nsamples", help="The most sequences read (default all)")
+    ] = None,
+    length: Length = None,
+    column: Column = None,
+    batch_size: Batch = None,
+    teacher: Annotated[str | None, typer.Option(metavar="DENSE", help="A dense model to imitate.")] = None,
+    keep_adapter: Annotated[bool | None, typer.Option("--keep-adapter", help="Do not merge.")] = None,
+    seed: Seed = None,
+    device: Device = None,
+    config: Config = None,
+    sets: Sets = None,
+    revision: Revision = None,
+    *,
+    writes: WritingFlags,
+    opens: OpeningFlags,
+) -> Job:
+    """Train a pruned model again without reviving a removed weight."""
+    flags = {
+        "recover.data": data,
+        "recover.steps": steps,
+        "recover.rank": rank,
+        "recover.learning_rate": learning_rate,
+        "recover.samples": samples,
+        "recover.length": length,
+        "recover.column": column,
+        "recover.batch_size": batch_size,
+        "recover.teacher": teacher,
+        "recover.keep_adapter": keep_adapter,
+        "recover.seed": seed,
+        "device": device,
+        "revision": revision,
+    }
+    folder = writes.folder(output)
+    asked = choose_settings(RECOVER, config=config, sets=sets or (), flags=flags)
+    if asked.recover is None or "data" not in asked.recover.model_fields_set:
+        raise UsageError("--data is missing", hint="give the text to train on, or --data demo")
+    return Job(
+        lambda progress: structprune.recover(
+            model,
+            folder,
+            asked.recover,
+            opening=opens.opening(device=asked.device),
+            writing=writes.writing(),
+            revision=asked.revision,
+            evaluate=asked.evaluate,
+            progress=progress,
+        ),
+        summary.recovery_lines,
+    )
+
+
+@command
+def export(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="A pruned model's folder, or a packed one.")],
+    to: Annotated[str, typer.Option("--to", metavar="2:4|bitmask|dense", help="How weights are stored.")],
+    output: Annotated[Path | None, typer.Argument(metavar="DEST", help="The folder to write.")] = None,
+    *,
+    writes: WritingFlags,
+    opens: OpeningFlags,
+) -> Job:
+    """Store a pruned model without its zeros, or write such a folder dense again, bit by bit."""
+    folder = writes.folder(output)
+    return Job(
+        lambda progress: structprune.export(
+            model, folder, to, opening=opens.opening(), writing=writes.writing(), progress=progress
+        ),
+        summary.export_lines,
+    )
