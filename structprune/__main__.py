@@ -1,7 +1,32 @@
-"""`python -m structprune` is the command `structprune`."""
+"""`structprune` and `python -m structprune`: signals are answered before the command line is imported."""
 
+import contextlib
+import importlib
+import os
+import signal
 import sys
+from types import FrameType
 
-from structprune.cli import main
 
-sys.exit(main())
+def run() -> int:
+    """Run this process's command line and return its exit code.
+
+    The imports take long enough for a Ctrl-C, and nothing has been begun then that would have to be ended.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name)
+        # Started under nohup a signal is ignored, and stays so.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _leave)
+    code: int = importlib.import_module("structprune.cli").main()
+    return code
+
+
+def _leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature that signal calls
+    with contextlib.suppress(OSError):
+        os.write(2, f"error: stopped by signal {number}\n".encode())
+    os._exit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -39,7 +39,7 @@ Report = Callable[[str, int, int], None]
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Write a line to stdout, or to `stream`; a reader that went away is no error."""
+    """Write a line to stdout, or to `stream`."""
     target = sys.stdout if stream is None else stream
     try:
         target.write(f"{text}\n")
@@ -48,13 +48,8 @@ def say(text: str, stream: TextIO | None = None) -> None:
         # Part of the text may be in the buffer; what cannot be encoded is escaped, not lost.
         # The stream's own encoding: for the code pages of Windows the error's is "charmap".
         known = getattr(target, "encoding", None) or error.encoding
-        with contextlib.suppress(BrokenPipeError):
-            target.write(f"{text.encode(known, 'backslashreplace').decode(known)}\n")
-            target.flush()
-    except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:  # noqa: PTH123
-            # Python flushes once more when it exits, and would complain then.
-            os.dup2(nowhere.fileno(), target.fileno())
+        target.write(f"{text.encode(known, 'backslashreplace').decode(known)}\n")
+        target.flush()
 
 
 def say_json(data: Mapping[str, Any]) -> None:
@@ -101,6 +96,11 @@ def stoppable() -> Iterator[Callable[[], None]]:
                 former[number] = signal.signal(number, stop)
     try:
         yield check
+    except BaseException as error:
+        # Whatever ran may have turned it into an error of its own; transformers does while it imports.
+        if received and not isinstance(error, Interrupted):
+            raise Interrupted(received[0]) from error
+        raise
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
