@@ -1,6 +1,10 @@
 """The command line: a line of words in, one result out, an exit code; commands: `writers`, `readers`."""
 
+<<<<<<< HEAD
 import importlib
+=======
+import errno
+>>>>>>> d67a04a (A full stdout is one line and exit code 4)
 import os
 import sys
 import traceback
@@ -11,9 +15,15 @@ from typing import Any
 
 import typer
 
+<<<<<<< HEAD
 from structprune.cli import readers, writers
 from structprune.cli.flags import Job
 from structprune.cli.spellings import ours_for
+=======
+from structprune.cli import packing  # noqa: F401 - adds its command to the app
+from structprune.cli.commands import Job, app
+from structprune.cli.outlet import lasting_streams
+>>>>>>> d67a04a (A full stdout is one line and exit code 4)
 from structprune.cli.terminal import (
     Report,
     complain,
@@ -34,6 +44,7 @@ from structprune.errors import (
 )
 from structprune.version import __version__
 
+<<<<<<< HEAD
 app = typer.Typer(
     help="Prune a language model checkpoint, prove what was done, evaluate it and recover it.",
     no_args_is_help=True,
@@ -58,6 +69,9 @@ for _run in (
 # What every job stands on but those that only list something.
 HEAVY = ("torch", "transformers")
 MEMORY_HINT = "try --stream, --samples 32, --length 512 or --device cpu"
+=======
+MEMORY_HINT = "try --stream, --samples 32, --length 512 or --device cpu, or raise the limit (`ulimit -v`)"
+>>>>>>> d67a04a (A full stdout is one line and exit code 4)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -69,7 +83,20 @@ def main(words: Sequence[str] | None = None) -> int:
     Raises:
         Exception: A bug of ours, whatever it is; Python then prints the traceback and exits with 1.
     """
-    line = [_dashed(word) for word in (sys.argv[1:] if words is None else words)] or ["--help"]
+    with lasting_streams() as out:
+        line = [_dashed(word) for word in (sys.argv[1:] if words is None else words)] or ["--help"]
+        code = _run(line)
+        out.flush()
+        # A reader that had seen enough is no error; a full disk lost what somebody waits for.
+        if code == 0 and out.lost is not None and out.lost.errno != errno.EPIPE:
+            said = f"stdout: {os.strerror(out.lost.errno or errno.EIO)}: the result could not be printed"
+            hint = "the work itself is done, its folder complete; send stdout to a disk that has room"
+            return _fail(EnvironmentFailure(said, hint=hint), as_json=False)
+        return code
+
+
+def _run(line: Sequence[str]) -> int:
+    """Run the words of a command line and say what came of it."""
     as_json = "--json" in line
     if line == ["--version"]:
         say(f"structprune {__version__}")
@@ -150,11 +177,19 @@ def _failure(error: BaseException, line: Sequence[str]) -> StructpruneError | No
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return Interrupted(2)
     if isinstance(error, typer.TyperException):
+<<<<<<< HEAD
         return UsageError(error.format_message(), hint=_hint(error, line))
     # Known by its name, because torch is not imported for a line that needs none of it; torch's CPU allocator
     # has no exception of its own.
     short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if short or "can't allocate memory" in str(error):
+=======
+        known = [command.callback.__name__ for command in app.registered_commands if command.callback]
+        named = line[0] in known
+        hint = f"`structprune {line[0]} --help` lists what it takes" if named else nearest(line[0], known)
+        return UsageError(error.format_message(), hint=hint)
+    if _lacks_memory(error):
+>>>>>>> d67a04a (A full stdout is one line and exit code 4)
         return EnvironmentFailure("out of memory", hint=MEMORY_HINT)
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
@@ -164,6 +199,7 @@ def _failure(error: BaseException, line: Sequence[str]) -> StructpruneError | No
     return None
 
 
+<<<<<<< HEAD
 def _hint(error: typer.TyperException, line: Sequence[str]) -> str:
     """Return what to write instead of what typer refused."""
     commands = typer.main.get_group(app).commands
@@ -174,6 +210,20 @@ def _hint(error: typer.TyperException, line: Sequence[str]) -> str:
     if refused is not None and refused not in flags:
         return ours_for(refused, line[0], sorted(flag for flag in flags if flag.startswith("-")))
     return f"`structprune {line[0]} --help` lists what it takes"
+=======
+def _lacks_memory(error: BaseException) -> bool:
+    """Tell whether an error comes from a lack of memory, also one that a library made its own of."""
+    said = ("can't allocate memory", "Cannot allocate memory", "failed to map segment", "start new thread")
+    cause: BaseException | None = error
+    while cause is not None:
+        # Known by its name, because torch is not imported for a line that needs none of it; torch's CPU
+        # allocator and a library that does not fit when it is imported have no exception of their own.
+        short = isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError"
+        if short or any(text in str(cause) for text in said):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+>>>>>>> d67a04a (A full stdout is one line and exit code 4)
 
 
 def _fail(failure: StructpruneError, as_json: bool) -> int:

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 
 class Outlet:
@@ -39,7 +39,7 @@ class Outlet:
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
-        """Return everything else as the stream has it: its encoding, its descriptor, whether it is a terminal."""
+        """Return everything else as the stream has it: its encoding, its descriptor ..."""
         return getattr(self._stream, name)
 
     @contextmanager
@@ -56,10 +56,14 @@ class Outlet:
 
 @contextmanager
 def lasting_streams() -> Iterator[Outlet]:
-    """Put an `Outlet` in the place of stdout and of stderr for the length of a `with`; yield that of stdout."""
+    """Put an `Outlet` in the place of stdout and of stderr as long as the context lasts.
+
+    Yields:
+        That of stdout.
+    """
     _occupy_closed()
     out, err = Outlet(sys.stdout), Outlet(sys.stderr)
-    with redirect_stdout(out), redirect_stderr(err):
+    with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
         try:
             yield out
         finally:
