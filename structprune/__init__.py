@@ -19,6 +19,7 @@ from structprune.errors import (
     UsageError,
     VerificationError,
 )
+from structprune.machine import check_process
 from structprune.version import __version__
 
 if TYPE_CHECKING:
@@ -106,4 +107,5 @@ def __getattr__(name: str) -> Any:
     """Return a public function or class from the module that it lives in."""
     if name not in _HOMES:
         raise AttributeError(f"module 'structprune' has no attribute {name!r}")
+    check_process()  # before the imports, which would end it with less than a line
     return getattr(importlib.import_module(f"structprune.{_HOMES[name]}"), name)

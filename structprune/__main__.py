@@ -7,6 +7,8 @@ import signal
 import sys
 from types import FrameType
 
+HINT = "is the memory limited (`ulimit -v`)? if not, install structprune again"
+
 
 def run() -> int:
     """Run this process's command line and return its exit code.
@@ -18,7 +20,12 @@ def run() -> int:
         # Started under nohup a signal is ignored, and stays so.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)
-    code: int = importlib.import_module("structprune.cli").main()
+    try:
+        line = importlib.import_module("structprune.cli")
+    except (ImportError, MemoryError) as error:
+        os.write(2, f"error: the command line cannot be imported: {error}\nhint: {HINT}\n".encode())
+        return 4
+    code: int = line.main()
     return code
 
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+from structprune.errors import EnvironmentFailure
 
 PACKAGES = (
     "structprune",
@@ -27,7 +27,32 @@ PACKAGES = (
     "matplotlib",
 )
 
+# What torch and transformers map before there is any model; below it their C++ parts abort or never end.
+IMPORTS_BYTES = 1 << 30
+
 _M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
+
+
+def check_process() -> None:
+    """Refuse a process in which neither structprune nor what it is made of can work.
+
+    Raises:
+        EnvironmentFailure: Python was told to drop asserts and docstrings, or may map too little memory.
+    """
+    if sys.flags.optimize:
+        # transformers reads the docstrings of its classes, and what code guarantees is checked by asserts.
+        raise EnvironmentFailure(
+            f"Python runs with PYTHONOPTIMIZE={sys.flags.optimize} (-{'O' * sys.flags.optimize}), "
+            "which removes asserts and docstrings",
+            hint="unset PYTHONOPTIMIZE, and leave away -O",
+        )
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < IMPORTS_BYTES:
+        raise EnvironmentFailure(
+            f"this process may map {limit >> 20} MiB of memory, torch and transformers alone need "
+            f"{IMPORTS_BYTES >> 20}",
+            hint="raise the limit: `ulimit -v unlimited`",
+        )
 
 
 def peak_rss() -> int:
@@ -67,6 +92,8 @@ def versions() -> dict[str, str | None]:
 
 def machine() -> dict[str, Any]:
     """Return what the machine is: system, processor, cores it may use, threads, memory, accelerators."""
+    import torch  # here, because it takes seconds and every other function does without
+
     return {
         "system": platform.platform(),
         "processor": _processor(),

@@ -15,6 +15,7 @@ import torch
 
 import structprune
 from structprune.checkpoint.writing import Writing
+from structprune.cli.outlet import Outlet
 from structprune.cli.terminal import progress_on_stderr, say, stoppable
 from structprune.errors import InputError, Interrupted, QualityError
 from structprune.models.opening import Opening
@@ -423,12 +424,17 @@ def test_a_reader_that_went_away_is_no_error():
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as stream:
-        say("first", stream)
-        say("second", stream)
+        outlet = Outlet(stream)
+        say("first", outlet)
+        say("second", outlet)
+
+    assert outlet.lost.errno == errno.EPIPE
 
 
 def test_the_module_and_the_scripts_are_the_same_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["structprune", "--version"])
+    # The handlers of a process that is the command line and nothing else.
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("structprune", run_name="__main__")
 

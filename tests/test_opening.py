@@ -8,7 +8,7 @@ import pytest
 
 import structprune
 from structprune.cli.terminal import logging_to_stderr
-from structprune.errors import UsageError
+from structprune.errors import EnvironmentFailure, UsageError
 from structprune.models import opening
 from structprune.models.opening import Opening
 from tests.conftest import Command
@@ -40,15 +40,37 @@ def test_a_model_is_streamed_where_two_and_a_half_of_it_are_more_than_the_free_m
 
 
 def test_an_opening_of_one_model_leaves_nothing_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(opening, "devices", lambda: ["cpu", "cuda", "cuda:0"])
     assert Opening(stream=True).resolve(Path("model"), 1) == Opening(stream=True, device="cuda")
     assert Opening(stream=True, device="cpu").resolve(Path("model"), 1).device == "cpu"
 
 
-@pytest.mark.parametrize("unknown", [{"dtype": "int8"}, {"device": "gpu"}])
+@pytest.mark.parametrize("unknown", [{"dtype": "int8"}, {"device": "gpu"}, {"device": "meta"}])
 def test_an_unknown_dtype_or_device_is_refused(unknown: dict[str, str]) -> None:
     with pytest.raises(UsageError, match=r"is not known"):
         Opening(**unknown)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps"])
+def test_every_command_says_which_devices_there_are_when_the_asked_one_is_not(
+    device: str, command: Command, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "devices", lambda: ["cpu", "cuda:0"])
+    asked = ("--device", device)
+    for words in (
+        ("prune", llama, tmp_path / "out", "--method", "magnitude", *asked),
+        ("prune", llama, tmp_path / "out", "--method", "magnitude", "--dry-run", *asked),
+        ("evaluate", llama, *asked),
+        ("recover", llama, tmp_path / "out", "--data", "demo", "--steps", 1, *asked),
+    ):
+        refused = command(*words, "--json")
+        assert refused.code == 4, words
+        assert refused.json["error"]["message"].endswith(
+            f"{device!r} is not there: this machine has cpu, cuda:0"
+        )
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(EnvironmentFailure, match="is not there"):
+        structprune.load(llama, Opening(device=device))
 
 
 def test_every_command_follows_links_out_of_a_model_only_when_told(

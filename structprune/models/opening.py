@@ -1,13 +1,16 @@
 """How a model folder is opened: a value that travels whole from the command line to whatever opens one."""
 
 import logging
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from structprune.errors import UsageError
+from structprune.errors import EnvironmentFailure, UsageError
 from structprune.machine import available_memory
+
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?", re.ASCII)
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +45,10 @@ class Opening:
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r} is not known", hint=f"one of: auto, {', '.join(DTYPES)}")
-        try:
-            torch.device("cpu" if self.device == "auto" else self.device)
-        except RuntimeError:
+        if not _DEVICE.fullmatch(self.device):
             raise UsageError(
                 f"device {self.device!r} is not known", hint="one of: auto, cpu, cuda, cuda:N, mps"
-            ) from None
+            )
 
     def streams(self, nbytes: int) -> bool:
         """Tell whether a model of so many bytes is held one block at a time."""
@@ -65,9 +66,31 @@ class Opening:
         Args:
             folder: The model folder, to say what was chosen.
             nbytes: Bytes of its weights.
+
+        Raises:
+            EnvironmentFailure: The device is not there.
         """
         stream = self.streams(nbytes)
         if self.stream is None:
             logger.info("%s is %s", folder, "streamed block by block" if stream else "held in memory")
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-        return replace(self, stream=stream, device=accelerator if self.device == "auto" else self.device)
+        there = devices()
+        accelerator = "cuda" if "cuda" in there else "cpu"
+        chosen = accelerator if self.device == "auto" else self.device
+        if chosen not in there:
+            raise EnvironmentFailure(
+                f"device {chosen!r} is not there: this machine has {', '.join(there)}", hint=_way_on(chosen)
+            )
+        return replace(self, stream=stream, device=chosen)
+
+
+def devices() -> list[str]:
+    """Return the devices that a model can be put on here; the processor comes first."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = ["cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(count))]
+    return [*found, "mps"] if torch.backends.mps.is_available() else found
+
+
+def _way_on(device: str) -> str:
+    if device.startswith("cuda") and torch.version.cuda is None:
+        return "the installed torch is built without CUDA: install one with it, or leave the device to auto"
+    return "give one of these, or leave the device to auto"

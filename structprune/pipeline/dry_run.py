@@ -50,7 +50,7 @@ def dry_run(
     check_output(folder, recipe.output, overwrite=may_stand(recipe.output, writing), needed_bytes=size)
     opened = open_skeleton(folder, opening)
     forecasts = forecast_all(recipe.prune, opened)
-    streamed = recipe.opening(opening).streams(opened.reader.nbytes)
+    streamed = bool(recipe.opening(opening).resolve(folder, opened.reader.nbytes).stream)
     length = window_length(recipe.calibration.length, positions(opened.config))
     left = forecasts[-1].left
     return {
