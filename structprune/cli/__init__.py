@@ -1,10 +1,7 @@
 """The command line: a line of words in, one result out, an exit code; commands: `writers`, `readers`."""
 
-<<<<<<< HEAD
-import importlib
-=======
 import errno
->>>>>>> d67a04a (A full stdout is one line and exit code 4)
+import importlib
 import os
 import sys
 import traceback
@@ -15,15 +12,10 @@ from typing import Any
 
 import typer
 
-<<<<<<< HEAD
 from structprune.cli import readers, writers
 from structprune.cli.flags import Job
-from structprune.cli.spellings import ours_for
-=======
-from structprune.cli import packing  # noqa: F401 - adds its command to the app
-from structprune.cli.commands import Job, app
 from structprune.cli.outlet import lasting_streams
->>>>>>> d67a04a (A full stdout is one line and exit code 4)
+from structprune.cli.spellings import ours_for
 from structprune.cli.terminal import (
     Report,
     complain,
@@ -42,9 +34,9 @@ from structprune.errors import (
     VerificationError,
     nearest,
 )
+from structprune.machine import check_process
 from structprune.version import __version__
 
-<<<<<<< HEAD
 app = typer.Typer(
     help="Prune a language model checkpoint, prove what was done, evaluate it and recover it.",
     no_args_is_help=True,
@@ -68,10 +60,7 @@ for _run in (
 
 # What every job stands on but those that only list something.
 HEAVY = ("torch", "transformers")
-MEMORY_HINT = "try --stream, --samples 32, --length 512 or --device cpu"
-=======
 MEMORY_HINT = "try --stream, --samples 32, --length 512 or --device cpu, or raise the limit (`ulimit -v`)"
->>>>>>> d67a04a (A full stdout is one line and exit code 4)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -85,7 +74,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     with lasting_streams() as out:
         line = [_dashed(word) for word in (sys.argv[1:] if words is None else words)] or ["--help"]
-        code = _run(line)
+        code = _carry_out(line)
         out.flush()
         # A reader that had seen enough is no error; a full disk lost what somebody waits for.
         if code == 0 and out.lost is not None and out.lost.errno != errno.EPIPE:
@@ -95,7 +84,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return code
 
 
-def _run(line: Sequence[str]) -> int:
+def _carry_out(line: Sequence[str]) -> int:
     """Run the words of a command line and say what came of it."""
     as_json = "--json" in line
     if line == ["--version"]:
@@ -139,6 +128,7 @@ def _load(progress: Report) -> None:
     """Import what takes seconds before anything else is seen of a run."""
     missing = [name for name in HEAVY if name not in sys.modules]
     if missing:
+        check_process()
         stage = f"load {' and '.join(missing)}"
         progress(stage, 0, 1)
         for name in missing:
@@ -177,19 +167,8 @@ def _failure(error: BaseException, line: Sequence[str]) -> StructpruneError | No
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return Interrupted(2)
     if isinstance(error, typer.TyperException):
-<<<<<<< HEAD
         return UsageError(error.format_message(), hint=_hint(error, line))
-    # Known by its name, because torch is not imported for a line that needs none of it; torch's CPU allocator
-    # has no exception of its own.
-    short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if short or "can't allocate memory" in str(error):
-=======
-        known = [command.callback.__name__ for command in app.registered_commands if command.callback]
-        named = line[0] in known
-        hint = f"`structprune {line[0]} --help` lists what it takes" if named else nearest(line[0], known)
-        return UsageError(error.format_message(), hint=hint)
     if _lacks_memory(error):
->>>>>>> d67a04a (A full stdout is one line and exit code 4)
         return EnvironmentFailure("out of memory", hint=MEMORY_HINT)
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
@@ -199,7 +178,6 @@ def _failure(error: BaseException, line: Sequence[str]) -> StructpruneError | No
     return None
 
 
-<<<<<<< HEAD
 def _hint(error: typer.TyperException, line: Sequence[str]) -> str:
     """Return what to write instead of what typer refused."""
     commands = typer.main.get_group(app).commands
@@ -210,7 +188,8 @@ def _hint(error: typer.TyperException, line: Sequence[str]) -> str:
     if refused is not None and refused not in flags:
         return ours_for(refused, line[0], sorted(flag for flag in flags if flag.startswith("-")))
     return f"`structprune {line[0]} --help` lists what it takes"
-=======
+
+
 def _lacks_memory(error: BaseException) -> bool:
     """Tell whether an error comes from a lack of memory, also one that a library made its own of."""
     said = ("can't allocate memory", "Cannot allocate memory", "failed to map segment", "start new thread")
@@ -223,7 +202,6 @@ def _lacks_memory(error: BaseException) -> bool:
             return True
         cause = cause.__cause__ or cause.__context__
     return False
->>>>>>> d67a04a (A full stdout is one line and exit code 4)
 
 
 def _fail(failure: StructpruneError, as_json: bool) -> int:
