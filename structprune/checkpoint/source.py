@@ -1,13 +1,16 @@
 """A model folder, opened for a run: files checked, weights hashed, streamed where memory is short."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from structprune.errors import InputError
 from structprune.models.identity import names_of, skeleton
 from structprune.models.opening import Opening
+from structprune.models.remembered import remembered
 from structprune.models.streamed import Model, build_model, open_reader
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
 from structprune.storage.reader import CheckpointReader
@@ -26,6 +29,7 @@ class Source:
         scan: Hash and zeros of its weights.
         parameters: How many it has before anything is pruned, tied ones once.
         opening: How it was opened; whether it is streamed, and its device, are decided.
+        prior: What it had lost before the run, for the report; None where nobody asked.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Source:
     scan: Scan
     parameters: int
     opening: Opening
+    prior: Mapping[str, Any] | None = None
 
     @property
     def folder(self) -> Path:
@@ -71,12 +76,14 @@ def open_source(name: str, folder: Path, opening: Opening) -> Source:
     reader = open_reader(folder, opening)
     opening = opening.resolve(folder, reader.nbytes)
     model = build_model(reader, opening)
+    scan = reader.scan(names_of(model).ignored)
+    remembered(model).zeros = scan.zeros
     return Source(
         name,
         reader,
         model,
         open_tokenizer(folder, opening),
-        reader.scan(names_of(model).ignored),
+        scan,
         sum(parameter.numel() for parameter in skeleton(model).parameters()),
         opening,
     )

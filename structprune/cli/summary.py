@@ -21,8 +21,10 @@ def run_lines(result: Result) -> str:
         where += f", {result['blocks_resumed']} blocks resumed"
     if result.get("kept"):
         where = f"{result['output']} (complete before this command, kept as it is)"
+    found = result.get("found") or {"pruned": False}
     rows = [
         ("asked", ", ".join(f"{one['method']} {_exact(one['asked'])}" for one in goals) or result["method"]),
+        *([("found", f"{_exact(found['sparsity'])} zero, {found['pattern']}")] if found["pruned"] else []),
         ("got", ", ".join(got)),
         ("where", where),
         ("loads in", ", ".join(result["loads_in"]) or "nothing that was tried"),

@@ -5,12 +5,17 @@ float 0.29 * 100 is below 29. A budget that gives linears unequal shares hands o
 were asked for in total, by largest remainder.
 """
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Literal
 
 from structprune.decide.sparsity import Amount, check_groups, fraction_of, pattern_of
 from structprune.errors import UsageError
+
+# Rows are not so unequal that more steps of the smallest one were needed for nine tenths of every other.
+STEPS = 64
 
 Compare = Literal["row", "matrix"]
 """Which weights compete at an unstructured sparsity: those of a row, or all of a matrix."""
@@ -27,7 +32,7 @@ def removed_count(total: int, sparsity: Amount) -> int:
     return total * fraction.numerator // fraction.denominator
 
 
-def removed_weights(shape: tuple[int, int], sparsity: float | str, compare: Compare = "row") -> int:
+def removed_weights(shape: tuple[int, int], sparsity: Amount, compare: Compare = "row") -> int:
     """Return how many weights of a matrix will leave: what a sparsity can achieve, known before calibration.
 
     Args:
@@ -47,6 +52,52 @@ def removed_weights(shape: tuple[int, int], sparsity: float | str, compare: Comp
     if compare == "row":
         return out * removed_count(inputs, sparsity)
     return removed_count(out * inputs, sparsity)
+
+
+def reached_near(
+    shapes: Sequence[tuple[int, int]], sparsity: float | str, compare: Compare = "row"
+) -> tuple[float, ...]:
+    """Return the sparsities next to one, below and above, of which rounding reaches nine tenths or more.
+
+    Args:
+        shapes: [out, in] of every matrix.
+        sparsity: What was asked for.
+        compare: As for `removed_weights`.
+
+    Returns:
+        One below or 0, and one above where there is one, rounded up to three digits; nothing for a pattern,
+        of which every group loses the same.
+    """
+    if pattern_of(sparsity) is not None:
+        return ()
+    asked, many = fraction_of(sparsity), Counter(shapes)
+    of = sum(out * inputs * count for (out, inputs), count in many.items())
+
+    def is_reached(share: Fraction) -> bool:
+        reached = sum(removed_weights(shape, share, compare) * count for shape, count in many.items())
+        return reached * 10 >= share * of * 9
+
+    # Something changes only where another weight of some row, or matrix, leaves. A few steps away from the
+    # asked one it is reached by all but the smallest of them.
+    sizes = {inputs if compare == "row" else out * inputs for out, inputs in many}
+    steps = {
+        Fraction(count, size)
+        for size in sizes
+        for count in range(max(int(asked * size) - STEPS, 0), min(int(asked * size) + STEPS, size))
+    }
+    below = next(
+        filter(is_reached, sorted((one for one in steps if one <= asked), reverse=True)), Fraction(0)
+    )
+    above = next(filter(is_reached, sorted(one for one in steps if one > asked)), None)
+    return tuple(_shown(one) for one in (below, above) if one is not None)
+
+
+def _shown(share: Fraction) -> float:
+    """Return a share as a short decimal that is not below it: what is below would lose one weight less."""
+    if not share:
+        return 0.0
+    digits = 3 - math.floor(math.log10(share)) - 1
+    return float(Fraction(math.ceil(share * 10**digits), 10**digits))
 
 
 def apportion(total: int, wanted: Mapping[str, Fraction], sizes: Mapping[str, int]) -> dict[str, int]:

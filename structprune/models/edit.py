@@ -21,6 +21,7 @@ from structprune.models.identity import (
     stored_layout,
 )
 from structprune.models.names import Names
+from structprune.models.remembered import remembered
 from structprune.models.streamed import Model, StreamedModel
 from structprune.models.tensor_edit import (
     Decisions,
@@ -59,6 +60,7 @@ def carry_out(model: Model, plan: Plan) -> None:
     else:
         _edit_whole(model, plan, plan.patch)
     applied(model).append(plan.id)
+    remembered(model).zeros = {}
 
 
 def left_of(model: Model, outline: Outline, patch: Mapping[str, Any]) -> PreTrainedModel:

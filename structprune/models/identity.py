@@ -1,7 +1,7 @@
 """Which model this is: its names in the files, the hashes that tie a plan to it, the plans it carries."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,6 +58,12 @@ def weights_of(model: Model) -> str:
 def applied(model: Model) -> list[str]:
     """Return the ids of the plans that were carried out on a model, in order."""
     return remembered(model).plans
+
+
+def zeros_found(model: Model, names: Iterable[str]) -> int:
+    """Return how many zeros some stored tensors had when the model was opened; 0 where nobody counted."""
+    zeros = remembered(model).zeros
+    return sum(zeros.get(name, 0) for name in names)
 
 
 def stored_layout(model: Model) -> Layout:

@@ -31,6 +31,7 @@ class Opening:
         trust_remote_code: Run code that the folder brings along; never needed for what structprune wrote.
         allow_external_symlinks: Accept files that are links out of the folder (those of a Hugging Face cache
             always are).
+        from_dense: Refuse to prune a model that is pruned already.
 
     Raises:
         UsageError: `dtype` or `device` is not known.
@@ -41,6 +42,7 @@ class Opening:
     stream: bool | None = None
     trust_remote_code: bool = False
     allow_external_symlinks: bool = False
+    from_dense: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:

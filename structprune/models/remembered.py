@@ -1,5 +1,6 @@
 """What structprune keeps in mind about a model in memory, on the model itself."""
 
+from collections.abc import Mapping
 from typing import Self
 
 from structprune.models.names import Names
@@ -16,12 +17,15 @@ class Remembered:
         stored: What its files hold, or would hold after what was carried out on it; None where it never had
             files and nothing was carried out.
         plans: Ids of the plans that were carried out on it, in order.
+        zeros: Zeros in every stored tensor, where a scan of its files counted them and nothing was carried
+            out since.
     """
 
     def __init__(self, plans: list[str] | None = None, stored: Layout | None = None) -> None:
         self.names: Names | None = None
         self.stored = stored
         self.plans: list[str] = plans or []
+        self.zeros: Mapping[str, int] = {}
 
     def __reduce__(self) -> tuple[type[Self], tuple[list[str], Layout | None]]:
         """Copy all but the names, which hold on to their model: a copied model finds its own."""

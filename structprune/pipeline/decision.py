@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from structprune.models.identity import architecture_of
 from structprune.models.opening import Opening
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.progress import Progress
+from structprune.proof.prior import prior_of, tell_prior
 from structprune.pruners.forecast import forecast_all
 from structprune.pruners.pruner import Pruner
 from structprune.recipe.recipe import Recipe
@@ -35,10 +37,16 @@ def open_recipe_model(recipe: Recipe, folder: Path, stages: Sequence[Pruner], op
         folder: Where it is.
         stages: What will prune it.
         opening: How to open it otherwise.
+
+    Raises:
+        InputError: It is pruned already, and `opening.from_dense` is set.
+        UsageError: A stage cannot prune it, or not nearly as much as was asked for.
     """
     source = open_source(recipe.model, folder, recipe.opening(opening))
+    prior = prior_of(source.model, source.reader, source.scan.zeros, opening)
+    tell_prior(prior, folder, opening)
     forecast_all(stages, source.model)
-    return source
+    return replace(source, prior=prior.as_json())
 
 
 def calibrate_on(recipe: Recipe, source: Source) -> data.Calibration | None:

@@ -13,11 +13,14 @@ from structprune.models.arch import blocks
 from structprune.models.cost import file_bytes, parameters_of, weight_bytes
 from structprune.models.identity import stored_layout
 from structprune.models.opening import RESIDENT_COPIES, Opening
+from structprune.models.remembered import remembered
 from structprune.models.streamed import StreamedModel, open_skeleton
 from structprune.pipeline.kept import may_stand
 from structprune.pipeline.sweep import recipes_of
+from structprune.proof.prior import prior_of, tell_prior
 from structprune.pruners.forecast import forecast_all
 from structprune.recipe.recipe import Recipe
+from structprune.storage.reader import CheckpointReader
 
 # What Python, torch and transformers take before any weight is read; measured on Linux, CPU build.
 RUNTIME_BYTES = 450_000_000
@@ -49,6 +52,10 @@ def dry_run(
     size = weight_bytes(folder)
     check_output(folder, recipe.output, overwrite=may_stand(recipe.output, writing), needed_bytes=size)
     opened = open_skeleton(folder, opening)
+    assert isinstance(opened.reader, CheckpointReader)
+    remembered(opened).zeros = opened.reader.scan(opened.names.ignored).zeros
+    prior = prior_of(opened, opened.reader, remembered(opened).zeros, opening)
+    tell_prior(prior, folder, opening)
     forecasts = forecast_all(recipe.prune, opened)
     streamed = bool(recipe.opening(opening).resolve(folder, opened.reader.nbytes).stream)
     length = window_length(recipe.calibration.length, positions(opened.config))
@@ -61,10 +68,11 @@ def dry_run(
                 "method": pruner.method(),
                 "unit": one.unit,
                 "asked": one.asked,
-                "reachable": None if one.reachable is None else one.reachable / one.of if one.of else 0.0,
+                "reachable": one.share,
             }
             for pruner, one in zip(recipe.prune, forecasts, strict=True)
         ],
+        "found": prior.as_json(),
         "exact": all(one.exact for one in forecasts),
         "parameters": {"dense": parameters_of(opened.skeleton), "pruned": parameters_of(left)},
         # Zeros stay in the dense files, so that every loader opens them: they take the room they took.

@@ -94,7 +94,8 @@ def finish(
         seconds=clock.seconds,
         evaluation=evaluation.as_json() | {"generations": evaluation.generations},
     )
-    made |= {"phases": {name: round(seconds, 3) for name, seconds in clock.phases.items()}, **record.more}
+    phases = {name: round(seconds, 3) for name, seconds in clock.phases.items()}
+    made |= {"found": source.prior, "phases": phases, **record.more}
     evaluation.save_harness(work.folder / "structprune" / "evaluation")
     report.write_report(work.folder, made)
     draw(work, made)

@@ -10,6 +10,7 @@ from structprune.models.identity import architecture_of
 from structprune.models.opening import Opening
 from structprune.models.streamed import open_skeleton
 from structprune.models.tokenizer import open_tokenizer
+from structprune.proof.prior import prior_of
 from structprune.storage.reader import CheckpointReader
 
 # Patterns that kernels or papers know; a model is told which of them fit its widths.
@@ -33,6 +34,7 @@ def inspect(model: str, opening: Opening = Opening(), *, revision: str | None = 
     stored = {part for linear in found for part in opened.names.stored_of[linear.name]}
     zeros = sum(scan.zeros[name] for name in stored)
     weights = sum(linear.weight.numel() for linear in found)
+    prior = prior_of(opened, opened.reader, scan.zeros, opening)
     cost = count(opened, zeros=zeros, prunable=weights, bytes_on_disk=weight_bytes(folder))
     widths = {linear.weight.shape[1] for linear in found}
     tokenizer = open_tokenizer(folder, opening)
@@ -48,6 +50,8 @@ def inspect(model: str, opening: Opening = Opening(), *, revision: str | None = 
         "parameters": cost.parameters,
         "prunable": weights,
         "sparsity": cost.sparsity,
+        "pruned": str(prior) if prior.pruned else None,
+        "found": prior.as_json(),
         "constant_matrices": list(scan.constant),
         "dtype": str(opened.dtype).removeprefix("torch."),
         "bytes": cost.bytes_on_disk,

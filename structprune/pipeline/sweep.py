@@ -18,6 +18,7 @@ from structprune.checkpoint.writing import Writing
 from structprune.errors import UsageError
 from structprune.models.cost import weight_bytes
 from structprune.models.opening import Opening
+from structprune.models.streamed import open_skeleton
 from structprune.pipeline.decision import (
     calibrate_on,
     fingerprint,
@@ -30,6 +31,7 @@ from structprune.pipeline.kept import RECIPE_FILE, kept_report, may_stand
 from structprune.pipeline.prune import prune
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress, silent
+from structprune.pruners.forecast import forecast_all
 from structprune.pruners.pruner import Pruner
 from structprune.recipe.recipe import Recipe
 
@@ -63,6 +65,10 @@ def prune_each(
     recipes = recipes_of(recipe, goals)
     if one_look_serves_all(recipe):
         return sweep(recipe, recipes, opening=opening, writing=writing, progress=progress)
+    # All of them before the first one runs for hours.
+    opened = open_skeleton(resolve(recipe.model, revision=recipe.revision), opening)
+    for one in recipes.values():
+        forecast_all(one.prune, opened)
     runs = {
         name: prune(one, opening=opening, writing=writing, progress=progress) for name, one in recipes.items()
     }

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from structprune.models.arch import arch_of, blocks, linears
-from structprune.models.streamed import StreamedModel
+from structprune.models.identity import names_of
+from structprune.models.streamed import Model
 from structprune.plan.block import PlanBlock, content_hash
 from structprune.plan.key import WRITTEN, Key
 from structprune.plan.plan import Plan
@@ -175,18 +176,18 @@ class Stage:
         return self._open[1][str(key)]
 
 
-def places(model: StreamedModel) -> dict[str, Place]:
+def places(model: Model) -> dict[str, Place]:
     """Return where every stored tensor of a linear stands, by its name in the files.
 
     Args:
         model: The folder's model; no weight of it is needed.
     """
     found: dict[str, Place] = {}
-    arch = arch_of(model)
+    arch, names = arch_of(model), names_of(model)
     for index, (prefix, block) in enumerate(blocks(model, arch)):
         for linear in linears(prefix, block, arch):
             kind = linear.name.removeprefix(f"{prefix}.").removesuffix(".weight")
-            for part in model.names.stored_of[linear.name]:
+            for part in names.stored_of[linear.name]:
                 found[part] = Place(index, kind, linear.transposed)
     return found
 

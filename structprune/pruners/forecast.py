@@ -1,12 +1,22 @@
 """What a stage will do, said before any data is looked at."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 from transformers import PreTrainedModel
 
+from structprune.decide.sparsity import PATTERN, fraction_of
+from structprune.errors import UsageError
 from structprune.models.streamed import Model
+
+logger = logging.getLogger(__name__)
+
+# Of what was asked for: below the first share the request was not understood, below the second it is told.
+LEAST = Fraction(1, 2)
+ENOUGH = Fraction(9, 10)
 
 
 @dataclass(frozen=True)
@@ -17,11 +27,14 @@ class Forecast:
         unit: What is counted: "weights", "parameters", "visual tokens" ...; figures of different units are
             never added.
         asked: What was asked for, as the user says it.
-        reachable: How many of the units leave; None where the data decides.
-        of: Of how many.
+        reachable: How many of the units leave, those that are gone already included; None where the data
+            decides.
+        of: Of how many, those that are gone already included.
         left: A twin on the meta device with the modules and the configuration that the stage leaves; the next
             stage's forecast takes it, and sizes are counted from it.
         exact: Whether `left` is exactly what will be; else only the rounding multiple is sure.
+        found: How many of the units are gone already.
+        near: What could be asked for instead and be reached, next below and above; empty where any can.
     """
 
     unit: str
@@ -30,6 +43,43 @@ class Forecast:
     of: int
     left: PreTrainedModel
     exact: bool = True
+    found: int = 0
+    near: tuple[float, ...] = ()
+
+    @property
+    def wanted(self) -> Fraction | None:
+        """Return the share that was asked for; None where it is not said as one."""
+        if isinstance(self.asked, str):
+            return fraction_of(self.asked) if PATTERN.fullmatch(self.asked) else None
+        return fraction_of(self.asked) if 0 <= self.asked <= 1 else None
+
+    @property
+    def share(self) -> float | None:
+        """Return the share that will be gone; None where the data decides."""
+        return None if self.reachable is None else self.reachable / self.of if self.of else 0.0
+
+    def check(self) -> None:
+        """Hold what rounding reaches against what was asked for; say so where it is not nearly that.
+
+        Raises:
+            UsageError: Not half of it is reached; names what could be.
+        """
+        if not self.wanted or self.reachable is None or not self.of:
+            return
+        reached = Fraction(self.reachable, self.of)
+        said = f"asked for {self.asked} of the {self.unit}, whole units reach {float(reached):.3g}"
+        near = " or ".join(f"{value:g}" for value in self.near)
+        if reached < LEAST * self.wanted:
+            raise UsageError(said, hint=f"ask for {near or 'more'}")
+        if reached < ENOUGH * self.wanted:
+            logger.warning("%s%s", said, f"; {near} would be reached" if near else "")
+        if self.found > self.reachable:
+            logger.warning(
+                "asked for %s of the %s, %.3g of them are gone already and will not come back",
+                self.asked,
+                self.unit,
+                self.found / self.of,
+            )
 
 
 class Forecasting(Protocol):
@@ -47,9 +97,10 @@ def forecast_all(stages: Sequence[Forecasting], model: Model) -> list[Forecast]:
         model: In memory or streamed.
 
     Raises:
-        UsageError: A stage cannot prune what it will find.
+        UsageError: A stage cannot prune what it will find, or can do less than half of what it was asked for.
     """
     found: list[Forecast] = []
     for stage in stages:
         found.append(stage.forecast(found[-1].left if found else model))
+        found[-1].check()
     return found

@@ -75,6 +75,8 @@ def _sections(folder: Path, report: Mapping[str, Any], name: str, base: str, rec
     made_by = f"structprune {report['versions'].get('structprune') or ''}".rstrip()
     yield f"# {name}"
     yield f"`{base}`, pruned with **{report['method']}** by {made_by}."
+    if before := _before(report):
+        yield before
     pattern = report["pattern"]
     sizes = report["parameters"]
     if sizes["pruned"] < sizes["dense"]:
@@ -119,6 +121,18 @@ def _sections(folder: Path, report: Mapping[str, Any], name: str, base: str, rec
     yield (
         f"Made in {report['seconds']:.0f} seconds on {machine['processor']} ({machine['threads']} threads), "
         f"with {versions}."
+    )
+
+
+def _before(report: Mapping[str, Any]) -> str:
+    """Return what the model had lost before; "" of a dense one."""
+    found = report.get("found") or {"pruned": False}
+    if not found["pruned"]:
+        return ""
+    by = f", by structprune with {found['method']}" if found["method"] else ""
+    return (
+        f"It was pruned before: {fraction(found['sparsity'])} of the weights of its linears were zero, "
+        f"pattern {found['pattern']}{by}. What was asked for and achieved counts these zeros."
     )
 
 

@@ -138,10 +138,15 @@ def read_report(folder: Path) -> dict[str, Any]:
 def table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return (what, dense, pruned) for people: sizes, then quality where evaluated; "-" if not measured."""
     parameters, size = report["parameters"], report["bytes"]
+    before = report.get("found") or {"pruned": False}
     rows = [
         ("Parameters", f"{parameters['dense']:,}", f"{parameters['pruned']:,}"),
         ("Parameters that are not zero", "-", f"{parameters['nonzero']:,}"),
-        ("Zeros in the pruned matrices", "-", fraction(report["sparsity"])),
+        (
+            "Zeros in the pruned matrices",
+            fraction(before["sparsity"]) if before["pruned"] else "-",
+            fraction(report["sparsity"]),
+        ),
         ("Bytes of the weight files", f"{size['dense']:,}", f"{size['pruned']:,}"),
     ]
     found = report.get("evaluation") or {}

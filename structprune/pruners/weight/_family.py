@@ -14,13 +14,13 @@ from torch import Tensor
 
 from structprune.calibration.statistics import NOTHING, Parts, Statistics
 from structprune.decide.budgets.union import AnyBudget
-from structprune.decide.counts import Compare, removed_weights
+from structprune.decide.counts import Compare, reached_near, removed_weights
 from structprune.decide.sparsity import Sparsity, fraction_of, pattern_of
 from structprune.decide.targets import Targets
 from structprune.errors import QualityError, UsageError
 from structprune.models.arch import Linear, all_linears, blocks
 from structprune.models.edit import left_of
-from structprune.models.identity import names_of, skeleton, stored_dtypes
+from structprune.models.identity import names_of, skeleton, stored_dtypes, stored_names, zeros_found
 from structprune.models.names import Names
 from structprune.models.streamed import Model
 from structprune.models.tensor_edit import Outline
@@ -227,10 +227,19 @@ class WeightPruner(Targets, BlockwisePruner):
         targets = [linear for block in self.all_targets(model) for linear in block]
         # Before any data a budget knows its total, if not yet who gives how much.
         leaving = self.decide(model, [self.measure([], [])] * len(blocks(model)))
-        of = sum(linear.weight.numel() for linear in targets)
+        shapes = [(len(linear.weight), linear.weight.shape[1]) for linear in targets]
         changed = targets if self.removes_something else []
         outline, patch = Outline(self.outline(names_of(model), changed)), self.config_patch(changed)
-        return Forecast("weights", self.asked, self._removed(leaving), of, left_of(model, outline, patch))
+        return Forecast(
+            "weights",
+            self.asked,
+            self._removed(leaving),
+            sum(out * inputs for out, inputs in shapes),
+            left_of(model, outline, patch),
+            found=zeros_found(model, stored_names(names_of(model), targets)),
+            # A budget hands out its total to the last weight.
+            near=reached_near(shapes, self.sparsity, self.compare) if self.budget is None else (),
+        )
 
     @final
     def solve_block(

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import final
 
+import torch
 from torch import Tensor
 
 from structprune.calibration.collect import BlockSums
@@ -48,7 +49,11 @@ class ScorePruner(WeightPruner):
         return [self._keep_highest(one, self.score(one.weight, one.seen)) for one in matrices]
 
     def _keep_highest(self, matrix: MatrixToPrune, score: Tensor) -> PrunedMatrix:
-        mask = mask_lowest(score, matrix.removed, pattern=matrix.pattern, compare=self.compare)
+        # What is zero already leaves first, so that what was asked for is what is zero afterwards. Minus, not
+        # filled in: a score that is not a number must stay one that the selection refuses.
+        gone = matrix.weight == 0
+        ranked = torch.where(gone, score - torch.inf, score) if bool(gone.any()) else score
+        mask = mask_lowest(ranked, matrix.removed, pattern=matrix.pattern, compare=self.compare)
         return PrunedMatrix(mask, score=score if self.keep_scores else None)
 
     @property
