@@ -6,8 +6,9 @@ from pathlib import Path
 from torch import Tensor
 
 from structprune.checkpoint.modelling import write_config
-from structprune.checkpoint.side_files import copy_side_files
+from structprune.checkpoint.side_files import copy_side_files, copy_tokenizer
 from structprune.models.edited_reader import Reader
+from structprune.models.tokenizer import has_tokenizer
 from structprune.progress import Progress
 from structprune.storage.writer import ShardWriter
 
@@ -17,6 +18,7 @@ def export(
     folder: Path,
     progress: Progress,
     replaced: Mapping[str, Tensor] | None = None,
+    tokenizer: str | None = None,
 ) -> dict[str, str]:
     """Write a checkpoint, and what is carried out on it, into `folder`; one tensor is in memory at a time.
 
@@ -25,6 +27,7 @@ def export(
         folder: An existing folder that will be published later.
         progress: Told after every tensor.
         replaced: New values of stored tensors, of the same shape and dtype.
+        tokenizer: The folder of a tokenizer, which is copied where the checkpoint has none.
 
     Returns:
         The sha256 of each written file, by file name.
@@ -36,7 +39,8 @@ def export(
             writer.write(name, given[name] if name in given else reader.read(name))
             done += 1
             progress("write", done, total)
-    hashes = writer.hashes | copy_side_files(
-        reader.folder, folder, allow_external_symlinks=reader.root is None
-    )
+    links = reader.root is None
+    hashes = writer.hashes | copy_side_files(reader.folder, folder, allow_external_symlinks=links)
+    if tokenizer is not None and not has_tokenizer(reader.folder):
+        hashes |= copy_tokenizer(Path(tokenizer).expanduser(), folder, allow_external_symlinks=links)
     return hashes | write_config(folder, reader.patch)

@@ -1,6 +1,7 @@
 """The files of a model folder beside the weights: configuration, tokenizer, template, processor, licence."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from structprune.checkpoint.manifest import MANIFEST, OURS
@@ -15,6 +16,13 @@ _LEFT_BEHIND = re.compile(
     # A card describes the model that was read; the new one gets its own.
     r"|readme(\.md|\.txt|\.rst)?"
     r"|trainer_state\.json",
+    re.IGNORECASE,
+)
+
+# What stands beside weights and configuration because of the tokenizer alone.
+_OF_TOKENIZER = re.compile(
+    r"token.*|vocab.*|merges\.txt|added_tokens\.json|special_tokens_map\.json|chat_template.*"
+    r"|.*\.(model|jinja)|tekken\.json",
     re.IGNORECASE,
 )
 
@@ -58,9 +66,18 @@ def copy_side_files(source: Path, dest: Path, *, allow_external_symlinks: bool =
         InputError: A file is not a regular one, or a link leads out of the folder.
         EnvironmentFailure: A file cannot be read or written.
     """
-    root = None if allow_external_symlinks else source
+    return _copy_all(side_files(source), source, dest, None if allow_external_symlinks else source)
+
+
+def copy_tokenizer(source: Path, dest: Path, *, allow_external_symlinks: bool = False) -> dict[str, str]:
+    """Copy the files of a tokenizer into a folder that has none; else as `copy_side_files` does."""
+    names = [name for name in side_files(source) if _OF_TOKENIZER.fullmatch(name)]
+    return _copy_all(names, source, dest, None if allow_external_symlinks else source)
+
+
+def _copy_all(names: Iterable[str], source: Path, dest: Path, root: Path | None) -> dict[str, str]:
     hashes: dict[str, str] = {}
-    for name in side_files(source):
+    for name in names:
         with blame(dest / name):
             (dest / name).parent.mkdir(exist_ok=True)
         hashes[name] = _copy(source / name, dest / name, root)

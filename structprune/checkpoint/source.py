@@ -59,7 +59,7 @@ class Source:
         if self.tokenizer is None:
             raise InputError(
                 f"{self.folder}: there is no tokenizer, and this run reads text",
-                hint="copy the tokenizer's files into the folder, or use a method that needs no data",
+                hint="give the folder of its tokenizer with --tokenizer, or use a method that needs no data",
             )
         check_vocabulary(self.tokenizer, self.model)
         return self.tokenizer

@@ -11,6 +11,7 @@ import typer
 import structprune
 from structprune.cli.terminal import Report
 from structprune.errors import UsageError
+from structprune.recipe.options import Where
 
 if TYPE_CHECKING:
     from structprune.checkpoint.writing import Writing
@@ -50,6 +51,9 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, a hub name, or 'demo' for the built-in model.")
 ]
 Output = Annotated[Path | None, typer.Argument(metavar="OUT", help="The folder to write.")]
+Tokenizer = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Its tokenizer, where MODEL has none or another is meant.")
+]
 Seed = Annotated[int | None, typer.Option(help="Decides what is drawn (default 0)")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps (default auto)")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16 (default auto)")]
@@ -79,10 +83,41 @@ class OpeningFlags:
         bool, typer.Option("--allow-external-symlinks", help="Accept files that are links out of the folder.")
     ] = False
 
-    def opening(self, *, stream: bool | None = None, device: str = "auto", dtype: str = "auto") -> "Opening":
-        """Return how a model is opened."""
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity in the weights.")
+    ] = False
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse unknown tensors, as a command that writes always does.")
+    ] = False
+
+    def opening(
+        self,
+        *,
+        stream: bool | None = None,
+        where: Where | None = None,
+        tokenizer: str | None = None,
+        writes: bool = False,
+        from_dense: bool = False,
+    ) -> "Opening":
+        """Return how a model is opened.
+
+        Args:
+            stream: One block in memory, or all.
+            where: In which dtype and on which device.
+            tokenizer: The folder of another tokenizer than the model's.
+            writes: A model is written, for which unknown tensors are always refused.
+            from_dense: A model that is pruned already is refused.
+        """
         return structprune.Opening(
-            dtype, device, stream, self.trust_remote_code, self.allow_external_symlinks
+            where.dtype if where else "auto",
+            where.device if where else "auto",
+            stream,
+            self.trust_remote_code,
+            self.allow_external_symlinks,
+            from_dense,
+            writes or self.strict,
+            self.allow_nonfinite,
+            tokenizer,
         )
 
 

@@ -21,6 +21,7 @@ from structprune.cli.flags import (
     Revision,
     Sets,
     Stream,
+    Tokenizer,
     command,
 )
 from structprune.pruners.catalogue import check_name
@@ -71,6 +72,7 @@ def evaluate(
     stream: Stream = None,
     config: Config = None,
     sets: Sets = None,
+    tokenizer: Tokenizer = None,
     revision: Revision = None,
     *,
     opens: OpeningFlags,
@@ -91,13 +93,14 @@ def evaluate(
         "device": device,
         "dtype": dtype,
         "revision": revision,
+        "tokenizer": tokenizer,
     }
     asked = choose_settings(EVALUATE, config=config, sets=sets or (), flags=flags)
     return Job(
         lambda progress: structprune.evaluate(
             model,
             asked.evaluate,
-            opening=opens.opening(stream=stream, device=asked.device, dtype=asked.dtype),
+            opening=opens.opening(stream=stream, where=asked, tokenizer=asked.tokenizer),
             revision=asked.revision,
             progress=progress,
         ),

@@ -1,7 +1,7 @@
 """The commands that write a model: which key of a recipe, or argument of the pipeline, each flag is."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,7 @@ from structprune.cli.flags import (
     Seed,
     Sets,
     Stream,
+    Tokenizer,
     WritingFlags,
     command,
 )
@@ -31,6 +32,9 @@ from structprune.errors import UsageError
 from structprune.recipe.changes import RECOVER
 from structprune.recipe.draft import choose_settings, request_recipe
 from structprune.recipe.options import sparsity_of
+
+if TYPE_CHECKING:
+    from structprune.models.opening import Opening
 
 
 @command
@@ -64,6 +68,10 @@ def prune(
     keep_scores: Annotated[bool, typer.Option("--keep-scores", help="Keep scores in the plan.")] = False,
     scores: Annotated[Path | None, typer.Option(metavar="DIR", help="Decide from kept scores.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    from_dense: Annotated[
+        bool, typer.Option("--from-dense", help="Refuse a model that is pruned already.")
+    ] = False,
+    tokenizer: Tokenizer = None,
     revision: Revision = None,
     max_ppl_ratio: MaxRatio = None,
     *,
@@ -78,6 +86,7 @@ def prune(
         "device": device,
         "dtype": dtype,
         "revision": revision,
+        "tokenizer": tokenizer,
         "prune.method": method,
         "prune.sparsity": sparsity_of(several[0], ratio=sparsity_ratio, kind=sparsity_type),
         "prune.fold": fold or None,
@@ -92,12 +101,16 @@ def prune(
     }
     request = request_recipe(model, config=config, sets=sets or (), flags=flags)
     wanted = [] if len(several) == 1 else [sparsity_of(text) or 0.0 for text in several]
+
+    def opening() -> "Opening":
+        return opens.opening(stream=stream, writes=True, from_dense=from_dense)
+
     if dry_run:
         return Job(
             lambda _: structprune.dry_run(
                 structprune.Recipe.of(request),
                 wanted,
-                opening=opens.opening(stream=stream),
+                opening=opening(),
                 writing=writes.writing(),
             ),
             summary.key_lines,
@@ -107,7 +120,7 @@ def prune(
             lambda progress: structprune.prune_each(
                 structprune.Recipe.of(request),
                 wanted,
-                opening=opens.opening(stream=stream),
+                opening=opening(),
                 writing=writes.writing(),
                 progress=progress,
             ),
@@ -116,7 +129,7 @@ def prune(
     return Job(
         lambda progress: structprune.prune(
             structprune.Recipe.of(request),
-            opening=opens.opening(stream=stream),
+            opening=opening(),
             writing=writes.writing(),
             scores=scores,
             progress=progress,
@@ -143,7 +156,7 @@ def apply(
             model,
             folder,
             plan,
-            opening=opens.opening(stream=stream),
+            opening=opens.opening(stream=stream, writes=True),
             writing=writes.writing(),
             revision=revision,
             progress=progress,
@@ -172,6 +185,7 @@ def recover(
     device: Device = None,
     config: Config = None,
     sets: Sets = None,
+    tokenizer: Tokenizer = None,
     revision: Revision = None,
     *,
     writes: WritingFlags,
@@ -192,6 +206,7 @@ def recover(
         "recover.seed": seed,
         "device": device,
         "revision": revision,
+        "tokenizer": tokenizer,
     }
     folder = writes.folder(output)
     asked = choose_settings(RECOVER, config=config, sets=sets or (), flags=flags)
@@ -202,7 +217,7 @@ def recover(
             model,
             folder,
             asked.recover,
-            opening=opens.opening(device=asked.device),
+            opening=opens.opening(where=asked, tokenizer=asked.tokenizer, writes=True),
             writing=writes.writing(),
             revision=asked.revision,
             evaluate=asked.evaluate,
@@ -225,7 +240,7 @@ def export(
     folder = writes.folder(output)
     return Job(
         lambda progress: structprune.export(
-            model, folder, to, opening=opens.opening(), writing=writes.writing(), progress=progress
+            model, folder, to, opening=opens.opening(writes=True), writing=writes.writing(), progress=progress
         ),
         summary.export_lines,
     )

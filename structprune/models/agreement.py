@@ -1,5 +1,6 @@
 """Files against model: every tensor that the class needs is there, in its shape, and nothing else."""
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Set
 from types import MappingProxyType
@@ -10,6 +11,8 @@ from structprune.errors import InputError
 from structprune.models.edited_reader import Reader
 from structprune.storage.header import DTYPE_NAMES
 
+logger = logging.getLogger(__name__)
+
 _NUMBERED = re.compile(r"(.*?\.)?(\d+)\.")
 
 
@@ -18,6 +21,8 @@ def check(
     expected: Mapping[str, tuple[int, ...]],
     ignored: Callable[[str], bool],
     tied: Mapping[str, str] = MappingProxyType({}),
+    *,
+    strict: bool = True,
 ) -> None:
     """Compare the tensors in the files with those that the model's class needs under this configuration.
 
@@ -26,6 +31,7 @@ def check(
         expected: Name in the files -> shape, tied tensors once.
         ignored: Tells whether the class itself passes over a tensor when it loads.
         tied: Name in the files that repeats a tied tensor -> the name that it repeats.
+        strict: Refuse extra tensors; else they are warned of.
 
     Raises:
         InputError: Missing or extra tensors, another number of blocks, shapes that differ, a size of zero,
@@ -34,7 +40,9 @@ def check(
     found = {name for name in reader.tensors if name in expected or name in tied or not ignored(name)}
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected and name not in tied]
-    if missing or extra:
+    if extra and not missing and not strict:
+        logger.warning("%s: not part of the model, passed over: %s", reader.folder, ", ".join(extra[:5]))
+    elif missing or extra:
         _refuse_other_depth(reader, set(expected), found)
         _refuse_names(reader, missing, sorted(extra))
     _refuse_shapes(reader, expected)

@@ -32,6 +32,10 @@ class Opening:
         allow_external_symlinks: Accept files that are links out of the folder (those of a Hugging Face cache
             always are).
         from_dense: Refuse to prune a model that is pruned already.
+        strict: Refuse tensors that the index or config.json does not know; else they are passed over, with a
+            warning. What is written is always read strictly.
+        allow_nonfinite: Accept NaN and infinity in the weights, with a warning.
+        tokenizer: A folder with the tokenizer, where the model's own has none or another is meant.
 
     Raises:
         UsageError: `dtype` or `device` is not known.
@@ -43,6 +47,9 @@ class Opening:
     trust_remote_code: bool = False
     allow_external_symlinks: bool = False
     from_dense: bool = False
+    strict: bool = True
+    allow_nonfinite: bool = False
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:

@@ -200,7 +200,12 @@ def open_skeleton(path: Path, opening: Opening = Opening()) -> StreamedModel:
 
 def open_reader(path: Path, opening: Opening) -> CheckpointReader:
     """Open the files of a model folder; errors are those of `CheckpointReader`."""
-    return CheckpointReader(path, allow_external_symlinks=opening.allow_external_symlinks)
+    return CheckpointReader(
+        path,
+        allow_external_symlinks=opening.allow_external_symlinks,
+        strict=opening.strict,
+        allow_nonfinite=opening.allow_nonfinite,
+    )
 
 
 def build_model(reader: CheckpointReader, opening: Opening) -> Model:
@@ -212,7 +217,7 @@ def build_model(reader: CheckpointReader, opening: Opening) -> Model:
     kept = stored_dtype(reader) if opening.dtype == "auto" else DTYPES[opening.dtype]
     skeleton = build_skeleton(reader, config, kept)
     names = Names(skeleton, reader.shapes)
-    agreement.check(reader, names.expected(), names.ignored, names.duplicates)
+    agreement.check(reader, names.expected(), names.ignored, names.duplicates, strict=opening.strict)
     model = StreamedModel(skeleton, reader, names, dtype=kept, device=torch.device(opening.device))
     if opening.stream:
         return model

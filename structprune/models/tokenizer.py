@@ -22,18 +22,28 @@ TOKENIZER_FILES = (
 )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Tell whether a folder has a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def open_tokenizer(path: Path, opening: Opening = Opening()) -> PreTrainedTokenizerBase | None:
-    """Open the tokenizer of a model folder; None when the folder has none.
+    """Open the tokenizer of a model folder, or the one that is meant instead; None when the folder has none.
 
     Args:
         path: The model folder.
-        opening: Whether a tokenizer class that the folder brings along may run.
+        opening: Which other folder is meant, and whether a tokenizer class that it brings along may run.
 
     Raises:
-        InputError: The tokenizer's files are damaged, or it needs its own code and is not trusted.
+        InputError: The other folder has none, the tokenizer's files are damaged, or it needs its own code
+            and is not trusted.
     """
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        return None
+    if opening.tokenizer is not None:
+        path = Path(opening.tokenizer).expanduser()
+    if not has_tokenizer(path):
+        if opening.tokenizer is None:
+            return None
+        raise InputError(f"{path}: there is no tokenizer", hint="--tokenizer takes the folder that holds one")
     factory: Any = AutoTokenizer
     try:
         tokenizer = factory.from_pretrained(
@@ -64,7 +74,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase | None, model: PreTraine
     if tokenizer is None:
         raise InputError(
             f"{skeleton.config.name_or_path}: there is no tokenizer in the model folder",
-            hint="copy the tokenizer files of the original model into it, or use a method that needs no data",
+            hint="give the folder of its tokenizer with --tokenizer, or use a method that needs no data",
         )
     embeddings: Any = skeleton.get_input_embeddings()
     rows, entries = embeddings.weight.shape[0], max(tokenizer.get_vocab().values(), default=-1) + 1

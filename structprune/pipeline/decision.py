@@ -83,6 +83,8 @@ def fingerprint(recipe: Recipe, source: Source, calibration: data.Calibration | 
         # Sums are split among threads, so their number shows in the last bits.
         "threads": torch.get_num_threads(),
         "versions": shaping_versions(),
+        # Copied beside the weights of a model that has none.
+        **({"tokenizer": recipe.tokenizer} if recipe.tokenizer else {}),
     }
 
 
@@ -152,7 +154,7 @@ def write(source: Source, work: Delivery, plans: Sequence[Plan], progress: Progr
     reader: Reader = source.reader
     for plan in plans:
         reader = EditedReader(reader, plan)
-    work.hashes |= export(reader, work.folder, progress)
+    work.hashes |= export(reader, work.folder, progress, tokenizer=source.opening.tokenizer)
 
 
 def read_scores(folder: Path, stages: Sequence[Pruner], source: Source) -> Plan:

@@ -106,7 +106,9 @@ def recover(
             names = names_of(source.model)
             parameters = dict(_resident(source).named_parameters())
             changed = names.to_stored({name: parameters[name].detach() for name in recovery.factors})
-            work.hashes |= export(source.reader, work.folder, progress, replaced=changed)
+            work.hashes |= export(
+                source.reader, work.folder, progress, replaced=changed, tokenizer=source.opening.tokenizer
+            )
             save_plans(plans, work.plans)
         recipe = {
             "model": model,

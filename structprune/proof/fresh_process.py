@@ -125,6 +125,7 @@ def _write(job: ReloadJob, scratch: Path, index: int) -> dict[str, Any]:
         "dtype": job.opening.dtype,
         "trusted": job.opening.trust_remote_code,
         "links": job.opening.allow_external_symlinks,
+        "strict": job.opening.strict,
         "threads": torch.get_num_threads(),
     }
 

@@ -31,6 +31,7 @@ def main(jobs_file: str) -> None:
                 dtype=job["dtype"],
                 trust_remote_code=job["trusted"],
                 allow_external_symlinks=job["links"],
+                strict=job["strict"],
             )
             model = open_skeleton(Path(job["folder"]), opening)
             found = logits(model, read_tensors(Path(job["probe"])))

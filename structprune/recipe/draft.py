@@ -26,12 +26,14 @@ class Settings(Where):
 
     Args:
         revision: Which commit or branch of a hub model.
+        tokenizer: A folder with the tokenizer, where the model's own has none or another is meant.
         calibration: What the pruner looks at.
         recover: Train afterwards; not unless given.
         evaluate: What to measure beyond the default.
     """
 
     revision: Text | None = None
+    tokenizer: Text | None = None
     calibration: CalibrationOptions = CalibrationOptions()
     recover: RecoverOptions | None = None
     evaluate: EvaluateOptions | None = None

@@ -76,7 +76,9 @@ class Recipe(Draft):
                     f"{name} {getattr(asked, name)!r} differs from the recipe's {getattr(self, name)!r}",
                     hint=f"set {name} in the recipe, which is saved with the result",
                 )
-        return replace(asked, dtype=self.dtype, device=self.device)
+        return replace(
+            asked, dtype=self.dtype, device=self.device, tokenizer=self.tokenizer or asked.tokenizer
+        )
 
     def text(self) -> str:
         """Return the recipe as YAML that runs again: the file verbatim, or every key spelled out."""

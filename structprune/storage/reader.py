@@ -58,6 +58,8 @@ class CheckpointReader(StoredTensors):
     Args:
         folder: The model folder: config.json and model.safetensors, or shards with an index.
         allow_external_symlinks: Accept links out of the folder (those of a Hugging Face cache always are).
+        strict: Refuse tensors that the index does not name; else they are warned of.
+        allow_nonfinite: Accept NaN and infinity in the weights; they are warned of.
 
     Attributes:
         folder: The folder as it was given.
@@ -75,8 +77,16 @@ class CheckpointReader(StoredTensors):
         EnvironmentFailure: A file may not be read, or the disk fails.
     """
 
-    def __init__(self, folder: Path, *, allow_external_symlinks: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        allow_external_symlinks: bool = False,
+        strict: bool = True,
+        allow_nonfinite: bool = False,
+    ) -> None:
         self.folder = folder
+        self._allow_nonfinite = allow_nonfinite
         self.root = None if allow_external_symlinks else folder
         weights = find_weights(folder, self.root)
         self.config: dict[str, Any] = read_config(folder / "config.json", self.root)
@@ -93,7 +103,7 @@ class CheckpointReader(StoredTensors):
                     hint="the folder is damaged, or several models are mixed in it: fetch one again",
                 )
         self.shards = {file: tuple(header.tensors) for file, header in self._headers.items()}
-        compare_with_index(self.shards, weights, folder)
+        compare_with_index(self.shards, weights, folder, strict=strict)
         for header in self._headers.values():
             self.tensors |= header.tensors
         if not self.tensors:
@@ -125,9 +135,15 @@ class CheckpointReader(StoredTensors):
             ignored: Tells which tensors the model's class passes over; they may hold infinity.
 
         Raises:
-            InputError: Another tensor holds NaN or infinity.
+            InputError: Another tensor holds NaN or infinity, and the reader does not allow it.
         """
-        return scan_files(self.folder, self._headers, self.root, ignored)
+        if not self._allow_nonfinite:
+            return scan_files(self.folder, self._headers, self.root, ignored)
+        scan = scan_files(self.folder, self._headers, self.root, lambda name: True)
+        bad = [name for name, found in scan.tensors.items() if found.nans or found.infinities]
+        if bad := [name for name in bad if not ignored(name)]:
+            logger.warning("%s: NaN or infinite values in %s", self.folder, ", ".join(bad[:5]))
+        return scan
 
     def _warn_of_mixed_dtypes(self) -> None:
         counts = Counter(

@@ -134,7 +134,7 @@ def _refuse_not_finite(found: TensorScan, path: Path, name: str) -> None:
     if found.nans or found.infinities:
         raise InputError(
             f"{path}: tensor {name!r} holds {found.nans} NaN and {found.infinities} infinite values",
-            hint="the model is damaged; fetch it again",
+            hint="the model is damaged: fetch it again; --allow-nonfinite accepts it as it is",
         )
 
 

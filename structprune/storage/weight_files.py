@@ -1,5 +1,6 @@
 """Which files of a folder hold the model's weights: the index against the folder, or why there are none."""
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from structprune.errors import EnvironmentFailure, InputError
 from structprune.storage.strict_json import read_json
 
 INDEX_HINT = "the index is damaged; fetch the model again"
+
+logger = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -77,13 +80,16 @@ def find_weights(folder: Path, root: Path | None) -> WeightFiles:
     return files
 
 
-def compare_with_index(found: Mapping[str, tuple[str, ...]], weights: WeightFiles, folder: Path) -> None:
+def compare_with_index(
+    found: Mapping[str, tuple[str, ...]], weights: WeightFiles, folder: Path, *, strict: bool = True
+) -> None:
     """Check that no tensor is in two files, and that index and files name the same tensors.
 
     Args:
         found: File -> names of the tensors in it.
         weights: What the index says.
         folder: The model folder, for messages.
+        strict: Refuse tensors that the index does not name; else they are warned of.
 
     Raises:
         InputError: They differ; the message names up to five tensors.
@@ -107,11 +113,12 @@ def compare_with_index(found: Mapping[str, tuple[str, ...]], weights: WeightFile
             hint="index and shards belong to different checkpoints; fetch the model again",
         )
     extra = [f"{name!r} ({file})" for name, file in home.items() if name not in weights.weight_map]
-    if extra:
-        raise InputError(
-            f"{index}: {len(extra)} tensors are in a shard but not in the index: {', '.join(extra[:5])}",
-            hint="index and shards belong to different checkpoints; fetch the model again",
-        )
+    if not extra:
+        return
+    said = f"{index}: {len(extra)} tensors are in a shard but not in the index: {', '.join(extra[:5])}"
+    if strict:
+        raise InputError(said, hint="index and shards belong to different checkpoints; fetch the model again")
+    logger.warning("%s", said)
 
 
 def _list(folder: Path) -> set[str]:
