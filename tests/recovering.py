@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from structprune.progress import Progress
 from structprune.recipe.options import RecoverOptions
 from structprune.recovery.masks import nonzero_masks
-from structprune.recovery.training import Recovery, train
+from structprune.recovery.outcome import Recovery
+from structprune.recovery.processes import Processes
+from structprune.recovery.state import TrainingState
+from structprune.recovery.training import train
 from tests.tiny import TEXT_IDS, tiny
 
 LENGTH = 24
@@ -54,10 +58,25 @@ def options(**changes: object) -> RecoverOptions:
     return RecoverOptions(**usual | changes)
 
 
-def recover(model: PreTrainedModel, masks: dict[str, Tensor], **changes: object) -> Recovery:
-    teacher = changes.pop("teacher", None)
-    assert teacher is None or isinstance(teacher, PreTrainedModel)
-    return train(model, masks, walks(96, seed=20_000), options(**changes), teacher=teacher, device="cpu")
+def recover(
+    model: PreTrainedModel,
+    masks: dict[str, Tensor],
+    *,
+    teacher: PreTrainedModel | None = None,
+    state: TrainingState | None = None,
+    progress: Progress | None = None,
+    **changes: object,
+) -> Recovery:
+    return train(
+        model,
+        masks,
+        walks(96, seed=20_000),
+        options(**changes),
+        teacher=teacher,
+        processes=Processes("cpu"),
+        state=state,
+        progress=progress,
+    )
 
 
 @cache

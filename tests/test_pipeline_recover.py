@@ -1,6 +1,12 @@
 """Recovery of a pruned folder: its plans are its masks, and what is written holds them to the last weight."""
 
+import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +15,10 @@ import torch
 
 import structprune
 from structprune.checkpoint.writing import Writing
-from structprune.errors import InputError, QualityError
+from structprune.errors import EnvironmentFailure, InputError, Interrupted, QualityError
 from structprune.models.opening import Opening
 from structprune.models.streamed import open_model
+from structprune.progress import Progress, silent
 from structprune.pruners.catalogue import find
 from structprune.recipe.recipe import EvaluateOptions, RecoverOptions
 from tests.tiny import save_tiny
@@ -44,7 +51,9 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recover(pruned: Path, output: Path, **training: Any) -> dict[str, Any]:
+def recover(
+    pruned: Path, output: Path, *, progress: Progress = silent, restart: bool = False, **training: Any
+) -> dict[str, Any]:
     options = RecoverOptions(data=str(pruned / "text.txt"), **TRAINING | training)
     return structprune.recover(
         str(pruned / "pruned"),
@@ -52,8 +61,28 @@ def recover(pruned: Path, output: Path, **training: Any) -> dict[str, Any]:
         options,
         opening=CPU,
         evaluate=EVALUATION,
-        writing=Writing(reload=False),
+        writing=Writing(reload=False, restart=restart),
+        progress=progress,
     )
+
+
+def stop_at(step: int) -> Progress:
+    """Stop a run when it has taken so many steps of the training."""
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "recover" and done == step:
+            raise Interrupted(signal.SIGTERM)
+
+    return stop
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every file that holds tensors, by its name in the folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
 def test_recovery_lowers_the_held_out_loss_and_moves_no_zero(pruned: Path, tmp_path: Path) -> None:
@@ -100,3 +129,136 @@ def test_nothing_is_written_when_nothing_beats_the_start(pruned: Path, tmp_path:
         # A step far below what bfloat16 can hold changes nothing, so nothing can be better.
         recover(pruned, tmp_path / "out", learning_rate=1e-12, steps=4, check_every=4)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("keep_adapter", [False, True], ids=["merged", "adapter"])
+def test_an_interrupted_recovery_resumes_with_the_same_bytes(
+    pruned: Path, tmp_path: Path, keep_adapter: bool
+) -> None:
+    recover(pruned, tmp_path / "whole", keep_adapter=keep_adapter)
+    with pytest.raises(Interrupted):
+        recover(pruned, tmp_path / "out", keep_adapter=keep_adapter, progress=stop_at(20))
+    assert not (tmp_path / "out").exists()
+    report = recover(pruned, tmp_path / "out", keep_adapter=keep_adapter)
+    assert report["recovery"]["steps_resumed"] == 16
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert names(tmp_path / "out") == names(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+
+
+def test_a_run_killed_after_its_training_trains_no_step_again(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recover(pruned, tmp_path / "whole")
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("structprune.pipeline.finish.measure", stop)
+        with pytest.raises(Interrupted):
+            recover(pruned, tmp_path / "out")
+    taken: list[int] = []
+    recover(
+        pruned,
+        tmp_path / "out",
+        progress=lambda stage, done, total: taken.append(done) if stage == "recover" else None,
+    )
+    assert taken == []
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_a_recovery_with_other_options_does_not_go_on_from_this_state(pruned: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        recover(pruned, tmp_path / "out", progress=stop_at(20))
+    with pytest.raises(EnvironmentFailure, match=r"differs in .*recover\.seed"):
+        recover(pruned, tmp_path / "out", seed=1)
+    report = recover(pruned, tmp_path / "out", seed=1, restart=True)
+    assert report["recovery"]["steps_resumed"] == 0
+
+
+def test_a_damaged_state_is_refused_until_it_is_forgotten(pruned: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        recover(pruned, tmp_path / "out", progress=stop_at(20))
+    (state,) = tmp_path.glob("out.partial-*/structprune/training/state-*.safetensors")
+    state.write_bytes(state.read_bytes()[:-1])
+    with pytest.raises(InputError, match=state.name) as refused:
+        recover(pruned, tmp_path / "out")
+    assert "--restart" in refused.value.hint
+    assert recover(pruned, tmp_path / "out", restart=True)["recovery"]["steps_resumed"] == 0
+
+
+def test_a_recovery_killed_for_good_resumes_from_the_command_line(pruned: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "structprune", "recover", str(pruned / "pruned"), str(tmp_path / "out")]
+    command += ["--data", str(pruned / "text.txt"), "--device", "cpu", "--json", "--steps", "60"]
+    changes = {"length": 32, "rank": 4, "learning_rate": 1e-2, "check_every": 2}
+    command += [f"--set={name}={value}" for name, value in changes.items()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=environment, **quiet) as process:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if list(tmp_path.glob("out.partial-*/structprune/training/state.json")):
+                process.kill()
+            time.sleep(0.01)
+    assert process.returncode == -signal.SIGKILL
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout)["recovery"]["steps_resumed"] >= 2
+    recover(pruned, tmp_path / "whole", steps=60, **changes)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+
+
+def test_a_recipe_that_prunes_and_recovers_resumes_its_recovery(pruned: Path, tmp_path: Path) -> None:
+    def run(output: str, progress: Progress = silent) -> dict[str, Any]:
+        return structprune.prune(
+            pruned / "dense",
+            tmp_path / output,
+            find("wanda")(sparsity="2:4"),
+            calibration={"samples": 6, "length": 32},
+            recover={"data": str(pruned / "text.txt"), "teacher": str(pruned / "dense"), **TRAINING},
+            evaluate=EVALUATION,
+            opening=CPU,
+            writing=Writing(reload=False),
+            progress=progress,
+        )
+
+    run("whole")
+    with pytest.raises(Interrupted):
+        run("out", stop_at(20))
+    assert run("out")["recovery"]["steps_resumed"] == 16
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+LAUNCHED = """
+import signal, sys
+import tests.test_pipeline_recover as here
+
+out, stopped_at = here.Path(sys.argv[2]), int(sys.argv[3])
+here.recover(here.Path(sys.argv[1]), out, progress=here.stop_at(stopped_at))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_resume_together_with_the_same_bytes(
+    pruned: Path, tmp_path: Path, count: int
+) -> None:
+    program = tmp_path / "launched.py"
+    program.write_text(LAUNCHED)
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", str(program)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parents[1])}
+
+    def run(output: str, stopped_at: int) -> int:
+        arguments = [str(pruned), str(tmp_path / output), str(stopped_at)]
+        return subprocess.run([*launch, *arguments], env=environment, check=False).returncode
+
+    never = 0
+    assert run("whole", never) == 0
+    assert run("out", 13) != 0
+    assert len(list(tmp_path.glob("out.partial-*/structprune/training/state-00000008.safetensors"))) == 1
+    assert run("out", never) == 0
+    assert (
+        json.loads((tmp_path / "out/structprune/report.json").read_text())["recovery"]["steps_resumed"] == 8
+    )
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")

@@ -7,6 +7,7 @@ run that differs in anything that shapes the bytes is told what differs, and sta
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ class Delivery:
         writing: How it is written.
         plans: Where its plans go.
         hashes: sha256 of files that were hashed while they were written, by relative path.
+        scratch: What only a resumed run reads, files or folders; removed in this order before publishing.
     """
 
     def __init__(self, final: Path, folder: Path, writing: Writing) -> None:
@@ -44,6 +46,7 @@ class Delivery:
         self.folder = folder
         self.plans = folder / OURS / "plans"
         self.hashes: dict[str, str] = {}
+        self.scratch: list[Path] = []
         self.writing = writing
 
     def write_text(self, name: str, text: str) -> None:
@@ -55,7 +58,13 @@ class Delivery:
             file.write(text.encode())
 
     def publish(self, *, stages: list[str], facts: Mapping[str, Any]) -> None:
-        """Write the manifest as the last file, then rename the folder into place."""
+        """Remove the scratch, write the manifest as the last file, then rename the folder into place."""
+        for path in self.scratch:
+            with blame(path):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
         write_manifest(self.folder, self.hashes, version=__version__, stages=stages, facts=facts)
         publish(self.folder, self.final, overwrite=self.writing.overwrite)
 
@@ -77,7 +86,7 @@ def deliver(final: Path, fingerprint: Mapping[str, Any], writing: Writing = Writ
     with ExitStack() as stack:
         stack.enter_context(Lock(final))
         settle(final)
-        folder = partial_of(final, hashlib.sha256(canonical(dict(fingerprint)).encode()).hexdigest())
+        folder = work_folder(final, fingerprint)
         for left in partials_of(final):
             if writing.restart:
                 discard(left)
@@ -90,6 +99,11 @@ def deliver(final: Path, fingerprint: Mapping[str, Any], writing: Writing = Writ
         work = Delivery(final, folder, writing)
         work.write_text(FINGERPRINT, json.dumps(dict(fingerprint), indent=1, sort_keys=True) + "\n")
         yield work
+
+
+def work_folder(final: Path, fingerprint: Mapping[str, Any]) -> Path:
+    """Return where the run with this fingerprint builds its result."""
+    return partial_of(final, hashlib.sha256(canonical(dict(fingerprint)).encode()).hexdigest())
 
 
 def is_delivered(final: Path, fingerprint: Mapping[str, Any]) -> bool:

@@ -67,12 +67,11 @@ class BodyAndHead:
                 hint="the perplexity of this model cannot be computed; leave the evaluation out",
             )
 
-    def run(self, batch: Batch, call: Callable[..., Any] | None = None) -> Output:
+    def run(self, batch: Batch) -> Output:
         """Run the body.
 
         Args:
             batch: Token ids and what else the model takes, on its device.
-            call: What to call in the model's place, such as the wrapper that trains it in several processes.
         """
         found: list[Any] = []
 
@@ -81,7 +80,7 @@ class BodyAndHead:
             return type(found[0])(last_hidden_state=found[0].last_hidden_state[:, :0])
 
         with self._body(keep):
-            (call or self._model)(**batch, use_cache=False)
+            self._model(**batch, use_cache=False)
         vocabulary = int(self._model.config.get_text_config().vocab_size)
         return Output(found[0].last_hidden_state, partial(self._head, type(found[0])), vocabulary)
 

@@ -2,20 +2,21 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from structprune.calibration.data import positions
 from structprune.checkpoint.adapter import Adapter, save_adapter
-from structprune.checkpoint.delivery import Delivery, deliver
+from structprune.checkpoint.delivery import Delivery, deliver, work_folder
 from structprune.checkpoint.export import export
 from structprune.checkpoint.locate import resolve
+from structprune.checkpoint.manifest import OURS
 from structprune.checkpoint.output import check_output, discard
 from structprune.checkpoint.plans import plans_of, save_plans, stages
 from structprune.checkpoint.source import Source, open_source
@@ -26,18 +27,48 @@ from structprune.models.cost import weight_bytes
 from structprune.models.identity import names_of, skeleton
 from structprune.models.opening import Opening
 from structprune.models.streamed import open_skeleton
+from structprune.pipeline.decision import shaping_versions
 from structprune.pipeline.finish import finish, measure
-from structprune.plan.key import Key
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress, silent
 from structprune.recipe.options import EvaluateOptions, RecoverOptions
-from structprune.recovery.masks import nonzero_masks
-from structprune.recovery.training import Recovery, check_teacher, main_process, train
+from structprune.recovery.masks import masks_of
+from structprune.recovery.outcome import Recovery
+from structprune.recovery.processes import Processes
+from structprune.recovery.state import TrainingState
+from structprune.recovery.training import check_teacher, train
 from structprune.recovery.windows import TrainingWindows, draw
 from structprune.report import report
 from structprune.report.report import RunRecord
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a recovery starts from, and how it is done.
+
+    Attributes:
+        options: How to train.
+        source: The pruned model; training changes it.
+        plans: What was decided on it.
+        windows: The text.
+        teacher: The dense model that is imitated, if any.
+        compared: The dense model that the report compares with, if any.
+        evaluate: What to measure.
+        progress: Told (stage, done, total).
+        clock: The run's.
+    """
+
+    options: RecoverOptions
+    source: Source
+    plans: Sequence[Plan]
+    windows: TrainingWindows
+    teacher: Source | None
+    compared: Source | None
+    evaluate: EvaluateOptions | None
+    progress: Progress
+    clock: Clock
 
 
 def recover(
@@ -53,7 +84,8 @@ def recover(
 ) -> dict[str, Any]:
     """Train a pruned model with LoRA that keeps every removed weight removed, and write the result.
 
-    Started by `accelerate launch`, every process trains and the first one writes; the others return {}.
+    Started by `accelerate launch`, every process trains and the first one writes; the others return {}. A run
+    that was interrupted goes on after its last check, and ends with the bytes it would have had.
 
     Args:
         model: A pruned folder; of a model without plans, what is zero now stays zero.
@@ -68,61 +100,46 @@ def recover(
 
     Raises:
         QualityError: Nothing beat the start; nothing is written.
+        InputError: A model or the data cannot be trusted, or what an interrupted run left is damaged.
     """
     options = options or RecoverOptions()
     opening = replace(opening, stream=False, dtype="auto")
     clock = Clock()
     with clock.phase("read"):
         folder = resolve(model, revision=revision)
-        final = check_output(
-            folder, Path(output), overwrite=writing.overwrite, needed_bytes=weight_bytes(folder)
-        )
+        needed = weight_bytes(folder)
+        final = check_output(folder, Path(output), overwrite=writing.overwrite, needed_bytes=needed)
         source = open_source(model, folder, opening)
         plans = [plan.beside_weights() for plan in plans_of(folder)]
         windows = _windows(source, options)
         teacher = _open_other(options.teacher, opening)
         dense = evaluate.compare if evaluate else None
         compared = teacher if dense in (None, options.teacher) else _open_other(dense, opening)
-    if not main_process(opening.device):
-        _train(source, plans, windows, options, teacher, opening.device, progress)
+    task = _Task(options, source, plans, windows, teacher, compared, evaluate, progress, clock)
+    processes = Processes(opening.device)
+    run = _fingerprint(task, processes)
+    if not processes.writes:
+        processes.wait()
+        with suppress(QualityError):  # which the first process raises too
+            _train(task, processes, work_folder(final, run))
         return {}
-    fingerprint = {
-        "recover": options.model_dump(mode="json"),
-        "weights": source.scan.weights,
-        "data": windows.facts,
-        "versions": versions(),
-    }
-    with deliver(final, fingerprint, writing) as work:
+    with deliver(final, run, writing) as work:
+        work.scratch += _state(work.folder).paths
+        processes.wait()  # From here on the others may look for what an earlier run left.
         try:
             with clock.phase("train"):
-                recovery = _train(source, plans, windows, options, teacher, opening.device, progress)
+                recovery = _train(task, processes, work.folder)
         except QualityError:
             discard(work.folder)
             raise
-        facts = _facts(recovery, windows, plans)
         if options.keep_adapter:
-            return _publish_adapter(work, source, recovery, facts, compared, evaluate, clock)
-        with clock.phase("write"):
-            names = names_of(source.model)
-            parameters = dict(_resident(source).named_parameters())
-            changed = names.to_stored({name: parameters[name].detach() for name in recovery.factors})
-            work.hashes |= export(
-                source.reader, work.folder, progress, replaced=changed, tokenizer=source.opening.tokenizer
-            )
-            save_plans(plans, work.plans)
+            return _publish_adapter(work, task, recovery)
         recipe = {
             "model": model,
             "output": str(output),
             "recover": options.model_dump(mode="json", exclude_none=True),
         }
-        record = RunRecord(
-            method="+".join([*(plan.method for plan in plans), "recover"]),
-            recipe=yaml.safe_dump(recipe, sort_keys=False),
-            stages=stages(plans),
-            revalued=tuple(changed),
-            more={"recovery": facts},
-        )
-        return finish(work, source, clock, record, options=evaluate, dense=compared, progress=progress)
+        return _publish_merged(work, task, recovery, yaml.safe_dump(recipe, sort_keys=False))
 
 
 def check_recovery(options: RecoverOptions, source: Source) -> None:
@@ -161,53 +178,51 @@ def _windows(source: Source, options: RecoverOptions) -> TrainingWindows:
     )
 
 
-def _train(
-    source: Source,
-    plans: Sequence[Plan],
-    windows: TrainingWindows,
-    options: RecoverOptions,
-    teacher: Source | None,
-    device: str,
-    progress: Progress,
-) -> Recovery:
+def _fingerprint(task: _Task, processes: Processes) -> dict[str, Any]:
+    """Return everything that shapes the bytes of the result."""
+    return {
+        "recover": task.options.model_dump(mode="json"),
+        "weights": task.source.scan.weights,
+        "plans": [plan.id for plan in task.plans],
+        "teacher": task.teacher.scan.weights if task.teacher else None,
+        "data": task.windows.facts,
+        "device": processes.device.type,
+        "processes": processes.count,
+        # Sums are split among threads, so their number shows in the last bits.
+        "threads": torch.get_num_threads(),
+        "versions": shaping_versions() | {name: versions()[name] for name in ("accelerate", "peft")},
+    }
+
+
+def _state(folder: Path) -> TrainingState:
+    return TrainingState(folder / OURS / "training")
+
+
+def _train(task: _Task, processes: Processes, folder: Path) -> Recovery:
+    if not task.plans:
+        logger.warning("%s holds no plans: what is zero now stays zero", task.source.folder)
     return train(
-        _resident(source),
-        masks_of(source, plans),
-        windows.ids,
-        options,
-        teacher=_resident(teacher) if teacher else None,
-        seed=options.seed,
-        device=device,
-        progress=progress,
+        _resident(task.source),
+        masks_of(_resident(task.source), task.plans),
+        task.windows.ids,
+        task.options,
+        teacher=_resident(task.teacher) if task.teacher else None,
+        processes=processes,
+        state=_state(folder),
+        progress=task.progress,
     )
 
 
-def masks_of(source: Source, plans: Sequence[Plan]) -> dict[str, Tensor]:
-    """Return what is kept of every linear of the blocks, by parameter name, in the parameter's layout.
-
-    What the plans removed is removed; beyond them, and on a folder without plans, what is zero stays zero.
-    """
-    masks = nonzero_masks(_resident(source))
-    if not plans:
-        logger.warning("%s holds no plans: what is zero now stays zero", source.folder)
-    names = names_of(source.model)
-    for name, mask in masks.items():
-        parts = names.to_stored({name: torch.ones_like(mask)})
-        for plan in plans:
-            parts = {part: kept & plan.get(Key(part, "mask"), kept) for part, kept in parts.items()}
-        mask &= names.to_module(parts)[name]
-    return masks
-
-
-def _facts(recovery: Recovery, windows: TrainingWindows, plans: Sequence[Plan]) -> dict[str, Any]:
+def _facts(recovery: Recovery, task: _Task) -> dict[str, Any]:
     return {
         "start_loss": recovery.start_loss,
         "best_loss": recovery.best_loss,
         "best_step": recovery.best_step,
         "stopped": recovery.stopped,
+        "steps_resumed": recovery.steps_resumed,
         "history": [check._asdict() for check in recovery.history],
-        "data": windows.facts,
-        "masks": _origin(plans),
+        "data": task.windows.facts,
+        "masks": _origin(task.plans),
     }
 
 
@@ -215,21 +230,48 @@ def _origin(plans: Sequence[Plan]) -> Literal["plans", "nonzero"]:
     return "plans" if plans else "nonzero"
 
 
-def _publish_adapter(
-    work: Delivery,
-    source: Source,
-    recovery: Recovery,
-    facts: dict[str, Any],
-    compared: Source | None,
-    options: EvaluateOptions | None,
-    clock: Clock,
-) -> dict[str, Any]:
+def _publish_merged(work: Delivery, task: _Task, recovery: Recovery, recipe: str) -> dict[str, Any]:
+    """Write the model with the change merged, and the plans beside it; return the report."""
+    with task.clock.phase("write"):
+        names = names_of(task.source.model)
+        parameters = dict(_resident(task.source).named_parameters())
+        changed = names.to_stored({name: parameters[name].detach() for name in recovery.factors})
+        work.hashes |= export(
+            task.source.reader,
+            work.folder,
+            task.progress,
+            replaced=changed,
+            tokenizer=task.source.opening.tokenizer,
+        )
+        save_plans(task.plans, work.plans)
+    record = RunRecord(
+        method="+".join([*(plan.method for plan in task.plans), "recover"]),
+        recipe=recipe,
+        stages=stages(task.plans),
+        revalued=tuple(changed),
+        more={"recovery": _facts(recovery, task)},
+    )
+    return finish(
+        work,
+        task.source,
+        task.clock,
+        record,
+        options=task.evaluate,
+        dense=task.compared,
+        progress=task.progress,
+    )
+
+
+def _publish_adapter(work: Delivery, task: _Task, recovery: Recovery) -> dict[str, Any]:
     """Write the change beside its base instead of merging it; return the report."""
-    adapter = Adapter(recovery.factors, str(source.folder.resolve()), source.scan.weights, facts["masks"])
-    with clock.phase("write"):
+    source = task.source
+    adapter = Adapter(
+        recovery.factors, str(source.folder.resolve()), source.scan.weights, _origin(task.plans)
+    )
+    with task.clock.phase("write"):
         save_adapter(work.folder, adapter)
-    with clock.phase("evaluate"):
-        evaluation = measure(source, compared, options)
+    with task.clock.phase("evaluate"):
+        evaluation = measure(source, task.compared, task.evaluate)
     made = {
         "output": str(work.final),
         "adapter": {
@@ -237,9 +279,9 @@ def _publish_adapter(
             "base_weights": adapter.base_weights,
             "tensors": len(adapter.factors),
         },
-        "recovery": facts,
+        "recovery": _facts(recovery, task),
         "evaluation": evaluation.as_json(),
-        "seconds": round(clock.seconds, 3),
+        "seconds": round(task.clock.seconds, 3),
         "loads_in": ["structprune"],
     }
     report.write_report(work.folder, made)

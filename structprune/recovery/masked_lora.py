@@ -182,9 +182,9 @@ class MaskedLayers:
             parametrize.register_parametrization(model.get_submodule(owner), attribute, change, unsafe=True)
             self._layers[name] = change
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return what trains."""
-        return [p for p in self._model.parameters() if p.requires_grad]
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what trains, by its name in the changed model."""
+        return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
 
     def factors(self) -> dict[str, LowRankChange]:
         """Return copies of all factors as they are now, by parameter name."""

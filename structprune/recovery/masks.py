@@ -1,7 +1,7 @@
 """Which weights stay removed while a model recovers, and the proof that they did."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,9 @@ from transformers import PreTrainedModel
 
 from structprune.errors import InputError, QualityError, VerificationError
 from structprune.models.arch import arch_of, blocks, linears
+from structprune.models.identity import names_of
+from structprune.plan.key import Key
+from structprune.plan.plan import Plan
 
 OTHER_MODEL = "the masks belong to another model: give the one that was pruned with them"
 
@@ -24,6 +27,24 @@ def nonzero_masks(model: PreTrainedModel) -> dict[str, Tensor]:
     arch = arch_of(model)
     names = {linear.name for prefix, block in blocks(model) for linear in linears(prefix, block, arch)}
     return {name: model.get_parameter(name).detach() != 0 for name in sorted(names)}
+
+
+def masks_of(model: PreTrainedModel, plans: Sequence[Plan]) -> dict[str, Tensor]:
+    """Return what is kept of every linear of the blocks, by parameter name, in the parameter's layout.
+
+    What the plans removed is removed; beyond them, and of a model without plans, what is zero stays zero.
+
+    Args:
+        model: In memory.
+        plans: What was decided on it.
+    """
+    masks, names = nonzero_masks(model), names_of(model)
+    for name, mask in masks.items():
+        parts = names.to_stored({name: torch.ones_like(mask)})
+        for plan in plans:
+            parts = {part: kept & plan.get(Key(part, "mask"), kept) for part, kept in parts.items()}
+        mask &= names.to_module(parts)[name]
+    return masks
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What recovery trains on: windows of a text, cut as in calibration, some of them kept away for judging."""
+"""What recovery trains on: windows of a text, their order, and some that are kept away for judging."""
 
 import random
 from dataclasses import asdict, dataclass
@@ -108,3 +108,29 @@ def split_off(windows: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tens
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     kept_away = min(max(1, round(len(windows) * held_out)), HELD_OUT_LIMIT, len(windows) - 1)
     return windows[order[kept_away:]], windows[order[:kept_away]]
+
+
+class Order:
+    """The order in which windows are looked at: all of them epoch after epoch, each in an order of its own.
+
+    Where a step's windows lie in it follows from the step's number, so a run that resumes need not rewind.
+
+    Args:
+        count: How many windows there are.
+        seed: Decides the order.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+        self._epoch, self._drawn = -1, [0]
+
+    def slice(self, start: int, size: int) -> list[int]:
+        """Return which windows come at `size` places from `start` on; places count from 0 without end."""
+        return [self._at(place) for place in range(start, start + size)]
+
+    def _at(self, place: int) -> int:
+        epoch, within = divmod(place, self._count)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._drawn = random.Random(f"{self._seed} {epoch}").sample(range(self._count), self._count)
+        return self._drawn[within]
