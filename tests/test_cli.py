@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import runpy
 import signal
 import sys
@@ -39,6 +40,37 @@ DONE = {
     "evaluation": {"perplexity": {"demo": {"model": float("inf"), "dense": 10.0}}},
 }
 
+FOUND = {
+    "model": "demo",
+    "model_type": "llama",
+    "class": "LlamaForCausalLM",
+    "known_family": True,
+    "blocks": 1,
+    "linears": 7,
+    "experts": 0,
+    "parameters": 2_000_000,
+    "prunable": 1_500_000,
+    "pruned": None,
+    "found": {"zeros": 3},
+    "constant_matrices": ["model.layers.0.mlp.up_proj.weight"],
+    "dtype": "bfloat16",
+    "bytes": 4_012_345,
+    "files": 1,
+    "flops_per_token": 4.4e6,
+    "kv_bytes_per_token": 1920.0,
+    "length": 2048,
+    "max_positions": None,
+    "tied_embeddings": True,
+    "vocabulary": 32000,
+    "patterns": ["2:4"],
+    "methods": [
+        {"name": "one", "needs_data": True, "reason": None, "fractions": True, "patterns": ["2:4"]},
+        {"name": "two", "needs_data": False, "reason": "no such matrix", "fractions": False, "patterns": []},
+    ],
+    "architecture": "21aa",
+    "weights": "6944",
+}
+
 
 @pytest.fixture
 def calls(monkeypatch):
@@ -57,7 +89,7 @@ def calls(monkeypatch):
     fake("prune", DONE)
     fake("dry_run", {"recipe": "model: demo\n", "bytes": {"dense": 1}})
     fake("apply", DONE)
-    fake("inspect", {"model_type": "llama", "blocks": 2})
+    fake("inspect", FOUND)
     fake("evaluate", {"perplexity": {"demo": {"model": 12.0, "dense": 10.0}}, "tasks": {}, "protocol": {}})
     fake("recover", DONE | {"recovery": {"start_loss": 2.0, "best_loss": 1.0, "best_step": 5}})
     fake("environment", {"versions": {"torch": "2"}})
@@ -174,7 +206,38 @@ def test_people_get_four_lines(calls, command):
 
     assert [line.split()[0] for line in done.out.splitlines()] == ["asked", "got", "where", "loads"]
     assert "50% of the weights removed" in done.out
-    assert "512 MiB" in done.out
+    assert "537 MB" in done.out
+
+
+def test_what_a_model_is_stands_in_words_and_units_and_its_hashes_in_json_alone(calls, command):
+    lines = command("inspect", "demo").out.splitlines()
+
+    assert lines[1] == "size        2,000,000 parameters in 1 block, 4.01 MB of bfloat16 in 1 file"
+    assert lines[3] == "pruned      no, 3 weights are zero"
+    assert "constant    1 matrix of one value only: model.layers.0.mlp.up_proj.weight" in lines
+    assert "text        32,000 tokens in the vocabulary, no limit of positions" in lines
+    assert "cost        4.4 MFLOP per token at length 2,048, 1.92 kB of cache per token" in lines
+    assert lines[-2:] == ["one  needs text  any fraction, 2:4", "two  no data     no: no such matrix"]
+    assert not any("6944" in line or "21aa" in line for line in lines)
+    assert command("inspect", "demo", "--json").json["weights"] == "6944"
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80, 120])
+def test_every_result_fits_the_columns_there_are(calls, command, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = [["inspect", "demo"], ["methods"], ["methods", "wanda"], ["evaluate", "demo"], ["verify", "out"]]
+    lines += [["prune", "demo", "out", "--method", "wanda"], ["recover", "demo", "out", "--data", "demo"]]
+    for line in lines:
+        # A word that is longer than a line is broken in none of them.
+        wide = [row for row in command(*line).out.splitlines() if len(row) > columns and row.count(" ") > 4]
+
+        assert not wide, line
+
+
+def test_the_columns_of_a_table_that_is_too_wide_are_named_in_each_row(calls, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "24")
+
+    assert command("evaluate", "demo").out.splitlines() == ["perplexity, demo", "  dense 10, model 12"]
 
 
 def test_a_dry_run_prunes_nothing(calls, command):
@@ -411,6 +474,22 @@ def test_progress_is_bars_on_a_terminal_that_can_show_them(monkeypatch, variable
     assert ("\x1b[" in screen.getvalue()) == bars
     assert "4/4" in screen.getvalue() if bars else "4 of 4" in screen.getvalue()
     assert bars or screen.getvalue().isascii()
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80])
+def test_a_bar_is_one_line_on_any_terminal(monkeypatch, columns):
+    for name, value in {"TERM": "xterm", "LANG": "en_US.UTF-8", "COLUMNS": str(columns)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LC_ALL", raising=False)
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with progress_on_stderr() as progress:
+        progress("calibrate a method with a long name", 30, 100)
+        progress("calibrate a method with a long name", 100, 100)
+    shown = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", screen.getvalue()).splitlines() if line]
+
+    assert any("100/100" in line for line in screen.getvalue().splitlines())
+    assert max(len(line.rstrip()) for line in shown) <= columns
 
 
 def test_text_that_the_terminal_cannot_show_is_escaped():

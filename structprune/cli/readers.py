@@ -24,6 +24,7 @@ from structprune.cli.flags import (
     Tokenizer,
     command,
 )
+from structprune.cli.inspection import inspection_lines
 from structprune.pruners.catalogue import check_name
 from structprune.recipe.changes import EVALUATE
 from structprune.recipe.draft import choose_settings
@@ -33,7 +34,7 @@ from structprune.recipe.draft import choose_settings
 def inspect(model: Model, revision: Revision = None, *, opens: OpeningFlags) -> Job:
     """Say what a model is, and what can be pruned in it."""
     return Job(
-        lambda _: structprune.inspect(model, opening=opens.opening(), revision=revision), summary.key_lines
+        lambda _: structprune.inspect(model, opening=opens.opening(), revision=revision), inspection_lines
     )
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from structprune.report.figures import number, percent
+from structprune.cli.tables import table, wrapped
+from structprune.report.figures import bytes_text, counted, number, percent
 
 Result = Mapping[str, Any]
 
@@ -16,9 +17,11 @@ def run_lines(result: Result) -> str:
     got.append(f"{parameters['dense']:,} -> {parameters['pruned']:,} parameters")
     got.append(f"{size['dense']:,} -> {size['pruned']:,} bytes")
     got += _quality(result.get("evaluation") or {})
-    where = f"{result['output']} ({result['seconds']:.0f} s, peak memory {_bytes(result['peak_rss_bytes'])})"
+    where = (
+        f"{result['output']} ({result['seconds']:.0f} s, peak memory {bytes_text(result['peak_rss_bytes'])})"
+    )
     if result.get("blocks_resumed"):
-        where += f", {result['blocks_resumed']} blocks resumed"
+        where += f", {counted(result['blocks_resumed'], 'block')} resumed"
     if result.get("kept"):
         where = f"{result['output']} (complete before this command, kept as it is)"
     found = result.get("found") or {"pruned": False}
@@ -61,7 +64,7 @@ def verification_lines(result: Result) -> str:
 
 def evaluation_lines(result: Result) -> str:
     """Return a table: what, dense, model."""
-    rows = [("", "dense", "model")]
+    rows: list[tuple[str, str, str]] = []
     for name, figures in result.get("perplexity", {}).items():
         rows.append((f"perplexity, {name}", number(figures.get("dense")), number(figures.get("model"))))
     for name, figures in result.get("divergence", {}).items():
@@ -71,7 +74,7 @@ def evaluation_lines(result: Result) -> str:
     for task, metrics in result.get("tasks", {}).items():
         for metric, figures in metrics.items():
             rows.append((f"{task}, {metric}", number(figures.get("dense")), number(figures.get("model"))))
-    return table(rows)
+    return table(rows, ("", "dense", "model"))
 
 
 def methods_lines(result: Result) -> str:
@@ -86,9 +89,8 @@ def method_lines(result: Result) -> str:
         for row in result["fields"]
     ]
     data = "needs calibration data" if result["needs_data"] else "needs no data"
-    return (
-        f"{result['about']}\nSource: {result['source']}\n{result['family']} pruner, {data}\n\n{table(fields)}"
-    )
+    said = [result["about"], f"Source: {result['source']}", f"{result['family']} pruner, {data}"]
+    return "\n".join([*(wrapped(line) for line in said), "", table(fields)])
 
 
 def export_lines(result: Result) -> str:
@@ -96,14 +98,17 @@ def export_lines(result: Result) -> str:
     dense, packed = result["bytes"]["dense"], result["bytes"]["packed"]
     where = f"{result['output']} ({result['seconds']:.0f} s)"
     if result["to"] == "dense":
-        files = f"{len(result['files'])} weight files, the bytes that were packed"
+        files = f"{counted(len(result['files']), 'weight file')}, the bytes that were packed"
         return table([("got", f"{packed:,} -> {dense:,} bytes"), ("proved", files), ("where", where)])
     linears = result["linears"]
     share = linears["packed_bytes"] / linears["dense_bytes"]
     rows = [
         ("got", f"{dense:,} -> {packed:,} bytes"),
-        ("packed", f"{linears['packed']} linears as {result['to']}, {share:.2%} of their dense bytes"),
-        ("as they were", f"{len(result['left'])} tensors, {_reasons(result['left'])}"),
+        (
+            "packed",
+            f"{counted(linears['packed'], 'linear')} as {result['to']}, {share:.2%} of the dense bytes",
+        ),
+        ("as they were", f"{counted(len(result['left']), 'tensor')}, {_reasons(result['left'])}"),
         ("proved", "every tensor unpacks to its bits"),
         ("where", where),
         ("loads in", "nothing as it is; `structprune export DEST DENSE --to dense` gives the model back"),
@@ -114,14 +119,6 @@ def export_lines(result: Result) -> str:
 def key_lines(result: Result) -> str:
     """Return any result as indented lines, "key: value"."""
     return "\n".join(_lines(result, ""))
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows with their columns aligned; the last column is not padded."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
 
 
 def _reached(stage: Result) -> str:
@@ -137,7 +134,7 @@ def _reasons(left: list[Mapping[str, str]]) -> str:
     linears = [row for row in left if row["reason"] != "no linear of a decoder block"]
     if not linears:
         return "none of them a linear of a decoder block"
-    return f"{len(linears)} of them linears, such as {linears[0]['name']}: {linears[0]['reason']}"
+    return f"{len(linears)} of them in decoder blocks, such as {linears[0]['name']}: {linears[0]['reason']}"
 
 
 def _quality(evaluation: Result) -> list[str]:
@@ -154,20 +151,18 @@ def _exact(sparsity: object) -> str:
     return f"{sparsity * 100:.6g}%" if isinstance(sparsity, float) else str(sparsity)
 
 
-def _bytes(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
 def _lines(value: object, indent: str) -> list[str]:
     if isinstance(value, Mapping):
         lines = []
         for key, inner in value.items():
-            if inner and _nests([inner]) and (isinstance(inner, Mapping) or _nests(inner)):
+            if key == "bytes" and isinstance(inner, Mapping):
+                lines.append(f"{indent}bytes: {' -> '.join(_plain(one, key) for one in inner.values())}")
+            elif inner and _nests([inner]) and (isinstance(inner, Mapping) or _nests(inner)):
                 lines += [f"{indent}{key}:", *_lines(inner, f"{indent}  ")]
             elif isinstance(inner, str) and "\n" in inner:
                 lines += [f"{indent}{key}:", *_block(inner, f"{indent}  ")]
             else:
-                lines.append(f"{indent}{key}: {_plain(inner)}")
+                lines.append(f"{indent}{key}: {_plain(inner, key)}")
         return lines
     if isinstance(value, list | tuple):
         return [
@@ -186,9 +181,12 @@ def _nests(values: Sequence[object]) -> bool:
     return any(isinstance(value, Mapping | list | tuple) for value in values)
 
 
-def _plain(value: object) -> str:
+def _plain(value: object, key: str = "") -> str:
+    """Return a value in words; `key` tells what is a number of bytes."""
     if value is None or value == [] or value == ():
         return "none"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return bytes_text(value) if key.endswith("bytes") else f"{value:,}"
     if isinstance(value, list | tuple):
         return ", ".join(str(part) for part in value)
     return str(value)

@@ -21,17 +21,23 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from structprune.errors import Interrupted, StructpruneError
 from structprune.report.figures import plain
 
 # Often enough that silence is no hang, seldom enough for a log file.
 SECONDS_BETWEEN_LINES = 30.0
+# Columns from which on the time left, and a bar, fit beside the name of a stage.
+NARROW, WIDE = 40, 72
+# "1000/1000" and the time left, with what separates them.
+COUNT, TIME = 10, 7
 # A closed terminal (SIGHUP) and a cluster's scheduler (SIGTERM) stop a run as Ctrl-C does.
 STOPPING: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -156,18 +162,37 @@ class _Bars:
 
     def report(self, stage: str, done: int, total: int) -> None:
         if self._progress is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-            self._progress = Progress(*columns, *times, console=Console(stderr=True))
+            console = Console(stderr=True)
+            self._progress = Progress(*_columns(console.width), console=console)
             self._progress.start()
         if stage not in self._tasks or (done < self._progress.tasks[self._tasks[stage]].completed):
             # A stage that begins again (a second pruner, a second text) gets a bar of its own.
-            self._tasks[stage] = self._progress.add_task(stage, total=total)
+            self._tasks[stage] = self._progress.add_task(
+                _fitting(stage, self._progress.console.width), total=total
+            )
         self._progress.update(self._tasks[stage], completed=done, total=total)
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    """Return what of a stage is shown on so many columns: name and count always, its bar where it fits."""
+    # Rich would break any column that may be broken before it cuts one.
+    count = MofNCompleteColumn(table_column=Column(no_wrap=True))
+    if width < NARROW:
+        return [TextColumn("{task.description}", table_column=Column(no_wrap=True)), count]
+    name, left = TextColumn("{task.description}"), TimeRemainingColumn(compact=True)
+    if width < WIDE:
+        return [name, count, left]
+    return [name, BarColumn(), count, TimeElapsedColumn(), TextColumn("left"), left]
+
+
+def _fitting(stage: str, width: int) -> str:
+    """Return a stage's name, cut where its count and the time left would not fit beside it."""
+    room = max(width - (COUNT if width < NARROW else COUNT + TIME), 1)
+    return stage if width >= WIDE or len(stage) <= room else f"{stage[: room - 1]}\u2026"
 
 
 class _Lines:

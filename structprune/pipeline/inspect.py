@@ -4,13 +4,16 @@ from typing import Any
 
 from structprune.calibration.data import positions
 from structprune.checkpoint.locate import resolve
+from structprune.errors import UsageError
 from structprune.models.arch import arch_of, blocks, linears
 from structprune.models.cost import count, weight_bytes
 from structprune.models.identity import architecture_of
 from structprune.models.opening import Opening
-from structprune.models.streamed import open_skeleton
+from structprune.models.streamed import StreamedModel, open_skeleton
 from structprune.models.tokenizer import open_tokenizer
 from structprune.proof.prior import prior_of
+from structprune.pruners.catalogue import find, names
+from structprune.pruners.pruner import Pruner
 from structprune.storage.reader import CheckpointReader
 
 # Patterns that kernels or papers know; a model is told which of them fit its widths.
@@ -63,6 +66,36 @@ def inspect(model: str, opening: Opening = Opening(), *, revision: str | None = 
         "tied_embeddings": bool(opened.names.aliases),
         "vocabulary": len(tokenizer) if tokenizer is not None else None,
         "patterns": [f"{kept}:{of}" for kept, of in PATTERNS if not any(width % of for width in widths)],
+        "methods": [abilities(name, opened) for name in names()],
         "architecture": architecture_of(opened),
         "weights": scan.weights,
     }
+
+
+def abilities(name: str, model: StreamedModel) -> dict[str, Any]:
+    """Return what a method can do with a model, asked of its forecast: nothing is computed.
+
+    Args:
+        name: The method.
+        model: Its skeleton.
+
+    Returns:
+        "name", "needs_data", "reason" (why it cannot prune this model; None where it can), "unit",
+        "fractions" (whether it takes a fraction) and "patterns" (N:M that fit every matrix).
+    """
+    pruner = find(name)()
+    found: dict[str, Any] = {"name": name, "needs_data": pruner.looks_at_data, "reason": None}
+    try:
+        unit = pruner.forecast(model).unit
+    except UsageError as error:
+        return found | {"reason": error.message, "unit": None, "fractions": False, "patterns": []}
+    patterns = [text for kept, of in PATTERNS if _reaches(pruner, text := f"{kept}:{of}", model)]
+    return found | {"unit": unit, "fractions": _reaches(pruner, 0.5, model), "patterns": patterns}
+
+
+def _reaches(pruner: Pruner, goal: float | str, model: StreamedModel) -> bool:
+    try:
+        pruner.with_goal(goal).forecast(model)
+    except UsageError:
+        return False
+    return True

@@ -1,13 +1,33 @@
 """Figures as people read them and as JSON can hold them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def number(value: float | None) -> str:
     """Return a figure with four digits, or "-" where there is none."""
     return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def bytes_text(count: float) -> str:
+    """Return a size in the unit that people would use, in powers of 1000: "269 MB"."""
+    return scaled(count, ("bytes", "kB", "MB", "GB", "TB"))
+
+
+def scaled(count: float, units: Sequence[str]) -> str:
+    """Return a count with three digits in one of `units`, each a thousand of the one before it."""
+    power = 0
+    # 999.6 would be written as 1000 of its unit.
+    while count >= 999.5 and power < len(units) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.3g} {units[power]}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return how many there are of something: "1 block", "1,024 blocks"."""
+    plural = f"{noun[:-2]}ices" if noun.endswith("matrix") else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else plural}"
 
 
 def fraction(value: float | str | None) -> str:

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, final
 
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 from torch import Tensor
 
 from structprune.calibration.statistics import NOTHING, Parts, Statistics
@@ -167,8 +167,19 @@ class WeightPruner(Targets, BlockwisePruner):
 
     @final
     def with_goal(self, goal: float | str) -> Self:
-        """Return the same pruner with another sparsity."""
-        return type(self).model_validate({**self.model_dump(), "sparsity": goal})
+        """Return the same pruner with another sparsity.
+
+        Raises:
+            UsageError: It cannot be this one.
+        """
+        try:
+            return type(self).model_validate({**self.model_dump(), "sparsity": goal})
+        except ValidationError as error:
+            reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+            raise UsageError(
+                f"{self.method()}: sparsity: {reason}",
+                hint=f"`structprune methods {self.method()}` says what it takes",
+            ) from None
 
     @final
     def fits(self, linear: Linear) -> bool:

@@ -1,0 +1,68 @@
+"""What `inspect` found, in words and units; hashes and exact figures stand in its JSON."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from structprune.cli.tables import table
+from structprune.report.figures import bytes_text, counted, percent, scaled
+
+Result = Mapping[str, Any]
+
+
+def inspection_lines(result: Result) -> str:
+    """Return what a model is, what it costs, and what each method can do with it."""
+    return f"{table([row for row in _facts(result) if row[1]])}\n\n{table(_abilities(result['methods']))}"
+
+
+def _facts(result: Result) -> Sequence[tuple[str, str]]:
+    known = "a known family" if result["known_family"] else "not a known family: linears of repeated blocks"
+    stored = f"{bytes_text(result['bytes'])} of {result['dtype']} in {counted(result['files'], 'file')}"
+    parameters = f"{result['parameters']:,} parameters in {counted(result['blocks'], 'block')}, {stored}"
+    prunable = f"{counted(result['prunable'], 'weight')} in {counted(result['linears'], 'linear')}"
+    if result["parameters"]:
+        prunable += f", {percent(result['prunable'] / result['parameters'])} of all parameters"
+    experts = f"{counted(result['experts'], 'expert')} in all blocks together" if result["experts"] else ""
+    constant, zeros = result["constant_matrices"], result["found"]["zeros"]
+    return [
+        ("model", f"{result['model']}: {result['class']} ({result['model_type']}), {known}"),
+        ("size", parameters),
+        ("prunable", prunable),
+        ("experts", experts),
+        ("pruned", result["pruned"] or ("no" if not zeros else f"no, {counted(zeros, 'weight')} are zero")),
+        (
+            "constant",
+            f"{counted(len(constant), 'matrix')} of one value only: {', '.join(constant[:3])}"
+            if constant
+            else "",
+        ),
+        ("text", _text(result)),
+        ("embeddings", "tied to the head" if result["tied_embeddings"] else "not tied to the head"),
+        ("cost", _cost(result)),
+        ("N:M", ", ".join(result["patterns"]) or "none divides every matrix"),
+    ]
+
+
+def _text(result: Result) -> str:
+    tokens = result["vocabulary"]
+    known = "no tokenizer" if tokens is None else f"{counted(tokens, 'token')} in the vocabulary"
+    limit = result["max_positions"]
+    return f"{known}, {'no limit of positions' if limit is None else counted(limit, 'position')}"
+
+
+def _cost(result: Result) -> str:
+    if result["flops_per_token"] is None:
+        return ""
+    flops = scaled(result["flops_per_token"], ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"))
+    cost = f"{flops} per token at length {result['length']:,}"
+    cache = result["kv_bytes_per_token"]
+    return cost if cache is None else f"{cost}, {bytes_text(cache)} of cache per token"
+
+
+def _abilities(methods: Sequence[Result]) -> list[tuple[str, str, str]]:
+    """Return one row per method: what it takes of this model, or why it takes nothing."""
+    rows = []
+    for row in methods:
+        data = "needs text" if row["needs_data"] else "no data"
+        goals = ["any fraction"] * row["fractions"] + row["patterns"]
+        rows.append((row["name"], data, f"no: {row['reason']}" if row["reason"] else ", ".join(goals)))
+    return rows

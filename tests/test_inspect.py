@@ -1,0 +1,59 @@
+"""What `inspect` says of a model, asked of the methods themselves."""
+
+import pytest
+
+import structprune
+from structprune.errors import UsageError
+from structprune.pruners.catalogue import find, names
+from structprune.report.figures import bytes_text, counted
+from tests.tiny import save_tiny
+
+
+def test_every_method_says_what_it_can_do_with_a_model(llama):
+    rows = {row["name"]: row for row in structprune.inspect(str(llama))["methods"]}
+
+    assert list(rows) == list(names())
+    assert rows["wanda"]["fractions"]
+    assert rows["wanda"]["needs_data"]
+    assert "2:4" in rows["wanda"]["patterns"]
+    assert not rows["magnitude"]["needs_data"]
+    assert not rows["armor"]["fractions"]  # its core holds a pattern
+
+
+def test_a_method_that_cannot_prune_a_model_says_why(tmp_path, command):
+    folder = save_tiny("gpt2", tmp_path / "gpt2")
+    rows = {row["name"]: row for row in structprune.inspect(str(folder))["methods"]}
+
+    assert rows["wanda"]["reason"] is None
+    assert "Conv1D" in rows["armor"]["reason"]
+    assert f"no: {rows['armor']['reason']}" in command("inspect", folder).out
+
+
+def test_a_goal_that_a_method_cannot_have_is_refused():
+    with pytest.raises(UsageError, match="needs a pattern"):
+        find("armor")().with_goal(0.3)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1 kB"),
+        (999_600, "1 MB"),
+        (269_060_144, "269 MB"),
+        (5e15, "5e+03 TB"),
+    ],
+)
+def test_a_size_is_told_in_the_unit_that_people_use(count, text):
+    assert bytes_text(count) == text
+
+
+def test_one_is_singular():
+    assert [counted(count, "block") for count in (0, 1, 2, 1024)] == [
+        "0 blocks",
+        "1 block",
+        "2 blocks",
+        "1,024 blocks",
+    ]
+    assert counted(2, "matrix") == "2 matrices"
