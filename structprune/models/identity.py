@@ -1,6 +1,5 @@
 """Which model this is: its names in the files, the hashes that tie a plan to it, the plans it carries."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -13,10 +12,9 @@ from structprune.models.remembered import remembered
 from structprune.models.streamed import Model, StreamedModel
 from structprune.models.tensor_edit import Layout
 from structprune.plan.plan import architecture_hash
-from structprune.storage.header import TensorInfo
 from structprune.storage.reader import CheckpointReader
 from structprune.storage.scan import combine
-from structprune.storage.tensor_file import bytes_of
+from structprune.storage.tensor_file import Entry, hash_of
 
 
 def skeleton(model: Model) -> PreTrainedModel:
@@ -47,12 +45,10 @@ def weights_of(model: Model) -> str:
     if isinstance(model, StreamedModel):
         if isinstance(model.reader, CheckpointReader):
             return model.reader.scan(model.names.ignored).weights
-        found = {name: _hashed(name, model.reader.read(name)) for name in model.reader.tensors}
-        return combine(found[name] for name in sorted(found))
+        return combine(dict(_hashed(name, model.reader.read(name)) for name in model.reader.tensors))
     names, state = names_of(model), model.state_dict()
     stored = (names.to_stored({name: state[name]}) for name in names.stored_of)
-    found = {name: _hashed(name, value) for values in stored for name, value in values.items()}
-    return combine(found[name] for name in sorted(found))
+    return combine(dict(_hashed(name, value) for values in stored for name, value in values.items()))
 
 
 def applied(model: Model) -> list[str]:
@@ -110,8 +106,5 @@ def stored_names(names: Names, chosen: Sequence[Linear]) -> list[str]:
     return sorted(parts)
 
 
-def _hashed(name: str, value: Tensor) -> tuple[TensorInfo, str]:
-    tensor = value.detach().cpu().contiguous()
-    # In no file and at no place: only name, dtype and shape are part of the hash.
-    info = TensorInfo(name, tensor.dtype, tuple(tensor.shape), "", 0, 0)
-    return info, hashlib.sha256(bytes_of(tensor, name)).hexdigest()
+def _hashed(name: str, value: Tensor) -> tuple[Entry, str]:
+    return (name, value.dtype, tuple(value.shape)), hash_of(value, name)

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from structprune.errors import InputError
 from structprune.storage.header import DTYPE_NAMES, Header, TensorInfo, stamp_of
 from structprune.storage.safe_open import CHUNK_BYTES, open_regular, read_at
+from structprune.storage.tensor_file import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def scan_files(
     """
     # One buffer of one chunk, reused: the bytes are still in the core's cache when they are hashed.
     buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
-    infos: dict[str, TensorInfo] = {}
+    entries: dict[str, Entry] = {}
     found: dict[str, TensorScan] = {}
     for file, header in headers.items():
         path = folder / file
@@ -86,24 +87,24 @@ def scan_files(
             if stamp_of(descriptor) != header.stamp:
                 raise InputError(f"{path}: the file was changed while it was being read", hint="start again")
             for name, info in header.tensors.items():
-                infos[name] = info
+                entries[name] = (name, info.dtype, info.shape)
                 found[name] = _scan_tensor(descriptor, path, info, buffer)
                 if not ignored(name):
                     _refuse_not_finite(found[name], path, name)
     found = dict(sorted(found.items()))
-    scan = Scan(combine((infos[name], digest.sha256) for name, digest in found.items()), found)
+    scan = Scan(combine({entries[name]: one.sha256 for name, one in found.items()}), found)
     if scan.constant:
         names = ", ".join(scan.constant[:5])
         logger.warning("%s: %d matrices hold one value only: %s", folder, len(scan.constant), names)
     return scan
 
 
-def combine(tensors: Iterable[tuple[TensorInfo, str]]) -> str:
-    """Return the hash of a whole model from the hashes of its tensors, given in the order of their names."""
+def combine(hashes: Mapping[Entry, str]) -> str:
+    """Return the hash of a whole model from the hashes of its tensors' bytes."""
     whole = hashlib.sha256()
-    for info, digest in tensors:
+    for (name, dtype, shape), digest in sorted(hashes.items(), key=lambda one: one[0][0]):
         # Names hold no NUL (the header is checked), so that no two models give the same text.
-        whole.update(f"{info.name}\0{DTYPE_NAMES[info.dtype]}\0{list(info.shape)}\0{digest}\n".encode())
+        whole.update(f"{name}\0{DTYPE_NAMES[dtype]}\0{list(shape)}\0{digest}\n".encode())
     return whole.hexdigest()
 
 

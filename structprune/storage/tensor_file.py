@@ -3,6 +3,7 @@
 No memory mapping: mapped pages count as memory of the process for as long as the mapping lives.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -109,3 +110,8 @@ def bytes_of(tensor: Tensor, name: str) -> memoryview:
         )
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data
+
+
+def hash_of(tensor: Tensor, name: str) -> str:
+    """Return the sha256 of the bytes of a tensor; errors are those of `bytes_of`."""
+    return hashlib.sha256(bytes_of(tensor, name)).hexdigest()

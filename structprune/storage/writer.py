@@ -1,5 +1,6 @@
 """Writing the weight files of a model as a stream: header first, then one tensor after the other."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
@@ -29,6 +30,7 @@ class ShardWriter:
 
     Attributes:
         hashes: Finished file -> sha256.
+        digests: Written tensor -> sha256 of its bytes.
 
     Raises:
         EnvironmentFailure: The disk is full or refuses.
@@ -44,6 +46,7 @@ class ShardWriter:
     ) -> None:
         self.folder = folder
         self.hashes: dict[str, str] = {}
+        self.digests: dict[Entry, str] = {}
         self._layout = layout
         self._metadata = metadata
         self._index_metadata = index_metadata
@@ -73,7 +76,9 @@ class ShardWriter:
         entry = next(entries)
         if entry != (name, tensor.dtype, tuple(tensor.shape)):
             raise ValueError(f"{file}: expected {entry}, got {(name, tensor.dtype, tuple(tensor.shape))}")
-        output.write(bytes_of(tensor, name))
+        raw = bytes_of(tensor, name)
+        output.write(raw)
+        self.digests[entry] = hashlib.sha256(raw).hexdigest()
         if name == self._layout[file][-1][0]:
             self._finish(file)
 
