@@ -179,9 +179,13 @@ def test_a_folder_without_a_manifest_is_incomplete(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ('{"version": "1", "files": {"../x": {"bytes": 1, "sha256": "' + "0" * 64 + '"}}}', "leads out"),
+        (
+            '{"format": 1, "version": "1", "files": {"../x": {"bytes": 1, "sha256": "' + "0" * 64 + '"}}}',
+            "leads out",
+        ),
         ('{"version": "1", "files": {"x": {"bytes": 1, "sha256": "00"}}}', r"files\.x\.sha256"),
-        ('{"version": "1", "files": {}, "format": 2}', "format"),
+        ('{"version": "1", "files": {}, "format": 3}', "format"),
+        ('{"version": "1", "files": {}, "format": 2}', "seal"),
         ('{"version": "1"', "not valid JSON"),
     ],
 )

@@ -166,7 +166,7 @@ class TestVerify:
         out = shutil.copytree(folders["sparsegpt"], tmp_path / "out")
         name = "model.layers.1.mlp.up_proj.weight"
         edit(out, name, lambda value: torch.where(value == 0, value, value * 1.5))
-        found = verify(out, model, reload=False, hashes=False)
+        found = verify(out, model, reload=False, written={})
         assert [check.name for check in found.failed] == ["values"]
         assert found.failed[0].detail == f"{name}: its values are not those that the plan decided on"
         with pytest.raises(InputError, match=f"{name}: the weights were changed after the plan was made"):

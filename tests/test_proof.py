@@ -66,7 +66,7 @@ class TestAFaithfulFolder:
 
     def test_needs_no_manifest_while_it_is_being_written(self, half: Pruned) -> None:
         folder = half.write(manifest=False)
-        assert verify(folder, hashes=False, reload=False).ok
+        assert verify(folder, written={}, reload=False).ok
         assert the_failing_row(verify(folder, reload=False))[0] == "manifest"
 
     def test_zeros_of_the_source_count_as_zeros(self, half: Pruned) -> None:
@@ -204,7 +204,7 @@ class TestDamage:
     def test_a_plan_whose_file_was_cut(self, half: Pruned) -> None:
         folder = half.write()
         (folder / PLAN / "block-0000.safetensors").unlink()
-        found = verify(folder, hashes=False)
+        found = verify(folder, written={})
         assert the_failing_row(found)[0] == "files"
 
     def test_a_manifest_that_is_no_manifest_is_a_row_and_no_traceback(self, half: Pruned) -> None:

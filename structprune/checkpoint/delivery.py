@@ -21,6 +21,7 @@ from structprune.errors import EnvironmentFailure
 from structprune.plan.block import canonical
 from structprune.storage.durable import UNFINISHED, DurableFile, blame
 from structprune.storage.strict_json import read_json
+from structprune.storage.tensor_file import Entry
 from structprune.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Delivery:
         writing: How it is written.
         plans: Where its plans go.
         hashes: sha256 of files that were hashed while they were written, by relative path.
+        digests: sha256 of the bytes of every stored tensor, where the folder will hold a model.
         scratch: What only a resumed run reads, files or folders; removed in this order before publishing.
     """
 
@@ -46,6 +48,7 @@ class Delivery:
         self.folder = folder
         self.plans = folder / OURS / "plans"
         self.hashes: dict[str, str] = {}
+        self.digests: dict[Entry, str] = {}
         self.scratch: list[Path] = []
         self.writing = writing
 
@@ -57,6 +60,11 @@ class Delivery:
         with DurableFile(path) as file:
             file.write(text.encode())
 
+    def note(self, hashes: Mapping[str, str], digests: Mapping[Entry, str]) -> None:
+        """Remember what was hashed while it was written: files by relative path, and stored tensors."""
+        self.hashes |= hashes
+        self.digests |= digests
+
     def publish(self, *, stages: list[str], facts: Mapping[str, Any]) -> None:
         """Remove the scratch, write the manifest as the last file, then rename the folder into place."""
         for path in self.scratch:
@@ -65,7 +73,9 @@ class Delivery:
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
-        write_manifest(self.folder, self.hashes, version=__version__, stages=stages, facts=facts)
+        write_manifest(
+            self.folder, self.hashes, self.digests, version=__version__, stages=stages, facts=facts
+        )
         publish(self.folder, self.final, overwrite=self.writing.overwrite)
 
 

@@ -10,6 +10,7 @@ from structprune.checkpoint.side_files import copy_side_files, copy_tokenizer
 from structprune.models.edited_reader import Reader
 from structprune.models.tokenizer import has_tokenizer
 from structprune.progress import Progress
+from structprune.storage.tensor_file import Entry
 from structprune.storage.writer import ShardWriter
 
 
@@ -19,7 +20,7 @@ def export(
     progress: Progress,
     replaced: Mapping[str, Tensor] | None = None,
     tokenizer: str | None = None,
-) -> dict[str, str]:
+) -> tuple[dict[str, str], dict[Entry, str]]:
     """Write a checkpoint, and what is carried out on it, into `folder`; one tensor is in memory at a time.
 
     Args:
@@ -30,7 +31,7 @@ def export(
         tokenizer: The folder of a tokenizer, which is copied where the checkpoint has none.
 
     Returns:
-        The sha256 of each written file, by file name.
+        The sha256 of each written file, by file name, and of the bytes of each written tensor.
     """
     given = replaced or {}
     total, done = len(reader.tensors), 0
@@ -43,4 +44,4 @@ def export(
     hashes = writer.hashes | copy_side_files(reader.folder, folder, allow_external_symlinks=links)
     if tokenizer is not None and not has_tokenizer(reader.folder):
         hashes |= copy_tokenizer(Path(tokenizer).expanduser(), folder, allow_external_symlinks=links)
-    return hashes | write_config(folder, reader.patch)
+    return hashes | write_config(folder, reader.patch), writer.digests

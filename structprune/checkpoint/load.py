@@ -1,76 +1,78 @@
 """Opens what structprune wrote, by the same act as pruning, and any plain model folder."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from structprune.checkpoint import accelerate as acceleration
-from structprune.checkpoint.adapter import is_adapter, merge_adapter, read_adapter
-from structprune.checkpoint.manifest import OURS, read_manifest
+from structprune.checkpoint.adapter import is_adapter
+from structprune.checkpoint.integrity import check_weights, intact_manifest
+from structprune.checkpoint.manifest import MANIFEST, OURS
 from structprune.checkpoint.plans import plans_of
-from structprune.errors import InputError
+from structprune.checkpoint.source import open_adapted
 from structprune.models.identity import applied, names_of
 from structprune.models.opening import Opening
-from structprune.models.streamed import Model, open_model, open_reader
+from structprune.models.streamed import Model, build_model, open_reader
 from structprune.models.tokenizer import open_tokenizer
 from structprune.pruners.catalogue import find
 
+logger = logging.getLogger(__name__)
+
+Opened = tuple[Model, PreTrainedTokenizerBase | None]
+
 
 def load(
-    folder: str | Path, opening: Opening = Opening(), *, accelerate: str | None = None
-) -> tuple[Model, PreTrainedTokenizerBase | None]:
+    folder: str | Path, opening: Opening = Opening(), *, accelerate: str | None = None, check: bool = False
+) -> Opened:
     """Open a folder that structprune wrote, or any model folder, and its tokenizer.
 
     Args:
         folder: A pruned or recovered model, a kept adapter (its base is opened too), or a plain model.
         opening: How; an adapter and an accelerated model are always held in memory.
         accelerate: "2:4" runs linears with that pattern on sparse kernels where the device measures faster.
+        check: Hash the weights too and compare them with the manifest, which reads every byte once more;
+            without, only their sizes are compared. An adapter's base is always hashed.
 
     Returns:
         The model in eval mode, and its tokenizer or None.
 
     Raises:
-        InputError: The folder is incomplete, damaged or packed, or an adapter's base is gone or has changed.
+        InputError: The folder is incomplete, damaged, changed or packed, or an adapter's base is gone or has
+            changed.
         UsageError: `accelerate` is not known, or the model is to be streamed as well.
     """
     if accelerate is not None:
         acceleration.check(accelerate, opening)
-        model, tokenizer = load(folder, replace(opening, stream=False))
+        model, tokenizer = load(folder, replace(opening, stream=False), check=check)
         acceleration.accelerate(model)
         return model, tokenizer
     path = Path(folder).expanduser()
     if is_adapter(path):
-        return _with_adapter(path, opening)
-    links = opening.allow_external_symlinks
-    if (path / OURS).is_dir() and read_manifest(path, allow_external_symlinks=links) is None:
-        raise InputError(
-            f"{path}: incomplete, it has no manifest", hint="run the command that wrote it again"
-        )
-    model = open_model(path, opening)
-    if (path / OURS).is_dir():
-        for plan in plans_of(path):
+        source = open_adapted(str(path), path, opening)
+        return _with_plans(source.model, source.folder), source.tokenizer
+    return _open(path, opening, check=check)
+
+
+def _open(path: Path, opening: Opening, *, check: bool) -> Opened:
+    manifest = intact_manifest(path, opening)
+    reader = open_reader(path, opening)
+    model = build_model(reader, opening)
+    if check:
+        if manifest is None or manifest.weights is None:
+            logger.warning("%s: no %s says what its weights were: only their form is checked", path, MANIFEST)
+        check_weights(manifest, reader, reader.scan(names_of(model).ignored).hashes)
+    return _with_plans(model, path), open_tokenizer(path, opening)
+
+
+def _with_plans(model: Model, folder: Path) -> Model:
+    """Carry out the plans that work while the model runs, and note the ids of those in its weights."""
+    if (folder / OURS).is_dir():
+        for plan in plans_of(folder):
             pruner = find(plan.method).model_validate(plan.config)
             if pruner.at_run_time:
                 pruner.apply(model, plan)
             else:  # it is in the weights, and in the shapes that config.json tells of
                 applied(model).append(plan.id)
-    return model, open_tokenizer(path, opening)
-
-
-def _with_adapter(path: Path, opening: Opening) -> tuple[Model, PreTrainedTokenizerBase | None]:
-    adapter = read_adapter(path)
-    base = Path(adapter.base)
-    if not base.is_dir():
-        raise InputError(f"{path}: its base model {base} is not there", hint="put the pruned model back")
-    if opening.stream:
-        raise InputError(f"{path}: an adapter is added in memory", hint="open it without streaming")
-    model, tokenizer = load(base, replace(opening, stream=False))
-    found = open_reader(base, opening).scan(names_of(model).ignored).weights
-    if found != adapter.base_weights:
-        raise InputError(
-            f"{path}: trained on weights {adapter.base_weights[:12]}, {base} now holds {found[:12]}",
-            hint="put back the pruned model that the adapter was trained on",
-        )
-    merge_adapter(model, adapter)  # type: ignore[arg-type]  # not streamed, so it is a module
-    return model, tokenizer
+    return model

@@ -4,15 +4,20 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from structprune.errors import InputError
+from structprune.plan.block import canonical
 from structprune.storage.durable import DurableFile, sync_folder
 from structprune.storage.safe_open import CHUNK_BYTES, open_regular, read_at
+from structprune.storage.scan import combine
 from structprune.storage.strict_json import read_json
+from structprune.storage.tensor_file import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +25,8 @@ MANIFEST = "structprune.json"
 OURS = "structprune"
 """Folder beside the weights with recipe, plans and report."""
 
-# A folder of ours has tens of files; a plan of a thousand blocks still has a few thousand.
-MAX_MANIFEST_BYTES = 16_000_000
+# A tensor takes about 130 bytes, a file 150: room for a million of them, as many as an index may name.
+MAX_MANIFEST_BYTES = 256_000_000
 
 
 class FileHash(BaseModel):
@@ -37,25 +42,38 @@ class Manifest(BaseModel):
     """Content of structprune.json.
 
     Attributes:
-        format: Version of this layout.
+        format: Version of this layout; 1 had neither `weights`, `tensors` nor `seal`.
         version: The structprune that wrote the folder.
         files: Path relative to the folder, with slashes -> size and hash, of every file but the manifest.
         stages: Folders of the plans under `structprune/`, in the order in which they were applied.
         facts: What the writer wants to find again (method, sparsity, hash of the source ...).
+        weights: The hash that a scan of the folder's weights gives; None where it holds no model.
+        tensors: Stored tensor -> sha256 of its bytes.
+        seal: Hash of all this but `files`: those answer for their entries, and a user who changes a file on
+            purpose takes its entry out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     version: str
     files: dict[str, FileHash]
     stages: list[str] = []
     facts: dict[str, Any] = {}
+    weights: str | None = None
+    tensors: dict[str, str] = {}
+    seal: str = ""
+
+    def sealed(self) -> "Manifest":
+        """Return the same content with its seal."""
+        text = canonical(self.model_dump(exclude={"files", "seal"}))
+        return self.model_copy(update={"seal": hashlib.sha256(text.encode()).hexdigest()})
 
 
 def write_manifest(
     folder: Path,
     hashes_known: Mapping[str, str],
+    digests: Mapping[Entry, str] = MappingProxyType({}),
     *,
     version: str,
     stages: Sequence[str] = (),
@@ -66,6 +84,7 @@ def write_manifest(
     Args:
         folder: The finished folder; nothing is written to it afterwards.
         hashes_known: Relative path -> sha256 of files that were hashed while they were written.
+        digests: sha256 of the bytes of every stored tensor, where the folder holds a model.
         version: The running structprune.
         stages: See `Manifest`.
         facts: See `Manifest`; JSON values only.
@@ -78,7 +97,16 @@ def write_manifest(
     for name in list_files(folder):
         sha256 = hashes_known.get(name) or hash_file(folder / name)
         files[name] = FileHash(bytes=(folder / name).stat().st_size, sha256=sha256)
-    manifest = Manifest(version=version, files=files, stages=list(stages), facts=dict(facts or {}))
+    manifest = Manifest(
+        version=version,
+        files=files,
+        stages=list(stages),
+        facts=dict(facts or {}),
+        weights=combine(digests) if digests else None,
+        tensors={
+            name: digests[name, dtype, shape] for name, dtype, shape in sorted(digests, key=itemgetter(0))
+        },
+    ).sealed()
     for inner in sorted({(folder / name).parent for name in files}):
         sync_folder(inner)
     with DurableFile(folder / MANIFEST) as file:
@@ -109,6 +137,11 @@ def read_manifest(folder: Path, *, allow_external_symlinks: bool = False) -> Man
             f"{path}: {place}: {first['msg']}",
             hint="written by another version, or damaged: create it again",
         ) from None
+    if manifest.format > 1 and manifest.seal != manifest.sealed().seal:
+        raise InputError(
+            f"{path}: its content does not match its seal: it was changed or damaged",
+            hint="fetch the file again, or run the command that wrote the folder again",
+        )
     for name in manifest.files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             raise InputError(
@@ -139,16 +172,44 @@ def check_manifest(folder: Path, *, allow_external_symlinks: bool = False) -> li
     if manifest is None:
         return [f"{folder / MANIFEST} is missing: the folder was never completed, or is not ours"]
     problems = [
-        problem for name in manifest.files if (problem := _compare(folder, name, manifest.files[name], root))
+        problem for name in manifest.files if (problem := compare(folder, name, manifest.files[name], root))
     ]
     for name in list_files(folder):
         if name in manifest.files:
             continue
-        if name.endswith((".safetensors", ".safetensors.index.json")) or name == "adapter_config.json":
+        if changes_weights(name):
             problems.append(f"{name} was added: it changes what is loaded")
         elif not name.startswith("."):
             logger.warning("%s: %s was added after the folder was completed", folder, name)
     return problems
+
+
+def changes_weights(name: str) -> bool:
+    """Tell whether a file of this name, added to a folder, changes which weights are loaded from it."""
+    return name.endswith((".safetensors", ".safetensors.index.json")) or name == "adapter_config.json"
+
+
+def compare(
+    folder: Path, name: str, written: FileHash, root: Path | None, *, sizes_only: bool = False
+) -> str:
+    """Return how a file differs from what was written; "" where it does not.
+
+    Args:
+        folder: The folder.
+        name: The file, relative to it.
+        written: What its manifest says.
+        root: See `safe_open.check_link`.
+        sizes_only: Do not read the file.
+    """
+    path = folder / name
+    if not path.exists():
+        return f"{name} is missing"
+    size = path.stat().st_size
+    if size != written.bytes:
+        return f"{name} has {size} bytes, {written.bytes} were written"
+    if sizes_only or (found := hash_file(path, root)) == written.sha256:
+        return ""
+    return f"{name} was changed: sha256 {found[:16]}, written {written.sha256[:16]}"
 
 
 def list_files(folder: Path) -> list[str]:
@@ -182,18 +243,3 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield from _walk(path)
         else:
             yield path
-
-
-def _compare(folder: Path, name: str, written: FileHash, root: Path | None) -> str:
-    path = folder / name
-    if not path.exists():
-        return f"{name} is missing"
-    size = path.stat().st_size
-    if size != written.bytes:
-        return f"{name} has {size} bytes, {written.bytes} were written"
-    found = hash_file(path, root)
-    return (
-        ""
-        if found == written.sha256
-        else f"{name} was changed: sha256 {found[:16]}, written {written.sha256[:16]}"
-    )

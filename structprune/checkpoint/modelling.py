@@ -15,7 +15,7 @@ from structprune.models import factored, modules
 from structprune.models.config_patch import merge_patch
 from structprune.models.shipped import SHIPPED_CLASSES, SHIPPED_TYPE, own_config
 from structprune.storage.durable import DurableFile
-from structprune.storage.stored_config import MAX_CONFIG_BYTES
+from structprune.storage.stored_config import MAX_CONFIG_BYTES, without_ignored
 from structprune.storage.strict_json import read_json
 
 FILE = f"{SHIPPED_CLASSES[0].partition('.')[0]}.py"
@@ -51,15 +51,15 @@ class FactoredModel({base}):
 def write_config(folder: Path, patch: Mapping[str, Any]) -> dict[str, str]:
     """Change config.json as plans ask for, and write the modelling file where plain transformers needs one.
 
+    Keys that are ignored when it is read (private ones that newer loaders may obey) are not handed on.
+
     Args:
         folder: The folder under work, its side files copied.
-        patch: Keys of config.json with their new values; nothing is written where there are none.
+        patch: Keys of config.json with their new values.
 
     Returns:
-        The sha256 of each written file, by file name.
+        The sha256 of each written file, by file name; none where config.json is fine as it is.
     """
-    if not patch:
-        return {}
     hashes = {}
     for file, content in patched_files(folder / "config.json", patch).items():
         with DurableFile(folder / file) as output:
@@ -69,13 +69,19 @@ def write_config(folder: Path, patch: Mapping[str, Any]) -> dict[str, str]:
 
 
 def patched_files(path: Path, patch: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return what config.json and the modelling file hold once a patch is made, by file name.
+    """Return what config.json and the modelling file hold once they are changed, by file name.
+
+    Nothing where there is nothing to change: such a config.json stays as it is, byte for byte.
 
     Args:
         path: The config.json before the patch.
         patch: Keys with their new values.
     """
-    config = merge_patch(own_config(read_json(path, limit_bytes=MAX_CONFIG_BYTES)), patch)
+    read = read_json(path, limit_bytes=MAX_CONFIG_BYTES)
+    kept = without_ignored(read)
+    if not patch and kept == read:
+        return {}
+    config = merge_patch(own_config(kept), patch)
     if not needs_code(config):
         return {"config.json": _encode(config)}
     vision = "ForConditionalGeneration" in config["architectures"][0]

@@ -24,7 +24,7 @@ from structprune.storage.header import DTYPE_NAMES, Header, read_header
 from structprune.storage.reader import CheckpointReader
 from structprune.storage.safe_open import CHUNK_BYTES, open_regular, read_at
 from structprune.storage.strict_json import read_json
-from structprune.storage.tensor_file import bytes_of, encode_header, read_tensor
+from structprune.storage.tensor_file import Entry, bytes_of, encode_header, read_tensor
 from structprune.storage.weight_files import INDEX, PACKING
 from structprune.storage.writer import ShardWriter
 
@@ -46,7 +46,7 @@ def is_packed(folder: Path) -> bool:
 
 def write_packed(
     reader: CheckpointReader, folder: Path, forms: Mapping[str, Form], scheme: Scheme, progress: Progress
-) -> tuple[Packing, dict[str, str]]:
+) -> tuple[Packing, dict[str, str], dict[str, str]]:
     """Write the weights packed, shard by shard, then packing.json and what else belongs to the source.
 
     Args:
@@ -57,10 +57,11 @@ def write_packed(
         progress: Told after every tensor.
 
     Returns:
-        What was written, and the sha256 of each weight file by name.
+        What was written, the sha256 of each weight file by name, and of each tensor's bytes before.
     """
     files: list[PackedFile] = []
     hashes: dict[str, str] = {}
+    read: dict[str, str] = {}
     done = 0
     for number, (dense, names) in enumerate(reader.shards.items(), start=1):
         packed = f"packed-{number:05d}-of-{len(reader.shards):05d}.safetensors"
@@ -73,7 +74,9 @@ def write_packed(
         with ShardWriter(folder, layout, {packed: FORMAT_NOTE}) as writer:
             for form in own:
                 tensor = reader.read(form.name)
-                digest.update(bytes_of(tensor, form.name))
+                raw = bytes_of(tensor, form.name)
+                digest.update(raw)
+                read[form.name] = hashlib.sha256(raw).hexdigest()
                 for name, part in form.pack(tensor).items():
                     writer.write(name, part)
                 done += 1
@@ -89,7 +92,7 @@ def write_packed(
         output.write(f"{text}\n".encode())
     for name in _record(reader.folder):
         hashes[f"{SOURCE}/{name}"] = _copy(reader.folder / name, folder / SOURCE / name, reader.root)
-    return result, hashes
+    return result, hashes, read
 
 
 def read_packing(folder: Path, root: Path | None) -> Packing:
@@ -120,7 +123,7 @@ def read_packing(folder: Path, root: Path | None) -> Packing:
             twice = next(name for name in names if names.count(name) > 1)
             raise InputError(f"{path}: {twice!r} is named twice", hint="export it again")
     for file in found.files:
-        _header(folder, file, root)
+        header_of(folder, file, root)
     return found
 
 
@@ -135,7 +138,7 @@ def unpacked(folder: Path, file: PackedFile, root: Path | None) -> Iterator[tupl
     Raises:
         InputError: The file is damaged; the message names it and the tensor.
     """
-    header = _header(folder, file, root)
+    header = header_of(folder, file, root)
     path = folder / file.packed
     for form in file.tensors:
         parts = {name: read_tensor(path, header.tensors[name], header, root) for name, _, _ in form.entries}
@@ -148,23 +151,37 @@ def prove(folder: Path, written: Packing, progress: Progress) -> None:
     Raises:
         VerificationError: A file does not give back the bytes that were packed.
     """
+    if changed := changed_files(folder, written, folder, progress):
+        raise VerificationError(
+            f"{folder}: {changed[0]}", hint="nothing was published; check the disk and the memory"
+        )
+
+
+def changed_files(folder: Path, written: Packing, root: Path | None, progress: Progress) -> list[str]:
+    """Unpack every tensor; return a line for each file that does not give the bytes of its dense one.
+
+    Args:
+        folder: The packed folder.
+        written: The folder's packing.
+        root: See `safe_open.check_link`.
+        progress: Told after every tensor.
+    """
+    problems = []
     done = 0
     for file in written.files:
         digest = hashlib.sha256(file.header)
-        for name, tensor in unpacked(folder, file, folder):
+        for name, tensor in unpacked(folder, file, root):
             digest.update(bytes_of(tensor, name))
             done += 1
             progress("prove", done, len(written.forms))
         if digest.hexdigest() != file.sha256:
-            raise VerificationError(
-                f"{folder / file.packed}: unpacks to other bytes than {file.dense} holds",
-                hint="nothing was published; check the disk and the memory",
-            )
+            problems.append(f"{file.packed}: unpacks to other bytes than {file.dense} held")
+    return problems
 
 
 def write_dense(
     folder: Path, dest: Path, written: Packing, root: Path | None, progress: Progress
-) -> dict[str, str]:
+) -> tuple[dict[str, str], dict[Entry, str]]:
     """Write the dense weights of a packed folder, and what else belonged to the folder it was made from.
 
     Args:
@@ -175,12 +192,13 @@ def write_dense(
         progress: Told after every tensor.
 
     Returns:
-        The sha256 of each written file, by file name.
+        The sha256 of each written file, by file name, and of the bytes of each written tensor.
 
     Raises:
         InputError: A packed file is damaged, or does not give the bytes that packing.json promises.
     """
     hashes: dict[str, str] = {}
+    digests: dict[Entry, str] = {}
     if (folder / SOURCE).is_dir():
         for name in list_files(folder / SOURCE):
             hashes[name] = _copy(folder / SOURCE / name, dest / name, root)
@@ -198,7 +216,8 @@ def write_dense(
                 hint="the file was changed or damaged; fetch it again",
             )
         hashes |= writer.hashes
-    return hashes
+        digests |= writer.digests
+    return hashes, digests
 
 
 def respelled(reader: CheckpointReader, written: Packing) -> list[str]:
@@ -220,7 +239,7 @@ def _record(folder: Path) -> list[str]:
     return found
 
 
-def _header(folder: Path, file: PackedFile, root: Path | None) -> Header:
+def header_of(folder: Path, file: PackedFile, root: Path | None) -> Header:
     """Return the header of a packed file, which holds exactly the tensors that packing.json says."""
     path = folder / file.packed
     header = read_header(path, root)

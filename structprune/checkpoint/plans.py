@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from structprune.checkpoint.integrity import intact_manifest
 from structprune.errors import InputError
 from structprune.plan.plan import Plan
 from structprune.storage.reader import CheckpointReader
@@ -15,8 +16,9 @@ def read_plans(folder: Path) -> list[Plan]:
     """Read a plan, or several in order, from a plan's folder, a folder of plans, or an output folder.
 
     Raises:
-        InputError: There is none, or one is damaged.
+        InputError: There is none, or one is damaged, or the output folder is no longer what was written.
     """
+    intact_manifest(folder)
     plans = plans_of(folder)
     if not plans:
         raise InputError(f"{folder}: holds no plan", hint="give a folder that `structprune prune` wrote")

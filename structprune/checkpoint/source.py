@@ -1,12 +1,14 @@
 """A model folder, opened for a run: files checked, weights hashed, streamed where memory is short."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from structprune.checkpoint.adapter import Adapter, is_adapter, merge_adapter, read_adapter
+from structprune.checkpoint.integrity import check_weights, intact_manifest
 from structprune.errors import InputError
 from structprune.models.identity import names_of, skeleton
 from structprune.models.opening import Opening
@@ -30,6 +32,7 @@ class Source:
         parameters: How many it has before anything is pruned, tied ones once.
         opening: How it was opened; whether it is streamed, and its device, are decided.
         prior: What it had lost before the run, for the report; None where nobody asked.
+        adapter: What is merged into the model and is not in its files.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Source:
     parameters: int
     opening: Opening
     prior: Mapping[str, Any] | None = None
+    adapter: Adapter | None = None
 
     @property
     def folder(self) -> Path:
@@ -48,7 +52,10 @@ class Source:
 
     def reopen_model(self) -> Model:
         """Return the model as its files hold it, a second time."""
-        return build_model(self.reader, self.opening)
+        model = build_model(self.reader, self.opening)
+        if self.adapter is not None:
+            merge_adapter(model, self.adapter)  # type: ignore[arg-type]  # never streamed, so it is a module
+        return model
 
     def checked_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer.
@@ -72,12 +79,17 @@ def open_source(name: str, folder: Path, opening: Opening) -> Source:
         name: What the user called it.
         folder: Where it is.
         opening: How.
+
+    Raises:
+        InputError: The folder is damaged, or is one of ours and no longer holds what was written.
     """
+    manifest = intact_manifest(folder, opening)
     reader = open_reader(folder, opening)
     opening = opening.resolve(folder, reader.nbytes)
     model = build_model(reader, opening)
     scan = reader.scan(names_of(model).ignored)
     remembered(model).zeros = scan.zeros
+    check_weights(manifest, reader, scan.hashes)
     return Source(
         name,
         reader,
@@ -87,3 +99,38 @@ def open_source(name: str, folder: Path, opening: Opening) -> Source:
         sum(parameter.numel() for parameter in skeleton(model).parameters()),
         opening,
     )
+
+
+def open_adapted(name: str, folder: Path, opening: Opening) -> Source:
+    """Open the model that a kept adapter was trained on, with the adapter merged.
+
+    Args:
+        name: What the user called it.
+        folder: The adapter's folder.
+        opening: How; the model is held in memory.
+
+    Raises:
+        InputError: The adapter is damaged or not ours, its base is gone or has changed, or it is to be
+            streamed.
+    """
+    intact_manifest(folder, opening)
+    adapter = read_adapter(folder)
+    base = Path(adapter.base)
+    if not base.is_dir():
+        raise InputError(f"{folder}: its base model {base} is not there", hint="put the pruned model back")
+    if opening.stream:
+        raise InputError(f"{folder}: an adapter is added in memory", hint="open it without streaming")
+    source = open_source(name, base, replace(opening, stream=False))
+    if source.scan.weights != adapter.base_weights:
+        raise InputError(
+            f"{folder}: trained on weights {adapter.base_weights[:12]}, "
+            f"{base} now holds {source.scan.weights[:12]}",
+            hint="put back the pruned model that the adapter was trained on",
+        )
+    merge_adapter(source.model, adapter)  # type: ignore[arg-type]  # not streamed, so it is a module
+    return replace(source, adapter=adapter)
+
+
+def open_measured(name: str, folder: Path, opening: Opening) -> Source:
+    """Open what can be run: a model folder, or a kept adapter with its base."""
+    return (open_adapted if is_adapter(folder) else open_source)(name, folder, opening)

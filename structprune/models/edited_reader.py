@@ -14,7 +14,7 @@ from structprune.models.config_patch import merge_patch
 from structprune.models.tensor_edit import apply_mask, edited_layout, keep_indices, new_value
 from structprune.plan.plan import Plan
 from structprune.storage.header import TensorInfo
-from structprune.storage.reader import CheckpointReader, StoredTensors
+from structprune.storage.reader import StoredTensors
 from structprune.storage.tensor_file import nbytes_of
 
 
@@ -70,5 +70,5 @@ class EditedReader(StoredTensors):
         return apply_mask(name, value.to(info.dtype), info.shape, self._plan)
 
 
-Reader = CheckpointReader | EditedReader
+Reader = StoredTensors
 """What a model is opened from, written from and pruned from."""

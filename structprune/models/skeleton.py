@@ -28,7 +28,7 @@ from structprune.models import factored
 from structprune.models.config_patch import patch_config
 from structprune.models.edited_reader import Reader
 from structprune.models.shipped import own_config
-from structprune.storage.reader import CheckpointReader, refusal_of_code
+from structprune.storage.reader import refusal_of_code
 from structprune.storage.stored_config import has_custom_code
 from structprune.storage.strict_json import read_json
 
@@ -121,7 +121,7 @@ def build_skeleton(reader: Reader, config: PreTrainedConfig, dtype: torch.dtype)
     return skeleton
 
 
-def stored_dtype(reader: CheckpointReader) -> torch.dtype:
+def stored_dtype(reader: Reader) -> torch.dtype:
     """Return the floating-point dtype that most stored elements have; warn when there are several."""
     elements: Counter[torch.dtype] = Counter()
     for info in reader.tensors.values():

@@ -208,7 +208,7 @@ def open_reader(path: Path, opening: Opening) -> CheckpointReader:
     )
 
 
-def build_model(reader: CheckpointReader, opening: Opening) -> Model:
+def build_model(reader: Reader, opening: Opening) -> Model:
     """Return the model of files that are open already; all else is as for `open_model`."""
     opening = opening.resolve(reader.folder, reader.nbytes)
     if opening.stream:

@@ -154,7 +154,7 @@ def write(source: Source, work: Delivery, plans: Sequence[Plan], progress: Progr
     reader: Reader = source.reader
     for plan in plans:
         reader = EditedReader(reader, plan)
-    work.hashes |= export(reader, work.folder, progress, tokenizer=source.opening.tokenizer)
+    work.note(*export(reader, work.folder, progress, tokenizer=source.opening.tokenizer))
 
 
 def read_scores(folder: Path, stages: Sequence[Pruner], source: Source) -> Plan:

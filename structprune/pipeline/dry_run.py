@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from structprune.calibration.data import positions, window_length
+from structprune.checkpoint.integrity import check_weights, intact_manifest
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.modelling import needs_code
 from structprune.checkpoint.output import check_output
@@ -51,9 +52,12 @@ def dry_run(
     folder = resolve(recipe.model, revision=recipe.revision)
     size = weight_bytes(folder)
     check_output(folder, recipe.output, overwrite=may_stand(recipe.output, writing), needed_bytes=size)
+    manifest = intact_manifest(folder, opening)
     opened = open_skeleton(folder, opening)
     assert isinstance(opened.reader, CheckpointReader)
-    remembered(opened).zeros = opened.reader.scan(opened.names.ignored).zeros
+    scan = opened.reader.scan(opened.names.ignored)
+    check_weights(manifest, opened.reader, scan.hashes)
+    remembered(opened).zeros = scan.zeros
     prior = prior_of(opened, opened.reader, remembered(opened).zeros, opening)
     tell_prior(prior, folder, opening)
     forecasts = forecast_all(recipe.prune, opened)

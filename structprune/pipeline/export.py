@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from structprune.checkpoint import packed, packing
 from structprune.checkpoint.delivery import FINGERPRINT, Delivery, deliver
+from structprune.checkpoint.integrity import check_weights, intact_manifest
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.manifest import MANIFEST, Manifest, hash_file, list_files, read_manifest
 from structprune.checkpoint.output import check_output, discard
@@ -101,6 +102,7 @@ def _pack(
     writing: Writing,
     progress: Progress,
 ) -> dict[str, Any]:
+    manifest = intact_manifest(folder, opening)
     opened = open_skeleton(folder, opening)
     reader = opened.reader
     assert isinstance(reader, CheckpointReader)
@@ -110,7 +112,8 @@ def _pack(
         what = "holds 2:4" if scheme == "2:4" else "has zeros enough to become smaller"
         raise InputError(f"{folder}: no linear of its decoder blocks {what}", hint=HINTS[scheme])
     with _whole(final, fingerprint, writing) as work:
-        written, hashes = packed.write_packed(reader, work.folder, survey.forms, scheme, progress)
+        written, hashes, read = packed.write_packed(reader, work.folder, survey.forms, scheme, progress)
+        check_weights(manifest, reader, read)
         work.hashes |= hashes | _copy_beside(folder, work, opening)
         packed.prove(work.folder, written, progress)
         work.write_text("README.md", CARD.format(name=final.name, scheme=scheme))
@@ -199,7 +202,7 @@ def _unpack(
     written = packed.read_packing(folder, root)
     former = read_manifest(folder / packed.SOURCE, allow_external_symlinks=links)
     with _whole(final, fingerprint, writing) as work:
-        work.hashes |= packed.write_dense(folder, work.folder, written, root, progress)
+        work.note(*packed.write_dense(folder, work.folder, written, root, progress))
         work.hashes |= _copy_beside(folder, work, opening)
         _check_copies(folder, manifest, work.hashes, root)
         sizes = {"dense": weight_bytes(work.folder), "packed": weight_bytes(folder)}

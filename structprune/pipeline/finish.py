@@ -76,7 +76,7 @@ def finish(
             work.folder,
             source.folder,
             opening=source.opening,
-            hashes=False,
+            written=work.digests,
             reload=work.writing.reload,
             revalued=record.revalued,
             reference=source.model if source.opening.dtype == "auto" else None,

@@ -236,13 +236,14 @@ def _publish_merged(work: Delivery, task: _Task, recovery: Recovery, recipe: str
         names = names_of(task.source.model)
         parameters = dict(_resident(task.source).named_parameters())
         changed = names.to_stored({name: parameters[name].detach() for name in recovery.factors})
-        work.hashes |= export(
+        written = export(
             task.source.reader,
             work.folder,
             task.progress,
             replaced=changed,
             tokenizer=task.source.opening.tokenizer,
         )
+        work.note(*written)
         save_plans(task.plans, work.plans)
     record = RunRecord(
         method="+".join([*(plan.method for plan in task.plans), "recover"]),

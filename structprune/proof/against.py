@@ -12,10 +12,10 @@ from structprune.checkpoint.side_files import side_files
 from structprune.models.config_patch import merge_patch
 from structprune.proof.measure import Measured, Stage
 from structprune.proof.verification import Verification
-from structprune.storage.reader import CheckpointReader
+from structprune.storage.reader import StoredTensors
 
 
-def before_of(name: str, source: CheckpointReader | None, stages: Sequence[Stage]) -> Tensor | None:
+def before_of(name: str, source: StoredTensors | None, stages: Sequence[Stage]) -> Tensor | None:
     """Return what the source has under a name, cut as the stages cut it; None where it has nothing."""
     if source is None or name not in source.tensors:
         return None
@@ -27,8 +27,8 @@ def before_of(name: str, source: CheckpointReader | None, stages: Sequence[Stage
 
 def check_source(
     result: Verification,
-    reader: CheckpointReader,
-    source: CheckpointReader,
+    reader: StoredTensors,
+    source: StoredTensors,
     found: Mapping[str, Measured],
     stages: Sequence[Stage],
     trained: Collection[str],
@@ -69,16 +69,17 @@ def check_side_files(result: Verification, folder: Path, source: Path, stages: S
     patch: dict[str, Any] = {}
     for stage in stages:
         patch = merge_patch(patch, stage.plan.patch)
-    patched = patched_files(source / "config.json", patch) if patch else {}
+    patched = patched_files(source / "config.json", patch)
     problems = []
     names = side_files(source)
     for name in names:
         if not (folder / name).is_file():
             problems.append(f"{name}: missing, the source has it")
-        elif name in patched:
-            if (folder / name).read_bytes() != patched[name]:
-                problems.append(f"{name}: differs from the source's with the plans' changes")
+        elif name in patched and (folder / name).read_bytes() == patched[name]:
+            continue
+        elif patch and name in patched:
+            problems.append(f"{name}: differs from the source's with the plans' changes")
         elif not filecmp.cmp(folder / name, source / name, shallow=False):
             problems.append(f"{name}: differs from the source's")
-    but = ", config.json but for what the plans change" if patch else ""
+    but = ", config.json but for ignored keys and what the plans change" if patched else ""
     result.row("side files", problems, f"{len(names)} files are byte-equal to the source's{but}")

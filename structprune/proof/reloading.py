@@ -18,10 +18,10 @@ from structprune.models.streamed import Model, StreamedModel
 from structprune.proof import fresh_process
 from structprune.proof.reload_streamed import loader
 from structprune.proof.verification import Verification
-from structprune.storage.reader import CheckpointReader
+from structprune.storage.reader import StoredTensors
 
 
-def check_modelling(result: Verification, reader: CheckpointReader) -> None:
+def check_modelling(result: Verification, reader: StoredTensors) -> None:
     """Add a row where a folder carries our modelling file: whether it is the one that we would write."""
     if not is_shipped(reader.config):
         return
@@ -38,7 +38,7 @@ def check_modelling(result: Verification, reader: CheckpointReader) -> None:
 def check_reload(
     result: Verification,
     model: StreamedModel,
-    reader: CheckpointReader,
+    reader: StoredTensors,
     opening: Opening,
     reference: Model | None,
 ) -> None:
@@ -84,7 +84,7 @@ def check_reload(
 
 
 @contextmanager
-def _runnable(reader: CheckpointReader) -> Iterator[tuple[Path, bool]]:
+def _runnable(reader: StoredTensors) -> Iterator[tuple[Path, bool]]:
     """Yield a folder whose code may run, and whether it has any: a copy with a file of our making."""
     if not is_shipped(reader.config):
         yield reader.folder, False

@@ -10,17 +10,21 @@ from pathlib import Path
 
 from torch import Tensor
 
-from structprune.checkpoint.manifest import MANIFEST, Manifest, check_manifest, read_manifest
+from structprune.checkpoint.manifest import MANIFEST, read_manifest
+from structprune.checkpoint.packed import SOURCE, changed_files, is_packed
+from structprune.checkpoint.packed_reader import PackedReader
 from structprune.errors import InputError
 from structprune.machine import give_back_memory
 from structprune.models.identity import architecture_of
 from structprune.models.opening import Opening
-from structprune.models.streamed import Model, StreamedModel, open_reader, open_skeleton
+from structprune.models.streamed import Model, StreamedModel, build_model, open_reader
 from structprune.progress import Progress, silent
 from structprune.proof import against, counts, reloading
 from structprune.proof.measure import Inputs, Measured, Place, Rows, Stage, measure, places, rows_of
 from structprune.proof.verification import Verification
-from structprune.storage.reader import CheckpointReader
+from structprune.proof.written import WrittenTensors, check_files
+from structprune.storage.reader import StoredTensors
+from structprune.storage.tensor_file import Entry, hash_of
 
 PLANS = "structprune/plans"
 
@@ -34,12 +38,14 @@ class Held:
         found: What every tensor of its files holds.
         where: Where the linears stand.
         rows: Per stage what its masks remove, by stored tensor, also of those that the files no longer hold.
+        hashes: sha256 of every tensor's bytes; empty where nothing is known that they could be compared with.
     """
 
     stages: Sequence[Stage]
     found: Mapping[str, Measured]
     where: Mapping[str, Place]
     rows: Sequence[Mapping[str, Rows]]
+    hashes: Mapping[str, str]
 
 
 def verify(
@@ -48,7 +54,7 @@ def verify(
     *,
     opening: Opening = Opening(),
     reload: bool = True,
-    hashes: bool = True,
+    written: Mapping[Entry, str] | None = None,
     revalued: Collection[str] = (),
     reference: Model | None = None,
     progress: Progress = silent,
@@ -56,12 +62,14 @@ def verify(
     """Measure a folder and check it: its plans, its source, its hashes, and what a fresh process makes of it.
 
     Args:
-        folder: A folder that structprune wrote, or any other model folder, which is then only measured.
+        folder: A folder that structprune wrote, packed or not, or any other model folder, which is then only
+            measured.
         source: What it was made from: what was not removed must be equal to it bit for bit.
         opening: How the folder is opened, here and in the fresh process; always on the CPU, in the dtype of
             its files.
         reload: Open the folder in a fresh process and compare logits.
-        hashes: Check every file against the manifest; without, the manifest may not exist yet.
+        written: sha256 of every tensor as a run wrote it, before there is a manifest; None compares every
+            file and every tensor with the manifest.
         revalued: Stored tensors whose kept weights were changed on purpose, beside those that the plans name.
         reference: A model whose logits the folder must give, such as the one just pruned; only on the CPU.
         progress: Told after every tensor.
@@ -71,25 +79,29 @@ def verify(
         EnvironmentFailure: A file may not be read, or the disk fails.
     """
     result = Verification()
-    ours = (folder / MANIFEST).exists() or (folder / PLANS).exists()
+    packed, links = is_packed(folder), opening.allow_external_symlinks
+    # What a packed folder keeps of the dense one: its manifest and its plans.
+    record = folder / SOURCE if packed else folder
+    ours = packed or (folder / MANIFEST).exists() or (folder / PLANS).exists()
     before = None if source is None else open_reader(source, opening)
-    manifest = None
-    if hashes:
-        manifest = _check_manifest(result, folder, ours, opening.allow_external_symlinks)
+    manifest = check_files(result, folder, ours=ours, links=links) if written is None else None
     try:
-        model = open_skeleton(folder, replace(opening, dtype="auto"))
-        stages = [Stage(path.parent) for path in sorted((folder / PLANS).glob("*/plan.json"))]
+        if packed:
+            manifest = read_manifest(record, allow_external_symlinks=links)
+        model = _open(result, folder, opening, progress)
+        stages = [Stage(path.parent) for path in sorted((record / PLANS).glob("*/plan.json"))]
     except InputError as error:
         if not ours:
             raise
         result.row("files", [str(error)], "")
         return result
     reader = model.reader
-    assert isinstance(reader, CheckpointReader)
     readable = f"{len(reader.tensors)} tensors in {len(reader.shards)} files agree with config.json"
     result.row("files", [], readable)
     _check_plans(result, model, stages)
-    held = _measure(model, reader, stages, before, progress)
+    known = WrittenTensors.of_manifest(manifest) if written is None else WrittenTensors.of_run(written)
+    held = _measure(model, stages, before, progress, hashed=known.weights is not None)
+    known.check(result, reader, held.hashes)
     _summarise(result, model, reader, held, before)
     _check_weights(result, held, opening.allow_nonfinite)
     trained = {*(manifest.facts.get("revalued", ()) if manifest else ()), *revalued}
@@ -98,28 +110,27 @@ def verify(
         against.check_source(result, reader, before, held.found, stages, trained)
         against.check_side_files(result, folder, before.folder, stages)
     reloading.check_modelling(result, reader)
-    if reload:
+    if packed:
+        how = f"`structprune export {folder} DENSE --to dense` gives a folder that can be"
+        result.row("reload", [], f"no runtime opens packed weights; {how}")
+    elif reload:
         reloading.check_reload(result, model, reader, opening, reference)
     return result
 
 
-def _check_manifest(result: Verification, folder: Path, ours: bool, links: bool) -> Manifest | None:
-    """Add a row on the manifest, and return it where it can be read."""
-    if not ours:
-        result.row("manifest", [], f"not written by structprune (no {MANIFEST}); measured only")
-        return None
-    try:
-        manifest = read_manifest(folder, allow_external_symlinks=links)
-    except InputError as error:
-        result.row("manifest", [str(error)], "")
-        return None
-    if manifest is None:
-        result.row("manifest", [f"{folder}: no {MANIFEST}; the folder is incomplete"], "")
-        return None
-    count = len(manifest.files)
-    problems = check_manifest(folder, allow_external_symlinks=links)
-    result.row("manifest", problems, f"{count} files have the size and sha256 of {MANIFEST}")
-    return manifest
+def _open(result: Verification, folder: Path, opening: Opening, progress: Progress) -> StreamedModel:
+    """Return the model of a folder, none of it in memory; of a packed one add a row on what it unpacks to."""
+    reader: StoredTensors
+    if is_packed(folder):
+        reader = PackedReader(folder, opening.root(folder))
+        problems = changed_files(folder, reader.packing, reader.root, progress)
+        count = len(reader.packing.files)
+        result.row("unpacked", problems, f"{count} files unpack to the bytes that were packed")
+    else:
+        reader = open_reader(folder, opening)
+    model = build_model(reader, replace(opening, dtype="auto", stream=True, device="cpu"))
+    assert isinstance(model, StreamedModel)
+    return model
 
 
 def _check_plans(result: Verification, model: StreamedModel, stages: list[Stage]) -> None:
@@ -154,17 +165,20 @@ def _check_plans(result: Verification, model: StreamedModel, stages: list[Stage]
 
 def _measure(
     model: StreamedModel,
-    reader: CheckpointReader,
     stages: list[Stage],
-    source: CheckpointReader | None,
+    source: StoredTensors | None,
     progress: Progress,
+    *,
+    hashed: bool,
 ) -> Held:
     """Measure every tensor in the order of the files; one is in memory, with its masks and its source."""
+    reader = model.reader
     where = places(model)
     promised = {of for stage in stages for _, of in stage.patterns}
     # M -> whether masks are counted in such groups too; the common ones are looked for in the weights alone.
     groups = {of: of in promised for of in {*counts.COMMON, *promised}}
     found: dict[str, Measured] = {}
+    hashes: dict[str, str] = {}
     rows: list[dict[str, Rows]] = [{} for _ in stages]
     for name in (name for names in reader.shards.values() for name in names):
         tensor = reader.read(name)
@@ -176,6 +190,8 @@ def _measure(
         counted = any(name in stage.prunable for stage in stages)
         inputs = _inputs(place.transposed if place else any(name in stage.transposed for stage in stages))
         found[name] = measure(tensor, inputs if place or counted else None, masks, before, groups)
+        if hashed:
+            hashes[name] = hash_of(tensor, name)
         for number, one in enumerate(found[name].rows):
             if one is not None:
                 rows[number][name] = one
@@ -193,7 +209,7 @@ def _measure(
         for name in stage.masked:
             if name not in found or name in cut:
                 rows[number][name] = rows_of(stage.mask(name), _inputs(name in stage.transposed), groups)
-    return Held(stages, found, where, rows)
+    return Held(stages, found, where, rows, hashes)
 
 
 def _mask_now(stages: Sequence[Stage], number: int, name: str) -> Tensor | None:
@@ -213,9 +229,9 @@ def _inputs(transposed: bool) -> Inputs:
 def _summarise(
     result: Verification,
     model: StreamedModel,
-    reader: CheckpointReader,
+    reader: StoredTensors,
     held: Held,
-    source: CheckpointReader | None,
+    source: StoredTensors | None,
 ) -> None:
     names, found = model.names, held.found
     real = {name for name, _ in model.skeleton.named_parameters(remove_duplicate=False)}

@@ -4,6 +4,7 @@ What is checked here needs no model class; `agreement.check` compares with what 
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,16 +25,36 @@ logger = logging.getLogger(__name__)
 _FORMATS = ("pt", "")
 
 
-class StoredTensors:
-    """The tensors of a checkpoint, by file: what is known of them without reading one.
+class StoredTensors(ABC):
+    """A checkpoint, wherever its tensors come from: names, dtypes, shapes, configuration, and a way to read.
 
     Attributes:
+        folder: The folder of the files.
+        root: The folder, or None where links may lead anywhere; for `safe_open.check_link`.
+        config: Content of config.json, without private keys.
+        patch: What plans have patched in config.json.
         tensors: Name -> file, dtype and shape, in the order of the files and of the bytes in them.
         shards: File -> names of its tensors in the order of their bytes; files sorted.
+        metadata: File -> its own notes (safetensors `__metadata__`).
+        index_metadata: The `metadata` of the index; None where there is none.
     """
 
+    folder: Path
+    root: Path | None
+    config: dict[str, Any]
+    patch: dict[str, Any]
     tensors: dict[str, TensorInfo]
     shards: dict[str, tuple[str, ...]]
+    metadata: dict[str, dict[str, str]]
+    index_metadata: dict[str, Any] | None
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """Return one tensor in its stored dtype, in fresh memory.
+
+        Raises:
+            InputError: There is no such tensor, or it is damaged.
+        """
 
     @property
     def layout(self) -> dict[str, list[Entry]]:

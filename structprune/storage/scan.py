@@ -53,6 +53,11 @@ class Scan:
     tensors: dict[str, TensorScan]
 
     @property
+    def hashes(self) -> dict[str, str]:
+        """Return the hash of the bytes of each tensor."""
+        return {name: found.sha256 for name, found in self.tensors.items()}
+
+    @property
     def zeros(self) -> dict[str, int]:
         """Return the number of zeros per tensor."""
         return {name: found.zeros for name, found in self.tensors.items()}

@@ -62,6 +62,15 @@ def read_config(path: Path, root: Path | None) -> dict[str, Any]:
     return config
 
 
+def without_ignored(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration as it is written again: without the keys that `read_config` says it ignores."""
+    return {
+        key: without_ignored(value) if isinstance(value, dict) and key not in _LABELS else value
+        for key, value in config.items()
+        if key in _HARMLESS or not _is_ignored(key)
+    }
+
+
 def has_custom_code(config: Mapping[str, Any]) -> bool:
     """Tell whether the configuration, or one inside it, asks for code that is shipped with the model."""
     return any("auto_map" in part for _, part in _parts(config))
@@ -94,12 +103,16 @@ def refuse_quantised_tensors(tensors: Mapping[str, TensorInfo], folder: Path) ->
 
 def _strip(config: dict[str, Any], path: Path, where: str) -> None:
     for key in list(config):
-        if key.startswith("_") or key == "trust_remote_code":
+        if _is_ignored(key):
             del config[key]
             if key not in _HARMLESS:
                 logger.warning("%s: the private key %r is ignored", path, where + key)
         elif isinstance(config[key], dict) and key not in _LABELS:
             _strip(config[key], path, f"{where}{key}.")
+
+
+def _is_ignored(key: str) -> bool:
+    return key.startswith("_") or key == "trust_remote_code"
 
 
 def _parts(config: Mapping[str, Any], key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

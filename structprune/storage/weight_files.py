@@ -60,7 +60,8 @@ def find_weights(folder: Path, root: Path | None) -> WeightFiles:
     if "adapter_config.json" in names:
         raise InputError(
             f"{folder / 'adapter_config.json'}: this is an adapter, not a whole model",
-            hint="merge it into its base model first (PEFT's merge_and_unload) and prune the merged model",
+            hint="`structprune recover` without --keep-adapter writes a whole model; an adapter of PEFT is "
+            "merged with its merge_and_unload",
         )
     numbered = sorted(name for name in names if _NUMBERED.fullmatch(name))
     if INDEX in names:
