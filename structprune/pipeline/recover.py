@@ -15,6 +15,7 @@ from structprune.calibration.data import positions
 from structprune.checkpoint.adapter import Adapter, save_adapter
 from structprune.checkpoint.delivery import Delivery, deliver, work_folder
 from structprune.checkpoint.export import export
+from structprune.checkpoint.integrity import intact_manifest
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.manifest import OURS
 from structprune.checkpoint.output import check_output, discard
@@ -151,7 +152,9 @@ def check_recovery(options: RecoverOptions, source: Source) -> None:
     """
     _windows(source, options)
     if options.teacher is not None:
-        teacher = open_skeleton(resolve(options.teacher), source.opening)
+        folder = resolve(options.teacher)
+        intact_manifest(folder, source.opening)
+        teacher = open_skeleton(folder, source.opening)
         check_teacher(skeleton(source.model), skeleton(teacher))
 
 
