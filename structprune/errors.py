@@ -90,3 +90,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     choices = list(known)
     near = difflib.get_close_matches(name, choices, n=1)
     return f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(choices)}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return how many there are of something: "1 block", "1,024 blocks"."""
+    plural = f"{noun[:-2]}ices" if noun.endswith("matrix") else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else plural}"

@@ -296,7 +296,7 @@ class TestThroughThePipeline:
     def test_a_table_that_does_not_fit_is_refused_before_anything_is_written(
         self, source: Path, tmp_path: Path
     ) -> None:
-        with pytest.raises(UsageError, match=r"budget\.blocks: 3 sparsities for 2 blocks"):
+        with pytest.raises(UsageError, match=r"budget\.blocks: 3 numbers for 2 blocks"):
             structprune.prune(
                 source,
                 tmp_path / "out",

@@ -117,7 +117,7 @@ def test_a_table_must_fit_the_blocks() -> None:
         Fraction(1, 4),
         Fraction(3, 4),
     ]
-    with pytest.raises(UsageError, match="2 sparsities for 3 blocks"):
+    with pytest.raises(UsageError, match="2 numbers for 3 blocks"):
         Table(blocks=(0.25, 0.75)).shares(Fraction(1, 2), measured(0, 0, 0))
 
 

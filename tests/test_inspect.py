@@ -3,9 +3,9 @@
 import pytest
 
 import structprune
-from structprune.errors import UsageError
+from structprune.errors import UsageError, counted
 from structprune.pruners.catalogue import find, names
-from structprune.report.figures import bytes_text, counted
+from structprune.report.figures import bytes_text
 from tests.tiny import save_tiny
 
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from structprune.cli.tables import table
-from structprune.report.figures import bytes_text, counted, percent, scaled
+from structprune.errors import counted
+from structprune.report.figures import bytes_text, percent, scaled
 
 Result = Mapping[str, Any]
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from structprune.cli.tables import table, wrapped
-from structprune.report.figures import bytes_text, counted, number, percent
+from structprune.errors import counted
+from structprune.report.figures import bytes_text, number, percent
 
 Result = Mapping[str, Any]
 

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import torch
 
-from structprune.errors import InputError
+from structprune.errors import InputError, counted
 from structprune.models.edited_reader import Reader
 from structprune.storage.header import DTYPE_NAMES
 
@@ -71,7 +71,8 @@ def _refuse_other_depth(reader: Reader, expected: Set[str], found: Set[str]) -> 
         described, stored = wanted.get(prefix, set()), held.get(prefix, set())
         if described and stored and described != stored:
             raise InputError(
-                f"{reader.folder}: config.json describes {len(described)} blocks under {prefix!r}, "
+                f"{reader.folder}: config.json describes {counted(len(described), 'block')} under "
+                f"{prefix!r}, "
                 f"the files hold {len(stored)} (in one but not the other: {_spans(described ^ stored)})",
                 hint="config.json and weights belong to different models, or a shard is missing",
             )
@@ -113,7 +114,7 @@ def _refuse_shapes(reader: Reader, expected: Mapping[str, tuple[int, ...]]) -> N
     ]
     if other:
         raise InputError(
-            f"{reader.folder}: {len(other)} tensors have another shape than config.json asks for: "
+            f"{reader.folder}: {counted(len(other), 'tensor')} of another shape than config.json asks for: "
             + "; ".join(other[:5]),
             hint="config.json and weights belong to different models",
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from structprune.checkpoint.modelling import patched_files
 from structprune.checkpoint.side_files import side_files
+from structprune.errors import counted
 from structprune.models.config_patch import merge_patch
 from structprune.proof.measure import Measured, Stage
 from structprune.proof.verification import Verification
@@ -58,7 +59,7 @@ def check_source(
             problems.append(f"{name}: {seen}, the source has {expected}")
         elif found[name].changed and name not in exempt:
             problems.append(f"{name}: {found[name].changed} kept weights differ from the source")
-    fine = f"every weight that was not removed is bit-equal to the source in {len(found)} tensors"
+    fine = f"every weight that was not removed is bit-equal to the source in {counted(len(found), 'tensor')}"
     if exempt:
         fine += f", but for {len(exempt)} whose values were changed on purpose"
     result.row("source", problems, fine)
@@ -82,4 +83,4 @@ def check_side_files(result: Verification, folder: Path, source: Path, stages: S
         elif not filecmp.cmp(folder / name, source / name, shallow=False):
             problems.append(f"{name}: differs from the source's")
     but = ", config.json but for ignored keys and what the plans change" if patched else ""
-    result.row("side files", problems, f"{len(names)} files are byte-equal to the source's{but}")
+    result.row("side files", problems, f"{counted(len(names), 'file')} byte-equal to the source's{but}")

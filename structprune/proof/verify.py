@@ -13,7 +13,7 @@ from torch import Tensor
 from structprune.checkpoint.manifest import MANIFEST, read_manifest
 from structprune.checkpoint.packed import SOURCE, changed_files, is_packed
 from structprune.checkpoint.packed_reader import PackedReader
-from structprune.errors import InputError
+from structprune.errors import InputError, counted
 from structprune.machine import give_back_memory
 from structprune.models.identity import architecture_of
 from structprune.models.opening import Opening
@@ -96,8 +96,8 @@ def verify(
         result.row("files", [str(error)], "")
         return result
     reader = model.reader
-    readable = f"{len(reader.tensors)} tensors in {len(reader.shards)} files agree with config.json"
-    result.row("files", [], readable)
+    tensors, files = counted(len(reader.tensors), "tensor"), counted(len(reader.shards), "file")
+    result.row("files", [], f"{tensors} in {files} as config.json says")
     _check_plans(result, model, stages)
     known = WrittenTensors.of_manifest(manifest) if written is None else WrittenTensors.of_run(written)
     held = _measure(model, stages, before, progress, hashed=known.weights is not None)
@@ -261,9 +261,11 @@ def _check_weights(result: Verification, held: Held, allow_nonfinite: bool) -> N
         if one.not_finite
     ]
     if broken and allow_nonfinite:
-        result.row("finite", [], f"allowed: NaN or infinity in {len(broken)} of {len(held.found)} tensors")
+        result.row(
+            "finite", [], f"allowed: NaN or infinity in {len(broken)} of {counted(len(held.found), 'tensor')}"
+        )
     else:
-        result.row("finite", broken, f"no NaN and no infinity in {len(held.found)} tensors")
+        result.row("finite", broken, f"no NaN and no infinity in {counted(len(held.found), 'tensor')}")
     if not held.stages:
         return
     revived = [
@@ -298,4 +300,6 @@ def _check_values(result: Verification, held: Held, trained: Collection[str]) ->
             for name in sorted(compared)
             if name not in held.found or held.found[name].foreign
         ]
-        result.row("values", problems, f"{len(compared)} tensors hold the new values of their plans")
+        result.row(
+            "values", problems, f"{counted(len(compared), 'tensor')} with the new values of their plans"
+        )

@@ -24,12 +24,6 @@ def scaled(count: float, units: Sequence[str]) -> str:
     return f"{count:.3g} {units[power]}"
 
 
-def counted(count: int, noun: str) -> str:
-    """Return how many there are of something: "1 block", "1,024 blocks"."""
-    plural = f"{noun[:-2]}ices" if noun.endswith("matrix") else f"{noun}s"
-    return f"{count:,} {noun if count == 1 else plural}"
-
-
 def fraction(value: float | str | None) -> str:
     """Return a sparsity as people write it: "50.00%", or "2:4" as it is."""
     return value if isinstance(value, str) else percent(value, digits=2)

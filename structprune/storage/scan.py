@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from structprune.errors import InputError
+from structprune.errors import InputError, counted
 from structprune.storage.header import DTYPE_NAMES, Header, TensorInfo, stamp_of
 from structprune.storage.safe_open import CHUNK_BYTES, open_regular, read_at
 from structprune.storage.tensor_file import Entry
@@ -100,7 +100,7 @@ def scan_files(
     scan = Scan(combine({entries[name]: one.sha256 for name, one in found.items()}), found)
     if scan.constant:
         names = ", ".join(scan.constant[:5])
-        logger.warning("%s: %d matrices hold one value only: %s", folder, len(scan.constant), names)
+        logger.warning("%s: %s of one value only: %s", folder, counted(len(scan.constant), "matrix"), names)
     return scan
 
 

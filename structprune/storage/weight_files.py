@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from structprune.errors import EnvironmentFailure, InputError
+from structprune.errors import EnvironmentFailure, InputError, counted
 from structprune.storage.strict_json import read_json
 
 INDEX_HINT = "the index is damaged; fetch the model again"
@@ -109,14 +109,15 @@ def compare_with_index(
     index = folder / INDEX
     absent = [f"{name!r} ({file})" for name, file in weights.weight_map.items() if home.get(name) != file]
     if absent:
+        count = counted(len(absent), "tensor")
         raise InputError(
-            f"{index}: {len(absent)} tensors are not in the file named for them: {', '.join(absent[:5])}",
+            f"{index}: {count} not in the file named for them: {', '.join(absent[:5])}",
             hint="index and shards belong to different checkpoints; fetch the model again",
         )
     extra = [f"{name!r} ({file})" for name, file in home.items() if name not in weights.weight_map]
     if not extra:
         return
-    said = f"{index}: {len(extra)} tensors are in a shard but not in the index: {', '.join(extra[:5])}"
+    said = f"{index}: {counted(len(extra), 'tensor')} in a shard but not in the index: {', '.join(extra[:5])}"
     if strict:
         raise InputError(said, hint="index and shards belong to different checkpoints; fetch the model again")
     logger.warning("%s", said)
@@ -166,8 +167,9 @@ def _read_index(folder: Path, root: Path | None) -> WeightFiles:
     # A link whose target is gone (a cache that was cleaned) counts as missing too.
     missing = [file for file in files if not (folder / file).exists()]
     if missing:
+        count = counted(len(files), "file")
         raise InputError(
-            f"{folder}: {len(missing)} of {len(files)} files in {INDEX} are missing: {', '.join(missing)}",
+            f"{folder}: {len(missing)} of {count} in {INDEX} missing: {', '.join(missing)}",
             hint="the download is incomplete; fetch the model again",
         )
     return WeightFiles(tuple(files), weight_map, metadata)

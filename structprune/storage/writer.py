@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from structprune.errors import counted
 from structprune.storage.durable import DurableFile, sync_folder
 from structprune.storage.tensor_file import Entry, bytes_of, encode_header, nbytes_of
 from structprune.storage.weight_files import INDEX
@@ -96,7 +97,7 @@ class ShardWriter:
         missing = [name for name, file in self._file_of.items() if file not in self.hashes]
         if missing:
             raise ValueError(
-                f"{len(missing)} tensors were not written, the first is in the file of {missing[0]!r}"
+                f"{counted(len(missing), 'tensor')} not written, the first is in the file of {missing[0]!r}"
             )
         if len(self._layout) > 1 or self._index_metadata is not None:
             with DurableFile(self.folder / INDEX) as index:

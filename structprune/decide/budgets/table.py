@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from structprune.decide.budgets.budget import Budget
-from structprune.errors import UsageError
+from structprune.errors import UsageError, counted
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -32,7 +32,7 @@ class Table(Budget):
         """
         if len(self.blocks) != len(measured):
             raise UsageError(
-                f"budget.blocks: {len(self.blocks)} sparsities for {len(measured)} blocks",
+                f"budget.blocks: {counted(len(self.blocks), 'number')} for {counted(len(measured), 'block')}",
                 hint="give one for every decoder block, 0 for those left dense",
             )
         # repr is the decimal number that was written.
