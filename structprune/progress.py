@@ -12,6 +12,14 @@ def silent(stage: str, done: int, total: int) -> None:
     """Report no progress."""
 
 
+@contextmanager
+def step(progress: Progress, stage: str) -> Iterator[None]:
+    """Tell that a stage begins which cannot be counted, and at the end of the `with` that it is done."""
+    progress(stage, 0, 1)
+    yield
+    progress(stage, 1, 1)
+
+
 class Clock:
     """Seconds per phase of a run."""
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import json
+import logging
 import os
 import re
 import runpy
@@ -17,7 +18,7 @@ import torch
 import structprune
 from structprune.checkpoint.writing import Writing
 from structprune.cli.outlet import Outlet
-from structprune.cli.terminal import progress_on_stderr, say, stoppable
+from structprune.cli.terminal import logging_to_stderr, progress_on_stderr, say, stoppable
 from structprune.errors import InputError, Interrupted, QualityError
 from structprune.models.opening import Opening
 from structprune.pruners import catalogue
@@ -189,6 +190,40 @@ def test_a_folder_that_is_called_demo_is_not_the_built_in_model(calls, command):
         assert calls["verify"][0][0] == name
         command("prune", name, "out", "--method", "wanda")
         assert recipe_of(calls)[0].model == name
+
+
+def test_a_folder_that_is_called_demo_is_said_to_be_shadowed(command, llama, tmp_path, monkeypatch):
+    (tmp_path / "demo").symlink_to(llama)
+    monkeypatch.chdir(tmp_path)
+    built_in, mine = command("inspect", "demo"), command("inspect", "./demo")
+
+    assert "warning: 'demo' is the built-in model; the folder of that name here is ./demo" in built_in.err
+    assert "5 blocks" in built_in.out
+    assert "warning" not in mine.err
+    assert mine.out.splitlines()[0].startswith("model       ./demo: LlamaForCausalLM")
+
+
+def test_a_warning_names_the_output_and_not_the_folder_under_work(capsys):
+    with logging_to_stderr():
+        logging.getLogger("structprune.x").warning("%s: odd", "out.partial-0123456789abcdef/config.json")
+
+    assert capsys.readouterr().err == "warning: out/config.json: odd\n"
+
+
+@pytest.mark.parametrize(("flag", "shown"), [("-q", False), ("--quiet", False), ("-v", True)])
+def test_quiet_says_no_progress_and_verbose_says_more(command, monkeypatch, flag, shown):
+    def run(*words, progress=None, **options):
+        logging.getLogger("structprune.x").info("a detail")
+        logging.getLogger("structprune.x").warning("a trap")
+        progress("evaluate", 0, 2)
+        return {"perplexity": {}}
+
+    monkeypatch.setattr(structprune, "evaluate", run)
+    done = command("evaluate", "demo", flag)
+
+    assert "warning: a trap" in done.err
+    assert ("info: a detail" in done.err) == shown
+    assert ("evaluate: 0 of 2" in done.err) == shown
 
 
 def test_stdout_holds_the_result_alone(calls, command):

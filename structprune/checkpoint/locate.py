@@ -1,9 +1,12 @@
 """From what a user typed to a folder with a model in it: the built-in one, a local folder, or a hub name."""
 
+import logging
 import re
 from pathlib import Path
 
 from structprune.errors import EnvironmentFailure, InputError
+
+logger = logging.getLogger(__name__)
 
 # Nothing else is fetched: no pickles, no other frameworks' weights.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md", "*.py")
@@ -22,6 +25,8 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
         EnvironmentFailure: The hub cannot be reached, or refuses.
     """
     if model == "demo":
+        if Path(model).is_dir():
+            logger.warning("'demo' is the built-in model; the folder of that name here is ./demo")
         return demo_folder()
     path = Path(model).expanduser()
     if path.is_dir():

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -38,6 +39,7 @@ SECONDS_BETWEEN_LINES = 30.0
 NARROW, WIDE = 40, 72
 # "1000/1000" and the time left, with what separates them.
 COUNT, TIME = 10, 7
+PARTIAL = re.compile(r"\.partial-[0-9a-f]+")
 # A closed terminal (SIGHUP) and a cluster's scheduler (SIGTERM) stop a run as Ctrl-C does.
 STOPPING: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -244,7 +246,9 @@ class _StderrHandler(logging.Handler):
         fact = str(record.msg) % told if told else str(record.msg)
         if fact not in self._said:
             self._said.add(fact)
-            say(f"{record.levelname.lower()}: {_one_line(record.getMessage())}", sys.stderr)
+            # A partial folder is the output under work, and that is how the user knows it.
+            said = PARTIAL.sub("", _one_line(record.getMessage()))
+            say(f"{record.levelname.lower()}: {said}", sys.stderr)
 
 
 def _can_draw(stream: TextIO) -> bool:

@@ -18,7 +18,7 @@ from structprune.machine import give_back_memory
 from structprune.models.identity import architecture_of
 from structprune.models.opening import Opening
 from structprune.models.streamed import Model, StreamedModel, build_model, open_reader
-from structprune.progress import Progress, silent
+from structprune.progress import Progress, silent, step
 from structprune.proof import against, counts, reloading
 from structprune.proof.measure import Inputs, Measured, Place, Rows, Stage, measure, places, rows_of
 from structprune.proof.verification import Verification
@@ -72,7 +72,7 @@ def verify(
             file and every tensor with the manifest.
         revalued: Stored tensors whose kept weights were changed on purpose, beside those that the plans name.
         reference: A model whose logits the folder must give, such as the one just pruned; only on the CPU.
-        progress: Told after every tensor.
+        progress: Told after every tensor, and of the fresh process.
 
     Raises:
         InputError: The folder is none of ours and cannot be read, or the source cannot be read.
@@ -114,7 +114,8 @@ def verify(
         how = f"`structprune export {folder} DENSE --to dense` gives a folder that can be"
         result.row("reload", [], f"no runtime opens packed weights; {how}")
     elif reload:
-        reloading.check_reload(result, model, reader, opening, reference)
+        with step(progress, "reload in a fresh process"):
+            reloading.check_reload(result, model, reader, opening, reference)
     return result
 
 

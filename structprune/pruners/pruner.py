@@ -80,7 +80,10 @@ class Pruner(BaseModel, ABC):
         verb = "calibrate" if self.looks_at_data else "decide"
         total, stage = len(blocks(model)), f"{verb} {self.method()}"
         origin = Origin(self.method(), self.model_dump(mode="json"), architecture_of(model), weights)
-        return PlanWriter(folder, origin, decided=lambda done: progress(stage, done, total))
+        writer = PlanWriter(folder, origin, decided=lambda done: progress(stage, done, total))
+        # The first block may take minutes, and nothing would be said before it is done.
+        progress(stage, writer.finished, total)
+        return writer
 
     @abstractmethod
     def forecast(self, model: Model) -> Forecast:

@@ -117,10 +117,12 @@ def compare_with_index(
     extra = [f"{name!r} ({file})" for name, file in home.items() if name not in weights.weight_map]
     if not extra:
         return
-    said = f"{index}: {counted(len(extra), 'tensor')} in a shard but not in the index: {', '.join(extra[:5])}"
+    said = f"{counted(len(extra), 'tensor')} in a shard but not in the index: {', '.join(extra[:5])}"
     if strict:
-        raise InputError(said, hint="index and shards belong to different checkpoints; fetch the model again")
-    logger.warning("%s", said)
+        raise InputError(
+            f"{index}: {said}", hint="index and shards belong to different checkpoints; fetch the model again"
+        )
+    logger.warning("%s: %s", index, said)
 
 
 def _list(folder: Path) -> set[str]:
