@@ -1,9 +1,12 @@
-"""What a folder with factored linears carries for plain transformers: a modelling file, named in config.json.
+"""What a folder carries for plain transformers where no class of theirs can open it: a modelling file.
 
-structprune itself reads the list in config.json and never runs the file.
+It holds products and blocks of other sizes, as config.json lists them, and is named there. structprune itself
+reads the lists and never runs the file.
 """
 
+import inspect
 import json
+import pprint
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from structprune.errors import InputError
-from structprune.models import factored, modules
+from structprune.models import factored, modules, native, shapes
+from structprune.models.arch import row_of
 from structprune.models.config_patch import merge_patch
 from structprune.models.shipped import SHIPPED_CLASSES, SHIPPED_TYPE, own_config
 from structprune.storage.durable import DurableFile
@@ -19,32 +23,49 @@ from structprune.storage.stored_config import MAX_CONFIG_BYTES, without_ignored
 from structprune.storage.strict_json import read_json
 
 FILE = f"{SHIPPED_CLASSES[0].partition('.')[0]}.py"
+KEYS = (native.CONFIG_KEY, factored.CONFIG_KEY)
 
-# What follows the text of `structprune/models/modules.py` in the file.
+# What follows the texts of `structprune/models/modules.py` and `shapes.py` in the file.
 TEMPLATE = '''
 
 from transformers import {base}, {config}  # noqa: E402
+from transformers.conversion_mapping import (  # noqa: E402
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+BLOCKS = "{blocks}"
+PATHS = {paths}
+
+# Weights are stored as those of the dense model are: each expert apart, some under other names.
+for name in ("{base}", "{dense}"):
+    if get_checkpoint_conversion_mapping(name) is not None:
+        register_checkpoint_conversion_mapping(
+            "{kind}", get_checkpoint_conversion_mapping(name), overwrite=True
+        )
+        break
 
 
-class FactoredConfig({config}):
+class PrunedConfig({config}):
     """{config} under a type of its own, so that nothing takes the folder for a dense one."""
 
     model_type = "{kind}"
 
 
-class FactoredModel({base}):
-    """{base} with the linears that config.json lists stored as products."""
+class PrunedModel({base}):
+    """{base} with the sizes and the products that config.json lists."""
 
-    config_class = FactoredConfig
+    config_class = PrunedConfig
 
     def __init__(self, config, *args, **kwargs):
-        """Build the dense model, then put the products in the place of the listed linears."""
+        """Build the dense model, then cut its blocks and put products in the place of linears."""
         super().__init__(config, *args, **kwargs)
-        for path, (left, right) in config.{key}.items():
-            parent, _, name = path.rpartition(".")
+        blocks = self.get_submodule(BLOCKS) if BLOCKS else ()
+        for block, sizes in zip(blocks, getattr(config, "{sizes}", None) or ()):
+            resize_block(block, PATHS, sizes)
+        for path, (left, right) in (getattr(config, "{products}", None) or {{}}).items():
             linear = self.get_submodule(path)
-            new = FactoredLinear.like(linear, right, left)
-            setattr(self.get_submodule(parent), name, new)
+            self.set_submodule(path, FactoredLinear.like(linear, right, left))
 '''
 
 
@@ -87,17 +108,17 @@ def patched_files(path: Path, patch: Mapping[str, Any]) -> dict[str, bytes]:
     vision = "ForConditionalGeneration" in config["architectures"][0]
     factory = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
     config["model_type"] = f"{SHIPPED_TYPE}{config['model_type']}"
-    # The list comes last, as it is long.
-    listed = config.pop(factored.CONFIG_KEY)
+    # The lists come last, as they are long.
+    listed = {key: config.pop(key) for key in KEYS if key in config}
     config["auto_map"] = dict(zip(("AutoConfig", factory), SHIPPED_CLASSES, strict=True))
-    config[factored.CONFIG_KEY] = listed
+    config |= listed
     return {"config.json": _encode(config), FILE: modelling_file(config)}
 
 
 def needs_code(config: Mapping[str, Any] | PreTrainedConfig) -> bool:
     """Tell whether plain transformers needs the modelling file to open a model with this configuration."""
     found = config if isinstance(config, Mapping) else vars(config)
-    return bool(found.get(factored.CONFIG_KEY))
+    return any(found.get(key) for key in KEYS)
 
 
 def modelling_file(config: Mapping[str, Any]) -> bytes:
@@ -113,14 +134,28 @@ def modelling_file(config: Mapping[str, Any]) -> bytes:
             f"config.json: architectures {base!r} and model_type {dense!r} are not known",
             hint="put back the config.json that was written with these weights",
         )
-    text = Path(modules.__file__).read_text(encoding="utf-8") + TEMPLATE.format(
+    row = row_of(CONFIG_MAPPING[dense].from_dict(own_config(config)))
+    # One file: the second text is put behind the first without its own heading of imports.
+    texts = [inspect.getsource(one) for one in (modules, shapes)]
+    text = texts[0] + _without_imports(texts[1])
+    text += TEMPLATE.format(
         base=base,
         config=CONFIG_MAPPING[dense].__name__,
         kind=f"{SHIPPED_TYPE}{dense}",
-        key=factored.CONFIG_KEY,
+        dense=dense,
+        blocks=row.blocks if row else "",
+        paths=pprint.pformat(row.paths() if row else {}, sort_dicts=False),
+        sizes=native.CONFIG_KEY,
+        products=factored.CONFIG_KEY,
     )
     return text.encode()
 
 
 def _encode(config: Mapping[str, Any]) -> bytes:
     return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def _without_imports(text: str) -> str:
+    """Return a module's text from its first class on, and before it what the text that precedes it lacks."""
+    needed = "from collections.abc import Mapping  # noqa: E402\nfrom typing import Any  # noqa: E402"
+    return f"\n\n{needed}\n\n\n{text[text.index('class ') :]}"

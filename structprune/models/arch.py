@@ -39,6 +39,7 @@ class Arch:
         v: Value projection.
         qkv: Fused projection. Phi-3 and GPT-2 stack all queries, then keys, then values; GPT-NeoX goes head
             by head: query, key and value of one head before the next head.
+        qkv_by_head: That is so.
         o: Attention output projection.
         gate: Gate projection of a gated feed-forward; "" where there is none.
         up: First projection of the feed-forward.
@@ -60,6 +61,7 @@ class Arch:
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
     qkv: str = ""
+    qkv_by_head: bool = False
     o: str = "self_attn.o_proj"
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
@@ -71,6 +73,11 @@ class Arch:
     shared_expert: str = ""
     routers: tuple[str, ...] = ()
     fallback: bool = False
+
+    def paths(self) -> dict[str, str]:
+        """Return where the parts are whose modules have sizes of their own, for `shapes.fit_sizes`."""
+        names = ("attention", "q", "k", "v", "qkv", "o", "mlp", "gate", "up", "gate_up", "down", "experts")
+        return {name: getattr(self, name) for name in names} | {"router": (*self.routers, "")[0]}
 
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "qwen2_5_vl_text")
@@ -102,6 +109,7 @@ TABLE: tuple[Arch, ...] = (
         k="",
         v="",
         qkv="attention.query_key_value",
+        qkv_by_head=True,
         o="attention.dense",
         gate="",
         up="mlp.dense_h_to_4h",
@@ -179,7 +187,7 @@ def arch_of(model: PreTrainedModel | HasSkeleton) -> Arch:
     """
     root = model if isinstance(model, PreTrainedModel) else model.skeleton
     config = root.config
-    if row := _row(config):
+    if row := row_of(config):
         return row
     path = _longest_block_list(root)
     if path is None:
@@ -265,7 +273,8 @@ def _is_router(path: str, module: nn.Module, arch: Arch) -> bool:
     return named or (isinstance(module, nn.Linear) and module.out_features == 1)
 
 
-def _row(config: PreTrainedConfig) -> Arch | None:
+def row_of(config: PreTrainedConfig) -> Arch | None:
+    """Return the row of a configuration's family, None for one that the table lacks."""
     text = config.get_text_config()
     row = next((row for row in TABLE if text.model_type in row.model_types), None)
     if row is None or text is config:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from structprune.errors import InputError
 from structprune.models import factored
+from structprune.models.arch import arch_of, block_prefixes
 from structprune.models.config_patch import patch_config
 from structprune.models.edited_reader import EditedReader
 from structprune.models.identity import (
@@ -20,8 +21,10 @@ from structprune.models.identity import (
     skeleton,
     stored_layout,
 )
+from structprune.models.members import keep_members, renumber
 from structprune.models.names import Names
 from structprune.models.remembered import remembered
+from structprune.models.shapes import fit_sizes
 from structprune.models.streamed import Model, StreamedModel
 from structprune.models.tensor_edit import (
     Decisions,
@@ -85,7 +88,7 @@ def _edit_whole(model: PreTrainedModel, plan: Decisions, patch: Mapping[str, Any
     for _ in edit_modules(model, "", plan, names_of(model)):
         pass
     patch_config(model.config, patch)
-    remember_stored(model, left)
+    remember_stored(model, renumber(left, plan))
 
 
 def edit_modules(module: nn.Module, prefix: str, plan: Decisions, names: Names) -> Iterator[Undo]:
@@ -116,7 +119,7 @@ def edit_modules(module: nn.Module, prefix: str, plan: Decisions, names: Names) 
             key = f"{prefix}.{path}" if prefix else path
             found = names.to_stored({key: parameter.data})
             edited = {name: _edited(name, value, plan) for name, value in found.items()}
-            yield _set_data(owner, parameter, names.to_module(edited)[key])
+            yield _set_data(parameter, names.to_module(edited)[key])
     # What the model lacks so far, a value creates: a bias beside its weight. It is found by a stored sibling,
     # because files and modules may call the way to it differently (GPT-2 files lack "transformer.").
     for name in sorted(key.name for key in plan if key.edit == "value" and key.name not in names.module_of):
@@ -129,6 +132,9 @@ def edit_modules(module: nn.Module, prefix: str, plan: Decisions, names: Names) 
             value = apply_mask(name, plan[Key(name, "value")], plan.shapes[Key(name, "value")], plan)
             created = nn.Parameter(value.to(like.device, like.dtype), requires_grad=False)
             yield _put(owner, name.rpartition(".")[2], created)
+    yield from keep_members(module, prefix, plan, names)
+    if any(key.edit in ("keep", "drop", "members") for key in plan):
+        yield from _fit_blocks(module, prefix, names)
 
 
 @contextmanager
@@ -151,24 +157,35 @@ def _edited(name: str, value: Tensor, plan: Decisions) -> Tensor:
     return apply_mask(name, kept, left_shape(name, tuple(value.shape), plan), plan)
 
 
-def _set_data(owner: nn.Module, parameter: nn.Parameter, value: Tensor) -> Undo:
+def _fit_blocks(module: nn.Module, prefix: str, names: Names) -> Iterator[Undo]:
+    """Let the blocks under a path follow the shapes that their parameters have now."""
+    arch = arch_of(names.skeleton)
+    if arch.fallback:
+        return
+    for path in block_prefixes(names.skeleton, arch):
+        if not prefix or prefix == path:
+            here = module if prefix else module.get_submodule(path)
+            before = [(part, dict(vars(part)), dict(part._modules)) for part in here.modules()]
+            fit_sizes(here, arch.paths())
+
+            def undo(before: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = before) -> None:
+                for part, found, children in before:
+                    vars(part).update(found)
+                    part._modules.clear()
+                    part._modules.update(children)
+
+            yield undo
+
+
+def _set_data(parameter: nn.Parameter, value: Tensor) -> Undo:
     """Exchange what a parameter holds; the parameter itself stays, so that what is tied to it follows."""
-    before, sizes = parameter.data, _sizes(owner)
+    before = parameter.data
     parameter.data = value
-    # Sizes that a forward does not look at, but people and later forecasts do. A cut Conv1D would need its
-    # own (nf), which its forward looks at.
-    if isinstance(owner, nn.Linear) and parameter is owner.weight:
-        owner.out_features, owner.in_features = value.shape
 
     def undo() -> None:
         parameter.data = before
-        vars(owner).update(sizes)
 
     return undo
-
-
-def _sizes(owner: nn.Module) -> dict[str, int]:
-    return {name: vars(owner)[name] for name in ("in_features", "out_features") if name in vars(owner)}
 
 
 def _put(owner: nn.Module, leaf: str, value: nn.Parameter | None) -> Undo:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from structprune.errors import InputError
 from structprune.models.config_patch import merge_patch
+from structprune.models.members import new_names, renumber
 from structprune.models.tensor_edit import apply_mask, edited_layout, keep_indices, new_value
 from structprune.plan.plan import Plan
 from structprune.storage.header import TensorInfo
@@ -46,7 +47,10 @@ class EditedReader(StoredTensors):
         self.patch: dict[str, Any] = merge_patch(below.patch, plan.patch)
         self.tensors = {}
         self.shards = {}
-        left = edited_layout(below.layout, plan)
+        edited = edited_layout(below.layout, plan)
+        called = new_names((name for entries in edited.values() for name, _, _ in entries), plan)
+        self._before = {new: old for old, new in called.items()}
+        left = renumber(edited, plan)
         for file, entries in left.items():
             self.shards[file] = tuple(name for name, _, _ in entries)
             for name, dtype, shape in entries:
@@ -64,6 +68,7 @@ class EditedReader(StoredTensors):
                 hint="ask for one of the names in `tensors`",
             )
         info = self.tensors[name]
+        name = self._before[name]
         value = new_value(name, self._plan)
         if value is None:
             value = keep_indices(name, self._below.read(name), self._plan)

@@ -27,6 +27,7 @@ class Names:
         stored: Names and shapes found in the files; None stands for what `save_pretrained` would write.
 
     Attributes:
+        skeleton: The model.
         stored_of: State-dict name -> names in the files that it is made of; absent where the files lack it.
         module_of: Name in the files -> state-dict name (the first, where one file tensor makes several).
         aliases: State-dict name of a tied weight -> the name it is an alias of.
@@ -37,7 +38,7 @@ class Names:
     """
 
     def __init__(self, skeleton: PreTrainedModel, stored: Mapping[str, Shape] | None = None) -> None:
-        self._skeleton = skeleton
+        self.skeleton = skeleton
         self._shapes: dict[str, Shape] = {
             key: tuple(value.shape) for key, value in skeleton.state_dict().items()
         }
@@ -120,7 +121,7 @@ class Names:
         """Return names and shapes of all tensors that the files must hold; of tied ones only one."""
         result: dict[str, Shape] = {}
         missing: set[str] = set()
-        optional = self._skeleton._keys_to_ignore_on_load_missing or ()
+        optional = self.skeleton._keys_to_ignore_on_load_missing or ()
         for name in self._shapes:
             if name in self.aliases:
                 continue
@@ -142,9 +143,9 @@ class Names:
         """Tell whether the model's class itself passes over a tensor of this name when loading."""
         if name in self.module_of:
             return False
-        patterns = list(self._skeleton._keys_to_ignore_on_load_unexpected or ())
+        patterns = list(self.skeleton._keys_to_ignore_on_load_unexpected or ())
         # Buffers that files of older versions hold; the class computes them now.
-        buffers = [key for key, _ in self._skeleton.named_buffers()]
+        buffers = [key for key, _ in self.skeleton.named_buffers()]
         if any(key.endswith("rotary_emb.inv_freq") for key in buffers):
             patterns.append(r"rotary_emb\.inv_freq")
         if any(key.endswith("position_ids") for key in buffers):
@@ -154,11 +155,11 @@ class Names:
     @property
     def _conversion(self) -> Conversion:
         if self._lazy is None:
-            self._lazy = Conversion(self._skeleton, self._shapes)
+            self._lazy = Conversion(self.skeleton, self._shapes)
         return self._lazy
 
     def _canonical(self) -> dict[str, Shape]:
-        unsaved = self._skeleton._keys_to_ignore_on_save or ()
+        unsaved = self.skeleton._keys_to_ignore_on_save or ()
         return self._conversion.canonical(
             {name: s for name, s in self._shapes.items() if name not in self.aliases and name not in unsaved}
         )

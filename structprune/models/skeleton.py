@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from structprune.errors import InputError
-from structprune.models import factored
+from structprune.models import factored, native
 from structprune.models.config_patch import patch_config
 from structprune.models.edited_reader import Reader
 from structprune.models.shipped import own_config
@@ -104,6 +104,7 @@ def build_skeleton(reader: Reader, config: PreTrainedConfig, dtype: torch.dtype)
         raise InputError(f"{reader.folder / 'config.json'}: {_one_line(error)}", hint=CONFIG_HINT) from error
     # Again, because moving parameters to the meta device one by one has untied them.
     skeleton.tie_weights()
+    native.build(skeleton, reader.config, str(reader.folder / "config.json"))
     factored.build(skeleton, reader.config, str(reader.folder / "config.json"))
     file = reader.folder / "generation_config.json"
     if skeleton.can_generate() and file.exists():

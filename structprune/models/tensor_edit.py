@@ -1,7 +1,7 @@
 """What a plan makes of stored tensors: of one, and of the list of all.
 
-Inside a plan the order is: keep, then value, then mask; the latter two are in the layout that is left, so
-that a value replaces what a keep would leave.
+Inside a plan the order is: keep, then value, then mask, then members; value and mask are in the layout that
+is left, so that a value replaces what a keep would leave, and every key has the name from before.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,7 +33,7 @@ class Outline(Mapping[Key, Tensor]):
 
     def __getitem__(self, key: Key) -> Tensor:
         """Return a tensor of the key's shape without content."""
-        dtype = torch.bool if key.edit == "mask" else torch.int64 if key.edit == "keep" else None
+        dtype = torch.bool if key.edit == "mask" else torch.int64 if key.edit in ("keep", "members") else None
         return torch.empty(self.shapes[key], dtype=dtype, device="meta")
 
     def __iter__(self) -> Iterator[Key]:

@@ -1,6 +1,7 @@
 """What one decision of a plan is about, and what is to be done about it.
 
-A key is a name and a kind, `"<stored tensor name>:<kind>"` on disk. What a kind asks for is one of six edits.
+A key is a name and a kind, `"<stored tensor name>:<kind>"` on disk. What a kind asks for is one of seven
+edits.
 """
 
 from collections.abc import Mapping
@@ -10,10 +11,10 @@ from typing import Literal, Self
 
 from structprune.errors import InputError
 
-Edit = Literal["mask", "value", "parts", "keep", "drop", "none"]
+Edit = Literal["mask", "value", "parts", "keep", "drop", "members", "none"]
 """What a decision asks for: zeros in a tensor; its new value, which may create it; its storage in parts, of
-which this is one; some indices of an axis only; that it goes; or nothing, where it is only kept beside the
-weights."""
+which this is one; some indices of an axis only; that it goes; some members of a numbered list only, which are
+numbered anew; or nothing, where it is only kept beside the weights."""
 
 EDITS: Mapping[str, Edit] = MappingProxyType(
     {
@@ -23,6 +24,7 @@ EDITS: Mapping[str, Edit] = MappingProxyType(
         "keep.0": "keep",
         "keep.1": "keep",
         "drop": "drop",
+        "members": "members",
         "score": "none",
     }
 )
@@ -37,7 +39,8 @@ class Key:
     """One decision.
 
     Attributes:
-        name: The tensor it is about, by its name in the checkpoint files.
+        name: The tensor it is about, by its name in the checkpoint files; of members, what stands before
+            their number.
         kind: One of `EDITS`.
     """
 

@@ -1,0 +1,59 @@
+"""From what stays of a block to the decisions of a plan."""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from structprune.models.arch import Arch
+from structprune.models.groups import BlockKeep, cuts
+from structprune.models.names import Names
+from structprune.plan.key import Key
+
+
+def unit_tensors(
+    prefix: str, block: nn.Module, arch: Arch, keep: BlockKeep, names: Names
+) -> dict[Key, Tensor]:
+    """Return the tensors of a plan that leaves of one block what is to be kept.
+
+    Args:
+        prefix: The block's path.
+        block: The block as it is; its parameters may be on the meta device.
+        arch: Its family's row.
+        keep: What stays; the block itself does.
+        names: The model's.
+    """
+    gone = [] if keep.attention else [arch.attention]
+    gone += [] if keep.mlp else [arch.mlp] if arch.mlp else [arch.up, arch.down]
+    found: dict[Key, Tensor] = {}
+    for path in gone:
+        for name, _ in block.get_submodule(path).named_parameters():
+            for stored in names.stored_of[f"{prefix}.{path}.{name}"]:
+                found[Key(stored, "drop")] = torch.empty(0)
+    for cut in cuts(block, arch, keep):
+        stored, *more = names.stored_of[f"{prefix}.{cut.path}"]
+        if more:  # each expert is stored apart: all tensors of a numbered list are cut at once
+            found[Key(stored[: _last_number(stored)], "members")] = cut.indices
+        elif Key(stored, "drop") not in found:
+            found[Key(stored, f"keep.{cut.axis}")] = cut.indices
+    return found
+
+
+def block_members(kept: Tensor, found: Sequence[tuple[str, nn.Module]], names: Names) -> dict[Key, Tensor]:
+    """Return the tensor of a plan that leaves some of the blocks only.
+
+    Args:
+        kept: Indices of the blocks that stay, ascending, shape [n].
+        found: Every block with its path.
+        names: The model's.
+    """
+    prefix, block = found[0]
+    inside = next(name for name, _ in block.named_parameters())
+    (stored,) = names.stored_of[f"{prefix}.{inside}"]
+    return {Key(stored.removesuffix(f".0.{inside}"), "members"): kept}
+
+
+def _last_number(name: str) -> int:
+    """Return where the last number between dots begins, with the dot before it."""
+    return [match.start() for match in re.finditer(r"\.\d+(?=\.)", name)][-1]

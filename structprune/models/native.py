@@ -1,0 +1,168 @@
+"""How a family's own configuration says the sizes of its blocks, and where it cannot.
+
+A model whose blocks all have the same sizes opens as one of its family, with other numbers in config.json,
+unless the family ties them together. Everything else is listed block by block under "pruned_blocks", which
+only a modelling file that travels with the model understands.
+
+What was tried: transformers 5.23, every family of the table.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from structprune.errors import InputError, UsageError
+from structprune.models import shapes
+from structprune.models.arch import arch_of, blocks
+from structprune.models.groups import BlockSizes, block_sizes
+
+CONFIG_KEY = "pruned_blocks"
+
+# Families whose configuration takes any number of heads once it names the size of a head. Others take one
+# that divides the hidden size, and some derive the size of a head from it and cannot be told.
+_FREE_HEADS = frozenset({"mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"})
+_DIVIDING_HEADS = frozenset({"llama", "gemma2", "gemma3_text"})
+# What the width of the feed-forward is called, where it is not "intermediate_size".
+_WIDTH = {"opt": "ffn_dim", "gpt2": "n_inner"}
+_SIZES = ("heads", "kv_heads", "channels", "experts")
+_HINT = "the file was changed, or is of a later structprune: create the folder again"
+_DEPTH = {"gpt2": "n_layer"}
+_EXPERTS = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts", "qwen3_moe": "num_local_experts"}
+
+
+def sizes_patch(config: PreTrainedConfig, found: Sequence[BlockSizes]) -> dict[str, Any]:
+    """Return what config.json must say of blocks with these sizes, which differ from what it says now.
+
+    Args:
+        config: The model's, as it is.
+        found: The blocks' sizes as they are to be.
+    """
+    text = config.get_text_config()
+    said = _native(text, found)
+    if said is None:
+        return {CONFIG_KEY: [entry_of(sizes) for sizes in found]}
+    changed = {key: value for key, value in said.items() if getattr(text, key, None) != value}
+    listed = {CONFIG_KEY: None} if getattr(config, CONFIG_KEY, None) else {}
+    return listed | (_for_text(config, changed) if changed else {})
+
+
+def depth_patch(config: PreTrainedConfig, kept: Sequence[int], found: Sequence[BlockSizes]) -> dict[str, Any]:
+    """Return what config.json must say of a model that keeps some of its blocks only.
+
+    What a family derives from a block's number is written out, because the numbers change.
+
+    Args:
+        config: The model's, as it is.
+        kept: Indices of the blocks that stay, ascending.
+        found: Sizes of all blocks.
+
+    Raises:
+        UsageError: The family scales a block's attention by its number.
+    """
+    text = config.get_text_config()
+    if getattr(text, "scale_attn_by_inverse_layer_idx", False):
+        raise UsageError(
+            "config.json: scale_attn_by_inverse_layer_idx is true, so a block would change with its number",
+            hint="remove heads or channels instead of blocks",
+        )
+    said: dict[str, Any] = {_DEPTH.get(text.model_type, "num_hidden_layers"): len(kept)}
+    if types := getattr(text, "layer_types", None):
+        said["layer_types"] = [types[index] for index in kept]
+    if hasattr(text, "mlp_only_layers"):
+        said["mlp_only_layers"] = [new for new, old in enumerate(kept) if not found[old].experts]
+        said["decoder_sparse_step"] = 1
+    if listed := getattr(config, CONFIG_KEY, None):
+        return {CONFIG_KEY: [listed[index] for index in kept], **_for_text(config, said)}
+    return _for_text(config, said)
+
+
+def _for_text(config: PreTrainedConfig, said: dict[str, Any]) -> dict[str, Any]:
+    return said if config.get_text_config() is config else {"text_config": said}
+
+
+def entry_of(sizes: BlockSizes) -> dict[str, int]:
+    """Return how "pruned_blocks" tells the sizes of one block."""
+    entry = {"heads": sizes.heads, "kv_heads": sizes.kv_heads}
+    if sizes.experts:
+        return entry | {"experts": sizes.experts}
+    return entry | {"channels": sizes.channels}
+
+
+def _native(text: PreTrainedConfig, found: Sequence[BlockSizes]) -> dict[str, Any] | None:
+    """Return the family's own keys for these sizes; None where it has none."""
+    if not all(sizes.attention and sizes.mlp for sizes in found):
+        return None
+    kind = text.model_type
+    heads = {(sizes.heads, sizes.kv_heads, sizes.head_dim) for sizes in found}
+    widths = {sizes.channels for sizes in found if sizes.channels}
+    experts = {sizes.experts for sizes in found if sizes.experts}
+    if len(heads) > 1 or len(widths) > 1 or len(experts) > 1:
+        return None
+    ((count, groups, size),) = heads
+    said: dict[str, Any] = {}
+    if (count, groups) != _heads_of(text):
+        divides = kind in _DIVIDING_HEADS and int(text.hidden_size) % count == 0
+        if kind not in _FREE_HEADS and not divides:
+            return None
+        said |= {"num_attention_heads": count, "num_key_value_heads": groups, "head_dim": size}
+    if widths:
+        said[_WIDTH.get(kind, "intermediate_size")] = widths.pop()
+    if experts:
+        said[_EXPERTS[kind]] = experts.pop()
+    return said
+
+
+def _heads_of(text: PreTrainedConfig) -> tuple[int, int]:
+    heads = int(text.num_attention_heads)
+    return heads, int(getattr(text, "num_key_value_heads", None) or heads)
+
+
+def build(model: PreTrainedModel, config: Mapping[str, Any], where: str) -> None:
+    """Give the blocks of a skeleton the sizes that its configuration lists.
+
+    Args:
+        model: Parameters on the meta device.
+        config: Content of config.json.
+        where: The file, for errors.
+
+    Raises:
+        InputError: What is listed fits no block of the model.
+    """
+    listed = config.get(CONFIG_KEY)
+    if listed is None:
+        return
+    arch = arch_of(model)
+    found = blocks(model, arch)
+    expected = f"one object for each of the {len(found)} blocks"
+    if not isinstance(listed, list) or len(listed) != len(found) or arch.fallback:
+        raise InputError(f"{where}: {CONFIG_KEY} is {str(listed)[:60]}, expected {expected}", hint=_HINT)
+    for (prefix, block), entry in zip(found, listed, strict=True):
+        try:
+            shapes.resize_block(block, arch.paths(), _checked(entry, block_sizes(block, arch)))
+        except (AttributeError, RuntimeError, TypeError, ValueError, KeyError) as error:
+            raise InputError(
+                f"{where}: {CONFIG_KEY} of {prefix} is {str(entry)[:80]}: {error}", hint=_HINT
+            ) from None
+
+
+def _checked(entry: Any, dense: BlockSizes) -> dict[str, Any]:
+    """Return an entry whose sizes are at most those of the dense block.
+
+    Raises:
+        ValueError: It holds something else.
+    """
+    if not isinstance(entry, dict):
+        raise ValueError("expected an object")
+    for key, value in entry.items():
+        if key == "biases":
+            if not isinstance(value, list) or not all(isinstance(path, str) for path in value):
+                raise ValueError("biases must be a list of paths")
+            continue
+        most = getattr(dense, key, None) if key in _SIZES else None
+        if most is None or type(value) is not int or not 0 <= value <= most:
+            raise ValueError(f"{key} is {value!r}, expected 0 to {most}")
+    heads, groups = entry.get("heads", 0), entry.get("kv_heads", 0)
+    if (heads == 0) != (groups == 0) or (groups and heads % groups):
+        raise ValueError(f"{heads} query heads do not divide among {groups} key-value heads")
+    return entry
