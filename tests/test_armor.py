@@ -20,7 +20,7 @@ from structprune.calibration.collect import collect_inputs
 from structprune.calibration.statistics import InputSums, Parts
 from structprune.checkpoint.manifest import write_manifest
 from structprune.checkpoint.plans import plans_of
-from structprune.errors import EnvironmentFailure, UsageError
+from structprune.errors import EnvironmentFailure, InputError, UsageError
 from structprune.models.arch import all_linears, blocks
 from structprune.models.modules import FactoredLinear
 from structprune.models.opening import Opening
@@ -157,6 +157,9 @@ class TestTrust:
         folder, sentinel = shutil.copytree(good, tmp_path / "out"), tmp_path / "executed"
         (code,) = folder.glob("*.py")
         code.write_text(f"open({str(sentinel)!r}, 'w')\nraise SystemExit(3)\n")
+        with pytest.raises(InputError, match=code.name):
+            structprune.load(folder)
+        _sign(folder)
         modules = set(sys.modules)
         probe = {"input_ids": fresh.probe(open_model(source).config)}
         expected = logits(structprune.load(good)[0], probe)
@@ -166,7 +169,7 @@ class TestTrust:
         for stream in (False, True):
             found = verify(folder, source, opening=Opening(stream=stream))
             # The fresh process runs a file that we generate, and finds the right logits with it.
-            assert [check.name for check in found.failed] == ["manifest", "modelling file"]
+            assert [check.name for check in found.failed] == ["modelling file"]
             assert any(check.name == "reload" and check.ok for check in found.checks)
         structprune.inspect(str(folder))
         assert not sentinel.exists()

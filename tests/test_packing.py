@@ -417,7 +417,7 @@ class TestCommand:
     ) -> None:
         done = command("export", pruned["llama"], tmp_path / "packed", "--to", "2:4")
         assert done.code == 0
-        assert "56.25% of their dense bytes" in done.out and "loads in" in done.out
+        assert "56.25% of the dense bytes" in done.out and "loads in" in done.out
 
     def test_exit_codes(self, llama: Path, packed: Path, tmp_path: Path, command) -> None:
         assert command("export", llama, tmp_path / "out").code == 2

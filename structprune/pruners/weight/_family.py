@@ -245,7 +245,8 @@ class WeightPruner(Targets, BlockwisePruner):
             "weights",
             self.asked,
             self._removed(leaving),
-            sum(out * inputs for out, inputs in shapes),
+            # Folded products hold no zeros: there is nothing of which a share could be reached.
+            sum(out * inputs for out, inputs in shapes) if self.leaves_zeros else 0,
             left_of(model, outline, patch),
             found=zeros_found(model, stored_names(names_of(model), targets)),
             # A budget hands out its total to the last weight.
