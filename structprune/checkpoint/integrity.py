@@ -55,7 +55,7 @@ def intact_manifest(folder: Path, opening: Opening = Opening()) -> Manifest | No
                 f"{folder}: {problem}", hint=_AGAIN if name.endswith(".safetensors") else on_purpose
             )
     for path in folder.iterdir():
-        if path.name not in manifest.files and changes_weights(path.name):
+        if changes_weights(path.name, manifest):
             raise InputError(
                 f"{path}: was added after the folder was written, and changes what is loaded",
                 hint="move it to another folder",

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from structprune.checkpoint.adapter import CONFIG_FILE as ADAPTER_CONFIG
+from structprune.checkpoint.adapter import TENSOR_FILE as ADAPTER_TENSORS
 from structprune.errors import InputError
 from structprune.plan.block import canonical
 from structprune.storage.durable import DurableFile, sync_folder
@@ -177,16 +179,19 @@ def check_manifest(folder: Path, *, allow_external_symlinks: bool = False) -> li
     for name in list_files(folder):
         if name in manifest.files:
             continue
-        if changes_weights(name):
+        if changes_weights(name, manifest):
             problems.append(f"{name} was added: it changes what is loaded")
         elif not name.startswith("."):
             logger.warning("%s: %s was added after the folder was completed", folder, name)
     return problems
 
 
-def changes_weights(name: str) -> bool:
-    """Tell whether a file of this name, added to a folder, changes which weights are loaded from it."""
-    return name.endswith((".safetensors", ".safetensors.index.json")) or name == "adapter_config.json"
+def changes_weights(name: str, manifest: Manifest) -> bool:
+    """Tell whether a file changes which weights are loaded from a folder that was written without it."""
+    if name == ADAPTER_CONFIG:
+        # Of an adapter it was written, and a user who moved the base took its entry out.
+        return ADAPTER_TENSORS not in manifest.files
+    return name not in manifest.files and name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def compare(
