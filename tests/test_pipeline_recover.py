@@ -15,6 +15,7 @@ import torch
 
 import structprune
 from structprune.checkpoint.writing import Writing
+from structprune.cli.summary import recovery_lines
 from structprune.errors import EnvironmentFailure, InputError, Interrupted, QualityError
 from structprune.models.opening import Opening
 from structprune.models.streamed import open_model
@@ -141,6 +142,7 @@ def test_an_interrupted_recovery_resumes_with_the_same_bytes(
     assert not (tmp_path / "out").exists()
     report = recover(pruned, tmp_path / "out", keep_adapter=keep_adapter)
     assert report["recovery"]["steps_resumed"] == 16
+    assert "after 16 steps" in recovery_lines(report)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
     assert names(tmp_path / "out") == names(tmp_path / "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}

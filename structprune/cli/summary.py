@@ -41,6 +41,8 @@ def recovery_lines(result: Result) -> str:
     training = result["recovery"]
     loss = f"{number(training['start_loss'])} -> {number(training['best_loss'])}"
     rows = [("held-out loss", f"{loss} after step {training['best_step']}")]
+    if training.get("steps_resumed"):
+        rows += [("resumed", f"after {counted(training['steps_resumed'], 'step')}")]
     if "adapter" in result:
         rows += [("quality", ", ".join(_quality(result["evaluation"])))]
         rows += [("adapter", f"{result['output']} for {result['adapter']['base']}")]

@@ -76,7 +76,7 @@ class RecoverOptions(OptionGroup):
         warmup: Fraction of the steps over which the learning rate rises.
         clip: Largest norm of a step's gradient.
         held_out: Fraction of the sequences that is never trained on and decides what is kept.
-        check_every: Steps from one look at the held-out loss to the next.
+        check_every: Steps from one look at the held-out loss to the next; a killed run goes on from there.
         teacher: The dense model, whose predictions are imitated; none unless given.
         teacher_weight: Share of the teacher in the loss, 0-1.
         temperature: Softens the teacher's predictions; 1 leaves them as they are.
