@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -42,8 +42,18 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # whose boxes cut the names of flags on a narrow terminal
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def _start(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Stand in `--help` for what `_carry_out` answers without a command."""
+
+
 # In this order in `--help`.
 for _run in (
     writers.prune,
@@ -87,7 +97,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def _carry_out(line: Sequence[str]) -> int:
     """Run the words of a command line and say what came of it."""
     as_json = "--json" in line
-    if line == ["--version"]:
+    if line[0] == "--version":
         say(f"structprune {__version__}")
         return 0
     try:

@@ -185,7 +185,10 @@ def _columns(width: int) -> list[ProgressColumn]:
     count = MofNCompleteColumn(table_column=Column(no_wrap=True))
     if width < NARROW:
         return [TextColumn("{task.description}", table_column=Column(no_wrap=True)), count]
-    name, left = TextColumn("{task.description}"), TimeRemainingColumn(compact=True)
+    name, left = (
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+    )
     if width < WIDE:
         return [name, count, left]
     return [name, BarColumn(), count, TimeElapsedColumn(), TextColumn("left"), left]
