@@ -56,9 +56,8 @@ def usual(method: str) -> float | str:
 def short_runs() -> Iterator[None]:
     """Draw no plots, and evaluate next to nothing where nothing was said."""
     # By its path: the package has a function of that name too.
-    finish = import_module("structprune.pipeline.finish")
+    finish, exam = (import_module(f"structprune.{name}") for name in ("pipeline.finish", "evaluation.exam"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finish, "draw", lambda *_: None)
-        patch.setattr(finish, "DEFAULT", {"text": (TEXT,), "windows": 1})
-        patch.setattr(finish, "DEFAULT_LENGTH", 16)
+        patch.setattr(exam, "LEFT_LENGTH", 16)
         yield

@@ -8,7 +8,7 @@ one, as every prompt does in use; it counts into the length.
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,6 +37,26 @@ LONGEST_DEFAULT = 2048
 # So many times the tokens needed are read at most: enough for the draw to reach past a source's first pages,
 # while a corpus of a terabyte costs no more than a book (4 bytes per token: 16 MB for 128 samples of 2048).
 READ_AHEAD = 16
+# Of the windows that were not drawn, so many tell how good the result is; they cost about what 16 samples do.
+LEFT_WINDOWS = 8
+
+
+@dataclass(frozen=True)
+class Left:
+    """The last windows of a text that were not drawn: what a run's result may be measured on.
+
+    They are searched from the end of what is read backwards. Behind the furthest window that can be drawn up
+    to `LEFT_WINDOWS` more are read: where the text reaches so far, these are left whatever the seed is.
+
+    Attributes:
+        text: Where they come from.
+        inputs: Shape [windows, tokens], int64, in the order of the text; there may be none.
+        bos: Which token each begins with.
+    """
+
+    text: TextSource
+    inputs: Tensor
+    bos: "SequenceStart"
 
 
 @dataclass(frozen=True)
@@ -48,10 +68,12 @@ class Calibration:
         facts: JSON-safe: source, column, split, revision, seed, samples, length, bos, tokens_available (those
             that were read), and `sha256` of the token ids, which alone decides whether two calibrations are
             the same.
+        left: What was not drawn.
     """
 
     batches: list[Batch]
     facts: dict[str, Any]
+    left: Left
 
 
 def load(
@@ -89,13 +111,14 @@ def load(
     tokens = window_length(length, max_length)
     first = sequence_start(tokenizer)
     body = tokens - (first.token is not None)
-    ids = encode(pieces(text), tokenizer, limit=samples * body * READ_AHEAD)
-    available = ids.numel()
+    furthest = samples * body * READ_AHEAD
+    ids = encode(pieces(text), tokenizer, limit=furthest + LEFT_WINDOWS * body)
+    available = min(ids.numel(), furthest)
     if available // body < samples:
         raise _too_few(text.source, available, samples, tokens, tokens - body)
-    windows = cut(ids, body)
-    drawn = random.Random(seed).sample(range(len(windows)), samples)
-    inputs = begin(windows[drawn], first.token)
+    windows = begin(cut(ids, body), first.token)
+    drawn = random.Random(seed).sample(range(available // body), samples)
+    inputs = windows[drawn]
     facts = {
         **asdict(text),
         "seed": seed,
@@ -105,7 +128,14 @@ def load(
         "tokens_available": available,
         "sha256": hash_of(inputs),
     }
-    return Calibration([{"input_ids": batch.clone()} for batch in torch.split(inputs, batch_size)], facts)
+    batches: list[Batch] = [{"input_ids": batch.clone()} for batch in torch.split(inputs, batch_size)]
+    return Calibration(batches, facts, Left(text, windows[not_drawn(len(windows), drawn)], first))
+
+
+def not_drawn(windows: int, drawn: Collection[int]) -> list[int]:
+    """Return the last `LEFT_WINDOWS` of so many windows that are not among the drawn ones, in order."""
+    taken = set(drawn)
+    return [index for index in range(windows) if index not in taken][-LEFT_WINDOWS:]
 
 
 def positions(config: PreTrainedConfig) -> int | None:

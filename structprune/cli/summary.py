@@ -146,7 +146,7 @@ def _quality(evaluation: Result) -> list[str]:
         for name, figures in evaluation.get("perplexity", {}).items()
     ]
     found += [f"KL {number(figures['kl'])}" for figures in evaluation.get("divergence", {}).values()]
-    return found
+    return found + list(evaluation.get("protocol", {}).get("flags", ()))
 
 
 def _exact(sparsity: object) -> str:

@@ -74,6 +74,7 @@ def prune(
     tokenizer: Tokenizer = None,
     revision: Revision = None,
     max_ppl_ratio: MaxRatio = None,
+    no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="Measure nothing.")] = False,
     *,
     writes: WritingFlags,
     opens: OpeningFlags,
@@ -98,6 +99,7 @@ def prune(
         "calibration.length": length,
         "calibration.column": column,
         "evaluate.max_ppl_ratio": max_ppl_ratio,
+        "evaluate.skip": no_evaluate or None,
     }
     request = request_recipe(model, config=config, sets=sets or (), flags=flags)
     wanted = [] if len(several) == 1 else [sparsity_of(text) or 0.0 for text in several]

@@ -7,33 +7,29 @@ compared only in one run, on the same windows.
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from structprune.calibration.data import positions, sequence_start, window_length
-from structprune.calibration.text_source import TextSource
-from structprune.calibration.texts import DEMO, name_of, pieces
-from structprune.demo.world import HELD_OUT_SEED
-from structprune.demo.world import text as demo_text
+from structprune.calibration.data import sequence_start
 from structprune.errors import QualityError, UsageError
-from structprune.evaluation.generations import beginnings, generations
+from structprune.evaluation.exam import Exam, read_exam
+from structprune.evaluation.generations import generations
 from structprune.evaluation.harness import harness, metrics
 from structprune.evaluation.harness import save as save_results
+from structprune.evaluation.memory import Memory
 from structprune.evaluation.perplexity import NOT_FINITE, Scores, score
-from structprune.evaluation.protocol import cut_windows, dtype_of, same_footing, stamped_versions
-from structprune.models.streamed import Model
+from structprune.evaluation.protocol import dtype_of, same_footing, stamped_versions
+from structprune.models.streamed import Model, StreamedModel
 from structprune.recipe.options import EvaluateOptions
 
 __all__ = ["Evaluation", "evaluate", "gate", "generations", "harness"]
 
 log = logging.getLogger(__name__)
-
-DEMO_CHARACTERS = 200_000
 
 Numbers = dict[str, dict[str, float | None]]
 
@@ -82,19 +78,21 @@ class Evaluation:
 def evaluate(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
-    options: EvaluateOptions,
+    exam: Exam | EvaluateOptions,
     *,
     dense: Model | None = None,
     dense_tokenizer: PreTrainedTokenizerBase | None = None,
+    memory: Memory | None = None,
 ) -> Evaluation:
     """Measure a model and, in the same run, the dense model it was made from.
 
     Args:
         model: In memory or streamed; tasks need it in memory.
         tokenizer: The model's.
-        options: What to measure; the text "demo" is held-out text of the demo's generator.
+        exam: What to measure, or what to read an exam from.
         dense: The model to compare with, opened from what `options.compare` names or from anything else.
         dense_tokenizer: The dense model's, to check that both read the same tokens.
+        memory: What the dense model said in an earlier evaluation on this exam, and where to keep it.
 
     Raises:
         UsageError: A size is impossible, a task is unknown, or both models do not share the protocol.
@@ -102,47 +100,38 @@ def evaluate(
         EnvironmentFailure: Data cannot be reached, or lm-eval is not installed.
         QualityError: A loss or a perplexity is not finite, or a model answers lm-eval with NaN.
     """
-    names = [name_of(source) for source in options.text]
-    if len(set(names)) < len(names):
-        raise UsageError(f"two texts have the same name: {', '.join(names)}", hint="results are listed by it")
     if dense is not None:
         same_footing(model, tokenizer, dense, dense_tokenizer)
-    longest = positions(model.config)
-    size, first = window_length(options.length, longest), sequence_start(tokenizer)
-    cut = partial(
-        cut_windows,
-        tokenizer=tokenizer,
-        length=size,
-        start=first,
-        stride=options.stride,
-        windows=options.windows,
-    )
-    result = Evaluation(protocol={"texts": {}, "tasks": {}, "versions": stamped_versions(), "flags": []})
-    sources = options.text_sources
-    # All texts are cut before the first forward, so that one that is too short stops the run at once.
-    texts = [cut(_pieces(source), source=source.source) for source in sources]
-    for name, source, (found, stamp) in zip(names, sources, texts, strict=True):
-        log.info("perplexity on %s: %d windows of %d tokens", name, stamp["windows"], size)
-        result.protocol["texts"][name] = stamp | asdict(source) | {"dtype": dtype_of(model)}
-        scores = score(model, found, dense=dense, batch_size=options.batch_size, name=name)
-        _add_text(result, name, scores)
-    if sources and options.generations:
-        chosen = beginnings(_pieces(sources[0]), tokenizer, max_length=longest)
-        result.generations = _side_by_side(chosen, model, dense, tokenizer, first.token)
+    if isinstance(exam, EvaluateOptions):
+        exam = read_exam(exam, tokenizer, model.config, streamed=isinstance(model, StreamedModel))
+    options, memory = exam.options, memory or Memory()
+    flags = [exam.reason] if exam.reason else []
+    result = Evaluation(protocol={"texts": {}, "tasks": {}, "versions": stamped_versions(), "flags": flags})
+    for text in exam.texts:
+        log.info("perplexity on %s: %d windows", text.name, text.stamp["windows"])
+        result.protocol["texts"][text.name] = text.stamp | {"dtype": dtype_of(model)}
+        say = memory.outputs if dense is not None else None
+        found = score(
+            model, text.windows, dense=dense, say=say, batch_size=options.batch_size, name=text.name
+        )
+        _add_text(result, text.name, found)
+    if exam.prompts:
+        result.generations = _side_by_side(exam.prompts, model, dense, tokenizer, memory)
     if options.tasks:
         for which, one in (("model", model), ("dense", dense)):
             if one is not None:
                 log.info("lm-eval on the %s: %s", which, ", ".join(options.tasks))
-                result.harness[which] = harness(
-                    one,
-                    tokenizer,
-                    options.tasks,
-                    include_path=options.include_path,
-                    batch_size=options.batch_size,
-                    limit=options.limit,
-                )
+                run = partial(_run_tasks, one, tokenizer, options)
+                result.harness[which] = run() if which == "model" else memory.once("tasks", run)
         _add_tasks(result, options.limit)
     return result
+
+
+def nothing_measured(exam: Exam) -> Evaluation:
+    """Return the result of an exam that asks for nothing; it says why."""
+    return Evaluation(
+        protocol={"texts": {}, "tasks": {}, "versions": stamped_versions(), "flags": [exam.reason]}
+    )
 
 
 def gate(evaluation: Evaluation, max_ppl_ratio: float) -> None:
@@ -170,28 +159,33 @@ def gate(evaluation: Evaluation, max_ppl_ratio: float) -> None:
         )
 
 
-def _pieces(text: TextSource) -> Iterator[str]:
-    if text.source == DEMO:
-        # The built-in file is what calibration reads; what is measured must be text that it has not seen.
-        return iter([demo_text(HELD_OUT_SEED, DEMO_CHARACTERS)])
-    return pieces(text)
-
-
 def _side_by_side(
     prompts: Sequence[str],
     model: Model,
     dense: Model | None,
     tokenizer: PreTrainedTokenizerBase,
-    first: int | None,
+    memory: Memory,
 ) -> list[dict[str, str | None]]:
+    first = sequence_start(tokenizer).token
     mine: Sequence[str] = generations(model, tokenizer, prompts, first=first)
     other: Sequence[str | None] = [None] * len(prompts)
     if dense is not None:
-        other = generations(dense, tokenizer, prompts, first=first)
+        other = memory.once("generations", partial(generations, dense, tokenizer, prompts, first=first))
     return [
         {"prompt": prompt, "model": one, "dense": two}
         for prompt, one, two in zip(prompts, mine, other, strict=True)
     ]
+
+
+def _run_tasks(model: Model, tokenizer: PreTrainedTokenizerBase, options: EvaluateOptions) -> dict[str, Any]:
+    return harness(
+        model,
+        tokenizer,
+        options.tasks,
+        include_path=options.include_path,
+        batch_size=options.batch_size,
+        limit=options.limit,
+    )
 
 
 def _add_text(result: Evaluation, name: str, scores: Scores) -> None:

@@ -31,12 +31,17 @@ def beginnings(
         max_length: The most positions the model knows.
         tokens: How many tokens are to be continued.
     """
-    room = PROMPT_TOKENS if max_length is None else min(PROMPT_TOKENS, max_length - tokens - 1)
-    if room < 1:
+    room = prompt_length(max_length, tokens)
+    if not room:
         return []
     step = room + tokens
     ids = encode(text, tokenizer, limit=count * step)
     return [str(tokenizer.decode(window)) for window in cut(ids, room, step).tolist()]
+
+
+def prompt_length(max_length: int | None, tokens: int = TOKENS) -> int:
+    """Return how many tokens a prompt has, so that `tokens` more fit; 0 where none do."""
+    return PROMPT_TOKENS if max_length is None else max(0, min(PROMPT_TOKENS, max_length - tokens - 1))
 
 
 def generations(

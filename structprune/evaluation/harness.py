@@ -52,17 +52,9 @@ def harness(
         EnvironmentFailure: lm-eval is not installed, or a task's data cannot be reached.
         QualityError: The model's logits hold NaN.
     """
-    if isinstance(model, StreamedModel):
-        raise UsageError(
-            "lm-eval tasks need the whole model in memory, and it is streamed",
-            hint="open it resident, or leave the tasks out",
-        )
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ModuleNotFoundError as error:
-        hint = "pip install 'structprune[eval]'"
-        raise EnvironmentFailure(f"lm-eval tasks need {error.name}", hint=hint) from None
+    _check_runs(streamed=isinstance(model, StreamedModel))
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
 
     class Finite(HFLM):  # type: ignore[misc]  # lm-eval has no annotations
         """lm-eval's own model; it would count the guess that NaN sorts first as an answer."""
@@ -91,6 +83,18 @@ def harness(
     return results
 
 
+def check_tasks(tasks: Sequence[str], include_path: Path | None, *, streamed: bool) -> None:
+    """Check that lm-eval is there and knows all tasks; their data are not looked at.
+
+    Raises:
+        UsageError: A task is unknown, or the model is streamed.
+        EnvironmentFailure: lm-eval is not installed.
+    """
+    _check_runs(streamed=streamed)
+    with contextlib.redirect_stdout(sys.stderr):
+        _find(tasks, include_path)
+
+
 def metrics(results: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     """Return task -> metric -> value of lm-eval results.
 
@@ -106,6 +110,19 @@ def save(results: dict[str, Any], path: Path) -> None:
 
     text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
     path.write_text(text, encoding="utf-8")
+
+
+def _check_runs(*, streamed: bool) -> None:
+    if streamed:
+        raise UsageError(
+            "lm-eval tasks need the whole model in memory, and it is streamed",
+            hint="open it resident, or leave the tasks out",
+        )
+    try:
+        import lm_eval.models.huggingface  # noqa: F401 - says whether it and what it needs are there
+    except ModuleNotFoundError as error:
+        hint = "pip install 'structprune[eval]'"
+        raise EnvironmentFailure(f"lm-eval tasks need {error.name}", hint=hint) from None
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float | None]:

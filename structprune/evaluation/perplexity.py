@@ -100,6 +100,7 @@ def score(
     text: Windows,
     *,
     dense: Model | None = None,
+    say: Callable[[Model, Sequence[Batch]], Iterator[Output]] | None = None,
     batch_size: int = 8,
     name: str = "the text",
 ) -> Scores:
@@ -109,6 +110,7 @@ def score(
         model: In memory, or streamed.
         text: What to score.
         dense: The model to compare with; in memory or streamed, whatever `model` is.
+        say: Yields what the dense model says of batches, where it need not be asked again.
         batch_size: Windows per forward.
         name: What to call the text in an error.
 
@@ -124,7 +126,9 @@ def score(
     starts = iter(text.starts)
     for low in range(0, len(batches), held):
         group = batches[low : low + held]
-        others: Iterator[Output | None] = repeat(None, len(group)) if dense is None else outputs(dense, group)
+        others: Iterator[Output | None] = repeat(None, len(group))
+        if dense is not None:
+            others = (say or outputs)(dense, group)
         for batch, mine, other in zip(group, outputs(model, group), others, strict=True):
             ids = batch["input_ids"]
             _add(scores, ids, list(islice(starts, len(ids))), mine, other)

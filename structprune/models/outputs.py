@@ -39,11 +39,13 @@ class Output:
         states: What the head reads, shape [batch, tokens, hidden].
         head: Turns some of them, shape [tokens, hidden], into logits, shape [tokens, vocabulary].
         vocabulary: How many logits a token has.
+        body: The class of what the model's body returns.
     """
 
     states: Tensor
     head: Callable[[Tensor], Tensor]
     vocabulary: int
+    body: type[Any]
 
 
 class BodyAndHead:
@@ -82,9 +84,11 @@ class BodyAndHead:
         with self._body(keep):
             self._model(**batch, use_cache=False)
         vocabulary = int(self._model.config.get_text_config().vocab_size)
-        return Output(found[0].last_hidden_state, partial(self._head, type(found[0])), vocabulary)
+        kind = type(found[0])
+        return Output(found[0].last_hidden_state, partial(self.head, kind), vocabulary, kind)
 
-    def _head(self, kind: type[Any], states: Tensor) -> Tensor:
+    def head(self, kind: type[Any], states: Tensor) -> Tensor:
+        """Turn states that the body returned as a `kind`, shape [tokens, hidden], into logits."""
         with self._body(lambda *args, **kwargs: kind(last_hidden_state=states[None])):
             ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
             logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
@@ -152,6 +156,14 @@ def tail(model: Model) -> Iterator[Callable[[Tensor, Batch], Output]]:
 
     with outside(model, "tail"):
         yield finish
+
+
+@contextmanager
+def head_of(model: Model, body: type[Any]) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yield the head of a model whose body returns a `body`, in memory for the length of a `with`."""
+    whole = BodyAndHead(skeleton(model))
+    with outside(model, "tail"):
+        yield partial(whole.head, body)
 
 
 def per_token(measure: Callable[..., Tensor], vocabulary: int, *rows: Tensor) -> Tensor:

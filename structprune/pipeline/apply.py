@@ -15,6 +15,7 @@ from structprune.errors import InputError
 from structprune.models.cost import weight_bytes
 from structprune.models.opening import Opening
 from structprune.pipeline.decision import shaping_versions, write
+from structprune.pipeline.examine import prepare_exam
 from structprune.pipeline.finish import finish
 from structprune.progress import Clock, Progress, silent
 from structprune.pruners.catalogue import find
@@ -73,4 +74,5 @@ def apply(
             ),
             stages=stages(plans),
         )
-        return finish(work, source, clock, record, options=None, progress=progress)
+        exam = prepare_exam(None, source, None)
+        return finish(work, source, clock, record, exam=exam, progress=progress)

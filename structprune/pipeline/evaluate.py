@@ -1,14 +1,20 @@
 """Measures a model, and the dense one in the same run; writes no model."""
 
+import logging
 from typing import Any
 
+from structprune.calibration.texts import DEMO
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.source import open_measured
+from structprune.errors import UsageError
 from structprune.evaluation.evaluation import gate
 from structprune.models.opening import Opening
+from structprune.pipeline.examine import prepare_exam
 from structprune.pipeline.finish import measure
 from structprune.progress import Progress, silent
 from structprune.recipe.options import EvaluateOptions
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -23,20 +29,34 @@ def evaluate(
 
     Args:
         model: "demo", a folder, a hub name, or a kept adapter's folder.
-        options: What to measure; held-out text of the demo's world unless given.
+        options: What to measure; held-out text of the demo's world where it names neither text nor task.
         opening: How both are opened.
         revision: Branch, tag or commit of a hub model.
         progress: Told (stage, done, total).
 
     Raises:
+        UsageError: `options.max_ppl_ratio` is given without `compare`, or as for `prepare_exam`.
         QualityError: `options.max_ppl_ratio` was missed.
     """
-    options = options or EvaluateOptions()
+    options = _with_text(options or EvaluateOptions(), model)
     progress("evaluate", 0, 1)
     source = open_measured(model, resolve(model, revision=revision), opening)
     dense = open_measured(options.compare, resolve(options.compare), opening) if options.compare else None
-    result = measure(source, dense, options)
+    result = measure(source, dense, prepare_exam(options, source, None, dense))
     progress("evaluate", 1, 1)
     if options.max_ppl_ratio is not None:
         gate(result, options.max_ppl_ratio)
     return result.as_json()
+
+
+def _with_text(options: EvaluateOptions, model: str) -> EvaluateOptions:
+    """Return what is measured; whoever asks for nothing gets the text that is always there."""
+    if options.skip:
+        raise UsageError("evaluate.skip leaves nothing to do", hint="leave it out, or name a text or a task")
+    if options.max_ppl_ratio is not None and options.compare is None:
+        raise UsageError("max_ppl_ratio needs a dense model to compare with", hint="name it: --compare DENSE")
+    if options.text or options.tasks:
+        return options
+    if model != DEMO:
+        logger.warning("measuring on the built-in demo text; give --text like what the model will read")
+    return options.model_copy(update={"text": (DEMO,)})

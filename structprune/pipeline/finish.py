@@ -3,24 +3,21 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from structprune.calibration.data import Calibration, positions
+from structprune.calibration.data import Calibration
 from structprune.checkpoint.delivery import Delivery
 from structprune.checkpoint.plans import refer_plans, stages
 from structprune.checkpoint.source import Source
 from structprune.errors import EnvironmentFailure, VerificationError
-from structprune.evaluation.evaluation import Evaluation, evaluate, gate
+from structprune.evaluation.evaluation import Evaluation, evaluate, gate, nothing_measured
+from structprune.evaluation.exam import Exam
+from structprune.evaluation.memory import Memory
 from structprune.models.cost import weight_bytes
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress
 from structprune.proof.verify import verify
-from structprune.recipe.options import EvaluateOptions
 from structprune.recipe.recipe import Recipe
 from structprune.report import card, plots, report
 from structprune.report.report import RunRecord
-
-# Without an `evaluate:` a run still measures what it did, on built-in text: enough for every tokenizer.
-DEFAULT = {"text": ("demo",), "windows": 16}
-DEFAULT_LENGTH = 512
 
 
 def record_of(
@@ -49,8 +46,9 @@ def finish(
     clock: Clock,
     record: RunRecord,
     *,
-    options: EvaluateOptions | None,
+    exam: Exam,
     dense: Source | None = None,
+    memory: Memory | None = None,
     progress: Progress,
 ) -> dict[str, Any]:
     """Measure, prove, report and publish a written folder; return the report.
@@ -60,8 +58,9 @@ def finish(
         source: What it was made from; its model has become what was written.
         clock: The run's.
         record: What the run did.
-        options: What to measure; a few windows of built-in text unless given.
+        exam: What to measure it on.
         dense: What to compare with; the source as it was unless given.
+        memory: What the dense model said already.
         progress: Told (stage, done, total).
 
     Raises:
@@ -70,7 +69,7 @@ def finish(
     """
     compared = dense or source
     with clock.phase("evaluate"):
-        evaluation = measure(source, compared, options)
+        evaluation = measure(source, compared, exam, memory)
     with clock.phase("prove"):
         verification = verify(
             work.folder,
@@ -100,8 +99,8 @@ def finish(
     report.write_report(work.folder, made)
     draw(work, made)
     card.write_card(work.folder, made, source=compared.folder, base=compared.name, recipe=record.recipe)
-    if options is not None and options.max_ppl_ratio is not None:
-        gate(evaluation, options.max_ppl_ratio)
+    if exam.options.max_ppl_ratio is not None:
+        gate(evaluation, exam.options.max_ppl_ratio)
     refer_plans(work.plans, work.folder)
     facts = {
         "method": record.method,
@@ -121,26 +120,22 @@ def draw(work: Delivery, made: Mapping[str, Any]) -> None:
             raise
 
 
-def measure(source: Source, dense: Source | None, options: EvaluateOptions | None) -> Evaluation:
+def measure(source: Source, dense: Source | None, exam: Exam, memory: Memory | None = None) -> Evaluation:
     """Evaluate a run's model, and the dense one in the same run.
 
     Args:
         source: Its model is measured.
         dense: Opened again from its files and measured too; None for no comparison.
-        options: What to measure.
+        exam: What to measure it on.
+        memory: What the dense model said already.
     """
-    if options is None and source.tokenizer is None:
-        return Evaluation()
+    if not exam.texts and not exam.options.tasks:
+        return nothing_measured(exam)
     return evaluate(
         source.model,
         source.checked_tokenizer(),
-        options or default_options(source, generations=not source.opening.stream),
+        exam,
         dense=dense.reopen_model() if dense else None,
         dense_tokenizer=dense.tokenizer if dense else None,
+        memory=memory,
     )
-
-
-def default_options(source: Source, *, generations: bool) -> EvaluateOptions:
-    """Return what a run measures of a model unless told: a few windows of built-in text."""
-    length = min(DEFAULT_LENGTH, positions(source.model.config) or DEFAULT_LENGTH)
-    return EvaluateOptions.model_validate(DEFAULT | {"length": length, "generations": generations})

@@ -7,6 +7,7 @@ from structprune.checkpoint.delivery import deliver, is_delivered
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.writing import Writing
+from structprune.evaluation.memory import Memory
 from structprune.models.cost import weight_bytes
 from structprune.models.opening import Opening
 from structprune.pipeline.decision import (
@@ -17,12 +18,14 @@ from structprune.pipeline.decision import (
     read_scores,
     write,
 )
-from structprune.pipeline.finish import default_options, finish, record_of
+from structprune.pipeline.examine import prepare_exam
+from structprune.pipeline.finish import finish, record_of
 from structprune.pipeline.kept import RECIPE_FILE, kept_report, may_stand
 from structprune.pipeline.recover import check_recovery, recover
 from structprune.progress import Clock, Progress, silent
 from structprune.pruners.pruner import Pruner
 from structprune.recipe.fields import build
+from structprune.recipe.options import EvaluateOptions
 from structprune.recipe.recipe import Recipe
 
 
@@ -56,6 +59,28 @@ def prune(
     if not isinstance(recipe, Recipe):
         place = {"dtype": opening.dtype, "device": opening.device}
         recipe = _recipe(str(recipe), output, pruner, place | options)
+    return prune_recipe(recipe, opening=opening, writing=writing, scores=scores, progress=progress)
+
+
+def prune_recipe(
+    recipe: Recipe,
+    *,
+    opening: Opening,
+    writing: Writing,
+    scores: str | Path | None = None,
+    progress: Progress,
+    memory: Memory | None = None,
+) -> dict[str, Any]:
+    """Prune as a recipe says; arguments and errors are those of `prune`.
+
+    Args:
+        recipe: The run.
+        opening: How the model is opened.
+        writing: How the output is written.
+        scores: What to decide from instead of data.
+        progress: Told (stage, done, total).
+        memory: What the dense model said in an earlier run of the same sweep.
+    """
     clock = Clock()
     with clock.phase("read"):
         folder = resolve(recipe.model, revision=recipe.revision)
@@ -71,6 +96,7 @@ def prune(
             check_recovery(recipe.recover, source)
         kept = read_scores(Path(scores), recipe.prune, source) if scores else None
         calibration = None if kept else calibrate_on(recipe, source)
+        exam = prepare_exam(recipe.evaluate, source, calibration.left if calibration else None)
     run = fingerprint(recipe, source, calibration) | ({"scores": kept.id} if kept else {})
     if recipe.recover is None and (report := kept_report(final, run, recipe.evaluate, writing)):
         return report
@@ -83,10 +109,10 @@ def prune(
             with clock.phase("write"):
                 work.write_text(RECIPE_FILE, recipe.text())
                 write(source, work, plans, progress)
-            result = finish(work, source, clock, record, options=recipe.evaluate, progress=progress)
+            result = finish(work, source, clock, record, exam=exam, memory=memory, progress=progress)
         if recipe.recover is None:
             return result
-    chosen = recipe.evaluate or default_options(source, generations=True)
+    chosen = recipe.evaluate or EvaluateOptions()
     return recover(
         str(final),
         recipe.output,

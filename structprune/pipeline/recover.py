@@ -23,12 +23,14 @@ from structprune.checkpoint.plans import plans_of, save_plans, stages
 from structprune.checkpoint.source import Source, open_source
 from structprune.checkpoint.writing import Writing
 from structprune.errors import QualityError
+from structprune.evaluation.exam import Exam
 from structprune.machine import versions
 from structprune.models.cost import weight_bytes
 from structprune.models.identity import names_of, skeleton
 from structprune.models.opening import Opening
 from structprune.models.streamed import open_skeleton
 from structprune.pipeline.decision import shaping_versions
+from structprune.pipeline.examine import prepare_exam
 from structprune.pipeline.finish import finish, measure
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress, silent
@@ -56,7 +58,7 @@ class _Task:
         windows: The text.
         teacher: The dense model that is imitated, if any.
         compared: The dense model that the report compares with, if any.
-        evaluate: What to measure.
+        exam: What to measure the result on.
         progress: Told (stage, done, total).
         clock: The run's.
     """
@@ -67,7 +69,7 @@ class _Task:
     windows: TrainingWindows
     teacher: Source | None
     compared: Source | None
-    evaluate: EvaluateOptions | None
+    exam: Exam
     progress: Progress
     clock: Clock
 
@@ -95,7 +97,7 @@ def recover(
         opening: How the models are opened; always in memory, and in the dtype of the files.
         writing: How the output is written.
         revision: Branch, tag or commit of a hub model.
-        evaluate: What to measure, the default of a prune run unless given; the report compares with its
+        evaluate: What to measure; what training left of its text unless given. The report compares with its
             `compare`, or with the teacher where it names none.
         progress: Told (stage, done, total).
 
@@ -116,7 +118,8 @@ def recover(
         teacher = _open_other(options.teacher, opening)
         dense = evaluate.compare if evaluate else None
         compared = teacher if dense in (None, options.teacher) else _open_other(dense, opening)
-    task = _Task(options, source, plans, windows, teacher, compared, evaluate, progress, clock)
+        exam = prepare_exam(evaluate, source, windows.left, compared)
+    task = _Task(options, source, plans, windows, teacher, compared, exam, progress, clock)
     processes = Processes(opening.device)
     run = _fingerprint(task, processes)
     if not processes.writes:
@@ -260,7 +263,7 @@ def _publish_merged(work: Delivery, task: _Task, recovery: Recovery, recipe: str
         task.source,
         task.clock,
         record,
-        options=task.evaluate,
+        exam=task.exam,
         dense=task.compared,
         progress=task.progress,
     )
@@ -275,7 +278,7 @@ def _publish_adapter(work: Delivery, task: _Task, recovery: Recovery) -> dict[st
     with task.clock.phase("write"):
         save_adapter(work.folder, adapter)
     with task.clock.phase("evaluate"):
-        evaluation = measure(source, task.compared, task.evaluate)
+        evaluation = measure(source, task.compared, task.exam)
     made = {
         "output": str(work.final),
         "adapter": {

@@ -16,6 +16,7 @@ from structprune.checkpoint.plans import folder_of
 from structprune.checkpoint.source import Source
 from structprune.checkpoint.writing import Writing
 from structprune.errors import UsageError
+from structprune.evaluation.memory import Memory
 from structprune.models.cost import weight_bytes
 from structprune.models.opening import Opening
 from structprune.models.streamed import open_skeleton
@@ -26,9 +27,10 @@ from structprune.pipeline.decision import (
     open_stage_plan,
     write,
 )
+from structprune.pipeline.examine import prepare_exam
 from structprune.pipeline.finish import finish, record_of
 from structprune.pipeline.kept import RECIPE_FILE, kept_report, may_stand
-from structprune.pipeline.prune import prune
+from structprune.pipeline.prune import prune_recipe
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress, silent
 from structprune.pruners.forecast import forecast_all
@@ -69,10 +71,13 @@ def prune_each(
     opened = open_skeleton(resolve(recipe.model, revision=recipe.revision), opening)
     for one in recipes.values():
         forecast_all(one.prune, opened)
-    runs = {
-        name: prune(one, opening=opening, writing=writing, progress=progress) for name, one in recipes.items()
-    }
-    return {"runs": runs}
+    with Memory() as memory:
+        return {
+            "runs": {
+                name: prune_recipe(one, opening=opening, writing=writing, progress=progress, memory=memory)
+                for name, one in recipes.items()
+            }
+        }
 
 
 def recipes_of(recipe: Recipe, goals: Sequence[float | str]) -> dict[str, Recipe]:
@@ -145,12 +150,14 @@ def sweep(
         stages = [only_stage(one) for one in recipes.values()]
         source = open_recipe_model(recipe, folder, stages, opening)
         calibration = calibrate_on(recipe, source)
+        exam = prepare_exam(recipe.evaluate, source, calibration.left if calibration else None)
     prints = {name: fingerprint(one, source, calibration) for name, one in recipes.items()}
     runs = {name: kept_report(finals[name], prints[name], recipe.evaluate, writing) for name in recipes}
     missing = {name: one for name, one in recipes.items() if runs[name] is None}
     for name in missing:
         check_output(folder, finals[name], overwrite=writing.overwrite)
     with ExitStack() as stack:
+        memory = stack.enter_context(Memory())
         works = {name: stack.enter_context(deliver(finals[name], prints[name], writing)) for name in missing}
         resumed = _decide_each(missing, source, calibration, works, clock, progress)
         for name, one in missing.items():
@@ -160,7 +167,7 @@ def sweep(
             pruner.apply(own.model, plan)
             works[name].write_text(RECIPE_FILE, one.text())
             write(own, works[name], [plan], progress)
-            runs[name] = finish(works[name], own, clock, record, options=one.evaluate, progress=progress)
+            runs[name] = finish(works[name], own, clock, record, exam=exam, memory=memory, progress=progress)
     return {"runs": runs}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from structprune.errors import UsageError
 from structprune.pruners.catalogue import check_name, names
@@ -29,7 +29,7 @@ class Settings(Where):
         tokenizer: A folder with the tokenizer, where the model's own has none or another is meant.
         calibration: What the pruner looks at.
         recover: Train afterwards; not unless given.
-        evaluate: What to measure beyond the default.
+        evaluate: What to measure; false for nothing.
     """
 
     revision: Text | None = None
@@ -37,6 +37,13 @@ class Settings(Where):
     calibration: CalibrationOptions = CalibrationOptions()
     recover: RecoverOptions | None = None
     evaluate: EvaluateOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_evaluation(cls, data: object) -> object:
+        if isinstance(data, Mapping) and data.get("evaluate") is False:
+            return {**data, "evaluate": {"skip": True}}
+        return data
 
     @field_validator("recover", mode="before")
     @classmethod

@@ -1,9 +1,8 @@
 """What a recipe says beside its stages: what to calibrate on, how to recover, what to evaluate."""
 
-from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -122,7 +121,8 @@ class EvaluateOptions(OptionGroup):
     """What is measured on a model.
 
     Args:
-        text: Texts for the perplexity: files, data sets, or "demo" for held-out text of the demo's world.
+        text: Texts for the perplexity: files, data sets, or "demo" for held-out text of the demo's world. A
+            run without texts or tasks takes what calibration left of its source.
         tasks: Tasks of lm-eval.
         include_path: A folder with lm-eval task files of your own.
         length: Tokens per window; min(2048, the model's positions) unless given.
@@ -132,6 +132,7 @@ class EvaluateOptions(OptionGroup):
         compare: The dense model to measure in the same run; `prune` always compares with its own.
         limit: Only so many documents of each task.
         max_ppl_ratio: The highest perplexity allowed, as a multiple of the dense model's.
+        skip: Measure nothing; a recipe may say `evaluate: false`.
         generations: Whether three beginnings are continued by both models, for the report.
         column: Which column holds the text.
         split: Which split of a data set.
@@ -148,6 +149,7 @@ class EvaluateOptions(OptionGroup):
     compare: Text | None = None
     limit: Count | None = None
     max_ppl_ratio: Positive | None = None
+    skip: bool = False
     generations: bool = True
     column: Text | None = None
     split: Text = "test"
@@ -163,12 +165,19 @@ class EvaluateOptions(OptionGroup):
     def _one_or_several(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _something_to_measure(cls, data: object) -> object:
-        if isinstance(data, Mapping) and not data.get("text") and not data.get("tasks"):
-            return {**data, "text": ("demo",)}
-        return data
+    @model_validator(mode="after")
+    def _gate_has_a_text(self) -> Self:
+        if self.max_ppl_ratio is not None and self.skip:
+            raise UsageError(
+                "max_ppl_ratio needs an evaluation, and none is asked for",
+                hint="leave out --no-evaluate (evaluate.skip), or --max-ppl-ratio",
+            )
+        if self.max_ppl_ratio is not None and not self.text:
+            raise UsageError(
+                "max_ppl_ratio needs a text to hold the model to: evaluate.text is not given",
+                hint="name one: --set evaluate.text=FILE (--text FILE of `structprune evaluate`)",
+            )
+        return self
 
 
 def sparsity_of(

@@ -9,11 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from structprune.calibration.data import (
+    LEFT_WINDOWS,
     READ_AHEAD,
+    Left,
     begin,
     cut,
     encode,
     hash_of,
+    not_drawn,
     pieces,
     sequence_start,
     window_length,
@@ -33,10 +36,12 @@ class TrainingWindows:
         ids: Shape [windows, length], int64.
         facts: JSON-safe: source, column, split, revision, seed, windows, length, bos, tokens_available, and
             the sha256 of the token ids.
+        left: What was not drawn.
     """
 
     ids: Tensor
     facts: dict[str, Any]
+    left: Left
 
 
 def draw(
@@ -66,27 +71,29 @@ def draw(
     tokens = window_length(length, max_length)
     first = sequence_start(tokenizer)
     body = tokens - (first.token is not None)
-    ids = encode(pieces(text), tokenizer, limit=limit * body * READ_AHEAD)
-    windows = cut(ids, body)
-    if len(windows) < 2:
+    furthest = limit * body * READ_AHEAD
+    ids = encode(pieces(text), tokenizer, limit=furthest + LEFT_WINDOWS * body)
+    available = min(ids.numel(), furthest)
+    windows = begin(cut(ids, body), first.token)
+    if available // body < 2:
         raise InputError(
-            f"{text.source}: {ids.numel()} tokens are too few: recovery needs at least 2 windows of {tokens}",
-            hint=f"use a length of at most {ids.numel() // 2}, or more text"
-            if len(ids) > 3
+            f"{text.source}: {available} tokens are too few: recovery needs at least 2 windows of {tokens}",
+            hint=f"use a length of at most {available // 2}, or more text"
+            if available > 3
             else "use more text",
         )
-    drawn = random.Random(seed).sample(range(len(windows)), min(limit, len(windows)))
-    inputs = begin(windows[drawn], first.token)
+    drawn = random.Random(seed).sample(range(available // body), min(limit, available // body))
+    inputs = windows[drawn]
     facts = {
         **asdict(text),
         "seed": seed,
         "windows": len(inputs),
         "length": tokens,
         "bos": first.rule,
-        "tokens_available": ids.numel(),
+        "tokens_available": available,
         "sha256": hash_of(inputs),
     }
-    return TrainingWindows(inputs, facts)
+    return TrainingWindows(inputs, facts, Left(text, windows[not_drawn(len(windows), drawn)], first))
 
 
 def split_off(windows: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -144,11 +144,17 @@ def _protocol(report: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"Perplexity on {name}: {stamp.get('windows')} windows of {stamp.get('length')} tokens {stride}, "
             f"{stamp.get('scored_tokens')} tokens scored, beginning-of-sequence rule `{stamp.get('bos')}`, "
-            f"computed in {stamp.get('dtype')}; sha256 of the text `{str(stamp.get('sha256'))[:16]}`. "
+            f"computed in {stamp.get('dtype')}; sha256 of the {_hash_of(stamp)}. "
             "Divergence is the mean KL(dense || pruned) per token, ± one standard error over windows."
         )
     for flag in protocol.get("flags", ()):
         yield f"Note: {flag}."
+
+
+def _hash_of(stamp: Mapping[str, Any]) -> str:
+    """Return what identifies a text: itself, or the tokens where only some of its windows were taken."""
+    what, key = ("text", "sha256") if "sha256" in stamp else ("token ids", "tokens_sha256")
+    return f"{what} `{str(stamp.get(key))[:16]}`"
 
 
 def _calibration(facts: Mapping[str, Any] | None) -> str:

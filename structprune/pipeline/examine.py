@@ -1,0 +1,53 @@
+"""What a run's result will be measured on: chosen, read and checked before the run computes anything."""
+
+from structprune.calibration.data import Left, positions
+from structprune.calibration.texts import DEMO
+from structprune.checkpoint.source import Source
+from structprune.evaluation.exam import LEFT_LENGTH, Exam, exam_on_left, read_exam
+from structprune.evaluation.protocol import same_footing
+from structprune.recipe.options import EvaluateOptions
+
+DEMO_WINDOWS = 8
+
+
+def prepare_exam(
+    options: EvaluateOptions | None, source: Source, looked_at: Left | None, dense: Source | None = None
+) -> Exam:
+    """Return what to measure a run's result on.
+
+    A run that was told neither texts nor tasks takes what it has left of the text that it looks at; of the
+    built-in text another part of the same world. One that looks at none measures nothing: any text of ours
+    would say little about what the model is for.
+
+    Args:
+        options: What the recipe says of the evaluation.
+        source: The model.
+        looked_at: What the run leaves of its text; None where it looks at no data.
+        dense: What the result is compared with, where that is another model.
+
+    Raises:
+        UsageError: A size is impossible, a task is unknown, or the models cannot be compared.
+        InputError: A text cannot be trusted or is too short, or there is no tokenizer that fits.
+        EnvironmentFailure: Data cannot be reached, or lm-eval is not installed.
+    """
+    streamed = bool(source.opening.stream)
+    asked = options or EvaluateOptions()
+    if asked.skip:
+        return Exam(asked, reason="nothing was measured: no evaluation was asked for")
+    if not asked.text and not asked.tasks:
+        if looked_at is None:
+            why = "no perplexity was measured: the run looked at no data"
+            return Exam(asked, reason=f"{why}; name a text with evaluate.text")
+        if "generations" not in asked.model_fields_set:
+            # Without a cache each of their tokens reads a streamed model once.
+            asked = asked.model_copy(update={"generations": not streamed})
+    tokenizer = source.checked_tokenizer()
+    if dense is not None:
+        same_footing(source.model, tokenizer, dense.model, dense.tokenizer)
+    if asked.text or asked.tasks or looked_at is None:
+        return read_exam(asked, tokenizer, source.model.config, streamed=streamed)
+    if looked_at.text.source == DEMO:
+        length = asked.length or min(LEFT_LENGTH, positions(source.model.config) or LEFT_LENGTH)
+        sizes = {"text": (DEMO,), "windows": asked.windows or DEMO_WINDOWS, "length": length}
+        return read_exam(asked.model_copy(update=sizes), tokenizer, source.model.config)
+    return exam_on_left(asked, looked_at, tokenizer, source.model.config)
