@@ -124,8 +124,8 @@ def evaluating(**given: object) -> EvaluateOptions:
     return choose_settings(EVALUATE, flags=flags).evaluate or EvaluateOptions()
 
 
-def test_without_texts_and_tasks_the_built_in_text_is_measured():
-    assert evaluating().text == ("demo",)
+def test_texts_and_tasks_are_those_that_are_named():
+    assert evaluating().text == ()
     assert evaluating(tasks="a, b").tasks == ("a", "b")
     assert evaluating(tasks="a").text == ()
 

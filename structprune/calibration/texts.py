@@ -56,6 +56,13 @@ def texts(text: TextSource) -> Iterator[str]:
         yield from _dataset(text.source, column, text.split, text.revision)
 
 
+def check_text(text: TextSource) -> None:
+    """Check that a source is there and begins with text; errors are those of `texts`."""
+    for _ in texts(text):
+        return
+    raise InputError(f"{text.source}: no text in it", hint="it has no rows or lines")
+
+
 def pieces(text: TextSource) -> Iterator[str]:
     """Yield a source as one running text, in pieces that are long enough to be tokenised one by one.
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from structprune.checkpoint.manifest import MANIFEST, OURS
+from structprune.models.opening import Opening
 from structprune.storage.durable import DurableFile, blame
 from structprune.storage.safe_open import CHUNK_BYTES, open_regular, read_at
 
@@ -46,6 +47,25 @@ def side_files(source: Path) -> list[str]:
                 f"{folder}/{path.name}" for path in (source / folder).iterdir() if path.suffix == ".jinja"
             ]
     return sorted(names)
+
+
+def check_side_files(source: Path, opening: Opening) -> None:
+    """Check that every file that will be copied beside the weights can be read, before there is work to lose.
+
+    Args:
+        source: A model folder.
+        opening: How it is opened, and which other folder its tokenizer comes from.
+
+    Raises:
+        InputError: A file is not a regular one, or a link leads out of its folder.
+        EnvironmentFailure: A file cannot be read.
+    """
+    paths = [(source / name, source) for name in side_files(source)]
+    if opening.tokenizer is not None and (other := Path(opening.tokenizer).expanduser()).is_dir():
+        paths += [(other / name, other) for name in side_files(other) if _OF_TOKENIZER.fullmatch(name)]
+    for path, folder in paths:
+        with open_regular(path, opening.root(folder)):
+            pass
 
 
 def copy_side_files(source: Path, dest: Path, *, allow_external_symlinks: bool = False) -> dict[str, str]:

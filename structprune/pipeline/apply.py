@@ -9,6 +9,7 @@ from structprune.checkpoint.delivery import deliver
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.plans import read_plans, save_plans, stages
+from structprune.checkpoint.side_files import check_side_files
 from structprune.checkpoint.source import open_source
 from structprune.checkpoint.writing import Writing
 from structprune.errors import InputError
@@ -52,6 +53,7 @@ def apply(
         final = check_output(
             folder, Path(output), overwrite=writing.overwrite, needed_bytes=weight_bytes(folder)
         )
+        check_side_files(folder, opening)
         plans = read_plans(Path(plan))
         source = open_source(model, folder, opening)
         if plans[0].weights != source.scan.weights:

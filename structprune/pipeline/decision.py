@@ -13,6 +13,7 @@ from structprune.calibration import data
 from structprune.checkpoint.delivery import Delivery
 from structprune.checkpoint.export import export
 from structprune.checkpoint.plans import folder_of, plans_of, read_plans
+from structprune.checkpoint.side_files import check_side_files
 from structprune.checkpoint.source import Source, open_source
 from structprune.errors import InputError, UsageError
 from structprune.machine import versions
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_recipe_model(recipe: Recipe, folder: Path, stages: Sequence[Pruner], opening: Opening) -> Source:
-    """Open the model of a recipe and ask every stage whether it can prune it.
+    """Check the files of a recipe's model, open it and ask every stage whether it can prune it.
 
     Args:
         recipe: Which model, in which dtype and on which device.
@@ -42,6 +43,7 @@ def open_recipe_model(recipe: Recipe, folder: Path, stages: Sequence[Pruner], op
         InputError: It is pruned already, and `opening.from_dense` is set.
         UsageError: A stage cannot prune it, or not nearly as much as was asked for.
     """
+    check_side_files(folder, recipe.opening(opening))
     source = open_source(recipe.model, folder, recipe.opening(opening))
     prior = prior_of(source.model, source.reader, source.scan.zeros, opening)
     tell_prior(prior, folder, opening)

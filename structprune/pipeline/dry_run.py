@@ -5,17 +5,21 @@ from dataclasses import replace
 from typing import Any
 
 from structprune.calibration.data import positions, window_length
+from structprune.calibration.texts import check_text
 from structprune.checkpoint.integrity import check_weights, intact_manifest
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.modelling import needs_code
 from structprune.checkpoint.output import check_output
+from structprune.checkpoint.side_files import check_side_files
 from structprune.checkpoint.writing import Writing
+from structprune.evaluation.exam import read_exam
 from structprune.models.arch import blocks
 from structprune.models.cost import file_bytes, parameters_of, weight_bytes
 from structprune.models.identity import stored_layout
 from structprune.models.opening import RESIDENT_COPIES, Opening
 from structprune.models.remembered import remembered
 from structprune.models.streamed import StreamedModel, open_skeleton
+from structprune.models.tokenizer import check_vocabulary, open_tokenizer
 from structprune.pipeline.kept import may_stand
 from structprune.pipeline.sweep import recipes_of
 from structprune.proof.prior import prior_of, tell_prior
@@ -63,6 +67,7 @@ def dry_run(
     forecasts = forecast_all(recipe.prune, opened)
     streamed = bool(recipe.opening(opening).resolve(folder, opened.reader.nbytes).stream)
     length = window_length(recipe.calibration.length, positions(opened.config))
+    _check_inputs(recipe, opened, recipe.opening(opening), streamed)
     left = forecasts[-1].left
     return {
         "output": str(recipe.output),
@@ -90,6 +95,26 @@ def dry_run(
         ],
         "note": "zeros make neither the files smaller nor dense kernels faster",
     }
+
+
+def _check_inputs(recipe: Recipe, opened: StreamedModel, opening: Opening, streamed: bool) -> None:
+    """Refuse what the run would refuse of the files that it reads beside the weights."""
+    folder, asked = opened.reader.folder, recipe.evaluate
+    check_side_files(folder, opening)
+    needs_data = any(pruner.looks_at_data for pruner in recipe.prune)
+    measures = asked is not None and not asked.skip and bool(asked.text or asked.tasks)
+    if needs_data:
+        check_text(recipe.calibration.text_source)
+    if recipe.recover is not None:
+        check_text(recipe.recover.text_source)
+        if recipe.recover.teacher is not None:
+            resolve(recipe.recover.teacher)
+    if needs_data or measures or recipe.recover is not None:
+        tokenizer = open_tokenizer(folder, opening)
+        check_vocabulary(tokenizer, opened)
+        assert tokenizer is not None
+        if asked is not None and measures:
+            read_exam(asked, tokenizer, opened.config, streamed=streamed)
 
 
 def _memory(opened: StreamedModel, recipe: Recipe, length: int, streamed: bool) -> int:

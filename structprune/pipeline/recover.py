@@ -20,6 +20,7 @@ from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.manifest import OURS
 from structprune.checkpoint.output import check_output, discard
 from structprune.checkpoint.plans import plans_of, save_plans, stages
+from structprune.checkpoint.side_files import check_side_files
 from structprune.checkpoint.source import Source, open_source
 from structprune.checkpoint.writing import Writing
 from structprune.errors import QualityError
@@ -112,6 +113,7 @@ def recover(
         folder = resolve(model, revision=revision)
         needed = weight_bytes(folder)
         final = check_output(folder, Path(output), overwrite=writing.overwrite, needed_bytes=needed)
+        check_side_files(folder, opening)
         source = open_source(model, folder, opening)
         plans = [plan.beside_weights() for plan in plans_of(folder)]
         windows = _windows(source, options)
