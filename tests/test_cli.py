@@ -125,7 +125,8 @@ def test_the_flags_of_prune_become_a_recipe(calls, command):
             "--allow-external-symlinks",
         ),
         *("--set", "compare=matrix", "--include", "mlp", "--exclude", "down", "--exclude", "up", "--restart"),
-        *("--revision", "main", "--max-ppl-ratio", "1.5", "--overwrite", "--trust-remote-code"),
+        *("--revision", "main", "--max-ppl-ratio", "1.5", "--set", "evaluate.text=words.txt"),
+        *("--overwrite", "--trust-remote-code"),
     )
 
     recipe, options = recipe_of(calls)
