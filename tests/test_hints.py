@@ -12,7 +12,8 @@ from structprune import errors
 from structprune.cli import app
 from structprune.errors import Interrupted, StructpruneError
 from structprune.pruners.catalogue import find, names
-from structprune.recipe.recipe import Recipe, RecoverOptions
+from structprune.recipe.options import EvaluateOptions, RecoverOptions
+from structprune.recipe.recipe import Recipe
 from tests.test_imports import MODULES, ROOT, TREES
 
 KINDS = {
@@ -27,7 +28,10 @@ FLAGS = {
     for parameter in command.params
     for flag in (*parameter.opts, *parameter.secondary_opts)
 } | {"--help", "--version"}
-GROUPS = {name: field.annotation for name, field in Recipe.model_fields.items()} | {"recover": RecoverOptions}
+GROUPS = {name: field.annotation for name, field in Recipe.model_fields.items()} | {
+    "recover": RecoverOptions,
+    "evaluate": EvaluateOptions,
+}
 
 
 def text_of(node: ast.AST) -> Iterator[str]:

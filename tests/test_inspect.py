@@ -26,7 +26,8 @@ def test_a_method_that_cannot_prune_a_model_says_why(tmp_path, command):
 
     assert rows["wanda"]["reason"] is None
     assert "Conv1D" in rows["armor"]["reason"]
-    assert f"no: {rows['armor']['reason']}" in command("inspect", folder).out
+    shown = " ".join(command("inspect", folder).out.split())  # however long the folder's name makes the lines
+    assert f"no: {rows['armor']['reason']}" in shown
 
 
 def test_a_goal_that_a_method_cannot_have_is_refused():

@@ -163,8 +163,8 @@ class TestKeys:
             with pytest.raises(TypeError, match="indexed by Key"):
                 ask(decisions)
 
-    def test_every_kind_is_one_of_six_edits(self) -> None:
-        assert set(EDITS.values()) == {"mask", "value", "parts", "keep", "drop", "none"}
+    def test_every_kind_is_one_of_seven_edits(self) -> None:
+        assert set(EDITS.values()) == {"mask", "value", "parts", "keep", "drop", "members", "none"}
         with pytest.raises(InputError, match="kind 'msak' is not known"):
             Key.parse("model.layers.0.weight:msak")
 

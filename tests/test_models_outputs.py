@@ -62,13 +62,13 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> int:
 def widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each run of a head was given."""
     seen: list[int] = []
-    real = BodyAndHead._head
+    real = BodyAndHead.head
 
     def head(self: BodyAndHead, kind: type[Any], states: Tensor) -> Tensor:
         seen.append(len(states))
         return real(self, kind, states)
 
-    monkeypatch.setattr(BodyAndHead, "_head", head)
+    monkeypatch.setattr(BodyAndHead, "head", head)
     return seen
 
 

@@ -268,7 +268,7 @@ def test_damaged_generation_configs_are_refused(own_llama: Path) -> None:
         ({"hidden_act": "unheard_of"}, r"config\.json: .*unheard_of"),
         ({"hidden_size": "many"}, r"config\.json"),
         ({"num_hidden_layers": 3}, r"3 blocks .* hold 2"),
-        ({"num_hidden_layers": 1}, r"1 blocks .* hold 2"),
+        ({"num_hidden_layers": 1}, r"1 block .* hold 2"),
         ({"intermediate_size": 64}, "another shape"),
         ({"tie_word_embeddings": True}, r"ties 'lm_head\.weight'"),
     ],

@@ -35,6 +35,8 @@ class Forecast:
         exact: Whether `left` is exactly what will be; else only the rounding multiple is sure.
         found: How many of the units are gone already.
         near: What could be asked for instead and be reached, next below and above; empty where any can.
+        by_rounding: Whether rounding alone stands between what was asked and what is reached; folded products
+            hold no zeros on purpose.
     """
 
     unit: str
@@ -45,6 +47,7 @@ class Forecast:
     exact: bool = True
     found: int = 0
     near: tuple[float, ...] = ()
+    by_rounding: bool = True
 
     @property
     def wanted(self) -> Fraction | None:
@@ -64,7 +67,7 @@ class Forecast:
         Raises:
             UsageError: Not half of it is reached; names what could be.
         """
-        if not self.wanted or self.reachable is None or not self.of:
+        if not self.wanted or self.reachable is None or not self.of or not self.by_rounding:
             return
         reached = Fraction(self.reachable, self.of)
         said = f"asked for {self.asked} of the {self.unit}, whole units reach {float(reached):.3g}"

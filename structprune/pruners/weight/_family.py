@@ -245,12 +245,12 @@ class WeightPruner(Targets, BlockwisePruner):
             "weights",
             self.asked,
             self._removed(leaving),
-            # Folded products hold no zeros: there is nothing of which a share could be reached.
-            sum(out * inputs for out, inputs in shapes) if self.leaves_zeros else 0,
+            sum(out * inputs for out, inputs in shapes),
             left_of(model, outline, patch),
             found=zeros_found(model, stored_names(names_of(model), targets)),
             # A budget hands out its total to the last weight.
             near=reached_near(shapes, self.sparsity, self.compare) if self.budget is None else (),
+            by_rounding=self.leaves_zeros,
         )
 
     @final
