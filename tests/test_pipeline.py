@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ def digests(folder: Path, *, of: str = "*.safetensors") -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob(of))
+        if path.is_file()
     }
 
 
@@ -177,13 +180,18 @@ def test_an_unfinished_run_of_another_kind_is_named_and_forgotten_only_when_told
     llama: Path, tmp_path: Path
 ) -> None:
     def stop(stage: str, done: int, total: int) -> None:
-        raise Interrupted(signal.SIGTERM)
+        if stage.startswith("calibrate") and done:
+            raise Interrupted(signal.SIGTERM)
 
     with pytest.raises(Interrupted):
         structprune.prune(llama, tmp_path / "out", "wanda", progress=stop, **QUICK)
     other = QUICK | {"seed": 1}
-    with pytest.raises(EnvironmentFailure, match=r"differs in .*calibration\.seed"):
+    with pytest.raises(EnvironmentFailure, match=r"differs in .*calibration\.seed") as caught:
         structprune.prune(llama, tmp_path / "out", "wanda", **other)
+    assert "it left 01-wanda (1 block decided); " in caught.value.message
+    left = next(tmp_path.glob("out.partial-*"))
+    assert f"finish it with `structprune prune {left}/structprune/recipe.yaml`" in caught.value.hint
+    assert "--restart" in caught.value.hint
     assert (
         structprune.prune(llama, tmp_path / "out", "wanda", **other | {"writing": RESTART})["blocks_resumed"]
         == 0
@@ -242,6 +250,60 @@ def test_a_missed_quality_gate_publishes_nothing(llama: Path, tmp_path: Path) ->
     with pytest.raises(QualityError, match="perplexity"):
         structprune.prune(llama, tmp_path / "out", "wanda", **strict)
     assert not (tmp_path / "out").exists()
+    # The corrected command is not in the way of the missed one; the same one with another gate resumes.
+    assert structprune.prune(llama, tmp_path / "out", "wanda", **QUICK)["blocks_resumed"] == 2
+    with pytest.raises(QualityError, match="perplexity"):
+        structprune.prune(llama, tmp_path / "less", "wanda", sparsity=0.5, **strict)
+    assert structprune.prune(llama, tmp_path / "less", "wanda", sparsity=0.25, **QUICK)["blocks_resumed"] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["less", "out"]
+
+
+def test_every_command_protects_what_it_reads(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    structprune.prune(llama, out, "magnitude", **QUICK)
+    for name in ("teacher", "dense", "plan", "scores", "tasks", "model"):
+        shutil.copytree(out, out / name)
+    shutil.copy(TEXT, out / "text.txt")
+    (out / "recipe.yaml").write_text(
+        f"model: {llama}\noutput: {out}\nprune: {{method: magnitude, sparsity: 0.5}}\n"
+    )
+    text, before = str(out / "text.txt"), digests(tmp_path, of="*")
+    over = {"writing": Writing(overwrite=True, reload=False)}
+    base = {"model": str(llama), "output": out, "prune": "magnitude"}
+    runs: dict[str, Callable[[], object]] = {
+        "calibration text": lambda: structprune.prune(
+            llama, out, "wanda", calibration={"source": text}, **over
+        ),
+        "kept scores": lambda: structprune.prune(llama, out, "wanda", scores=out / "scores", **over),
+        "recipe": lambda: structprune.prune(structprune.choose_recipe(str(out / "recipe.yaml")), **over),
+        "training text": lambda: structprune.recover(
+            str(llama), out, structprune.RecoverOptions(data=text), **over
+        ),
+        "teacher": lambda: structprune.recover(
+            str(llama), out, structprune.RecoverOptions(teacher=str(out / "teacher")), **over
+        ),
+        "model to compare with": lambda: structprune.prune(
+            llama, out, "wanda", evaluate={"compare": str(out / "dense")}, **over
+        ),
+        "text to measure on": lambda: structprune.prune(llama, out, "wanda", evaluate={"text": text}, **over),
+        "folder of task files": lambda: structprune.prune(
+            llama, out, "wanda", evaluate={"tasks": "mine", "include_path": str(out / "tasks")}, **over
+        ),
+        "plan": lambda: structprune.apply(str(llama), out, out / "plan", **over),
+        "model": lambda: structprune.export(str(out / "model"), out, "bitmask", **over),
+        "tokenizer": lambda: structprune.dry_run(
+            structprune.Recipe.model_validate(base | {"tokenizer": str(out / "model")}), **over
+        ),
+    }
+    for what, start in runs.items():
+        with pytest.raises(UsageError, match=rf"the output holds the {what} {out}/"):
+            start()
+    sweep = structprune.Recipe.model_validate(base | {"calibration": {"source": str(out / "0.5" / "t.txt")}})
+    (out / "0.5").mkdir()
+    (out / "0.5" / "t.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="the output holds the calibration text"):
+        structprune.prune_each(sweep, [0.25, 0.5], **over)
+    assert digests(tmp_path, of="*") | before == digests(tmp_path, of="*")
 
 
 def test_a_pattern_that_does_not_divide_is_refused_before_anything_is_calibrated(
@@ -315,9 +377,12 @@ def test_a_run_stopped_in_its_recovery_goes_on_there(
 
 
 def test_restart_forgets_an_unfinished_recovery_too(llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.partial-0123456789abcdef" / "structprune").mkdir(parents=True)
+    left = tmp_path / "out.partial-0123456789abcdef" / "structprune"
+    (left / "training").mkdir(parents=True)
+    (left / "fingerprint.json").write_text("{}")
+    (left / "training" / "state.json").write_text("{}")
     recovery = {"teacher": str(llama), "steps": 2, "check_every": 1, "length": 16, "learning_rate": 1e-3}
-    with pytest.raises(EnvironmentFailure, match="unfinished"):
+    with pytest.raises(EnvironmentFailure, match="interrupted run"):
         structprune.prune(llama, tmp_path / "out", "wanda", recover=recovery, **QUICK)
     structprune.prune(llama, tmp_path / "out", "wanda", recover=recovery, **QUICK | {"writing": ANEW})
     assert (tmp_path / "out" / "structprune.json").is_file()

@@ -1,33 +1,32 @@
 """From nothing to a published folder: lock, partial folder with the run's fingerprint, manifest, rename.
 
-A killed run leaves `OUT.partial-<hash>` behind; the same command finds it by its fingerprint and goes on. A
-run that differs in anything that shapes the bytes is told what differs, and starts over only with `restart`.
+An interrupted run leaves `OUT.partial-<hash>` behind; the same command finds it by its fingerprint and goes
+on. A run that differs in anything that shapes the bytes is told what differs, and starts over only with
+`restart`.
 """
 
 import hashlib
-import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from structprune.checkpoint.beside import partial_of
 from structprune.checkpoint.lock import Lock
-from structprune.checkpoint.manifest import MANIFEST, OURS, check_manifest, write_manifest
-from structprune.checkpoint.output import discard, partial_of, partials_of, publish, settle
+from structprune.checkpoint.manifest import MANIFEST, check_manifest, write_manifest
+from structprune.checkpoint.partial import FINGERPRINT, FINGERPRINT_LIMIT, PLANS, Partial, partials_of
+from structprune.checkpoint.publishing import discard, is_occupied, publish, settle
 from structprune.checkpoint.writing import Writing
-from structprune.errors import EnvironmentFailure
+from structprune.errors import EnvironmentFailure, InputError, QualityError, UsageError, VerificationError
 from structprune.plan.block import canonical
-from structprune.storage.durable import UNFINISHED, DurableFile, blame
+from structprune.storage.durable import DurableFile, blame
 from structprune.storage.strict_json import read_json
 from structprune.storage.tensor_file import Entry
 from structprune.version import __version__
 
 logger = logging.getLogger(__name__)
-
-FINGERPRINT = f"{OURS}/fingerprint.json"
-FINGERPRINT_LIMIT = 2**20
 
 
 class Delivery:
@@ -43,14 +42,15 @@ class Delivery:
         scratch: What only a resumed run reads, files or folders; removed in this order before publishing.
     """
 
-    def __init__(self, final: Path, folder: Path, writing: Writing) -> None:
+    def __init__(self, final: Path, folder: Path, writing: Writing, lock: Lock) -> None:
         self.final = final
         self.folder = folder
-        self.plans = folder / OURS / "plans"
+        self.plans = folder / PLANS
         self.hashes: dict[str, str] = {}
         self.digests: dict[Entry, str] = {}
         self.scratch: list[Path] = []
         self.writing = writing
+        self._lock = lock
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file of the folder; `name` is relative to it."""
@@ -66,49 +66,74 @@ class Delivery:
         self.digests |= digests
 
     def publish(self, *, stages: list[str], facts: Mapping[str, Any]) -> None:
-        """Remove the scratch, write the manifest as the last file, then rename the folder into place."""
+        """Write the manifest as the last file, then rename the folder into place.
+
+        The scratch goes before. What runs that ended left for this output is then of no more use, and goes.
+        """
+        partial = Partial(self.folder)
+        partial.refuse_foreign(self.hashes)
         for path in self.scratch:
             with blame(path):
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
+        partial.close()
         write_manifest(
             self.folder, self.hashes, self.digests, version=__version__, stages=stages, facts=facts
         )
-        publish(self.folder, self.final, overwrite=self.writing.overwrite)
+        publish(self.folder, self.final, self._lock, overwrite=self.writing.overwrite)
+        for left in partials_of(self.final):
+            if left.has_ended:
+                try:
+                    _forget(left, self._lock)
+                except EnvironmentFailure as failure:
+                    logger.warning("%s", failure.message)
+
+    def drop(self) -> None:
+        """Remove the folder, if it was not published: no later run goes on from it."""
+        discard(self.folder, self._lock)
 
 
 @contextmanager
-def deliver(final: Path, fingerprint: Mapping[str, Any], writing: Writing = Writing()) -> Iterator[Delivery]:
+def deliver(
+    final: Path, fingerprint: Mapping[str, Any], writing: Writing = Writing(), *, files: Iterable[str] = ()
+) -> Iterator[Delivery]:
     """Hold the output's lock and its partial folder for the length of a `with`.
 
     Args:
         final: The output, as `check_output` returned it.
         fingerprint: Everything that shapes the bytes of the result; JSON values only.
         writing: Whether what earlier runs for this output left is removed, and what stands there replaced.
+        files: Names of the source's files that the result may hold copies of.
 
     Raises:
-        EnvironmentFailure: Another run holds the lock, or one with another fingerprint left its work behind.
+        EnvironmentFailure: Another run holds the lock, one with another fingerprint was interrupted, or what
+            stands there may not be replaced.
     """
-    with blame(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        stack.enter_context(Lock(final))
-        settle(final)
+    with Lock(final) as lock:
+        settle(final, lock)
+        if is_occupied(final) and not writing.overwrite:
+            raise EnvironmentFailure(
+                f"{final}: exists", hint="choose another output, or pass --overwrite to replace it"
+            )
         folder = work_folder(final, fingerprint)
         for left in partials_of(final):
-            if writing.restart:
-                discard(left)
-            elif left != folder:
-                _refuse(left, fingerprint)
-        with blame(folder):
-            folder.mkdir(exist_ok=True)
-            for unfinished in folder.rglob(f"*{UNFINISHED}"):
-                unfinished.unlink()
-        work = Delivery(final, folder, writing)
-        work.write_text(FINGERPRINT, json.dumps(dict(fingerprint), indent=1, sort_keys=True) + "\n")
-        yield work
+            if writing.restart or left.is_empty:
+                _forget(left, lock)
+            elif left.folder != folder and not left.has_ended:
+                _refuse_or_forget(left, fingerprint, lock)
+        partial = Partial(folder)
+        partial.begin(fingerprint, files)
+        try:
+            yield Delivery(final, folder, writing, lock)
+        except (UsageError, InputError, QualityError, VerificationError) as error:
+            if folder.exists():
+                _end(partial, error.message, lock)
+            if isinstance(error, InputError) and str(folder) in error.message:
+                hint = "what a former run left is damaged: pass --restart to forget it"
+                raise InputError(error.message, hint=hint) from error
+            raise
 
 
 def work_folder(final: Path, fingerprint: Mapping[str, Any]) -> Path:
@@ -127,13 +152,35 @@ def is_delivered(final: Path, fingerprint: Mapping[str, Any]) -> bool:
     return same and (final / MANIFEST).is_file() and not check_manifest(final)
 
 
-def _refuse(left: Path, fingerprint: Mapping[str, Any]) -> None:
-    file = left / FINGERPRINT
-    known = read_json(file, limit_bytes=FINGERPRINT_LIMIT) if file.is_file() else {}
+def _end(partial: Partial, reason: str, lock: Lock) -> None:
+    """Leave the decisions of a run that ended; the reason is told even if the disk refuses that."""
+    with suppress(EnvironmentFailure):
+        partial.end(reason)
+        if not partial.has_state:
+            _forget(partial, lock)
+
+
+def _forget(left: Partial, lock: Lock) -> None:
+    """Remove an unfinished folder, but never a file that no run wrote."""
+    left.refuse_foreign()
+    discard(left.folder, lock)
+
+
+def _refuse_or_forget(left: Partial, fingerprint: Mapping[str, Any], lock: Lock) -> None:
+    """Refuse to work beside an interrupted run, unless nothing would be lost with it."""
+    if not left.has_state:
+        return _forget(left, lock)
+    try:
+        known = read_json(left.folder / FINGERPRINT, limit_bytes=FINGERPRINT_LIMIT)
+    except InputError:
+        known = {}
     differing = sorted(_differences(known, dict(fingerprint)))
+    recipe = left.folder / "structprune" / "recipe.yaml"
+    command = f"`structprune prune {recipe}`" if recipe.is_file() else "its own command"
     raise EnvironmentFailure(
-        f"{left}: an unfinished run differs in {', '.join(differing[:5]) or 'its fingerprint'}",
-        hint="finish it with its own command, or pass --restart to forget it",
+        f"{left.folder}: an interrupted run differs in {', '.join(differing[:5]) or 'its fingerprint'}; "
+        f"it left {left.describe()}",
+        hint=f"finish it with {command}, or pass --restart to forget it",
     )
 
 

@@ -1,34 +1,27 @@
-"""The output folder: checked before the work, completed beside its final place, renamed at the end.
+"""The place of the output: whether a result may be written there, checked before any work."""
 
-`OUT.partial-<hash of the run>` is under work; `OUT.old-<number>` is the former result while the new one
-takes its place; what ends in `.removed` is on its way out. Between the two renames of a replacement `OUT`
-does not exist; a run killed there leaves the old one aside, and `settle`, called at the next start, puts it
-back. Old and new are never mixed.
-"""
-
-import itertools
-import logging
 import os
-import shutil
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
+from structprune.checkpoint.inputs import Input, refuse_overlap
+from structprune.checkpoint.lock_file import check_lock
 from structprune.checkpoint.manifest import MANIFEST
+from structprune.checkpoint.partial import partials_of
+from structprune.checkpoint.publishing import is_occupied
 from structprune.errors import EnvironmentFailure, UsageError
-from structprune.storage.durable import blame, rename, sync_folder
-
-logger = logging.getLogger(__name__)
+from structprune.storage.durable import blame
 
 # File systems slow down and fail close to full; plans, tokenizer and report come on top of the weights.
 _SPARE_BYTES = 64_000_000
-_REMOVED = ".removed"
 
 
-def check_output(model: Path | None, output: Path, *, overwrite: bool, needed_bytes: int = 0) -> Path:
+def check_output(inputs: Sequence[Input], output: Path, *, overwrite: bool, needed_bytes: int = 0) -> Path:
     """Check that a result may be written to `output`, before any work; nothing is created.
 
     Args:
-        model: The input folder; None where the model is not a folder.
+        inputs: Everything that the run reads.
         output: The folder asked for.
         overwrite: An existing folder may be replaced (never a file, a home, the working folder or one above).
         needed_bytes: Expected size of the result.
@@ -37,12 +30,16 @@ def check_output(model: Path | None, output: Path, *, overwrite: bool, needed_by
         The real path of the output, links resolved.
 
     Raises:
-        UsageError: Output and input are the same or one inside the other, or the output is to be protected.
+        UsageError: The output is an input, lies in one or holds one, or is itself to be protected.
         EnvironmentFailure: The output exists and may not be replaced or written, or the disk is too full.
     """
     final = Path(os.path.realpath(output))
-    if model is not None:
-        _refuse_overlap(Path(os.path.realpath(model)), final, model, output)
+    _check_name(final, output)
+    with blame(output):
+        refuse_overlap(inputs, final, output)
+        # In the folder of an unfinished run a file that is none of its own is refused whoever reads it.
+        for left in partials_of(final):
+            refuse_overlap([one for one in inputs if one.path.is_dir()], left.folder, output)
     here = Path.cwd().resolve()
     if final in (here, *here.parents, Path.home().resolve()) or final.is_mount():
         raise UsageError(
@@ -51,7 +48,8 @@ def check_output(model: Path | None, output: Path, *, overwrite: bool, needed_by
         )
     if final.exists() and not final.is_dir():
         raise EnvironmentFailure(f"{output}: is a file, expected a folder", hint="choose another output")
-    if not overwrite and _occupied(final):
+    check_lock(final)
+    if not overwrite and is_occupied(final):
         kind = (
             "a result of structprune"
             if (final / MANIFEST).exists()
@@ -60,115 +58,69 @@ def check_output(model: Path | None, output: Path, *, overwrite: bool, needed_by
         raise EnvironmentFailure(
             f"{output}: exists and is {kind}", hint="choose another output, or pass --overwrite"
         )
+    if is_occupied(final):
+        with blame(final):
+            _check_removable(final, output)
     _check_disk(final, needed_bytes)
     return final
 
 
-def partial_of(final: Path, fingerprint: str) -> Path:
-    """Return the folder in which the run with this fingerprint (hexadecimal) builds its result."""
-    return final.with_name(f"{final.name}.partial-{fingerprint[:16]}")
+def _check_removable(final: Path, output: Path) -> None:
+    """Check that all of an existing folder can be removed once the new one is there."""
+    folders = [(final, final.parent)]
+    while folders:
+        path, parent = folders.pop()
+        status = path.lstat()
+        if obstacle := _obstacle(path, status, parent):
+            raise EnvironmentFailure(
+                f"{output}: cannot be replaced: {path} {obstacle}",
+                hint="remove it as its owner, or choose another output",
+            )
+        if stat.S_ISDIR(status.st_mode):
+            folders += [(inner, path) for inner in path.iterdir()]
 
 
-def partials_of(final: Path) -> list[Path]:
-    """Return the unfinished folders of all runs for this output, sorted."""
-    return _beside(final, "partial")
+def _obstacle(path: Path, status: os.stat_result, parent: Path) -> str:
+    """Return why a file or folder cannot be removed; empty where it can."""
+    above, user = parent.stat(), os.geteuid()
+    if user and above.st_mode & stat.S_ISVTX and user not in (status.st_uid, above.st_uid):
+        return "belongs to another user, and its folder lets only owners remove"
+    if status.st_dev != above.st_dev:
+        return "is a disk of its own"
+    if not _may_write(parent):
+        return f"lies in {parent}, which may not be written to"
+    if stat.S_ISLNK(status.st_mode):
+        return ""
+    if stat.S_ISDIR(status.st_mode):
+        return "" if _may_write(path) else "may not be written to"
+    # Removing a file takes no right on the file; but the system denies writing where it is set immutable.
+    allowed = user == 0 or (user == status.st_uid and status.st_mode & stat.S_IWUSR)
+    return "is protected by the system" if allowed and not _may_write(path, folder=False) else ""
 
 
-def settle(final: Path) -> None:
-    """Repair what a run killed during `publish` left: put the old result back, or clear it away.
-
-    Call it while the lock is held and before anything looks at the output.
-
-    Raises:
-        EnvironmentFailure: The folders cannot be renamed or removed.
-    """
-    old = _beside(final, "old")
-    if old and not final.exists():
-        logger.warning("%s: a former run stopped while replacing it; its old content is put back", final)
-        rename(old.pop(), final)
-    for folder in old:
-        if (final / MANIFEST).exists():
-            discard(folder)
-    for folder in [*_beside(final, "old", removed=True), *_beside(final, "partial", removed=True)]:
-        _delete(folder)
+def _may_write(path: Path, *, folder: bool = True) -> bool:
+    mode = os.W_OK | os.X_OK | os.R_OK if folder else os.W_OK
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
-def publish(partial: Path, final: Path, *, overwrite: bool) -> None:
-    """Rename a complete folder into its final place; what stood there is removed afterwards.
-
-    Args:
-        partial: A folder with its manifest, on the same disk as `final`.
-        final: The place, as `check_output` returned it.
-        overwrite: Whether a folder that is not empty may be replaced.
-
-    Raises:
-        ValueError: The partial folder has no manifest.
-        EnvironmentFailure: `final` came into being meanwhile, or the system refuses; the old one is in place.
-    """
-    if not (partial / MANIFEST).exists():
-        raise ValueError(f"{partial} has no {MANIFEST}: it is not complete")
-    if _occupied(final) and not overwrite:
+def _check_name(final: Path, output: Path) -> None:
+    place = _nearest(final)
+    most = os.statvfs(place).f_namemax or 255
+    if too_long := [part for part in final.relative_to(place).parts if len(os.fsencode(part)) > most]:
         raise EnvironmentFailure(
-            f"{final}: came into being during the run",
-            hint=f"the result is complete in {partial}; move it yourself",
+            f"{output}: a name of {len(os.fsencode(too_long[0]))} bytes, the disk takes {most}",
+            hint="choose a shorter name",
         )
-    sync_folder(partial)
-    aside: Path | None = None
-    if final.exists():
-        number = next(
-            n for n in itertools.count(1) if not final.with_name(f"{final.name}.old-{n:04d}").exists()
-        )
-        aside = final.with_name(f"{final.name}.old-{number:04d}")
-    try:
-        if aside is not None:
-            rename(final, aside)
-        rename(partial, final)
-    except EnvironmentFailure:
-        if aside is not None and aside.exists() and not final.exists():
-            rename(aside, final)
-        raise
-    if aside is not None:
-        discard(aside)
 
 
-def discard(folder: Path) -> None:
-    """Remove a folder that stands beside the output, if it exists.
-
-    It is renamed first: half a folder must neither be resumed nor be put back.
-
-    Raises:
-        EnvironmentFailure: It cannot be removed.
-    """
-    if folder.exists():
-        removed = folder.with_name(folder.name + _REMOVED)
-        if removed.exists():
-            _delete(removed)
-        rename(folder, removed)
-        _delete(removed)
-
-
-def _refuse_overlap(source: Path, final: Path, model: Path, output: Path) -> None:
-    if source == final:
-        relation = "is the input itself"
-    elif final.is_relative_to(source):
-        relation = f"lies inside the input {model}"
-    elif source.is_relative_to(final):
-        relation = f"holds the input {model}"
-    else:
-        return
-    raise UsageError(
-        f"{output}: the output {relation}, which is never written to", hint="choose an output beside it"
-    )
-
-
-def _occupied(folder: Path) -> bool:
-    with blame(folder):
-        return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+def _nearest(final: Path) -> Path:
+    """Return the nearest folder above the output that exists."""
+    return next((parent for parent in final.parents if os.path.lexists(parent)), final)
 
 
 def _check_disk(final: Path, needed_bytes: int) -> None:
     # The unfinished folder stands beside the final one, so the parent must be writable.
-    place = next(parent for parent in final.parents if parent.exists())
+    place = _nearest(final)
     if not stat.S_ISDIR(place.stat().st_mode):
         raise EnvironmentFailure(f"{place}: is a file, expected a folder", hint="choose another output")
     disk = os.statvfs(place)
@@ -181,19 +133,3 @@ def _check_disk(final: Path, needed_bytes: int) -> None:
             f"{place}: {free / 1e9:.2f} GB free, the result needs about {needed / 1e9:.2f} GB",
             hint="free some space, or choose an output on another disk",
         )
-
-
-def _beside(final: Path, kind: str, *, removed: bool = False) -> list[Path]:
-    prefix = f"{final.name}.{kind}-"
-    if not final.parent.is_dir():
-        return []
-    with blame(final.parent):
-        folders = [path for path in final.parent.iterdir() if path.is_dir()]
-    return sorted(
-        path for path in folders if path.name.startswith(prefix) and path.name.endswith(_REMOVED) == removed
-    )
-
-
-def _delete(folder: Path) -> None:
-    with blame(folder):
-        shutil.rmtree(folder)

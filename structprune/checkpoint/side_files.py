@@ -68,6 +68,17 @@ def check_side_files(source: Path, opening: Opening) -> None:
             pass
 
 
+def copied_names(source: Path, tokenizer: str | Path | None = None) -> list[str]:
+    """Return the names that a result can have from its source: of weights and of the files beside them.
+
+    Args:
+        source: The model's folder.
+        tokenizer: Another folder, with the tokenizer.
+    """
+    others = side_files(Path(tokenizer).expanduser()) if tokenizer is not None else []
+    return [*side_files(source), *(path.name for path in source.glob("*.safetensors")), *others]
+
+
 def copy_side_files(source: Path, dest: Path, *, allow_external_symlinks: bool = False) -> dict[str, str]:
     """Copy the files beside the weights byte for byte; links become files.
 

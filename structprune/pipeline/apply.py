@@ -6,10 +6,11 @@ from typing import Any
 import yaml
 
 from structprune.checkpoint.delivery import deliver
+from structprune.checkpoint.inputs import local_inputs
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.plans import read_plans, save_plans, stages
-from structprune.checkpoint.side_files import check_side_files
+from structprune.checkpoint.side_files import check_side_files, copied_names
 from structprune.checkpoint.source import open_source
 from structprune.checkpoint.writing import Writing
 from structprune.errors import InputError
@@ -51,7 +52,10 @@ def apply(
     with clock.phase("read"):
         folder = resolve(model, revision=revision)
         final = check_output(
-            folder, Path(output), overwrite=writing.overwrite, needed_bytes=weight_bytes(folder)
+            [*local_inputs("the model", folder), *local_inputs("the plan", plan)],
+            Path(output),
+            overwrite=writing.overwrite,
+            needed_bytes=weight_bytes(folder),
         )
         check_side_files(folder, opening)
         plans = read_plans(Path(plan))
@@ -63,7 +67,7 @@ def apply(
                 hint="give the model that the plan was made from",
             )
     run = {"plans": [one.id for one in plans], "weights": source.scan.weights, "versions": shaping_versions()}
-    with deliver(final, run, writing) as work:
+    with deliver(final, run, writing, files=copied_names(folder, source.opening.tokenizer)) as work:
         for one in plans:
             find(one.method).model_validate(one.config).apply(source.model, one)
         save_plans(plans, work.plans)

@@ -20,6 +20,7 @@ from structprune.models.opening import RESIDENT_COPIES, Opening
 from structprune.models.remembered import remembered
 from structprune.models.streamed import StreamedModel, open_skeleton
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
+from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import may_stand
 from structprune.pipeline.sweep import recipes_of
 from structprune.proof.prior import prior_of, tell_prior
@@ -55,7 +56,8 @@ def dry_run(
         return {"runs": {name: dry_run(one, opening=opening, writing=writing) for name, one in runs}}
     folder = resolve(recipe.model, revision=recipe.revision)
     size = weight_bytes(folder)
-    check_output(folder, recipe.output, overwrite=may_stand(recipe.output, writing), needed_bytes=size)
+    inputs = inputs_of_recipe(recipe, folder)
+    check_output(inputs, recipe.output, overwrite=may_stand(recipe.output, writing), needed_bytes=size)
     manifest = intact_manifest(folder, opening)
     opened = open_skeleton(folder, opening)
     assert isinstance(opened.reader, CheckpointReader)

@@ -2,20 +2,22 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from structprune.checkpoint import packed, packing
-from structprune.checkpoint.delivery import FINGERPRINT, Delivery, deliver
+from structprune.checkpoint.delivery import Delivery, deliver
+from structprune.checkpoint.inputs import local_inputs
 from structprune.checkpoint.integrity import check_weights, intact_manifest
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.manifest import MANIFEST, Manifest, hash_file, list_files, read_manifest
-from structprune.checkpoint.output import check_output, discard
+from structprune.checkpoint.output import check_output
 from structprune.checkpoint.packing import Form, Scheme
-from structprune.checkpoint.side_files import copy_side_files
+from structprune.checkpoint.partial import FINGERPRINT
+from structprune.checkpoint.side_files import copied_names, copy_side_files
 from structprune.checkpoint.writing import Writing
 from structprune.errors import InputError, UsageError
 from structprune.models.cost import weight_bytes
@@ -82,7 +84,10 @@ def export(
         raise UsageError(f"{to!r} is no way to store weights", hint="one of: 2:4, bitmask, dense")
     folder = resolve(model)
     final = check_output(
-        folder, Path(output), overwrite=writing.overwrite, needed_bytes=_needed(folder, to, opening)
+        local_inputs("the model", folder),
+        Path(output),
+        overwrite=writing.overwrite,
+        needed_bytes=_needed(folder, to, opening),
     )
     fingerprint = {"export": to, "files": _stamps(folder)}
     start = time.perf_counter()
@@ -106,12 +111,13 @@ def _pack(
     opened = open_skeleton(folder, opening)
     reader = opened.reader
     assert isinstance(reader, CheckpointReader)
+    files = copied_names(folder)
     survey = _survey(reader, places(opened), scheme, progress)
     chosen = [name for name, form in survey.forms.items() if form.scheme]
     if not chosen:
         what = "holds 2:4" if scheme == "2:4" else "has zeros enough to become smaller"
         raise InputError(f"{folder}: no linear of its decoder blocks {what}", hint=HINTS[scheme])
-    with _whole(final, fingerprint, writing) as work:
+    with _whole(final, fingerprint, writing, files) as work:
         written, hashes, read = packed.write_packed(reader, work.folder, survey.forms, scheme, progress)
         check_weights(manifest, reader, read)
         work.hashes |= hashes | _copy_beside(folder, work, opening)
@@ -136,13 +142,15 @@ def _pack(
 
 
 @contextmanager
-def _whole(final: Path, fingerprint: Mapping[str, Any], writing: Writing) -> Iterator[Delivery]:
+def _whole(
+    final: Path, fingerprint: Mapping[str, Any], writing: Writing, files: Sequence[str]
+) -> Iterator[Delivery]:
     """Deliver a folder, and leave nothing of it when it fails: no later run goes on from half an export."""
-    with deliver(final, fingerprint, writing) as work:
+    with deliver(final, fingerprint, writing, files=files) as work:
         try:
             yield work
         finally:
-            discard(work.folder)
+            work.drop()
 
 
 def _survey(
@@ -200,8 +208,9 @@ def _unpack(
     if manifest is None:
         raise InputError(f"{folder}: incomplete, it has no manifest", hint="export it again")
     written = packed.read_packing(folder, root)
+    files = [*copied_names(folder), *(file.dense for file in written.files)]
     former = read_manifest(folder / packed.SOURCE, allow_external_symlinks=links)
-    with _whole(final, fingerprint, writing) as work:
+    with _whole(final, fingerprint, writing, files) as work:
         work.note(*packed.write_dense(folder, work.folder, written, root, progress))
         work.hashes |= _copy_beside(folder, work, opening)
         _check_copies(folder, manifest, work.hashes, root)

@@ -6,6 +6,7 @@ from typing import Any
 from structprune.checkpoint.delivery import deliver, is_delivered
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.output import check_output
+from structprune.checkpoint.side_files import copied_names
 from structprune.checkpoint.writing import Writing
 from structprune.evaluation.memory import Memory
 from structprune.models.cost import weight_bytes
@@ -20,6 +21,7 @@ from structprune.pipeline.decision import (
 )
 from structprune.pipeline.examine import prepare_exam
 from structprune.pipeline.finish import finish, record_of
+from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import RECIPE_FILE, kept_report, may_stand
 from structprune.pipeline.recover import check_recovery, recover
 from structprune.progress import Clock, Progress, silent
@@ -85,12 +87,13 @@ def prune_recipe(
     with clock.phase("read"):
         folder = resolve(recipe.model, revision=recipe.revision)
         needed = weight_bytes(folder)
+        inputs = inputs_of_recipe(recipe, folder, scores)
         final = check_output(
-            folder, recipe.output, overwrite=may_stand(recipe.output, writing), needed_bytes=needed
+            inputs, recipe.output, overwrite=may_stand(recipe.output, writing), needed_bytes=needed
         )
         if recipe.recover is not None:  # which makes the output from a pruned model beside it
             pruned = recipe.output.with_name(f"{recipe.output.name}.pruned")
-            final = check_output(folder, pruned, overwrite=True, needed_bytes=needed)
+            final = check_output(inputs, pruned, overwrite=True, needed_bytes=needed)
         source = open_recipe_model(recipe, folder, recipe.prune, opening)
         if recipe.recover is not None:
             check_recovery(recipe.recover, source)
@@ -101,13 +104,13 @@ def prune_recipe(
     if recipe.recover is None and (report := kept_report(final, run, recipe.evaluate, writing)):
         return report
     if recipe.recover is None or writing.restart or not is_delivered(final, run):
-        check_output(folder, final, overwrite=writing.overwrite)
-        with deliver(final, run, writing) as work:
+        check_output(inputs, final, overwrite=writing.overwrite)
+        with deliver(final, run, writing, files=copied_names(folder, source.opening.tokenizer)) as work:
+            work.write_text(RECIPE_FILE, recipe.text())
             with clock.phase("calibrate"):
                 plans, resumed = decide(recipe.prune, source, calibration, work, progress, kept)
             record = record_of(recipe, plans, calibration, resumed)
             with clock.phase("write"):
-                work.write_text(RECIPE_FILE, recipe.text())
                 write(source, work, plans, progress)
             result = finish(work, source, clock, record, exam=exam, memory=memory, progress=progress)
         if recipe.recover is None:

@@ -15,12 +15,13 @@ from structprune.calibration.data import positions
 from structprune.checkpoint.adapter import Adapter, save_adapter
 from structprune.checkpoint.delivery import Delivery, deliver, work_folder
 from structprune.checkpoint.export import export
+from structprune.checkpoint.inputs import local_inputs
 from structprune.checkpoint.integrity import intact_manifest
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.manifest import OURS
-from structprune.checkpoint.output import check_output, discard
+from structprune.checkpoint.output import check_output
 from structprune.checkpoint.plans import plans_of, save_plans, stages
-from structprune.checkpoint.side_files import check_side_files
+from structprune.checkpoint.side_files import check_side_files, copied_names
 from structprune.checkpoint.source import Source, open_source
 from structprune.checkpoint.writing import Writing
 from structprune.errors import QualityError
@@ -33,6 +34,7 @@ from structprune.models.streamed import open_skeleton
 from structprune.pipeline.decision import shaping_versions
 from structprune.pipeline.examine import prepare_exam
 from structprune.pipeline.finish import finish, measure
+from structprune.pipeline.inputs import inputs_of_evaluation, inputs_of_recovery
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress, silent
 from structprune.recipe.options import EvaluateOptions, RecoverOptions
@@ -112,7 +114,13 @@ def recover(
     with clock.phase("read"):
         folder = resolve(model, revision=revision)
         needed = weight_bytes(folder)
-        final = check_output(folder, Path(output), overwrite=writing.overwrite, needed_bytes=needed)
+        inputs = [
+            *local_inputs("the model", folder),
+            *local_inputs("the tokenizer", opening.tokenizer),
+            *inputs_of_recovery(options),
+            *inputs_of_evaluation(evaluate),
+        ]
+        final = check_output(inputs, Path(output), overwrite=writing.overwrite, needed_bytes=needed)
         check_side_files(folder, opening)
         source = open_source(model, folder, opening)
         plans = [plan.beside_weights() for plan in plans_of(folder)]
@@ -129,14 +137,14 @@ def recover(
         with suppress(QualityError):  # which the first process raises too
             _train(task, processes, work_folder(final, run))
         return {}
-    with deliver(final, run, writing) as work:
+    with deliver(final, run, writing, files=copied_names(folder, source.opening.tokenizer)) as work:
         work.scratch += _state(work.folder).paths
         processes.wait()  # From here on the others may look for what an earlier run left.
         try:
             with clock.phase("train"):
                 recovery = _train(task, processes, work.folder)
         except QualityError:
-            discard(work.folder)
+            work.drop()
             raise
         if options.keep_adapter:
             return _publish_adapter(work, task, recovery)

@@ -13,6 +13,7 @@ from structprune.checkpoint.delivery import Delivery, deliver
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.plans import folder_of
+from structprune.checkpoint.side_files import copied_names
 from structprune.checkpoint.source import Source
 from structprune.checkpoint.writing import Writing
 from structprune.errors import UsageError
@@ -29,6 +30,7 @@ from structprune.pipeline.decision import (
 )
 from structprune.pipeline.examine import prepare_exam
 from structprune.pipeline.finish import finish, record_of
+from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import RECIPE_FILE, kept_report, may_stand
 from structprune.pipeline.prune import prune_recipe
 from structprune.plan.plan import Plan
@@ -141,9 +143,10 @@ def sweep(
     with clock.phase("read"):
         folder = resolve(recipe.model, revision=recipe.revision)
         needed = weight_bytes(folder)
+        inputs = inputs_of_recipe(recipe, folder)
         finals = {
             name: check_output(
-                folder, one.output, overwrite=may_stand(one.output, writing), needed_bytes=needed
+                inputs, one.output, overwrite=may_stand(one.output, writing), needed_bytes=needed
             )
             for name, one in recipes.items()
         }
@@ -155,17 +158,22 @@ def sweep(
     runs = {name: kept_report(finals[name], prints[name], recipe.evaluate, writing) for name in recipes}
     missing = {name: one for name, one in recipes.items() if runs[name] is None}
     for name in missing:
-        check_output(folder, finals[name], overwrite=writing.overwrite)
+        check_output(inputs, finals[name], overwrite=writing.overwrite)
     with ExitStack() as stack:
         memory = stack.enter_context(Memory())
-        works = {name: stack.enter_context(deliver(finals[name], prints[name], writing)) for name in missing}
+        files = copied_names(folder, source.opening.tokenizer)
+        works = {
+            name: stack.enter_context(deliver(finals[name], prints[name], writing, files=files))
+            for name in missing
+        }
+        for name, one in missing.items():
+            works[name].write_text(RECIPE_FILE, one.text())
         resumed = _decide_each(missing, source, calibration, works, clock, progress)
         for name, one in missing.items():
             own, pruner = replace(source, model=source.reopen_model()), only_stage(one)
             plan = Plan.load(works[name].plans / folder_of(1, pruner.method()))
             record = record_of(one, [plan], calibration, resumed[name])
             pruner.apply(own.model, plan)
-            works[name].write_text(RECIPE_FILE, one.text())
             write(own, works[name], [plan], progress)
             runs[name] = finish(works[name], own, clock, record, exam=exam, memory=memory, progress=progress)
     return {"runs": runs}

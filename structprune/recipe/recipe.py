@@ -42,6 +42,7 @@ class Recipe(Draft):
     prune: Annotated[tuple[SerializeAsAny[Pruner], ...], Field(min_length=1)]
 
     _source: str | None = PrivateAttr(default=None)
+    _file: Path | None = PrivateAttr(default=None)
 
     @field_validator("prune", mode="before")
     @classmethod
@@ -59,6 +60,7 @@ class Recipe(Draft):
             UsageError: A field that a method cannot have, or an impossible value.
         """
         recipe = request.build(cls)
+        recipe._file = Path(request.where) if request.where else None
         return recipe if request.verbatim is None else recipe.remember(request.verbatim)
 
     def opening(self, asked: Opening) -> Opening:
@@ -98,6 +100,11 @@ class Recipe(Draft):
         other = self.model_copy(update={"prune": (stage,), "output": output})
         other._source = None
         return other
+
+    @property
+    def file(self) -> Path | None:
+        """Return the file that the recipe was read from, if it was."""
+        return self._file
 
     def remember(self, source: str) -> Self:
         """Keep the file that this recipe is an unchanged reading of; returns the recipe."""

@@ -106,6 +106,7 @@ def blame(path: Path) -> Iterator[None]:
         errno.EROFS: "the disk is read-only; choose another output",
         errno.EACCES: "choose an output that you may write to",
         errno.EPERM: "choose an output that you may write to",
+        errno.ENAMETOOLONG: "choose a shorter name",
     }
     try:
         yield
