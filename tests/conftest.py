@@ -1,11 +1,8 @@
 """What every test stands on: nothing is downloaded, one thread, a tiny model, the command line."""
 
-import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 # Before anything imports the hub's client, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,24 +12,9 @@ import pytest
 import torch
 
 from structprune.cli import main
+from tests.forks import Parent
+from tests.specimens import Finished, write_specimens
 from tests.tiny import save_tiny
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A finished command: its exit code and what it wrote."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        """Return the one JSON object on stdout."""
-        result: dict[str, Any] = json.loads(self.out)
-        assert self.out.count("\n") == 1
-        return result
-
 
 Command = Callable[..., Finished]
 
@@ -60,3 +42,16 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a tiny Llama, for tests that only read it."""
     return save_tiny("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def specimens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with one of everything; who changes a file in it puts it back."""
+    return write_specimens(tmp_path_factory.mktemp("specimens"))
+
+
+@pytest.fixture(scope="session")
+def parent() -> Iterator[Parent]:
+    """Return a process that has everything imported, in whose children commands run."""
+    with Parent() as warm:
+        yield warm
