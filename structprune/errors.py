@@ -27,6 +27,8 @@ class StructpruneError(Exception):
 
     def __init__(self, message: str, *, hint: str) -> None:
         assert hint, "whoever refuses says what to do"
+        # What is quoted from a file may hold line breaks; whoever reads a log must not be misled by them.
+        message = " ".join(message.splitlines())
         super().__init__(message)
         self.message = message
         self.hint = hint

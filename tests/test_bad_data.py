@@ -13,7 +13,7 @@ import pytest
 from structprune.calibration import texts as texts_module
 from structprune.calibration.data import load
 from structprune.calibration.text_source import TextSource
-from structprune.calibration.texts import hub_failure, texts
+from structprune.calibration.texts import data_failure, texts
 from structprune.errors import EnvironmentFailure, InputError, StructpruneError, UsageError
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
 from tests.tiny import VOCABULARY, tiny, tokenizer
@@ -193,7 +193,7 @@ def test_an_unknown_configuration_of_a_data_set_is_bad_input(monkeypatch: pytest
 
 def test_a_token_never_reaches_a_message() -> None:
     for secret in ("hf_AbCdEf123", "Bearer hf_AbCdEf123"):
-        failure = hub_failure(ConnectionError(f"401 for {secret}"), "data set 'a/b'")
+        failure = data_failure(ConnectionError(f"401 for {secret}"), "data set 'a/b'")
         assert isinstance(failure, EnvironmentFailure)
         assert "AbCdEf" not in str(failure)
         assert "hf auth login" in str(failure)

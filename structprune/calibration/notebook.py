@@ -1,12 +1,12 @@
 """What a first look at a model leaves for the second: one small durable file per block, gone at the end."""
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
 from torch import Tensor
 
+from structprune.storage.scratch import scratch_folder
 from structprune.storage.tensor_file import read_tensors, save_tensors
 
 
@@ -19,7 +19,7 @@ class Notebook:
     """
 
     def __init__(self, folder: Path | None, topic: str) -> None:
-        self._own = tempfile.TemporaryDirectory(prefix="structprune-") if folder is None else None
+        self._own = scratch_folder("notes") if folder is None else None
         self._folder = Path(self._own.name) if self._own else Path(str(folder))
         self._topic = topic
 

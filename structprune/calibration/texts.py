@@ -11,6 +11,7 @@ from typing import Any
 
 from structprune.calibration.text_source import TextSource
 from structprune.errors import EnvironmentFailure, InputError, StructpruneError, UsageError
+from structprune.storage import hub
 
 PLAIN_FILE = "put the text itself there; folders, pipes and devices are not read"
 AS_TEXT = "save it as UTF-8 text; compressed and binary files are not read"
@@ -87,7 +88,7 @@ def name_of(source: str) -> str:
     return Path(source).stem if _is_file(source) else source.rsplit("/", 1)[-1].rsplit(":", 1)[-1]
 
 
-def hub_failure(error: Exception, what: str) -> StructpruneError:
+def data_failure(error: Exception, what: str) -> StructpruneError:
     """Turn an error met while fetching `what` from a hub into one line that carries no credentials.
 
     Returns:
@@ -95,16 +96,13 @@ def hub_failure(error: Exception, what: str) -> StructpruneError:
     """
     reason = SECRET.sub("***", str(error).strip().split("\n", 1)[0])
     message = f"{what}: {reason or type(error).__name__}"
-    chain = {
-        cls.__name__ for cause in (error, error.__cause__, error.__context__) for cls in type(cause).__mro__
-    }
-    if "GatedRepoError" in chain or re.search(r"\b(401|403|gated)\b", reason):
+    # `datasets` repeats some answers in words of its own, without their cause.
+    if re.search(r"\b(401|403|gated)\b", reason):
         return EnvironmentFailure(message, hint="accept its terms, then log in with `hf auth login`")
     if re.search(r"\b429\b", reason):
         return EnvironmentFailure(message, hint="the hub asks to wait; try again later, or log in")
-    if "LocalEntryNotFoundError" in chain or "ConnectionError" in chain or "HTTPError" in chain:
-        hint = "without a network, use local files, or what was fetched before with HF_HUB_OFFLINE=1"
-        return EnvironmentFailure(message, hint=hint)
+    if hub.is_answer(error):
+        return EnvironmentFailure(message, hint=hub.hub_failure(error, what).hint)
     return InputError(message, hint="check the name, the configuration, the split and the revision")
 
 
@@ -276,7 +274,7 @@ def _dataset(source: str, column: str, split: str, revision: str | None) -> Iter
             yield _cell(row, column, f"{source}, split {split!r}: row {number}")
     except (OSError, ValueError, RuntimeError, HTTPError, datasets.exceptions.DatasetsError) as error:
         # RuntimeError is how `datasets` refuses data sets that come with a script.
-        raise hub_failure(error, f"data set {source!r}") from None
+        raise data_failure(error, f"data set {source!r}") from None
 
 
 def _missing_extra(module: str, purpose: str) -> EnvironmentFailure:

@@ -4,7 +4,8 @@ import logging
 import re
 from pathlib import Path
 
-from structprune.errors import EnvironmentFailure, InputError
+from structprune.errors import InputError, UsageError
+from structprune.storage.hub import hub_failure
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +22,11 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
         revision: Branch, tag or commit of a hub name.
 
     Raises:
+        UsageError: It is no text and no path, but a model in memory, say.
         InputError: Nothing of that name exists here, and it is no hub name.
         EnvironmentFailure: The hub cannot be reached, or refuses.
     """
+    check_name(model)
     if model == "demo":
         if Path(model).is_dir():
             logger.warning("'demo' is the built-in model; the folder of that name here is ./demo")
@@ -42,6 +45,20 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
     return _download(model, revision)
 
 
+def check_name(model: object) -> str:
+    """Return what names a model; the library is called with whatever people have at hand.
+
+    Raises:
+        UsageError: It is no text and no path.
+    """
+    if isinstance(model, str | Path):
+        return str(model)
+    raise UsageError(
+        f"a model is named by a folder or a hub name, found an object of type {type(model).__name__}",
+        hint="save it with save_pretrained and give the folder",
+    )
+
+
 def demo_folder() -> Path:
     """Return the folder of the built-in model."""
     return Path(__file__).parents[1] / "demo" / "model"
@@ -49,26 +66,9 @@ def demo_folder() -> Path:
 
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(WANTED)))
-    except GatedRepoError:
-        hint = "ask for access on its page, then log in with `hf auth login`"
-        raise EnvironmentFailure(f"{name}: access is restricted", hint=hint) from None
-    except RepositoryNotFoundError:
-        hint = "check the name; a private model needs `hf auth login`"
-        raise EnvironmentFailure(
-            f"{name}: no such folder here and no such model on the hub", hint=hint
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = type(error).__name__
-        hint = "no network? give a local folder"
-        raise EnvironmentFailure(
-            f"{name}: no such folder here, and the hub could not be asked ({reason})", hint=hint
-        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise hub_failure(error, name) from None

@@ -33,6 +33,11 @@ def check_output(inputs: Sequence[Input], output: Path, *, overwrite: bool, need
         UsageError: The output is an input, lies in one or holds one, or is itself to be protected.
         EnvironmentFailure: The output exists and may not be replaced or written, or the disk is too full.
     """
+    try:
+        str(output).encode()
+    except UnicodeEncodeError:
+        # Its name stands in the report, the card and the messages, all of which are UTF-8.
+        raise UsageError(f"{str(output)!a}: the name is not UTF-8", hint="choose another output") from None
     final = Path(os.path.realpath(output))
     _check_name(final, output)
     with blame(output):

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from structprune.calibration.texts import hub_failure
+from structprune.calibration.texts import data_failure
 from structprune.errors import EnvironmentFailure, InputError, QualityError, UsageError
 from structprune.evaluation.perplexity import NOT_FINITE
 from structprune.models.streamed import Model, StreamedModel
@@ -190,7 +190,7 @@ def _load(manager: Any, names: list[str]) -> list[Any]:
     try:
         loaded = manager.load(names)
     except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise hub_failure(error, where) from error
+        raise data_failure(error, where) from error
     except (TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
         # lm-eval does not check a task's file; what is wrong with it shows as whatever it trips over.
         raise InputError(

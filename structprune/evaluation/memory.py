@@ -11,6 +11,7 @@ from structprune.calibration.data import hash_of
 from structprune.models.outputs import Output, head_of, outputs
 from structprune.models.spill import Spilled
 from structprune.models.streamed import Batch, Model
+from structprune.storage.scratch import scratch_folder
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ class Memory:
         self._known: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
-        self._folder = tempfile.TemporaryDirectory(prefix="structprune-dense-")
+        self._folder = scratch_folder("dense")
         return self
 
     def __exit__(self, *_: object) -> None:

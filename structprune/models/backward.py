@@ -13,7 +13,6 @@ gradients are scaled into the middle of the model's range before autograd and ba
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from structprune.models.spill import Spilled
 from structprune.models.streamed import Batch, Model
 from structprune.models.walk import Block, Call, capture, replaced_forward, resident
 from structprune.storage.durable import blame
+from structprune.storage.scratch import scratch_folder
 
 # The largest gradient that enters a block is brought to between 2**4 and 2**5. Float16 ends at 2**16, which
 # leaves the block room to amplify it 2000 times, and at 2**-24, which keeps what is 2**28 times smaller.
@@ -265,9 +265,8 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _temporary(folder: Path | None) -> Iterator[Path]:
-    with ExitStack() as stack:
-        with blame(folder or Path("temporary folder")):
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-            name = stack.enter_context(TemporaryDirectory(prefix="structprune-backward-", dir=folder))
+    if folder is not None:
+        with blame(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    with scratch_folder("backward", within=folder) as name:
         yield Path(name)

@@ -39,6 +39,13 @@ logger = logging.getLogger(__name__)
 GENERATION_LIMIT_BYTES = 1 << 20  # a generation_config.json is a page of text; a larger one is not one
 
 
+# What transformers raises of values that it does not expect: it checks some of them, and computes with all.
+CONFIG_ERRORS = (
+    *(ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RuntimeError),
+    *(NotImplementedError, ImportError, StrictDataclassError),
+)
+
+
 def open_config(reader: Reader, trust_remote_code: bool) -> PreTrainedConfig:
     """Return the config of a checkpoint.
 
@@ -65,7 +72,7 @@ def open_config(reader: Reader, trust_remote_code: bool) -> PreTrainedConfig:
             patch_config(config, reader.patch)
         else:
             config = CONFIG_MAPPING[model_type].from_dict(own)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+    except CONFIG_ERRORS as error:
         raise InputError(f"{where}: {_one_line(error)}", hint=CONFIG_HINT) from error
     assert isinstance(config, PreTrainedConfig)
     config.name_or_path = str(reader.folder)
@@ -100,7 +107,7 @@ def build_skeleton(reader: Reader, config: PreTrainedConfig, dtype: torch.dtype)
         # Buffers stay real: rotary tables and the like are computed, not stored.
         with init_empty_weights(include_buffers=False):
             skeleton: PreTrainedModel = factory.from_config(config, dtype=dtype, trust_remote_code=custom)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+    except CONFIG_ERRORS as error:
         raise InputError(f"{reader.folder / 'config.json'}: {_one_line(error)}", hint=CONFIG_HINT) from error
     # Again, because moving parameters to the meta device one by one has untied them.
     skeleton.tie_weights()
@@ -112,7 +119,7 @@ def build_skeleton(reader: Reader, config: PreTrainedConfig, dtype: torch.dtype)
             generation = GenerationConfig.from_dict(
                 read_json(file, limit_bytes=GENERATION_LIMIT_BYTES, root=reader.root)
             )
-        except (ValueError, TypeError) as error:
+        except CONFIG_ERRORS as error:
             raise InputError(
                 f"{file}: {_one_line(error)}", hint="mend the file, or remove it: generation works without"
             ) from error

@@ -8,7 +8,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from structprune.errors import InputError
 from structprune.models.arch import HasSkeleton
 from structprune.models.opening import Opening
+from structprune.storage.strict_json import read_json
 
+# Settings with a chat template for every occasion stay far below.
+SETTINGS_BYTES = 16 * 2**20
 # Any of these means that the folder has a tokenizer; special_tokens_map.json alone does not.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -45,11 +48,13 @@ def open_tokenizer(path: Path, opening: Opening = Opening()) -> PreTrainedTokeni
             return None
         raise InputError(f"{path}: there is no tokenizer", hint="--tokenizer takes the folder that holds one")
     factory: Any = AutoTokenizer
+    _check_settings(path, opening)
     try:
         tokenizer = factory.from_pretrained(
             path, trust_remote_code=opening.trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:
+        # The library that reads tokenizer.json raises nothing more special than this.
         text = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in text:
             raise InputError(
@@ -57,11 +62,37 @@ def open_tokenizer(path: Path, opening: Opening = Opening()) -> PreTrainedTokeni
                 hint="pass --trust-remote-code, with a pinned --revision, to run it",
             ) from error
         raise InputError(
-            f"{path}: the tokenizer cannot be opened: {text[:200]}",
+            f"{_blamed(path, error)}: the tokenizer cannot be opened: {text[:200]}",
             hint="fetch the tokenizer files of the model again",
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def _check_settings(path: Path, opening: Opening) -> None:
+    """Check what transformers reads of the settings without a look at its type.
+
+    Raises:
+        InputError: The file is damaged, or a setting is of another type; names file and key.
+    """
+    file = path / "tokenizer_config.json"
+    if not file.exists():
+        return
+    settings = read_json(file, limit_bytes=SETTINGS_BYTES, root=opening.root(path))
+    longest = settings.get("model_max_length") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict):
+        said = f"must hold an object, found {str(settings)[:60]!r}"
+    elif longest is not None and (isinstance(longest, bool) or not isinstance(longest, int | float)):
+        said = f"model_max_length is {str(longest)[:60]!r}, expected a number"
+    else:
+        return
+    raise InputError(f"{file}: {said}", hint="fetch the tokenizer files of the model again")
+
+
+def _blamed(path: Path, error: Exception) -> Path:
+    """Return which file an error is about: the library that reads tokenizer.json has no error of its own."""
+    file = path / "tokenizer.json"
+    return file if type(error) is Exception and file.exists() else path
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel | HasSkeleton) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from structprune.checkpoint.delivery import deliver, is_delivered
-from structprune.checkpoint.locate import resolve
+from structprune.checkpoint.locate import check_name, resolve
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.side_files import copied_names
 from structprune.checkpoint.writing import Writing
@@ -60,7 +60,7 @@ def prune(
     """
     if not isinstance(recipe, Recipe):
         place = {"dtype": opening.dtype, "device": opening.device}
-        recipe = _recipe(str(recipe), output, pruner, place | options)
+        recipe = _recipe(check_name(recipe), output, pruner, place | options)
     return prune_recipe(recipe, opening=opening, writing=writing, scores=scores, progress=progress)
 
 

@@ -13,9 +13,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from structprune.errors import InputError
@@ -54,6 +54,23 @@ def architecture_hash(model_type: str, shapes: Mapping[str, tuple[int, ...]]) ->
     """Return the hash that ties a plan to an architecture: model type, stored tensor names and shapes."""
     rows = [[name, list(shapes[name])] for name in sorted(shapes)]
     return hashlib.sha256(canonical([model_type, rows]).encode()).hexdigest()
+
+
+class _Head(BaseModel):
+    """Content of plan.json; `format` is looked at before."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format: int
+    method: str
+    config: dict[str, Any]
+    architecture: str
+    weights: str
+    facts: dict[str, Any]
+    promises: Promises | None
+    patch: dict[str, Any]
+    blocks: Annotated[int, Field(ge=0)]
+    id: str
 
 
 class Plan(Mapping[Key, Tensor]):
@@ -192,18 +209,17 @@ class Plan(Mapping[Key, Tensor]):
                 hint="written by another version: prune again with its recipe, structprune/recipe.yaml",
             )
         try:
-            count = int(head["blocks"])
-            origin = Origin(head["method"], head["config"], head["architecture"], head["weights"])
-            promised = None if head["promises"] is None else Promises.model_validate(head["promises"])
-            facts, patch = dict(head["facts"]), dict(head["patch"])
-        except (KeyError, TypeError, ValidationError, ValueError) as error:
-            said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else f"lacks {error}"
-            raise InputError(f"{path}: {said}", hint=CHANGED) from None
-        blocks = [PlanBlock.load(folder / block_file(index)) for index in range(count)]
-        plan = cls(origin, blocks, facts=facts, promises=promised, patch=patch)
-        if plan.id != head.get("id"):
+            said = _Head.model_validate(head)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"{path}: {place}: {first['msg']}", hint=CHANGED) from None
+        origin = Origin(said.method, said.config, said.architecture, said.weights)
+        blocks = [PlanBlock.load(folder / block_file(index)) for index in range(said.blocks)]
+        plan = cls(origin, blocks, facts=said.facts, promises=said.promises, patch=said.patch)
+        if plan.id != said.id:
             raise InputError(
-                f"{path}: id {head.get('id')} does not match the plan's content {plan.id}", hint=CHANGED
+                f"{path}: id {said.id[:80]} does not match the plan's content {plan.id}", hint=CHANGED
             )
         return plan
 

@@ -1,11 +1,11 @@
 """The fresh process: a child that shares nothing with this one opens folders; its logits against ours."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from structprune.errors import EnvironmentFailure
 from structprune.models.opening import Opening
+from structprune.storage.durable import blame
+from structprune.storage.scratch import HINT, scratch_folder
 from structprune.storage.tensor_file import read_tensors, save_tensors
 
 SEQUENCES = 2
@@ -83,7 +86,7 @@ def reload(jobs: Sequence[ReloadJob], *, stream: bool = False) -> list[Reloaded]
     Without `stream` the child is plain transformers and never imports structprune. A folder that ends the
     child is reported, and the folders after it get another child.
     """
-    with tempfile.TemporaryDirectory(prefix="structprune-reload-") as scratch:
+    with scratch_folder("reload") as scratch:
         written = [_write(job, Path(scratch), index) for index, job in enumerate(jobs)]
         results: list[Reloaded] = []
         while len(results) < len(jobs):
@@ -133,7 +136,8 @@ def _write(job: ReloadJob, scratch: Path, index: int) -> dict[str, Any]:
 def _run(jobs: Sequence[dict[str, Any]], scratch: Path, *, stream: bool) -> list[Reloaded]:
     """Run one child; return a result per folder that it opened, and one more for the folder that ended it."""
     listed = scratch / "jobs.json"
-    listed.write_text(json.dumps(jobs), encoding="utf-8")
+    with blame(listed):
+        listed.write_text(json.dumps(jobs), encoding="utf-8")
     # -P keeps the script's folder off the module path, where load.py or verify.py could hide other modules.
     program = ["-m", STREAMED] if stream else ["-P", str(PLAIN)]
     child = subprocess.run(
@@ -147,6 +151,9 @@ def _run(jobs: Sequence[dict[str, Any]], scratch: Path, *, stream: bool) -> list
     lines = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
     results = [_result(job, line) for job, line in zip(jobs, lines, strict=False)]
     if len(results) < len(jobs):
+        full = os.strerror(errno.ENOSPC)
+        if full in child.stderr:  # the machine's fault, which proves nothing of the folder
+            raise EnvironmentFailure(f"{scratch}: {full}, in the fresh process", hint=HINT)
         results.append(Reloaded(error=_reason(child)))
     return results
 

@@ -4,7 +4,6 @@ The modelling file that a folder of ours carries is for plain transformers. It i
 we would generate, and never run: a fresh process runs a copy of the folder with a generated file in it.
 """
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -19,6 +18,7 @@ from structprune.proof import fresh_process
 from structprune.proof.reload_streamed import loader
 from structprune.proof.verification import Verification
 from structprune.storage.reader import StoredTensors
+from structprune.storage.scratch import scratch_folder
 
 
 def check_modelling(result: Verification, reader: StoredTensors) -> None:
@@ -89,7 +89,7 @@ def _runnable(reader: StoredTensors) -> Iterator[tuple[Path, bool]]:
     if not is_shipped(reader.config):
         yield reader.folder, False
         return
-    with tempfile.TemporaryDirectory(prefix="structprune-copy-") as name:
+    with scratch_folder("copy") as name:
         copy = Path(name)
         for file in reader.folder.resolve().iterdir():
             if file.is_file() and file.suffix != ".py":

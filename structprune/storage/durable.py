@@ -11,6 +11,7 @@ from typing import Self
 
 from structprune.errors import EnvironmentFailure
 from structprune.storage.safe_open import CHUNK_BYTES
+from structprune.storage.scratch import HINT, is_scratch
 
 # While a file is being written it carries this ending, so that a killed run leaves nothing that looks whole.
 UNFINISHED = ".tmp"
@@ -112,6 +113,8 @@ def blame(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         hint = hints.get(error.errno or 0, "check the disk, then run the same command again")
+        if is_scratch(path):
+            hint = HINT
         raise EnvironmentFailure(
             f"{path}: cannot be written: {error.strerror or error}", hint=hint
         ) from error

@@ -1,5 +1,6 @@
 """A model's config.json, read strictly: private keys removed, impossible sizes and quantisation refused."""
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,10 @@ _SIZES = (
     *("num_attention_heads", "num_key_value_heads"),
     *("n_embd", "n_layer", "n_head"),  # GPT-2
     *("ffn_dim", "word_embed_proj_dim"),  # OPT
+    *("num_experts", "num_local_experts", "moe_intermediate_size", "shared_expert_intermediate_size"),
 )
+# How many blocks there are: each has a tensor of its own at least.
+_DEPTHS = frozenset({"num_hidden_layers", "n_layer", "depth"})
 
 # Last part of a tensor's name -> the scheme that leaves such tensors; only integers and fp8 are looked at.
 _SCHEMES = {
@@ -60,6 +64,30 @@ def read_config(path: Path, root: Path | None) -> dict[str, Any]:
         _check_sizes(part, path, key)
         _refuse_quantised(part, path, key)
     return config
+
+
+def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], path: Path) -> None:
+    """Compare the sizes of a configuration with the tensors, before anything of such a size is built.
+
+    Args:
+        config: What `read_config` returned.
+        tensors: Of the same folder.
+        path: The config.json, for errors.
+
+    Raises:
+        InputError: A size is larger than any side of any tensor, or there are more blocks than tensors.
+    """
+    largest = max((size for info in tensors.values() for size in info.shape), default=0)
+    for where, part in _parts(config):
+        for key in (*_SIZES, *_DEPTHS):
+            size = part.get(key)
+            most = len(tensors) if key in _DEPTHS else max(largest, len(tensors))
+            if type(size) is int and size > most:
+                raise InputError(
+                    f"{path}: {where}{key} is {size}, the files hold {len(tensors)} tensors whose largest "
+                    f"side is {largest}",
+                    hint="config.json and weights belong to different models",
+                )
 
 
 def without_ignored(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,9 +159,26 @@ def _check_sizes(config: Mapping[str, Any], path: Path, where: str) -> None:
             continue
         if type(size) is not int or not 0 < size < 2**31:
             raise InputError(
-                f"{path}: {where}{key} is {str(size)[:40]}, expected a whole number of at least 1",
+                f"{path}: {where}{key} is {_quoted(size)}, expected a whole number of at least 1",
                 hint="a model with a part of size zero cannot be pruned",
             )
+    padding, rows = config.get("pad_token_id"), config.get("vocab_size")
+    if type(padding) is int and type(rows) is int and not -rows <= padding < rows:
+        raise InputError(
+            f"{path}: {where}pad_token_id is {padding}, expected one of the {rows} tokens of vocab_size",
+            hint="put the model's own config.json there: fetch it again",
+        )
+    for key in ("dtype", "torch_dtype"):
+        if not isinstance(config.get(key), str | dict | None):
+            raise InputError(
+                f"{path}: {where}{key} is {_quoted(config[key])}, expected the name of a dtype",
+                hint="put the model's own config.json there: fetch it again",
+            )
+
+
+def _quoted(value: object) -> str:
+    """Return a value as JSON writes it, not too long of it."""
+    return json.dumps(value, default=str)[:40]
 
 
 def _refuse_quantised(config: Mapping[str, Any], path: Path, where: str) -> None:
