@@ -148,7 +148,6 @@ def test_a_silly_word_is_no_bug(name: str, parent: Parent, specimens: Path, tmp_
     assert wrong == []
 
 
-@pytest.mark.xfail(strict=True, reason="an OUT whose name is not UTF-8 ends in a traceback, not in exit 2")
 @pytest.mark.parametrize("name", ["apply", "export", "recover"])
 def test_an_output_whose_name_is_not_utf_8_is_refused(
     name: str, parent: Parent, specimens: Path, tmp_path: Path

@@ -218,7 +218,6 @@ def test_what_once_ended_badly_does_not_again(bench: Bench, case: Case) -> None:
     assert complaints(bench, iter([case])) == []
 
 
-@pytest.mark.xfail(strict=True, reason="a damaged tokenizer ends in a traceback, not in exit 3")
 @pytest.mark.parametrize("case", OPEN, ids=str)
 def test_a_damaged_tokenizer_is_refused(bench: Bench, case: Case) -> None:
     assert complaints(bench, iter([case])) == []

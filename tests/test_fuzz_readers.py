@@ -5,7 +5,7 @@
 
 import resource
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,25 +80,18 @@ def by_chance(name: str, specimens: Path, count: int) -> Iterator[Change]:
     return (change(original, str(path), seed) for seed in range(count))
 
 
-# Not yet right: a bare exception of another library or of ours ends the run with a traceback.
-OPEN = {"tokenizer", "tokenizer_config", "config", "plan", "solved plan"}
+# Damages that once ended in a traceback.
 KNOWN: list[tuple[str, Change]] = []
 
 
-def named(names: Iterable[str], open_: set[str]) -> list[object]:
-    """Return the names as parameters; those that are not yet right must fail until they are."""
-    mark = pytest.mark.xfail(strict=True, reason="some damages end in a traceback, not in exit 3")
-    return [pytest.param(name, marks=mark if name in open_ else ()) for name in names]
-
-
-@pytest.mark.parametrize("name", named(READERS, OPEN - {"config"}))
+@pytest.mark.parametrize("name", READERS)
 def test_a_damaged_file_is_read_rightly_or_refused_in_one_line(name: str, specimens: Path) -> None:
     count = max(QUICK * READERS[name].share // 5_000, 10)
     assert complaints(name, specimens, by_chance(name, specimens, count)) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", named(READERS, OPEN))
+@pytest.mark.parametrize("name", READERS)
 def test_a_hundred_thousand_damaged_files_are_read_rightly_or_refused(name: str, specimens: Path) -> None:
     assert complaints(name, specimens, by_chance(name, specimens, READERS[name].share)) == []
 

@@ -23,6 +23,7 @@ from structprune.models.opening import DTYPES, Opening
 from structprune.models.remembered import remembered
 from structprune.models.skeleton import build_skeleton, open_config, stored_dtype
 from structprune.storage.reader import CheckpointReader
+from structprune.storage.stored_config import check_sizes
 
 
 class StreamedModel:
@@ -213,6 +214,7 @@ def build_model(reader: Reader, opening: Opening) -> Model:
     opening = opening.resolve(reader.folder, reader.nbytes)
     if opening.stream:
         give_back_memory()
+    check_sizes(reader.config, reader.tensors, reader.folder / "config.json")
     config = open_config(reader, opening.trust_remote_code)
     kept = stored_dtype(reader) if opening.dtype == "auto" else DTYPES[opening.dtype]
     skeleton = build_skeleton(reader, config, kept)

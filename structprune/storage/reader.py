@@ -15,7 +15,7 @@ from torch import Tensor
 from structprune.errors import InputError
 from structprune.storage.header import DTYPE_NAMES, MAX_NAMES, Header, TensorInfo, read_header
 from structprune.storage.scan import Scan, scan_files
-from structprune.storage.stored_config import check_sizes, read_config, refuse_quantised_tensors
+from structprune.storage.stored_config import read_config, refuse_quantised_tensors
 from structprune.storage.tensor_file import Entry, read_tensor
 from structprune.storage.weight_files import compare_with_index, find_weights
 
@@ -133,7 +133,6 @@ class CheckpointReader(StoredTensors):
         self.indexed = weights.weight_map is not None
         self.index_metadata = weights.index_metadata
         refuse_quantised_tensors(self.tensors, folder)
-        check_sizes(self.config, self.tensors, folder / "config.json")
         self._warn_of_mixed_dtypes()
 
     def read(self, name: str) -> Tensor:
