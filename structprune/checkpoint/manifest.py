@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 MANIFEST = "structprune.json"
 OURS = "structprune"
 """Folder beside the weights with recipe, plans and report."""
+RUN_PLACES = f"{OURS}/run.json"
+"""Where a run found the files that its recipe names."""
 
 # A tensor takes about 130 bytes, a file 150: room for a million of them, as many as an index may name.
 MAX_MANIFEST_BYTES = 256_000_000
@@ -218,9 +220,12 @@ def compare(
 
 
 def list_files(folder: Path) -> list[str]:
-    """Return the paths of all files in and under a folder, relative, sorted, without the manifest."""
+    """Return the paths of all files in and under a folder, relative, sorted; of those that count.
+
+    The manifest does not, nor does where the run found its files: that is another place on another machine.
+    """
     found = [path.relative_to(folder).as_posix() for path in _walk(folder)]
-    return sorted(name for name in found if name != MANIFEST)
+    return sorted(name for name in found if name not in (MANIFEST, RUN_PLACES))
 
 
 def hash_file(path: Path, root: Path | None = None) -> str:

@@ -22,7 +22,7 @@ from structprune.pipeline.decision import (
 from structprune.pipeline.examine import prepare_exam
 from structprune.pipeline.finish import finish, record_of
 from structprune.pipeline.inputs import inputs_of_recipe
-from structprune.pipeline.kept import RECIPE_FILE, kept_report, may_stand
+from structprune.pipeline.kept import kept_report, may_stand, write_recipe
 from structprune.pipeline.recover import check_recovery, recover
 from structprune.progress import Clock, Progress, silent
 from structprune.pruners.pruner import Pruner
@@ -106,7 +106,7 @@ def prune_recipe(
     if recipe.recover is None or writing.restart or not is_delivered(final, run):
         check_output(inputs, final, overwrite=writing.overwrite)
         with deliver(final, run, writing, files=copied_names(folder, source.opening.tokenizer)) as work:
-            work.write_text(RECIPE_FILE, recipe.text())
+            write_recipe(work, recipe)
             with clock.phase("calibrate"):
                 plans, resumed = decide(recipe.prune, source, calibration, work, progress, kept)
             record = record_of(recipe, plans, calibration, resumed)

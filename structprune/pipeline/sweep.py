@@ -31,7 +31,7 @@ from structprune.pipeline.decision import (
 from structprune.pipeline.examine import prepare_exam
 from structprune.pipeline.finish import finish, record_of
 from structprune.pipeline.inputs import inputs_of_recipe
-from structprune.pipeline.kept import RECIPE_FILE, kept_report, may_stand
+from structprune.pipeline.kept import kept_report, may_stand, write_recipe
 from structprune.pipeline.prune import prune_recipe
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress, silent
@@ -167,7 +167,7 @@ def sweep(
             for name in missing
         }
         for name, one in missing.items():
-            works[name].write_text(RECIPE_FILE, one.text())
+            write_recipe(works[name], one)
         resumed = _decide_each(missing, source, calibration, works, clock, progress)
         for name, one in missing.items():
             own, pruner = replace(source, model=source.reopen_model()), only_stage(one)

@@ -16,6 +16,7 @@ from structprune.pruners.catalogue import check_name, names
 from structprune.recipe.changes import PRUNE, Reading, merge
 from structprune.recipe.fields import build, quote
 from structprune.recipe.options import CalibrationOptions, EvaluateOptions, RecoverOptions, Text, Where
+from structprune.recipe.places import with_places
 from structprune.storage import strict_yaml
 
 S = TypeVar("S", bound="Settings")
@@ -173,7 +174,7 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], str]:
             f"{path}: found {quote(raw)}, expected the keys model, output and prune",
             hint="such as `model: demo`, `output: OUT`, `prune: {method: magnitude, sparsity: 0.5}`",
         )
-    return raw, text
+    return with_places(raw, path), text
 
 
 def stage_paths(stages: object) -> list[tuple[str, object]]:
