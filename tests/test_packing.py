@@ -419,6 +419,16 @@ class TestCommand:
         assert done.code == 0
         assert "56.25% of the dense bytes" in done.out and "loads in" in done.out
 
+    def test_a_damaged_plan_is_not_packed(self, pruned: dict[str, Path], tmp_path: Path, command) -> None:
+        folder = shutil.copytree(pruned["llama"], tmp_path / "in")
+        (block, *_) = sorted(folder.glob("structprune/plans/*/block-*.safetensors"))
+        raw = bytearray(block.read_bytes())
+        raw[-1] ^= 1
+        block.write_bytes(raw)
+        done = command("export", folder, tmp_path / "packed", "--to", "2:4")
+        assert done.code == 3 and block.name in done.err
+        assert not (tmp_path / "packed").exists()
+
     def test_exit_codes(self, llama: Path, packed: Path, tmp_path: Path, command) -> None:
         assert command("export", llama, tmp_path / "out").code == 2
         assert command("export", llama, tmp_path / "out", "--to", "3:4").code == 2

@@ -27,7 +27,7 @@ MANIFEST = "structprune.json"
 OURS = "structprune"
 """Folder beside the weights with recipe, plans and report."""
 RUN_PLACES = f"{OURS}/run.json"
-"""Where a run found the files that its recipe names."""
+"""Where a run found the files that its recipe names: elsewhere on every machine, so no manifest lists it."""
 
 # A tensor takes about 130 bytes, a file 150: room for a million of them, as many as an index may name.
 MAX_MANIFEST_BYTES = 256_000_000
@@ -99,6 +99,8 @@ def write_manifest(
     """
     files: dict[str, FileHash] = {}
     for name in list_files(folder):
+        if name == RUN_PLACES:
+            continue
         sha256 = hashes_known.get(name) or hash_file(folder / name)
         files[name] = FileHash(bytes=(folder / name).stat().st_size, sha256=sha256)
     manifest = Manifest(
@@ -179,7 +181,7 @@ def check_manifest(folder: Path, *, allow_external_symlinks: bool = False) -> li
         problem for name in manifest.files if (problem := compare(folder, name, manifest.files[name], root))
     ]
     for name in list_files(folder):
-        if name in manifest.files:
+        if name in manifest.files or name == RUN_PLACES:
             continue
         if changes_weights(name, manifest):
             problems.append(f"{name} was added: it changes what is loaded")
@@ -220,12 +222,9 @@ def compare(
 
 
 def list_files(folder: Path) -> list[str]:
-    """Return the paths of all files in and under a folder, relative, sorted; of those that count.
-
-    The manifest does not, nor does where the run found its files: that is another place on another machine.
-    """
+    """Return the paths of all files in and under a folder, relative, sorted, without the manifest."""
     found = [path.relative_to(folder).as_posix() for path in _walk(folder)]
-    return sorted(name for name in found if name not in (MANIFEST, RUN_PLACES))
+    return sorted(name for name in found if name != MANIFEST)
 
 
 def hash_file(path: Path, root: Path | None = None) -> str:

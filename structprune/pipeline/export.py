@@ -16,7 +16,7 @@ from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.manifest import MANIFEST, Manifest, hash_file, list_files, read_manifest
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.packing import Form, Scheme
-from structprune.checkpoint.partial import FINGERPRINT
+from structprune.checkpoint.partial import FINGERPRINT, PLANS
 from structprune.checkpoint.side_files import copied_names, copy_side_files
 from structprune.checkpoint.writing import Writing
 from structprune.errors import InputError, UsageError
@@ -120,6 +120,7 @@ def _pack(
     with _whole(final, fingerprint, writing, files) as work:
         written, hashes, read = packed.write_packed(reader, work.folder, survey.forms, scheme, progress)
         check_weights(manifest, reader, read)
+        _check_plans(folder, manifest, hashes)
         work.hashes |= hashes | _copy_beside(folder, work, opening)
         packed.prove(work.folder, written, progress)
         work.write_text("README.md", CARD.format(name=final.name, scheme=scheme))
@@ -221,6 +222,20 @@ def _unpack(
 
 def _copy_beside(folder: Path, work: Delivery, opening: Opening) -> dict[str, str]:
     return copy_side_files(folder, work.folder, allow_external_symlinks=opening.allow_external_symlinks)
+
+
+def _check_plans(folder: Path, manifest: Manifest | None, copied: Mapping[str, str]) -> None:
+    """Compare the plans that are packed with the manifest: nothing else of an export reads them.
+
+    Raises:
+        InputError: One was changed.
+    """
+    for name, file in manifest.files.items() if manifest else ():
+        found = copied.get(f"{packed.SOURCE}/{name}", file.sha256)
+        if name.startswith(f"{PLANS}/") and found != file.sha256:
+            raise InputError(
+                f"{folder / name}: was changed since it was written", hint="put it back, or prune again"
+            )
 
 
 def _check_copies(folder: Path, manifest: Manifest, copied: Mapping[str, str], root: Path | None) -> None:
