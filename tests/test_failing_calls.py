@@ -27,7 +27,8 @@ def wrong_after_failure(parent: Parent, place: Place, stop: Stop, right: dict[st
         # What it can do without (a name that is gone already, a plot) need not stop it. A former result that
         # cannot be removed once the new one is published is told, and removed by the next run.
         found = place.contents()
-        left = {key for key in found.keys() - right.keys() if key.startswith(("out.old-", "out.lock"))}
+        more = found.keys() - right.keys()
+        left = {key for key in more if key.startswith("out.old-") or key.endswith(".lock")}
         if left and "warning: " not in failed.err:
             wrong.append(f"exit 0, and nobody says that {sorted(left)[0]} is left")
         if {key: value for key, value in found.items() if key not in left} != right:

@@ -7,13 +7,14 @@ on. A run that differs in anything that shapes the bytes is told what differs, a
 
 import hashlib
 import logging
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from structprune.checkpoint.beside import partial_of
+from structprune.checkpoint.beside import LOCK, beside, partial_of
 from structprune.checkpoint.lock import Lock
 from structprune.checkpoint.manifest import MANIFEST, check_manifest, write_manifest
 from structprune.checkpoint.partial import FINGERPRINT, FINGERPRINT_LIMIT, PLANS, Partial, partials_of
@@ -134,6 +135,17 @@ def deliver(
                 hint = "what a former run left is damaged: pass --restart to forget it"
                 raise InputError(error.message, hint=hint) from error
             raise
+
+
+def tidy(final: Path) -> None:
+    """Settle what a run that was killed after it had published left beside its result: its lock, mostly.
+
+    Raises:
+        EnvironmentFailure: Another run holds the lock.
+    """
+    if os.path.lexists(beside(final, LOCK)):
+        with Lock(final) as lock:
+            settle(final, lock)
 
 
 def work_folder(final: Path, fingerprint: Mapping[str, Any]) -> Path:

@@ -42,7 +42,7 @@ _RESULT = (
     r"(model|packed)-\d+-of-\d+\.safetensors",
     r"config\.json|README\.md",
     rf"{OURS}/(recipe\.yaml|run\.json|report\.json|plots/\w+\.png|evaluation/lm_eval-\w+\.json)",
-    rf"{OURS}/source/[^/]+",
+    rf"{OURS}/source/.+",
 )
 # Activations on disk of a walk that was killed.
 _SCRATCH = re.compile(rf"({PLANS}/[^/]+/structprune-backward-[^/]+)/.*")
