@@ -77,7 +77,7 @@ def test_r3_a_second_run_is_told_who_has_the_output(place: Place, parent: Parent
 def test_r4_another_run_for_the_same_output_is_told_what_differs(
     change: list[str], said: str, place: Place, parent: Parent
 ) -> None:
-    assert parent.run(place.words, place.folder, Stop("call", 32)).code == -signal.SIGKILL
+    assert parent.run(place.words, place.folder, Stop("line", 3)).code == -signal.SIGKILL
     other = parent.run([*place.words, *change], place.folder)
     assert (other.code, said in other.err) == (4, True), other.err
     assert "--restart" in other.error["hint"]
