@@ -123,6 +123,7 @@ def test_an_interrupted_run_is_in_the_way_and_says_what_it_left_and_both_ways_on
     )
     assert refusal.hint == "finish it with its own command, or pass --restart to forget it"
     (left / "structprune" / "recipe.yaml").touch()
+    (left / "structprune" / "run.json").write_text('{"command": "prune", "places": {}}')
     assert f"finish it with `structprune prune {left}/structprune/recipe.yaml`" in refuse(final, OTHER).hint
     run(final, RUN)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

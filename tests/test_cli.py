@@ -317,9 +317,9 @@ def test_evaluate_and_recover_take_their_options(calls, command):
         "--seed",
         3,
     )
-    (model, output, options), rest = calls["recover"]
-    assert (model, output, rest["opening"]) == ("out", Path("new"), Opening())
-    assert options == RecoverOptions(data="demo", steps=7, warmup=0.1, keep_adapter=True, seed=3)
+    (asked,), rest = calls["recover"]
+    assert (asked.model, asked.output, rest["opening"]) == ("out", Path("new"), Opening())
+    assert asked.recover == RecoverOptions(data="demo", steps=7, warmup=0.1, keep_adapter=True, seed=3)
     assert done.out.startswith("held-out loss  2 -> 1 after step 5")
 
 

@@ -364,7 +364,7 @@ def test_a_run_stopped_in_its_recovery_goes_on_there(
         raise Interrupted(signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr(prune_module, "recover", stopped)
+        patched.setattr(prune_module, "recover_run", stopped)
         with pytest.raises(Interrupted):
             run()
     with monkeypatch.context() as patched:

@@ -12,9 +12,9 @@ from structprune.errors import UsageError
 from structprune.pipeline.methods import describe
 from structprune.pruners import catalogue
 from structprune.recipe.changes import EVALUATE, GROUPS, RECOVER
-from structprune.recipe.draft import choose_settings, request_recipe
 from structprune.recipe.options import EvaluateOptions, sparsity_of
 from structprune.recipe.recipe import Recipe, assemble, choose_recipe, load, stage
+from structprune.recipe.request import choose_settings, request_recipe
 from structprune.storage import strict_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from structprune.recipe.draft import read_recipe
+from structprune.checkpoint.delivery import command_again
 from structprune.recipe.places import places_text, with_places
+from structprune.recipe.request import read_recipe
 from tests.conftest import Command
 from tests.tiny import save_tiny, tokenizer
 
@@ -71,3 +72,84 @@ def test_a_recipe_that_was_edited_is_read_as_it_stands(place: Path) -> None:
 def test_a_recipe_alone_stays_as_it_is(place: Path) -> None:
     (place / "r.yaml").write_text("model: model\noutput: out\nprune: {method: magnitude}\n")
     assert read_recipe(place / "r.yaml")[0]["model"] == "model"
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    files = [
+        {path.name: path.read_bytes() for path in folder.glob("*.safetensors")} for folder in (one, other)
+    ]
+    return bool(files[0]) and files[0] == files[1]
+
+
+@pytest.fixture
+def pruned(place: Path, command: Command) -> Path:
+    assert command("prune", "model", "pruned", "--method", "magnitude").code == 0
+    return place / "pruned"
+
+
+def test_what_was_applied_is_applied_again_from_another_folder(
+    pruned: Path, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("apply", "model", "out", "--plan", "pruned").code == 0
+    assert command("verify", "out").code == 0
+    saved = place / "out" / "structprune" / "recipe.yaml"
+    (place / "elsewhere").mkdir()
+    monkeypatch.chdir(place / "elsewhere")
+    again = command("apply", saved, "new")
+    assert again.code == 0, again.err
+    assert same_weights(place / "out", Path("new"))
+    other = command("prune", saved, "third")
+    assert other.code == 2 and f"structprune apply {saved}" in other.err
+
+
+@pytest.mark.parametrize("more", [(), ("--keep-adapter",)], ids=["merged", "adapter"])
+def test_a_recovery_runs_again_from_another_folder(
+    more: tuple[str, ...], pruned: Path, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = ("--data", "text.txt", "--steps", "4", "--length", "16", "--learning-rate", "1e-3")
+    sets = ("--set", "check_every=2", "--set", "evaluate.text=text.txt", "--set", "evaluate.length=16")
+    done = command("recover", "pruned", "out", *training, *sets, *more)
+    assert done.code == 0, done.err
+    assert command("verify", "out").code == 0
+    saved = place / "out" / "structprune" / "recipe.yaml"
+    (place / "elsewhere").mkdir()
+    monkeypatch.chdir(place / "elsewhere")
+    again = command("recover", saved, "new")
+    assert again.code == 0, again.err
+    assert same_weights(place / "out", Path("new"))
+    other = command("apply", saved, "third")
+    assert other.code == 2 and f"structprune recover {saved}" in other.err
+
+
+def test_a_run_with_a_recovery_keeps_the_recipe_of_the_whole(
+    place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "r.yaml").write_text(
+        "model: model\noutput: out\nprune: {method: magnitude}\n"
+        "recover: {data: text.txt, steps: 4, length: 16, check_every: 2, learning_rate: 1e-3}\n"
+        "evaluate: {text: [text.txt], length: 16}\n"
+    )
+    assert command("prune", "r.yaml").code == 0
+    saved = place / "out" / "structprune" / "recipe.yaml"
+    assert saved.read_bytes() == (place / "r.yaml").read_bytes()
+    (place / "elsewhere").mkdir()
+    monkeypatch.chdir(place / "elsewhere")
+    again = command("prune", saved, "new")
+    assert again.code == 0, again.err
+    assert same_weights(place / "out", Path("new"))
+
+
+def test_a_recipe_of_another_command_is_refused_by_name(place: Path, command: Command) -> None:
+    (place / "r.yaml").write_text("model: model\noutput: out\nprune: {method: magnitude}\n")
+    for other in ("apply", "recover"):
+        done = command(other, "r.yaml", "out")
+        assert done.code == 2 and "structprune prune r.yaml" in done.err
+
+
+def test_an_interrupted_recovery_is_ended_by_its_own_command(pruned: Path, place: Path) -> None:
+    for name in ("apply", "prune", "recover"):
+        (pruned / "structprune" / "run.json").write_text(json.dumps({"command": name, "places": {}}))
+        assert command_again(pruned) == f"structprune {name} {pruned / 'structprune' / 'recipe.yaml'}"
+    for text in ("{", "[]", '{"command": "rm"}'):
+        (pruned / "structprune" / "run.json").write_text(text)
+        assert command_again(pruned) == ""

@@ -16,7 +16,7 @@ from typing import Any
 
 from structprune.checkpoint.beside import LOCK, beside, partial_of
 from structprune.checkpoint.lock import Lock
-from structprune.checkpoint.manifest import MANIFEST, check_manifest, write_manifest
+from structprune.checkpoint.manifest import MANIFEST, RECIPE_FILE, RUN_PLACES, check_manifest, write_manifest
 from structprune.checkpoint.partial import FINGERPRINT, FINGERPRINT_LIMIT, PLANS, Partial, partials_of
 from structprune.checkpoint.publishing import discard, is_occupied, publish, settle
 from structprune.checkpoint.writing import Writing
@@ -187,13 +187,26 @@ def _refuse_or_forget(left: Partial, fingerprint: Mapping[str, Any], lock: Lock)
     except InputError:
         known = {}
     differing = sorted(_differences(known, dict(fingerprint)))
-    recipe = left.folder / "structprune" / "recipe.yaml"
-    command = f"`structprune prune {recipe}`" if recipe.is_file() else "its own command"
+    again = command_again(left.folder)
+    command = f"`{again}`" if again else "its own command"
     raise EnvironmentFailure(
         f"{left.folder}: an interrupted run differs in {', '.join(differing[:5]) or 'its fingerprint'}; "
         f"it left {left.describe()}",
         hint=f"finish it with {command}, or pass --restart to forget it",
     )
+
+
+def command_again(folder: Path) -> str:
+    """Return the command that runs again what made a folder, from any place; empty where it does not say."""
+    recipe, places = folder / RECIPE_FILE, folder / RUN_PLACES
+    if not recipe.is_file():
+        return ""
+    try:
+        said = read_json(places, limit_bytes=FINGERPRINT_LIMIT)
+    except (InputError, FileNotFoundError):
+        return ""
+    command = said.get("command") if isinstance(said, dict) else None
+    return f"structprune {command} {recipe}" if command in ("apply", "prune", "recover") else ""
 
 
 def _differences(one: Any, other: Any, path: str = "") -> Iterator[str]:

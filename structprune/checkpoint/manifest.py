@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 MANIFEST = "structprune.json"
 OURS = "structprune"
 """Folder beside the weights with recipe, plans and report."""
+RECIPE_FILE = f"{OURS}/recipe.yaml"
+"""What a run was asked to do, as it was asked."""
 RUN_PLACES = f"{OURS}/run.json"
 """Where a run found the files that its recipe names: elsewhere on every machine, so no manifest lists it."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from structprune.checkpoint.adapter import Adapter, is_adapter, merge_adapter, read_adapter
 from structprune.checkpoint.integrity import check_weights, intact_manifest
@@ -49,6 +49,12 @@ class Source:
     def folder(self) -> Path:
         """Return the model folder."""
         return self.reader.folder
+
+    @property
+    def resident(self) -> PreTrainedModel:
+        """Return the model of a source that was not opened to be streamed."""
+        assert isinstance(self.model, PreTrainedModel)
+        return self.model
 
     def reopen_model(self) -> Model:
         """Return the model as its files hold it, a second time."""

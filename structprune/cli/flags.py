@@ -50,6 +50,9 @@ class Job:
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, a hub name, or 'demo' for the built-in model.")
 ]
+ModelOrRecipe = Annotated[
+    str, typer.Argument(metavar="MODEL|RECIPE.yaml", help="A model, or a recipe of this command.")
+]
 Output = Annotated[Path | None, typer.Argument(metavar="OUT", help="The folder to write.")]
 Tokenizer = Annotated[
     str | None, typer.Option(metavar="DIR", help="Its tokenizer, where MODEL has none or another is meant.")

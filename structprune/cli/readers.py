@@ -27,7 +27,7 @@ from structprune.cli.flags import (
 from structprune.cli.inspection import inspection_lines
 from structprune.pruners.catalogue import check_name
 from structprune.recipe.changes import EVALUATE
-from structprune.recipe.draft import choose_settings
+from structprune.recipe.request import choose_settings
 
 
 @command

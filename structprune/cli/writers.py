@@ -16,7 +16,7 @@ from structprune.cli.flags import (
     Job,
     Length,
     MaxRatio,
-    Model,
+    ModelOrRecipe,
     OpeningFlags,
     Output,
     Revision,
@@ -29,9 +29,10 @@ from structprune.cli.flags import (
     command,
 )
 from structprune.errors import UsageError
-from structprune.recipe.changes import RECOVER
-from structprune.recipe.draft import choose_settings, request_recipe
+from structprune.recipe.changes import APPLY, RECOVER
+from structprune.recipe.draft import ApplyRun, RecoverRun
 from structprune.recipe.options import sparsity_of
+from structprune.recipe.request import choose_run, request_recipe
 
 if TYPE_CHECKING:
     from structprune.models.opening import Opening
@@ -142,8 +143,10 @@ def prune(
 
 @command
 def apply(
-    model: Model,
-    plan: Annotated[Path, typer.Option(metavar="DIR", help="A plan, or a folder structprune wrote.")],
+    model: ModelOrRecipe,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A plan, or a folder structprune wrote.")
+    ] = None,
     output: Output = None,
     stream: Stream = None,
     revision: Revision = None,
@@ -152,15 +155,13 @@ def apply(
     opens: OpeningFlags,
 ) -> Job:
     """Carry out the plan of an earlier run; needs no data."""
-    folder = writes.folder(output)
+    flags = {"output": writes.output(output), "plan": plan, "revision": revision}
+    asked = choose_run(ApplyRun, model, APPLY, flags=flags)
     return Job(
         lambda progress: structprune.apply(
-            model,
-            folder,
-            plan,
+            asked,
             opening=opens.opening(stream=stream, writes=True),
             writing=writes.writing(),
-            revision=revision,
             progress=progress,
         ),
         summary.run_lines,
@@ -169,7 +170,7 @@ def apply(
 
 @command
 def recover(
-    model: Model,
+    model: ModelOrRecipe,
     output: Output = None,
     data: Annotated[str | None, typer.Option(help="A text file, a data set's name, or demo.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
@@ -195,6 +196,7 @@ def recover(
 ) -> Job:
     """Train a pruned model again without reviving a removed weight."""
     flags = {
+        "output": writes.output(output),
         "recover.data": data,
         "recover.steps": steps,
         "recover.rank": rank,
@@ -210,19 +212,14 @@ def recover(
         "revision": revision,
         "tokenizer": tokenizer,
     }
-    folder = writes.folder(output)
-    asked = choose_settings(RECOVER, config=config, sets=sets or (), flags=flags)
+    asked = choose_run(RecoverRun, model, RECOVER, config=config, sets=sets or (), flags=flags)
     if asked.recover is None or "data" not in asked.recover.model_fields_set:
         raise UsageError("--data is missing", hint="give the text to train on, or --data demo")
     return Job(
         lambda progress: structprune.recover(
-            model,
-            folder,
-            asked.recover,
+            asked,
             opening=opens.opening(where=asked, tokenizer=asked.tokenizer, writes=True),
             writing=writes.writing(),
-            revision=asked.revision,
-            evaluate=asked.evaluate,
             progress=progress,
         ),
         summary.recovery_lines,

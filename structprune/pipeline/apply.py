@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from structprune.checkpoint.delivery import deliver
 from structprune.checkpoint.inputs import local_inputs
 from structprune.checkpoint.locate import resolve
@@ -19,15 +17,18 @@ from structprune.models.opening import Opening
 from structprune.pipeline.decision import shaping_versions, write
 from structprune.pipeline.examine import prepare_exam
 from structprune.pipeline.finish import finish
+from structprune.pipeline.kept import write_recipe
 from structprune.progress import Clock, Progress, silent
 from structprune.pruners.catalogue import find
+from structprune.recipe.draft import ApplyRun
+from structprune.recipe.fields import build
 from structprune.report.report import RunRecord
 
 
 def apply(
-    model: str,
-    output: str | Path,
-    plan: str | Path,
+    model: str | ApplyRun,
+    output: str | Path | None = None,
+    plan: str | Path | None = None,
     *,
     opening: Opening = Opening(),
     writing: Writing = Writing(),
@@ -37,7 +38,7 @@ def apply(
     """Carry the plans of an earlier run out on the model they were decided on; needs no data.
 
     Args:
-        model: "demo", a folder, a hub name.
+        model: "demo", a folder, a hub name; or a whole recipe.
         output: The folder to write.
         plan: A plan's folder, a folder of plans, or a folder that structprune wrote.
         opening: How the model is opened.
@@ -48,26 +49,42 @@ def apply(
     Raises:
         InputError: The plan is damaged, or was decided on another architecture or other weights.
     """
+    if not isinstance(model, ApplyRun):
+        model = build(ApplyRun, {"model": model, "output": output, "plan": plan, "revision": revision})
+    return _apply(model, opening, writing, progress)
+
+
+def _apply(run: ApplyRun, opening: Opening, writing: Writing, progress: Progress) -> dict[str, Any]:
+    plan = run.plan
     clock = Clock()
     with clock.phase("read"):
-        folder = resolve(model, revision=revision)
+        folder = resolve(run.model, revision=run.revision)
         final = check_output(
-            [*local_inputs("the model", folder), *local_inputs("the plan", plan)],
-            Path(output),
+            [
+                *local_inputs("the model", folder),
+                *local_inputs("the plan", plan),
+                *local_inputs("the recipe", run.file),
+            ],
+            run.output,
             overwrite=writing.overwrite,
             needed_bytes=weight_bytes(folder),
         )
         check_side_files(folder, opening)
-        plans = read_plans(Path(plan))
-        source = open_source(model, folder, opening)
+        plans = read_plans(plan)
+        source = open_source(run.model, folder, opening)
         if plans[0].weights != source.scan.weights:
             raise InputError(
                 f"{plan}: decided on other weights ({plans[0].weights[:12]}) than {folder} holds "
                 f"({source.scan.weights[:12]})",
                 hint="give the model that the plan was made from",
             )
-    run = {"plans": [one.id for one in plans], "weights": source.scan.weights, "versions": shaping_versions()}
-    with deliver(final, run, writing, files=copied_names(folder, source.opening.tokenizer)) as work:
+    shaped = {
+        "plans": [one.id for one in plans],
+        "weights": source.scan.weights,
+        "versions": shaping_versions(),
+    }
+    with deliver(final, shaped, writing, files=copied_names(folder, source.opening.tokenizer)) as work:
+        write_recipe(work, run)
         for one in plans:
             find(one.method).model_validate(one.config).apply(source.model, one)
         save_plans(plans, work.plans)
@@ -75,9 +92,7 @@ def apply(
             write(source, work, plans, progress)
         record = RunRecord(
             method="+".join(one.method for one in plans),
-            recipe=yaml.safe_dump(
-                {"model": model, "output": str(output), "plan": str(plan)}, sort_keys=False
-            ),
+            recipe=run.text(),
             stages=stages(plans),
         )
         exam = prepare_exam(None, source, None)

@@ -5,22 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from structprune.checkpoint.delivery import Delivery, is_delivered
-from structprune.checkpoint.manifest import MANIFEST, RUN_PLACES
+from structprune.checkpoint.manifest import MANIFEST, RECIPE_FILE, RUN_PLACES
 from structprune.checkpoint.writing import Writing
+from structprune.recipe.draft import Run
 from structprune.recipe.fields import build
 from structprune.recipe.options import EvaluateOptions
 from structprune.recipe.places import places_text
-from structprune.recipe.recipe import Recipe
 from structprune.report.report import read_report
 from structprune.storage import strict_yaml
 
-RECIPE_FILE = "structprune/recipe.yaml"
 
-
-def write_recipe(work: Delivery, recipe: Recipe) -> None:
+def write_recipe(work: Delivery, recipe: Run) -> None:
     """Write a recipe as it was asked for, and beside it where its files are."""
     work.write_text(RECIPE_FILE, recipe.text())
-    work.write_text(RUN_PLACES, places_text(recipe.model_dump(mode="json")))
+    work.write_text(RUN_PLACES, places_text(recipe.model_dump(mode="json"), recipe.command))
 
 
 def may_stand(output: Path, writing: Writing) -> bool:

@@ -23,9 +23,10 @@ from structprune.pipeline.examine import prepare_exam
 from structprune.pipeline.finish import finish, record_of
 from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import kept_report, may_stand, write_recipe
-from structprune.pipeline.recover import check_recovery, recover
+from structprune.pipeline.recover import check_recovery, recover_run
 from structprune.progress import Clock, Progress, silent
 from structprune.pruners.pruner import Pruner
+from structprune.recipe.draft import RecoverRun
 from structprune.recipe.fields import build
 from structprune.recipe.options import EvaluateOptions
 from structprune.recipe.recipe import Recipe
@@ -116,15 +117,15 @@ def prune_recipe(
         if recipe.recover is None:
             return result
     chosen = recipe.evaluate or EvaluateOptions()
-    return recover(
-        str(final),
-        recipe.output,
-        recipe.recover,
-        opening=recipe.opening(opening),
-        writing=writing,
+    last = RecoverRun(
+        model=str(final),
+        output=recipe.output,
+        recover=recipe.recover,
         evaluate=chosen.model_copy(update={"compare": str(folder)}),
-        progress=progress,
+        device=recipe.device,
+        tokenizer=recipe.opening(opening).tokenizer,
     )
+    return recover_run(last, saved=recipe, opening=opening, writing=writing, progress=progress)
 
 
 def _recipe(

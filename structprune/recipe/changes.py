@@ -71,6 +71,7 @@ PRUNE = Reading(
     stages=True,
 )
 RECOVER = Reading("recover", ("device", "tokenizer", "revision", "recover", "evaluate"), ("recover",))
+APPLY = Reading("apply", ("revision",), ())
 EVALUATE = Reading("evaluate", ("device", "dtype", "tokenizer", "revision", "evaluate"), ("evaluate",))
 
 

@@ -4,22 +4,17 @@ The fields of a method are the attributes of its class, which stands on torch an
 a recipe or a command line says is checked before either is imported.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
-from pydantic import ValidationInfo, field_validator, model_validator
+import yaml
+from pydantic import PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from structprune.errors import UsageError
 from structprune.pruners.catalogue import check_name, names
-from structprune.recipe.changes import PRUNE, Reading, merge
-from structprune.recipe.fields import build, quote
+from structprune.recipe.fields import quote
 from structprune.recipe.options import CalibrationOptions, EvaluateOptions, RecoverOptions, Text, Where
-from structprune.recipe.places import with_places
-from structprune.storage import strict_yaml
-
-S = TypeVar("S", bound="Settings")
 
 
 class Settings(Where):
@@ -55,17 +50,63 @@ class Settings(Where):
         return {"seed": seed, **value} if isinstance(value, Mapping) else value
 
 
-class Draft(Settings):
-    """A recipe whose stages are known by the names of their methods alone.
+class Run(Settings):
+    """A recipe of a command that writes a model.
 
     Args:
         model: A folder, a hub name, or "demo" for the built-in model.
         output: The folder to write.
-        prune: One stage or several, each `method:` with that method's fields.
     """
+
+    command: ClassVar[str]
 
     model: Text
     output: Path
+
+    _file: Path | None = PrivateAttr(default=None)
+
+    @property
+    def file(self) -> Path | None:
+        """Return the file that the recipe was read from, if it was."""
+        return self._file
+
+    def text(self) -> str:
+        """Return the recipe as YAML that runs again: what it needs, and what was asked for beside."""
+        asked = {
+            name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default
+        }
+        data = self.model_dump(mode="json", exclude_none=True, include=asked)
+        first = {key: data[key] for key in ("model", "output")}
+        return yaml.safe_dump(first | data, sort_keys=False, allow_unicode=True)
+
+
+class RecoverRun(Run):
+    """A recipe of `structprune recover`."""
+
+    command = "recover"
+
+
+class ApplyRun(Run):
+    """A recipe of `structprune apply`.
+
+    Args:
+        plan: The earlier decision: a plan's folder, a folder of plans, or one that structprune wrote.
+    """
+
+    command = "apply"
+
+    plan: Path
+
+
+class Draft(Run):
+    """A recipe of `structprune prune` whose stages are known by the names of their methods alone.
+
+    Args:
+        prune: One stage or several, each `method:` with that method's fields.
+    """
+
+    command = "prune"
+
     prune: Any
 
     @field_validator("prune", mode="before")
@@ -74,107 +115,6 @@ class Draft(Settings):
         for path, part in stage_paths(value):
             method_and_fields(part, path)
         return value
-
-
-@dataclass(frozen=True)
-class Request:
-    """A recipe as it was asked for.
-
-    Attributes:
-        raw: Its keys with plain values.
-        where: The file that it was read from, for errors; empty where there is none.
-        verbatim: The text of that file, where nothing was changed.
-    """
-
-    raw: Mapping[str, Any]
-    where: str = ""
-    verbatim: str | None = None
-
-    def build(self, owner: type[S]) -> S:
-        """Return it as a draft, or as a whole recipe.
-
-        Raises:
-            UsageError: An unknown key, a missing one or an impossible value.
-        """
-        try:
-            return build(owner, {"prune": {}, **self.raw})  # an empty stage is told which methods there are
-        except UsageError as error:
-            if not self.where:
-                raise
-            raise UsageError(f"{self.where}: {error.message}", hint=error.hint) from None
-
-
-def request_recipe(
-    model: str | None,
-    *,
-    config: Path | None = None,
-    sets: Sequence[str] = (),
-    flags: Mapping[str, object] | None = None,
-) -> Request:
-    """Return what a command line asks for, checked but for the fields of its methods.
-
-    Args:
-        model: What stands first: a model, or a recipe, which is a file that ends in .yaml; None for nothing.
-        config: A recipe that a flag names; its paths are relative to the working directory.
-        sets: "key=value" each; the path of a key, or the name of a field of the method or the calibration.
-        flags: Path -> value; None changes nothing. These win over `sets`.
-
-    Raises:
-        UsageError: The file is missing or can be misread, a key is unknown, a value impossible; or a model
-            or an output is missing.
-    """
-    changes = {key: value for key, value in (flags or {}).items() if value is not None}
-    if model is not None and _is_recipe(model):
-        if config is not None:
-            raise UsageError(f"two recipes: {model} and {config}", hint="give one of them")
-        config = Path(model)
-    elif model is not None:
-        changes["model"] = model
-    if config is None:
-        _check_places(changes)
-    raw, text = read_recipe(config) if config else ({}, None)
-    merged = merge(raw, PRUNE, sets, changes)
-    request = Request(merged, str(config or ""), None if sets or changes else text)
-    request.build(Draft)
-    return request
-
-
-def choose_settings(
-    reading: Reading,
-    *,
-    config: Path | None = None,
-    sets: Sequence[str] = (),
-    flags: Mapping[str, object] | None = None,
-) -> Settings:
-    """Return what a command reads that takes no whole recipe, such as `evaluate`.
-
-    Args:
-        reading: Which keys those are.
-        config: A recipe; its model, output and stages are passed over.
-        sets: As for `request_recipe`; short are the keys of the command's own group.
-        flags: As for `request_recipe`.
-
-    Raises:
-        UsageError: As for `request_recipe`.
-    """
-    raw = read_recipe(config)[0] if config else {}
-    rest = {key: value for key, value in raw.items() if key not in ("model", "output", "prune")}
-    return build(Settings, merge(rest, reading, sets, flags))
-
-
-def read_recipe(path: Path) -> tuple[dict[str, Any], str]:
-    """Return the keys of a recipe's file, and its text.
-
-    Raises:
-        UsageError: It is missing, can be misread, or holds no keys.
-    """
-    raw, text = strict_yaml.read(path)
-    if not isinstance(raw, dict):
-        raise UsageError(
-            f"{path}: found {quote(raw)}, expected the keys model, output and prune",
-            hint="such as `model: demo`, `output: OUT`, `prune: {method: magnitude, sparsity: 0.5}`",
-        )
-    return with_places(raw, path), text
 
 
 def stage_paths(stages: object) -> list[tuple[str, object]]:
@@ -208,14 +148,3 @@ def method_and_fields(raw: object, path: str = "prune") -> tuple[str, dict[str, 
         )
     check_name(method)
     return method, {key: value for key, value in fields.items() if key != "method"}
-
-
-def _is_recipe(model: str) -> bool:
-    return Path(model).suffix.lower() in (".yaml", ".yml") and not Path(model).is_dir()
-
-
-def _check_places(changes: Mapping[str, object]) -> None:
-    hint = "`structprune prune MODEL OUT --method NAME`, or `structprune prune RECIPE.yaml`"
-    for key, word in (("model", "MODEL"), ("output", "OUT")):
-        if key not in changes:
-            raise UsageError(f"{word} is missing", hint=hint)

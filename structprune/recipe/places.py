@@ -19,6 +19,7 @@ _LIMIT = 2**20
 # Keys that name a file or a folder; all else, such as names on a hub, is the same everywhere.
 _KEYS = (
     ("model",),
+    ("plan",),
     ("tokenizer",),
     ("calibration", "source"),
     ("recover", "data"),
@@ -29,14 +30,14 @@ _KEYS = (
 )
 
 
-def places_text(raw: Mapping[str, Any]) -> str:
-    """Return what run.json holds for a recipe with these keys."""
+def places_text(raw: Mapping[str, Any], command: str = "prune") -> str:
+    """Return what run.json holds for a recipe with these keys, of this command."""
     places = {
         ".".join(keys): {text: os.path.realpath(Path(text).expanduser()) for text in texts}
         for keys in _KEYS
         if (texts := [text for text in _texts(raw, keys) if _is_here(text)])
     }
-    return json.dumps({"places": places}, indent=1, sort_keys=True) + "\n"
+    return json.dumps({"command": command, "places": places}, indent=1, sort_keys=True) + "\n"
 
 
 def with_places(raw: Mapping[str, Any], recipe: Path) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from structprune.models.opening import Opening
 from structprune.pruners.catalogue import find
 from structprune.pruners.pruner import Pruner
 from structprune.recipe.changes import PRUNE, merge
-from structprune.recipe.draft import Draft, Request, method_and_fields, request_recipe, stage_paths
+from structprune.recipe.draft import Draft, method_and_fields, stage_paths
 from structprune.recipe.fields import build
 from structprune.recipe.options import CalibrationOptions, EvaluateOptions, RecoverOptions
+from structprune.recipe.request import Request, request_recipe
 
 __all__ = [
     "CalibrationOptions",
@@ -42,7 +43,6 @@ class Recipe(Draft):
     prune: Annotated[tuple[SerializeAsAny[Pruner], ...], Field(min_length=1)]
 
     _source: str | None = PrivateAttr(default=None)
-    _file: Path | None = PrivateAttr(default=None)
 
     @field_validator("prune", mode="before")
     @classmethod
@@ -100,11 +100,6 @@ class Recipe(Draft):
         other = self.model_copy(update={"prune": (stage,), "output": output})
         other._source = None
         return other
-
-    @property
-    def file(self) -> Path | None:
-        """Return the file that the recipe was read from, if it was."""
-        return self._file
 
     def remember(self, source: str) -> Self:
         """Keep the file that this recipe is an unchanged reading of; returns the recipe."""

@@ -1,0 +1,125 @@
+"""What a recovery started from and ended with, written: a whole model, or an adapter beside its base."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from structprune.checkpoint.adapter import Adapter, save_adapter
+from structprune.checkpoint.delivery import Delivery
+from structprune.checkpoint.export import export
+from structprune.checkpoint.plans import save_plans, stages
+from structprune.checkpoint.source import Source
+from structprune.evaluation.exam import Exam
+from structprune.models.identity import names_of
+from structprune.pipeline.finish import finish, measure
+from structprune.plan.plan import Plan
+from structprune.progress import Clock, Progress
+from structprune.recipe.options import RecoverOptions
+from structprune.recovery.outcome import Recovery
+from structprune.recovery.windows import TrainingWindows
+from structprune.report import report
+from structprune.report.report import RunRecord
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a recovery starts from, and how it is done.
+
+    Attributes:
+        options: How to train.
+        source: The pruned model; training changes it.
+        plans: What was decided on it.
+        windows: The text.
+        teacher: The dense model that is imitated, if any.
+        compared: The dense model that the report compares with, if any.
+        exam: What to measure the result on.
+        progress: Told (stage, done, total).
+        clock: The run's.
+    """
+
+    options: RecoverOptions
+    source: Source
+    plans: Sequence[Plan]
+    windows: TrainingWindows
+    teacher: Source | None
+    compared: Source | None
+    exam: Exam
+    progress: Progress
+    clock: Clock
+
+
+def publish_merged(work: Delivery, task: Task, recovery: Recovery, recipe: str) -> dict[str, Any]:
+    """Write the model with the change merged, and the plans beside it; return the report."""
+    with task.clock.phase("write"):
+        names = names_of(task.source.model)
+        parameters = dict(task.source.resident.named_parameters())
+        changed = names.to_stored({name: parameters[name].detach() for name in recovery.factors})
+        written = export(
+            task.source.reader,
+            work.folder,
+            task.progress,
+            replaced=changed,
+            tokenizer=task.source.opening.tokenizer,
+        )
+        work.note(*written)
+        save_plans(task.plans, work.plans)
+    record = RunRecord(
+        method="+".join([*(plan.method for plan in task.plans), "recover"]),
+        recipe=recipe,
+        stages=stages(task.plans),
+        revalued=tuple(changed),
+        more={"recovery": _facts(recovery, task)},
+    )
+    return finish(
+        work,
+        task.source,
+        task.clock,
+        record,
+        exam=task.exam,
+        dense=task.compared,
+        progress=task.progress,
+    )
+
+
+def publish_adapter(work: Delivery, task: Task, recovery: Recovery) -> dict[str, Any]:
+    """Write the change beside its base instead of merging it; return the report."""
+    source = task.source
+    adapter = Adapter(
+        recovery.factors, str(source.folder.resolve()), source.scan.weights, _origin(task.plans)
+    )
+    with task.clock.phase("write"):
+        save_adapter(work.folder, adapter)
+    with task.clock.phase("evaluate"):
+        evaluation = measure(source, task.compared, task.exam)
+    made = {
+        "output": str(work.final),
+        "adapter": {
+            "base": adapter.base,
+            "base_weights": adapter.base_weights,
+            "tensors": len(adapter.factors),
+        },
+        "recovery": _facts(recovery, task),
+        "evaluation": evaluation.as_json(),
+        "seconds": round(task.clock.seconds, 3),
+        "loads_in": ["structprune"],
+    }
+    report.write_report(work.folder, made)
+    work.publish(stages=[], facts={"adapter_of": source.scan.weights})
+    return made
+
+
+def _facts(recovery: Recovery, task: Task) -> dict[str, Any]:
+    return {
+        "start_loss": recovery.start_loss,
+        "best_loss": recovery.best_loss,
+        "best_step": recovery.best_step,
+        "stopped": recovery.stopped,
+        "steps_resumed": recovery.steps_resumed,
+        "history": [check._asdict() for check in recovery.history],
+        "data": task.windows.facts,
+        "masks": _origin(task.plans),
+    }
+
+
+def _origin(plans: Sequence[Plan]) -> Literal["plans", "nonzero"]:
+    return "plans" if plans else "nonzero"
