@@ -112,3 +112,13 @@ def test_a_recipe_of_several_goals_spells_out_the_one_that_a_folder_reached(
     again = structprune.choose_recipe(str(tmp_path / "sw" / "0.25" / "structprune" / "recipe.yaml"))
     assert again.prune[0].model_dump()["sparsity"] == 0.25
     assert again.output == tmp_path / "sw" / "0.25"
+
+
+def test_what_was_recovered_is_kept_too(llama: Path, tmp_path: Path) -> None:
+    recovery = {"teacher": str(llama), "steps": 2, "check_every": 1, "length": 16, "learning_rate": 1e-3}
+    recipe = recipe_of(llama, tmp_path / "sw", "wanda", recover=recovery)
+    prune_each(recipe, [0.5], writing=FILES_ONLY)
+    before = stamps(tmp_path / "sw" / "0.5")
+    runs = prune_each(recipe, [0.5, 0.6], writing=FILES_ONLY)["runs"]
+    assert {name: run.get("kept", False) for name, run in runs.items()} == {"0.5": True, "0.6": False}
+    assert stamps(tmp_path / "sw" / "0.5") == before

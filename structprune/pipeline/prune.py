@@ -89,9 +89,8 @@ def prune_recipe(
         folder = resolve(recipe.model, revision=recipe.revision)
         needed = weight_bytes(folder)
         inputs = inputs_of_recipe(recipe, folder, scores)
-        final = check_output(
-            inputs, recipe.output, overwrite=may_stand(recipe.output, writing), needed_bytes=needed
-        )
+        standing = may_stand(recipe.output, writing)
+        final = check_output(inputs, recipe.output, overwrite=standing, needed_bytes=needed)
         if recipe.recover is not None:  # which makes the output from a pruned model beside it
             pruned = recipe.output.with_name(f"{recipe.output.name}.pruned")
             final = check_output(inputs, pruned, overwrite=True, needed_bytes=needed)

@@ -28,7 +28,7 @@ from structprune.models.streamed import open_skeleton
 from structprune.pipeline.decision import shaping_versions
 from structprune.pipeline.examine import prepare_exam
 from structprune.pipeline.inputs import inputs_of_evaluation, inputs_of_recovery
-from structprune.pipeline.kept import write_recipe
+from structprune.pipeline.kept import kept_report, may_stand, write_recipe
 from structprune.pipeline.recovered import Task, publish_adapter, publish_merged
 from structprune.progress import Clock, Progress, silent
 from structprune.recipe.draft import RecoverRun, Run
@@ -117,7 +117,9 @@ def recover_run(
             *inputs_of_recovery(options),
             *inputs_of_evaluation(evaluate),
         ]
-        final = check_output(inputs, run.output, overwrite=writing.overwrite, needed_bytes=needed)
+        final = check_output(
+            inputs, run.output, overwrite=may_stand(run.output, writing), needed_bytes=needed
+        )
         check_side_files(folder, opening)
         source = open_source(run.model, folder, opening)
         plans = [plan.beside_weights() for plan in plans_of(folder)]
@@ -129,6 +131,9 @@ def recover_run(
     task = Task(options, source, plans, windows, teacher, compared, exam, progress, clock)
     processes = Processes(opening.device)
     shaped = _fingerprint(task, processes)
+    if report := kept_report(final, shaped, (saved or run).evaluate, writing):
+        return report
+    check_output(inputs, final, overwrite=writing.overwrite)
     if not processes.writes:
         processes.wait()
         with suppress(QualityError):  # which the first process raises too
