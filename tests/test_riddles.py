@@ -81,7 +81,7 @@ def test_a_key_of_a_plan_of_another_type_is_named(key: str, value: object, tmp_p
         Plan.load(tmp_path)
 
 
-@pytest.mark.parametrize("call", [structprune.prune, structprune.recover])
+@pytest.mark.parametrize("call", [structprune.prune, structprune.recover, structprune.apply])
 def test_a_model_in_memory_is_told_what_is_taken(call, tmp_path: Path) -> None:
     for model in (nn.Linear(2, 2), None, 3):
         with pytest.raises(UsageError, match="found an object of type"):

@@ -5,7 +5,7 @@ from typing import Any
 
 from structprune.checkpoint.delivery import deliver
 from structprune.checkpoint.inputs import local_inputs
-from structprune.checkpoint.locate import resolve
+from structprune.checkpoint.locate import check_name, resolve
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.plans import read_plans, save_plans, stages
 from structprune.checkpoint.side_files import check_side_files, copied_names
@@ -50,7 +50,8 @@ def apply(
         InputError: The plan is damaged, or was decided on another architecture or other weights.
     """
     if not isinstance(model, ApplyRun):
-        model = build(ApplyRun, {"model": model, "output": output, "plan": plan, "revision": revision})
+        asked = {"model": check_name(model), "output": output, "plan": plan, "revision": revision}
+        model = build(ApplyRun, asked)
     return _apply(model, opening, writing, progress)
 
 

@@ -12,7 +12,7 @@ from structprune.calibration.data import positions
 from structprune.checkpoint.delivery import deliver, work_folder
 from structprune.checkpoint.inputs import local_inputs
 from structprune.checkpoint.integrity import intact_manifest
-from structprune.checkpoint.locate import resolve
+from structprune.checkpoint.locate import check_name, resolve
 from structprune.checkpoint.manifest import OURS
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.plans import plans_of
@@ -80,7 +80,7 @@ def recover(
     run = build(
         RecoverRun,
         {
-            "model": model,
+            "model": check_name(model),
             "output": output,
             "recover": options or RecoverOptions(),
             "evaluate": evaluate,
