@@ -29,7 +29,8 @@ def full(call: int) -> Case:
 
 def refused(what: str, patch: str, *told: str, code: int = 4) -> Case:
     """Return a run on a machine that refuses something; the stand-in for the machine is named."""
-    return Case(what, words("", told=()).line, code, told, around=Around(patch=f"stand_ins:{patch}"))
+    line = llama("", table_cases.on_text).line
+    return Case(what, line, code, told, around=Around(patch=f"stand_ins:{patch}"))
 
 
 ROWS: dict[int, tuple[Case, ...]] = {
@@ -227,7 +228,7 @@ ROWS: dict[int, tuple[Case, ...]] = {
     50: (
         llama("the input", table_cases.output("model"), "is the model itself", code=2),
         llama("inside", table_cases.output("model", "out"), "inside", code=2),
-        llama("around", table_cases.output("."), "holds the input", code=2),
+        llama("around", table_cases.output("."), "holds the model", code=2),
         llama("through a link", table_cases.output("link"), "is the model itself", code=2),
     ),
     51: (llama("occupied", table_cases.occupied, "taken", "--overwrite", code=4),),
