@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from structprune.checkpoint.delivery import Delivery, is_delivered
+from structprune.checkpoint.delivery import Delivery, is_delivered, tidy
 from structprune.checkpoint.manifest import MANIFEST, RECIPE_FILE, RUN_PLACES
 from structprune.checkpoint.writing import Writing
 from structprune.recipe.draft import Run
@@ -35,12 +35,14 @@ def kept_report(
     """Return the report of a result that stays as it is, marked "kept"; None where it is still to be made.
 
     The fingerprint is of what shapes the weights. A result that was evaluated otherwise than is asked for now
-    is no result of this run: an older one must not pass a quality gate that it was never held to.
+    is no result of this run: an older one must not pass a quality gate that it was never held to. The run that
+    made it may have been killed once it had published: what it left beside the result is settled.
     """
     if not writing.keep or writing.restart or not is_delivered(final, fingerprint):
         return None
     if _evaluation_of(final) != evaluation:
         return None
+    tidy(final)
     return read_report(final) | {"kept": True}
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from structprune.checkpoint.delivery import deliver, is_delivered
+from structprune.checkpoint.delivery import deliver, is_delivered, tidy
 from structprune.checkpoint.locate import check_name, resolve
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.side_files import copied_names
@@ -115,6 +115,8 @@ def prune_recipe(
             result = finish(work, source, clock, record, exam=exam, memory=memory, progress=progress)
         if recipe.recover is None:
             return result
+    else:
+        tidy(final)
     chosen = recipe.evaluate or EvaluateOptions()
     last = RecoverRun(
         model=str(final),

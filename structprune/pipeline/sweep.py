@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from structprune.calibration.data import Calibration
-from structprune.checkpoint.delivery import Delivery, deliver, tidy
+from structprune.checkpoint.delivery import Delivery, deliver
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.plans import folder_of
@@ -157,8 +157,6 @@ def sweep(
     prints = {name: fingerprint(one, source, calibration) for name, one in recipes.items()}
     runs = {name: kept_report(finals[name], prints[name], recipe.evaluate, writing) for name in recipes}
     missing = {name: one for name, one in recipes.items() if runs[name] is None}
-    for name in recipes.keys() - missing.keys():
-        tidy(finals[name])
     for name in missing:
         check_output(inputs, finals[name], overwrite=writing.overwrite)
     with ExitStack() as stack:
