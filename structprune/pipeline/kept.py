@@ -35,8 +35,8 @@ def kept_report(
     """Return the report of a result that stays as it is, marked "kept"; None where it is still to be made.
 
     The fingerprint is of what shapes the weights. A result that was evaluated otherwise than is asked for now
-    is no result of this run: an older one must not pass a quality gate that it was never held to. The run that
-    made it may have been killed once it had published: what it left beside the result is settled.
+    is no result of this run: an older one must not pass a quality gate that it was never held to. The run
+    that made it may have been killed once it had published: what it left beside the result is settled.
     """
     if not writing.keep or writing.restart or not is_delivered(final, fingerprint):
         return None
