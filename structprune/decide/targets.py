@@ -52,18 +52,14 @@ Blocks = Annotated[tuple[str, ...], BeforeValidator(_block_ranges)]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
 
 
-class Targets(BaseModel):
-    """The fields that choose linears.
+class SkippedBlocks(BaseModel):
+    """The field that leaves whole blocks dense.
 
     Args:
         skip: Blocks left dense: numbers and ranges, "0-3,28".
-        include: Regular expressions searched in a linear's name; only matching linears are pruned.
-        exclude: Regular expressions searched in a linear's name; matching linears are left dense.
     """
 
     skip: Blocks = Field(default=())
-    include: Patterns = Field(default=())
-    exclude: Patterns = Field(default=())
 
     @final
     def check_skipped(self, count: int) -> None:
@@ -81,6 +77,23 @@ class Targets(BaseModel):
                 )
 
     @final
+    def skips(self, index: int) -> bool:
+        """Tell whether block `index` is left dense."""
+        return any(first <= index <= last for first, last in map(_ends, self.skip))
+
+
+class Targets(SkippedBlocks):
+    """The fields that choose linears.
+
+    Args:
+        include: Regular expressions searched in a linear's name; only matching linears are pruned.
+        exclude: Regular expressions searched in a linear's name; matching linears are left dense.
+    """
+
+    include: Patterns = Field(default=())
+    exclude: Patterns = Field(default=())
+
+    @final
     def target_linears(self, index: int, found: Sequence[Linear]) -> list[Linear]:
         """Return the linears of block `index` that are to be pruned."""
         return [linear for linear in self.matching_linears(index, found) if self.fits(linear)]
@@ -88,10 +101,8 @@ class Targets(BaseModel):
     @final
     def matching_linears(self, index: int, found: Sequence[Linear]) -> list[Linear]:
         """Return the linears of block `index` that the fields name, whether they can be pruned or not."""
-        for text in self.skip:
-            first, last = _ends(text)
-            if first <= index <= last:
-                return []
+        if self.skips(index):
+            return []
         return [
             linear
             for linear in found

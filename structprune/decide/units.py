@@ -1,15 +1,60 @@
-"""From what stays of a block to the decisions of a plan."""
+"""Which units stay of a block, and what that is in the tensors of a plan."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from structprune.decide.unit_counts import UnitCounts, WidthUnit
 from structprune.models.arch import Arch
-from structprune.models.groups import BlockKeep, cuts
+from structprune.models.groups import BlockKeep, BlockSizes, cuts, kv_groups
 from structprune.models.names import Names
 from structprune.plan.key import Key
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Return the indices of the highest scores, ascending; of equal ones the first stays, shape [count]."""
+    return scores.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def chosen_units(sizes: BlockSizes, stay: UnitCounts, scores: Mapping[WidthUnit, Tensor]) -> BlockKeep:
+    """Return what stays of a block: its units of the highest scores.
+
+    Args:
+        sizes: The block's.
+        stay: How many.
+        scores: By kind, "kv_group" [kv_heads] and "channel" [channels]; not needed where all stay.
+    """
+    keep = BlockKeep()
+    if stay.kv_groups < sizes.kv_heads:
+        keep = kv_groups(sizes, highest(scores["kv_group"], stay.kv_groups))
+    if stay.channels < sizes.channels:
+        keep = replace(keep, channels=highest(scores["channel"], stay.channels))
+    return keep
+
+
+def first_units(sizes: BlockSizes, stay: UnitCounts) -> BlockKeep:
+    """Return a keep of the right sizes before anybody knows which units stay."""
+    zeros = torch.zeros
+    scores: dict[WidthUnit, Tensor] = {"kv_group": zeros(sizes.kv_heads), "channel": zeros(sizes.channels)}
+    return chosen_units(sizes, stay, scores)
+
+
+def sizes_left(sizes: BlockSizes, keep: BlockKeep) -> BlockSizes:
+    """Return what a block has once only some of it stays."""
+
+    def count(kept: Tensor | None, there: int) -> int:
+        return there if kept is None else len(kept)
+
+    return replace(
+        sizes,
+        heads=count(keep.heads, sizes.heads),
+        kv_heads=count(keep.kv_heads, sizes.kv_heads),
+        channels=count(keep.channels, sizes.channels),
+        experts=count(keep.experts, sizes.experts),
+    )
 
 
 def unit_tensors(

@@ -8,7 +8,7 @@ shared expert (one output row, a router in all but name); both steer tokens and 
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -133,6 +133,9 @@ LANGUAGE_MODELS: dict[str, str] = {"llava": "model.language_model", "qwen2_5_vl"
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
 
+Reads = Literal["", "heads", "channels"]
+
+
 @dataclass(frozen=True)
 class Linear:
     """One weight matrix of a block, seen as [out, in] however the model keeps it.
@@ -144,6 +147,7 @@ class Linear:
         parameter: Name of the parameter inside `module`.
         expert: Index of the expert, or None.
         transposed: The parameter is kept as [in, out].
+        reads: Which units its inputs are: "heads" of the attention, "channels" of the feed-forward.
     """
 
     name: str
@@ -152,6 +156,7 @@ class Linear:
     parameter: str = "weight"
     expert: int | None = None
     transposed: bool = False
+    reads: Reads = ""
 
     @property
     def weight(self) -> Tensor:
@@ -245,8 +250,9 @@ def linears(prefix: str, block: nn.Module, arch: Arch) -> list[Linear]:
         if _is_router(path, module, arch):
             continue
         if isinstance(module, nn.Linear | Conv1D):
-            label = f"{prefix}.{path}"
-            found.append(Linear(f"{label}.weight", label, module, transposed=isinstance(module, Conv1D)))
+            label, turned = f"{prefix}.{path}", isinstance(module, Conv1D)
+            reads: Reads = "heads" if path == arch.o else "channels" if path == arch.down else ""
+            found.append(Linear(f"{label}.weight", label, module, transposed=turned, reads=reads))
         elif path and path == arch.experts:
             found.extend(_experts(f"{prefix}.{path}", module, arch))
     return found

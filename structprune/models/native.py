@@ -31,17 +31,25 @@ _DEPTH = {"gpt2": "n_layer"}
 _EXPERTS = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts", "qwen3_moe": "num_local_experts"}
 
 
-def sizes_patch(config: PreTrainedConfig, found: Sequence[BlockSizes]) -> dict[str, Any]:
+def sizes_patch(
+    config: PreTrainedConfig, found: Sequence[BlockSizes], biases: Sequence[Sequence[str]] = ()
+) -> dict[str, Any]:
     """Return what config.json must say of blocks with these sizes, which differ from what it says now.
 
     Args:
         config: The model's, as it is.
         found: The blocks' sizes as they are to be.
+        biases: Per block the linears, by their path in it, that have got a bias.
     """
     text = config.get_text_config()
-    said = _native(text, found)
+    before = getattr(config, CONFIG_KEY, None) or [{}] * len(found)
+    got = [
+        sorted({*old.get("biases", ()), *new})
+        for old, new in zip(before, biases or [()] * len(found), strict=True)
+    ]
+    said = None if any(got) else _native(text, found)
     if said is None:
-        return {CONFIG_KEY: [entry_of(sizes) for sizes in found]}
+        return {CONFIG_KEY: [entry_of(*pair) for pair in zip(found, got, strict=True)]}
     changed = {key: value for key, value in said.items() if getattr(text, key, None) != value}
     listed = {CONFIG_KEY: None} if getattr(config, CONFIG_KEY, None) else {}
     return listed | (_for_text(config, changed) if changed else {})
@@ -81,12 +89,11 @@ def _for_text(config: PreTrainedConfig, said: dict[str, Any]) -> dict[str, Any]:
     return said if config.get_text_config() is config else {"text_config": said}
 
 
-def entry_of(sizes: BlockSizes) -> dict[str, int]:
+def entry_of(sizes: BlockSizes, biases: Sequence[str] = ()) -> dict[str, Any]:
     """Return how "pruned_blocks" tells the sizes of one block."""
-    entry = {"heads": sizes.heads, "kv_heads": sizes.kv_heads}
-    if sizes.experts:
-        return entry | {"experts": sizes.experts}
-    return entry | {"channels": sizes.channels}
+    entry: dict[str, Any] = {"heads": sizes.heads, "kv_heads": sizes.kv_heads}
+    entry |= {"experts": sizes.experts} if sizes.experts else {"channels": sizes.channels}
+    return entry | ({"biases": list(biases)} if biases else {})
 
 
 def _native(text: PreTrainedConfig, found: Sequence[BlockSizes]) -> dict[str, Any] | None:

@@ -29,6 +29,8 @@ from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.pruners.pruner import Pruner
 
+# What a family's budget decided: the frame hands it on to the family's own hooks and looks at none of it.
+Leaving = Mapping[Any, Any]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -87,8 +89,8 @@ class BlockwisePruner(Pruner):
         return torch.zeros((), dtype=torch.float64)
 
     @abstractmethod
-    def decide(self, model: Model, measured: Sequence[Tensor]) -> dict[str, int]:
-        """Return how much leaves each target, by label.
+    def decide(self, model: Model, measured: Sequence[Tensor]) -> Leaving:
+        """Return what leaves: of every matrix by its label, or of every block by its index.
 
         Args:
             model: For shapes; its weights may not be in memory.
@@ -97,7 +99,7 @@ class BlockwisePruner(Pruner):
 
     @abstractmethod
     def solve_block(
-        self, model: Model, block: Block, seen: Seen, leaving: Mapping[str, int]
+        self, model: Model, block: Block, seen: Seen, leaving: Leaving
     ) -> tuple[dict[Key, Tensor], dict[str, Any]]:
         """Return what is decided on a block: tensors for the plan, and facts.
 
@@ -122,9 +124,7 @@ class BlockwisePruner(Pruner):
         """Tell whether anything leaves; else the plan is empty and nothing is looked at."""
 
     @abstractmethod
-    def finish(
-        self, writer: PlanWriter, model: Model, leaving: Mapping[str, int], facts: Mapping[str, Any]
-    ) -> Plan:
+    def finish(self, writer: PlanWriter, model: Model, leaving: Leaving, facts: Mapping[str, Any]) -> Plan:
         """Return the finished plan, with its promises.
 
         Args:
@@ -187,7 +187,7 @@ class BlockwisePruner(Pruner):
 
     def _solve_all(
         self, model: Model, batches: Sequence[Batch], going: Sequence[tuple[Self, PlanWriter]]
-    ) -> tuple[list[dict[str, int]], dict[str, Any]]:
+    ) -> tuple[list[Leaving], dict[str, Any]]:
         """Solve every block for every goal; return how much leaves for each goal, and what was measured."""
         first = going[0][1]
         samples = sum(len(batch["input_ids"]) for batch in batches)

@@ -1,0 +1,142 @@
+"""How many units leave each block: what they cost, the nearest legal numbers, or all of a model competing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from structprune.decide.sparsity import fraction_of
+from structprune.models.arch import Arch
+from structprune.models.groups import BlockKeep, BlockSizes, block_sizes, cuts, kv_groups
+
+WidthUnit = Literal["kv_group", "channel"]
+
+
+@dataclass(frozen=True)
+class UnitCosts:
+    """Parameters of one unit; 0 for a kind that the block lacks or that is not to be pruned.
+
+    Attributes:
+        kv_group: Of a key-value head with its query heads.
+        channel: Of a channel of the feed-forward.
+    """
+
+    kv_group: int = 0
+    channel: int = 0
+
+
+@dataclass(frozen=True)
+class UnitCounts:
+    """How many units of a block there are, or stay."""
+
+    kv_groups: int
+    channels: int
+
+    def cost(self, costs: UnitCosts) -> int:
+        """Return their parameters."""
+        return self.kv_groups * costs.kv_group + self.channels * costs.channel
+
+
+@dataclass(frozen=True)
+class Multiples:
+    """Of what the numbers of units that stay are multiples."""
+
+    kv_groups: int = 1
+    channels: int = 1
+
+
+def unit_costs(block: nn.Module, arch: Arch, kinds: Sequence[WidthUnit]) -> UnitCosts:
+    """Return what one unit of each kind costs in parameters.
+
+    Args:
+        block: The block; its parameters may be on the meta device.
+        arch: Its family's row.
+        kinds: "kv_group" and "channel", or one of them.
+    """
+    sizes, shapes = block_sizes(block, arch), {name: one.shape for name, one in block.named_parameters()}
+    first = torch.zeros(1, dtype=torch.int64)
+
+    def parameters(keep: BlockKeep) -> int:
+        cut = cuts(block, arch, keep)
+        return sum(prod(shapes[one.path]) // shapes[one.path][one.axis] * len(one.indices) for one in cut)
+
+    group = parameters(kv_groups(sizes, first)) if sizes.attention else 0
+    channel = parameters(BlockKeep(channels=first)) if sizes.channels else 0
+    return UnitCosts(group if "kv_group" in kinds else 0, channel if "channel" in kinds else 0)
+
+
+def counts_of(sizes: BlockSizes) -> UnitCounts:
+    """Return how many units a block has."""
+    return UnitCounts(sizes.kv_heads, sizes.channels)
+
+
+def uniform_counts(
+    there: UnitCounts, costs: UnitCosts, sparsity: float, multiples: Multiples = Multiples()
+) -> UnitCounts:
+    """Return how many units of a block stay when a share of its units' parameters leaves.
+
+    The attention takes the nearest number of groups, and channels make up the difference.
+
+    Args:
+        there: What the block has.
+        costs: Of one unit.
+        sparsity: Share of the parameters, in [0, 1).
+        multiples: Of what the numbers that stay are multiples; a kind that has no such number stays whole.
+    """
+    asked = fraction_of(sparsity)
+    groups, channels = there.kv_groups, there.channels
+    if costs.kv_group:
+        groups = _nearest(there.kv_groups * (1 - asked), there.kv_groups, multiples.kv_groups)
+    if costs.channel:
+        left = (1 - asked) * there.cost(costs) - groups * costs.kv_group
+        channels = _nearest(left / costs.channel, there.channels, multiples.channels)
+    return UnitCounts(groups, channels)
+
+
+def _nearest(wanted: Fraction, there: int, multiple: int) -> int:
+    """Return the multiple in [1, there] that is nearest; `there` itself always counts as one."""
+    steps = wanted / multiple
+    low = steps.numerator // steps.denominator
+    legal = {low * multiple, (low + 1) * multiple, there}
+    return min((one for one in legal if 0 < one <= there), key=lambda one: (abs(one - wanted), -one))
+
+
+def global_counts(
+    scores: Sequence[Mapping[WidthUnit, Tensor]],
+    there: Sequence[UnitCounts],
+    costs: Sequence[UnitCosts],
+    sparsity: float,
+) -> list[UnitCounts]:
+    """Return how many units of each block stay when all units of the model compete.
+
+    Units leave in the order of their scores, equal ones in the order of blocks, until the parameters that
+    left are as near as possible to what was asked; the last unit of a kind in a block never leaves.
+
+    Args:
+        scores: Of each block the scores of the units that may leave, by kind; a higher one stays.
+        there: What each block has.
+        costs: Of one unit of each block.
+        sparsity: Share of the parameters of all units, in [0, 1).
+    """
+    target = fraction_of(sparsity) * sum(one.cost(cost) for one, cost in zip(there, costs, strict=True))
+    ranked: list[tuple[float, int, WidthUnit, int]] = []
+    for index, (block, cost) in enumerate(zip(scores, costs, strict=True)):
+        for kind, units in block.items():
+            # Sorted within the block, so that its highest is what stays.
+            each = cost.kv_group if kind == "kv_group" else cost.channel
+            ranked += [(score, index, kind, each) for score in units.sort().values.tolist()[:-1]]
+    ranked.sort(key=lambda one: (one[0], one[1]))
+    removed, gone = 0, [dict[WidthUnit, int](kv_group=0, channel=0) for _ in there]
+    for _, index, kind, each in ranked:
+        if abs(removed + each - target) >= abs(removed - target):
+            break
+        removed += each
+        gone[index][kind] += 1
+    return [
+        UnitCounts(one.kv_groups - left["kv_group"], one.channels - left["channel"])
+        for one, left in zip(there, gone, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""Pruners that make a model smaller: whole heads, channels, experts, modules and blocks leave."""
