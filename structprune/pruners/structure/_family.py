@@ -1,123 +1,25 @@
-"""The width pruners of the structure family: key-value groups and channels leave, and the model is smaller.
+"""Pruners after which a model is smaller: a share of its units leaves, and some blocks are protected."""
 
-A method is a score of the columns of two matrices of a block, the attention's output projection and the
-feed-forward's down projection: what reads a head or a channel tells how much it matters. How many units leave
-where (`budget`), and what makes up for them (`repair`), are chosen beside it.
-"""
+from typing import Annotated, Self, final
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, Self, final
-
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from structprune.calibration.statistics import NOTHING, Parts, Statistics
 from structprune.decide.targets import SkippedBlocks
-from structprune.decide.unit_counts import Multiples, UnitCounts, WidthUnit, global_counts, uniform_counts
-from structprune.decide.units import chosen_units, first_units, sizes_left, unit_tensors
-from structprune.errors import UsageError
-from structprune.models.arch import Linear, blocks
-from structprune.models.edit import left_of
-from structprune.models.groups import BlockKeep, BlockSizes
-from structprune.models.identity import names_of, skeleton, stored_dtypes
-from structprune.models.native import sizes_patch
+from structprune.models.identity import names_of
 from structprune.models.streamed import Model
-from structprune.models.tensor_edit import Outline
-from structprune.models.walk import Block
 from structprune.plan.key import Key
-from structprune.plan.plan import Plan, PlanWriter
-from structprune.plan.promise import Promises, Reshaped
-from structprune.pruners.blockwise import BlockwisePruner, Seen
-from structprune.pruners.forecast import Forecast
-from structprune.pruners.structure._width import WidthBlock, width_blocks
-from structprune.solvers.columns import AnyColumnRepair
-
-Columns = Mapping[WidthUnit, Tensor]
-"""What is known of the columns of the matrices that read units, by kind of unit, shape [in] each."""
-READ: Mapping[str, WidthUnit] = {"heads": "kv_group", "channels": "channel"}
+from structprune.plan.plan import PlanWriter
+from structprune.pruners.blockwise import BlockwisePruner
 
 
-@dataclass(frozen=True)
-class Share:
-    """What the budget decided on a block.
-
-    Attributes:
-        stay: How many of its units stay.
-        scores: Columns' scores by kind of unit, where a first look has them.
-        means: Columns' means, where a first look has them.
-    """
-
-    stay: UnitCounts
-    scores: Columns
-    means: Columns
-
-
-@dataclass(frozen=True)
-class NotedMean(Statistics):
-    """The mean of an input, from the notes of a first look."""
-
-    noted: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    @property
-    def mean(self) -> Tensor:
-        """Return the mean of each input feature, shape [in], float32."""
-        return self.noted
-
-
-class WidthPruner(SkippedBlocks, BlockwisePruner):
-    """A pruner that removes whole key-value groups and channels.
+class StructurePruner(SkippedBlocks, BlockwisePruner):
+    """A pruner after which tensors are smaller or gone.
 
     Args:
-        sparsity: Share of the parameters of the chosen kinds of unit, in the blocks not skipped, that leaves.
-        units: Kinds of unit that leave: "kv_group", a key-value head with its query heads; "channel" of the
-            feed-forward.
-        budget: "uniform": every block loses the same share; "global": all units of the model compete.
-        repair: What makes up for removed units: "none"; "bias", the mean of what they added; "least_squares",
-            a refit of the columns that stay.
-        multiple: Of what the number of channels that stay is a multiple, where every block loses the same.
-        kv_multiple: Of what the number of key-value groups that stay is one.
-
-    Attributes:
-        parts: What the score reads of a matrix's input.
-        per_parameter: Whether competing units are ranked by score per parameter, as sums over weights are.
+        sparsity: Share of the parameters of the units that may leave, in the blocks not skipped, that leaves.
     """
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    units: tuple[WidthUnit, ...] = Field(default=("kv_group", "channel"), min_length=1)
-    budget: Literal["uniform", "global"] = "uniform"
-    repair: AnyColumnRepair = None
-    multiple: Annotated[int, Field(ge=1, le=65536)] = 1
-    kv_multiple: Annotated[int, Field(ge=1, le=1024)] = 1
-    propagate: Literal["pruned", "dense"] = "dense"
-
-    parts: ClassVar[Parts] = NOTHING
-    per_parameter: ClassVar[bool] = True
-
-    @abstractmethod
-    def score(self, weight: Tensor, seen: Statistics) -> Tensor:
-        """Return the importance of each column, shape [in], float32; a higher one stays.
-
-        Args:
-            weight: Of the matrix that reads the units, shape [out, in], in the model's dtype.
-            seen: Holds the parts that the method declares.
-        """
-
-    def comparable(self, columns: Tensor) -> Tensor:
-        """Return a matrix's scores on a scale that those of all matrices share, shape [in]."""
-        return columns
-
-    def unit_scores(self, kind: WidthUnit, columns: Tensor, sizes: BlockSizes) -> Tensor:
-        """Return the scores of units, shape [units]: the sum over the columns of each.
-
-        Args:
-            kind: Which units.
-            columns: What `score` returned, shape [in].
-            sizes: The block's.
-        """
-        return columns.view(sizes.kv_heads, -1).sum(dim=1) if kind == "kv_group" else columns
 
     @property
     @final
@@ -125,191 +27,10 @@ class WidthPruner(SkippedBlocks, BlockwisePruner):
         """Tell whether anything leaves."""
         return self.sparsity > 0
 
-    @property
-    @final
-    def measuring(self) -> Parts:
-        """Return what a budget for the whole model must see of every block first."""
-        return self._read if self.budget == "global" else NOTHING
-
-    @property
-    @final
-    def solving(self) -> Parts:
-        """Return what is read block by block: only a Gram matrix is too large to be noted at a first look."""
-        gram: Parts = frozenset({"gram"})
-        return self._read if self.budget == "uniform" else self._read & gram
-
-    @property
-    def _read(self) -> Parts:
-        return self.parts | (NOTHING if self.repair is None else self.repair.parts)
-
-    @property
-    def _adds_bias(self) -> bool:
-        return self.repair is not None and bool(self.repair.adds_bias)
-
     @final
     def with_goal(self, goal: float | str) -> Self:
         """Return the same pruner with another sparsity."""
         return type(self).model_validate({**self.model_dump(), "sparsity": goal})
-
-    @final
-    def target_linears(self, index: int, found: Sequence[Linear]) -> list[Linear]:
-        """Return the matrices of block `index` that read units which may leave."""
-        if self.skips(index):
-            return []
-        return [linear for linear in found if READ.get(linear.reads) in self.units]
-
-    @final
-    def check_sizes(self, model: Model) -> None:
-        """Check that there are units to remove.
-
-        Raises:
-            UsageError: There are none, or a block that is to be skipped is not there.
-        """
-        self.check_skipped(len(blocks(model)))
-        if not any(known.readers for known in self._blocks(model)):
-            raise UsageError(
-                f"units: no block that is not skipped has {' or '.join(self.units)}",
-                hint="skip fewer blocks, or choose other units",
-            )
-
-    def _blocks(self, model: Model) -> list[WidthBlock]:
-        return width_blocks(model, self.units, [self.skips(index) for index in range(len(blocks(model)))])
-
-    @final
-    def measure(self, targets: Sequence[Linear], seen: Sequence[Statistics]) -> Tensor:
-        """Return of each of a block's matrices the scores of its columns, and their means for a bias."""
-        rows = []
-        for linear, one in zip(targets, seen, strict=True):
-            rows.append(self.score(linear.weight, one).double())
-            if self._adds_bias:
-                rows.append(one.mean.double())
-        return torch.cat(rows) if rows else torch.empty(0, dtype=torch.float64)
-
-    @final
-    def decide(self, model: Model, measured: Sequence[Tensor]) -> dict[int, Share]:
-        """Return how many units of each block stay, with what the first look saw of them."""
-        found = self._blocks(model)
-        there, costs = [one.there for one in found], [one.costs for one in found]
-        if self.budget == "uniform" or not any(len(one) for one in measured):
-            multiples = Multiples(self.kv_multiple, self.multiple)
-            pairs = zip(there, costs, strict=True)
-            stay = [uniform_counts(*pair, self.sparsity, multiples) for pair in pairs]
-            return {index: Share(one, {}, {}) for index, one in enumerate(stay)}
-        noted = [self._notes(one, numbers.float()) for one, numbers in zip(found, measured, strict=True)]
-        ranked = [self._ranked(one, scores) for one, (scores, _) in zip(found, noted, strict=True)]
-        stay = global_counts(ranked, there, costs, self.sparsity)
-        return {index: Share(one, *notes) for index, (one, notes) in enumerate(zip(stay, noted, strict=True))}
-
-    def _notes(
-        self, known: WidthBlock, numbers: Tensor
-    ) -> tuple[dict[WidthUnit, Tensor], dict[WidthUnit, Tensor]]:
-        """Return the scores and the means that `measure` put one after another."""
-        scores, means, rest = {}, {}, numbers
-        for kind, (_, width) in known.readers.items():
-            scores[kind], rest = rest[:width], rest[width:]
-            if self._adds_bias:
-                means[kind], rest = rest[:width], rest[width:]
-        return scores, means
-
-    def _ranked(self, known: WidthBlock, columns: Columns) -> dict[WidthUnit, Tensor]:
-        """Return the scores with which a block's units compete with those of other blocks."""
-        scores = {kind: self.comparable(one) for kind, one in columns.items()}
-        units = {kind: self.unit_scores(kind, one, known.sizes) for kind, one in scores.items()}
-        if self.per_parameter:
-            units = {kind: one / getattr(known.costs, kind) for kind, one in units.items()}
-        return units
-
-    @final
-    def forecast(self, model: Model) -> Forecast:
-        """Return how many parameters leave, and what is left; exact where all blocks lose the same share."""
-        self.check_sizes(model)
-        found = self._blocks(model)
-        of = sum(one.there.cost(one.costs) for one in found)
-        if not self.removes_something:
-            return Forecast("parameters", self.sparsity, 0, of, left_of(model, Outline({}), {}))
-        shares = self.decide(model, [torch.empty(0)] * len(found))
-        keeps = [first_units(one.sizes, shares[index].stay) for index, one in enumerate(found)]
-        shapes: dict[Key, tuple[int, ...]] = {}
-        for one, keep in zip(found, keeps, strict=True):
-            tensors = unit_tensors(one.prefix, one.module, one.arch, keep, names_of(model))
-            shapes |= {key: tuple(value.shape) for key, value in tensors.items()}
-            if self._adds_bias:
-                for path in self._cut_readers(one, keep):
-                    stored = names_of(model).stored_of[f"{one.prefix}.{path}.weight"][0]
-                    shapes[bias_key(stored)] = (skeleton(model).config.get_text_config().hidden_size,)
-        exact = self.budget == "uniform"
-        left = left_of(model, Outline(shapes), self._patch(model, found, keeps))
-        removed = sum(self._removed(one, shares[index]) for index, one in enumerate(found))
-        return Forecast("parameters", self.sparsity, removed if exact else None, of, left, exact)
-
-    def _cut_readers(self, known: WidthBlock, keep: BlockKeep) -> list[str]:
-        return [path for kind, (path, _) in known.readers.items() if known.columns(kind, keep) is not None]
-
-    def _removed(self, known: WidthBlock, share: Share) -> int:
-        return known.there.cost(known.costs) - share.stay.cost(known.costs)
-
-    def _patch(self, model: Model, found: Sequence[WidthBlock], keeps: Sequence[BlockKeep]) -> dict[str, Any]:
-        sizes = [sizes_left(one.sizes, keep) for one, keep in zip(found, keeps, strict=True)]
-        pairs = zip(found, keeps, strict=True)
-        biases = [self._cut_readers(*pair) for pair in pairs] if self._adds_bias else []
-        return sizes_patch(skeleton(model).config, sizes, biases)
-
-    @final
-    def solve_block(
-        self, model: Model, block: Block, seen: Seen, leaving: Mapping[int, Share]
-    ) -> tuple[dict[Key, Tensor], dict[str, Any]]:
-        """Return which units of a block stay, and what makes up for the others."""
-        known, share = self._blocks(model)[block.index], leaving[block.index]
-        targets = {
-            READ[one.reads]: one for one in self.target_linears(block.index, block.linears) if one.reads
-        }
-        columns = {
-            kind: share.scores[kind] if kind in share.scores else self.score(one.weight, seen.of(one))
-            for kind, one in targets.items()
-        }
-        scores = {kind: self.unit_scores(kind, one, known.sizes) for kind, one in columns.items()}
-        keep = chosen_units(known.sizes, share.stay, scores)
-        tensors = unit_tensors(block.prefix, block.module, known.arch, keep, names_of(model))
-        for kind, linear in targets.items():
-            kept = known.columns(kind, keep)
-            if self.repair is not None and kept is not None:
-                noted = share.means.get(kind)
-                one = seen.of(linear) if noted is None else NotedMean(noted=noted)
-                tensors |= self._repaired(model, linear, kept, one)
-        return tensors, {"kept": {"kv_groups": share.stay.kv_groups, "channels": share.stay.channels}}
-
-    def _repaired(self, model: Model, linear: Linear, kept: Tensor, seen: Statistics) -> dict[Key, Tensor]:
-        """Return new values of a matrix that lost columns, and of its bias."""
-        found, made = {}, self.repair.repair(linear.weight, kept, seen)
-        stored = names_of(model).stored_of[linear.name][0]
-        dtype = stored_dtypes(model)[stored]
-        if made.weight is not None:
-            value = made.weight.T if linear.transposed else made.weight
-            found[Key(stored, "value")] = value.to(dtype).contiguous()
-        if made.bias is not None:
-            before = linear.module._parameters.get("bias")
-            total = made.bias if before is None else made.bias + before.detach().float()
-            found[bias_key(stored)] = total.to(dtype)
-        return found
-
-    @final
-    def finish(
-        self, writer: PlanWriter, model: Model, leaving: Mapping[int, Share], facts: Mapping[str, Any]
-    ) -> Plan:
-        """Return the finished plan: the shapes of what was cut or created are promised."""
-        found = self._blocks(model)
-        of = sum(one.there.cost(one.costs) for one in found)
-        if not leaving:
-            nothing = Promises(unit="parameters", asked=self.sparsity, removed=0, of=of)
-            return writer.finish({}, promises=nothing)
-        removed = sum(self._removed(one, leaving[index]) for index, one in enumerate(found))
-        keeps = [first_units(one.sizes, leaving[index].stay) for index, one in enumerate(found)]
-        patch = self._patch(model, found, keeps)
-        shapes = left_shapes(writer, model)
-        stored = tuple(Reshaped(tensors=tuple(names), shape=shape) for shape, names in shapes.items())
-        promises = Promises(unit="parameters", asked=self.sparsity, removed=removed, of=of, stored=stored)
-        kept = [one.facts.get("kept") for one in writer.blocks]
-        return writer.finish({"kept": kept}, promises=promises, patch=patch)
 
 
 def bias_key(weight: str) -> Key:

@@ -14,7 +14,7 @@ from torch import Tensor
 from structprune.calibration.statistics import Parts, Statistics
 from structprune.decide.unit_counts import WidthUnit
 from structprune.models.groups import BlockSizes
-from structprune.pruners.structure._family import WidthPruner
+from structprune.pruners.structure._width import WidthPruner
 from structprune.solvers.columns import AnyColumnRepair, BiasRepair
 
 

@@ -1,0 +1,77 @@
+"""What is known of a block before any data: its units, what they cost, which matrices read them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from structprune.decide.unit_counts import UnitCosts, UnitCounts, WidthUnit, unit_costs
+from structprune.models.arch import Arch, arch_of, blocks
+from structprune.models.groups import BlockKeep, BlockSizes, block_sizes, spread
+from structprune.models.identity import skeleton
+from structprune.models.streamed import Model
+
+
+@dataclass(frozen=True)
+class WidthBlock:
+    """One block.
+
+    Attributes:
+        prefix: Its path in the model.
+        module: The block; its parameters may be on the meta device.
+        arch: Its family's row.
+        sizes: What it has.
+        costs: Parameters of its units; none of those that do not leave.
+    """
+
+    prefix: str
+    module: nn.Module
+    arch: Arch
+    sizes: BlockSizes
+    costs: UnitCosts
+
+    @property
+    def there(self) -> UnitCounts:
+        """Return how many units it has."""
+        return UnitCounts(self.sizes.kv_heads, self.sizes.channels)
+
+    @property
+    def readers(self) -> dict[WidthUnit, tuple[str, int]]:
+        """Return which matrix reads the units of each kind that leaves, and how many columns it has."""
+        found: dict[WidthUnit, tuple[str, int]] = {}
+        if self.costs.kv_group:
+            found["kv_group"] = (self.arch.o, self.sizes.heads * self.sizes.head_dim)
+        if self.costs.channel:
+            found["channel"] = (self.arch.down, self.sizes.channels)
+        return found
+
+    def columns(self, kind: WidthUnit, keep: BlockKeep) -> Tensor | None:
+        """Return which columns stay of the matrix that reads a kind of unit; None where all do."""
+        if kind == "channel":
+            return keep.channels
+        return None if keep.heads is None else spread(keep.heads, self.sizes.head_dim)
+
+
+def width_blocks(model: Model, kinds: Sequence[WidthUnit], skipped: Sequence[bool]) -> list[WidthBlock]:
+    """Return what is known of every block.
+
+    Args:
+        model: In memory, streamed, or a twin.
+        kinds: What may leave.
+        skipped: Per block, whether nothing may.
+
+    Raises:
+        UsageError: The family's parts are not known.
+    """
+    module = skeleton(model)
+    arch = arch_of(module)
+    return [
+        WidthBlock(
+            prefix,
+            block,
+            arch,
+            block_sizes(block, arch),
+            UnitCosts() if skip else unit_costs(block, arch, kinds),
+        )
+        for (prefix, block), skip in zip(blocks(module, arch), skipped, strict=True)
+    ]
