@@ -52,6 +52,21 @@ class Gone(_Said):
     tensors: Names
 
 
+class Listed(_Said):
+    """A numbered list, such as "model.layers", of which some members stay; those are numbered anew.
+
+    Attributes:
+        name: What stands before the number in the names of stored tensors.
+        stay: How many members stay.
+        of: Of how many.
+    """
+
+    kind: Literal["listed"] = "listed"
+    name: str
+    stay: Count
+    of: Count
+
+
 class Promises(_Said):
     """What one stage promises.
 
@@ -67,4 +82,4 @@ class Promises(_Said):
     asked: float | str
     removed: Count
     of: Count
-    stored: tuple[Annotated[Removed | Reshaped | Gone, Field(discriminator="kind")], ...] = ()
+    stored: tuple[Annotated[Removed | Reshaped | Gone | Listed, Field(discriminator="kind")], ...] = ()

@@ -11,19 +11,34 @@ from structprune.checkpoint.modelling import patched_files
 from structprune.checkpoint.side_files import side_files
 from structprune.errors import counted
 from structprune.models.config_patch import merge_patch
-from structprune.proof.measure import Measured, Stage
+from structprune.proof.measure import Measured
+from structprune.proof.stage import Stage, names_now
 from structprune.proof.verification import Verification
 from structprune.storage.reader import StoredTensors
 
 
-def before_of(name: str, source: StoredTensors | None, stages: Sequence[Stage]) -> Tensor | None:
-    """Return what the source has under a name, cut as the stages cut it; None where it has nothing."""
-    if source is None or name not in source.tensors:
-        return None
-    tensor = source.read(name)
-    for stage in stages:
-        tensor = stage.cut(name, tensor)
-    return tensor
+class Before:
+    """What the source has of the tensors in the files, cut as the stages cut it.
+
+    Args:
+        source: What the folder was made from; None where nobody knows.
+        stages: Its plans.
+    """
+
+    def __init__(self, source: StoredTensors | None, stages: Sequence[Stage]) -> None:
+        self._source, self._stages = source, stages
+        self._former = (
+            {now: name for name, now in names_now(source.tensors, stages).items()} if source else {}
+        )
+
+    def read(self, name: str) -> Tensor | None:
+        """Return what became of the source's tensor that the files call `name`; None where it has none."""
+        if self._source is None or name not in self._former:
+            return None
+        tensor = self._source.read(self._former[name])
+        for stage in self._stages:
+            tensor = stage.cut(name, tensor)
+        return tensor
 
 
 def check_source(
@@ -47,9 +62,14 @@ def check_source(
     exempt = {*trained}.union(*(stage.written for stage in stages))
     gone = set().union(*(stage.gone for stage in stages))
     reshaped = set().union(*(stage.reshaped for stage in stages))
-    new = [name for name in reader.tensors if name not in source.tensors]
+    called = names_now(source.tensors, stages)
+    known = set(called.values())
+    new = [name for name in reader.tensors if name not in known]
     problems = [f"{name}: not in the source" for name in new if name not in exempt]
-    for name, info in source.tensors.items():
+    for before, info in source.tensors.items():
+        if before not in called:
+            continue
+        name = called[before]
         other = reader.tensors.get(name)
         if other is None:
             if name not in gone:

@@ -2,15 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import prod
 from typing import Any
 
 from structprune.plan.promise import Removed
-from structprune.proof.measure import Measured, Place, Rows, Stage
+from structprune.proof.measure import Measured, Place, Rows
+from structprune.proof.stage import Shapes, Stage
 
 # Group sizes looked for in every model, and the most weights in a group that still make a pattern.
 COMMON = {4: 2, 8: 4}
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check(stage: Stage, rows: Mapping[str, Rows], found: Mapping[str, Measured]) -> tuple[list[str], str]:
@@ -46,26 +45,52 @@ def check_shapes(stage: Stage, shapes: Shapes, later: Sequence[Stage]) -> list[s
     problems = [
         f"{name}: shape {list(shapes[name]) if name in shapes else 'none'}, {list(shape)} was promised"
         for name, shape in stage.shapes.items()
-        if name not in touched and shapes.get(name) != tuple(shape)
+        if name not in touched | stage.left and shapes.get(name) != tuple(shape)
     ]
     return problems + [f"{name}: is there, though it was to go" for name in stage.gone if name in shapes]
 
 
-def removed(stage: Stage, rows: Mapping[str, Rows], shapes: Shapes, source: Shapes | None) -> int | None:
-    """Return how many of its units a stage removed, as measured; None where the source would have to tell.
+def check_lists(stage: Stage, shapes: Shapes) -> list[str]:
+    """Return what is wrong with the numbered lists of which a stage leaves some members.
 
     Args:
         stage: The stage.
-        rows: What its masks remove, by stored tensor.
         shapes: Stored tensor -> its shape in the files.
-        source: The same of what the folder was made from.
     """
-    if stage.counted or not stage.restructures:
-        return sum(int(one.removed.sum()) for one in rows.values())
-    if source is None:
-        return None
-    changed = (name for name in (*stage.gone, *stage.reshaped) if name in source)
-    return sum(prod(source[name]) - prod(shapes.get(name, (0,))) for name in changed)
+    problems = [f"{name}: is cut, but not promised" for name in stage.members if name not in stage.listed]
+    for name, promise in stage.listed.items():
+        here = len(stage.members.get(name, ()))
+        if here != promise.stay:
+            problems.append(f"{name}: {here} members stay, {promise.stay} of {promise.of} were promised")
+        now = stage.list_now(name)
+        if now is None:
+            continue
+        inside = (key.removeprefix(f"{now}.").split(".")[0] for key in shapes if key.startswith(f"{now}."))
+        numbers = {int(number) for number in inside if number.isdigit()}
+        if numbers != set(range(promise.stay)):
+            problems.append(f"{now}: {len(numbers)} members in the files, {promise.stay} were promised")
+    return problems
+
+
+def removed(
+    stages: Sequence[Stage], rows: Sequence[Mapping[str, Rows]], source: Shapes | None
+) -> list[int | None]:
+    """Return how many of its units each stage removed, as measured; None where the source would have to tell.
+
+    Args:
+        stages: All of them, in order.
+        rows: Of each what its masks remove, by stored tensor.
+        source: Stored tensor -> its shape in what the folder was made from.
+    """
+    found: list[int | None] = []
+    for stage, masked in zip(stages, rows, strict=True):
+        lost = None
+        if source is not None:
+            source, lost = stage.leaves(source)
+        if stage.counted or not stage.restructures:
+            lost = sum(int(one.removed.sum()) for one in masked.values())
+        found.append(lost)
+    return found
 
 
 def pattern(prunable: Iterable[Measured], promised: Iterable[tuple[int, int]]) -> str:

@@ -6,7 +6,6 @@ Nothing here selects or edits. Masks are unpacked with NumPy; every count comes 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,11 +15,6 @@ from torch import Tensor
 from structprune.models.arch import arch_of, blocks, linears
 from structprune.models.identity import names_of
 from structprune.models.streamed import Model
-from structprune.plan.block import PlanBlock, content_hash
-from structprune.plan.key import WRITTEN, Key
-from structprune.plan.plan import Plan
-from structprune.plan.promise import Gone, Removed, Reshaped
-from structprune.storage.tensor_file import read_tensors
 
 # So many weights are looked at together: their temporaries stay small beside the largest tensor.
 CHUNK = 2**22
@@ -86,94 +80,6 @@ class Measured:
     foreign: bool | None = None
     fullest: dict[int, int] = field(default_factory=dict)
     rows: list[Rows | None] = field(default_factory=list)
-
-
-class Stage:
-    """One plan in a folder, read without the code that carries it out.
-
-    Args:
-        folder: The plan's folder.
-
-    Attributes:
-        name: The folder's name.
-        promises: What the files must show.
-        masked: Stored tensor -> the block that holds its mask.
-        written: Stored tensor -> the key of its new value and the block that has its hash.
-        counted: Promises of removed weights.
-        shapes: Stored tensor -> the shape that the stage gives it.
-        gone: Stored tensors that the stage takes away.
-        prunable: Stored tensors that lose weights.
-
-    Raises:
-        InputError: The plan is damaged.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.name = folder.name
-        self.plan = Plan.load(folder)
-        stored = self.plan.promises.stored if self.plan.promises else ()
-        keys = [(key, block) for block in self.plan.blocks for key in block]
-        self.masked: dict[str, PlanBlock] = {key.name: block for key, block in keys if key.edit == "mask"}
-        self.written = {key.name: (key, block) for key, block in keys if key.edit in WRITTEN}
-        self.counted = [one for one in stored if isinstance(one, Removed)]
-        self.shapes = {name: one.shape for one in stored if isinstance(one, Reshaped) for name in one.tensors}
-        self.gone = {name for one in stored if isinstance(one, Gone) for name in one.tensors}
-        self.prunable = {name for one in self.counted for name in one.tensors}
-        self._kept = {key.name for key, _ in keys if key.edit == "keep"}
-        self._open: tuple[PlanBlock, dict[str, Tensor]] | None = None
-
-    @property
-    def reshaped(self) -> set[str]:
-        """Return the stored tensors that have another shape after the stage."""
-        return {*self.shapes, *self._kept}
-
-    @property
-    def restructures(self) -> bool:
-        """Tell whether the stage changes which tensors there are, or their shapes."""
-        return bool(self.reshaped or self.gone)
-
-    @property
-    def patterns(self) -> set[tuple[int, int]]:
-        """Return every (kept, of) that is promised of groups of inputs."""
-        return {(one.of - one.removed, one.of) for one in self.counted if one.per == "group"}
-
-    @property
-    def transposed(self) -> set[str]:
-        """Return the stored tensors that are counted along their columns."""
-        return {name for one in self.counted if one.transposed for name in one.tensors}
-
-    def holds(self, name: str, tensor: Tensor) -> bool:
-        """Tell whether a tensor of the files is, bit for bit, the new value that the plan decided on."""
-        key, block = self.written[name]
-        return content_hash(key, tensor, tuple(tensor.shape)) == block.hashes[key]
-
-    def mask_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape that the plan thinks a masked tensor has."""
-        return self.masked[name].shapes[Key(name, "mask")]
-
-    def mask(self, name: str) -> Tensor:
-        """Return which elements of a masked tensor stay, as bool in the shape that the stage leaves."""
-        packed, shape = self._read(self.masked[name], Key(name, "mask")).numpy(), self.mask_shape(name)
-        bits = np.unpackbits(packed, count=math.prod(shape), bitorder="little")
-        return torch.from_numpy(bits).view(torch.bool).view(shape)
-
-    def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """Return what the stage keeps of a tensor that lies before it, such as an earlier stage's mask."""
-        for axis in (0, 1) if name in self._kept else ():
-            key = Key(name, f"keep.{axis}")
-            block = next((block for block in self.plan.blocks if key in block), None)
-            if block is not None:
-                kept = self._read(block, key).numpy()
-                # NumPy takes bytes of any width; bfloat16 is none of its dtypes.
-                raw = tensor.contiguous().view(BITS[tensor.element_size()]).numpy()
-                tensor = torch.from_numpy(np.take(raw, kept, axis=axis)).view(tensor.dtype)
-        return tensor
-
-    def _read(self, block: PlanBlock, key: Key) -> Tensor:
-        if self._open is None or self._open[0] is not block:
-            assert block.path is not None
-            self._open = block, read_tensors(block.path)
-        return self._open[1][str(key)]
 
 
 def places(model: Model) -> dict[str, Place]:

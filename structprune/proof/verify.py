@@ -20,7 +20,8 @@ from structprune.models.opening import Opening
 from structprune.models.streamed import Model, StreamedModel, build_model, open_reader
 from structprune.progress import Progress, silent, step
 from structprune.proof import against, counts, reloading
-from structprune.proof.measure import Inputs, Measured, Place, Rows, Stage, measure, places, rows_of
+from structprune.proof.measure import Inputs, Measured, Place, Rows, measure, places, rows_of
+from structprune.proof.stage import Stage, read_stages
 from structprune.proof.verification import Verification
 from structprune.proof.written import WrittenTensors, check_files
 from structprune.storage.reader import StoredTensors
@@ -89,7 +90,7 @@ def verify(
         if packed:
             manifest = read_manifest(record, allow_external_symlinks=links)
         model = _open(result, folder, opening, progress)
-        stages = [Stage(path.parent) for path in sorted((record / PLANS).glob("*/plan.json"))]
+        stages = read_stages(path.parent for path in sorted((record / PLANS).glob("*/plan.json")))
     except InputError as error:
         if not ours:
             raise
@@ -144,7 +145,7 @@ def _check_plans(result: Verification, model: StreamedModel, stages: list[Stage]
         misfit = {
             name
             for name in stage.masked
-            if name not in reshaped | gone and shapes.get(name) != stage.mask_shape(name)
+            if name not in reshaped | gone | stage.left and shapes.get(name) != stage.mask_shape(name)
         }
         for name in sorted(misfit)[:1]:
             found = list(shapes[name]) if name in shapes else "no such tensor"
@@ -155,9 +156,10 @@ def _check_plans(result: Verification, model: StreamedModel, stages: list[Stage]
         same = not any(one.restructures for one in stages[number:])
         if same and stage.plan.architecture != architecture_of(model):
             problems.append(f"{stage.name}: made for another architecture than the one in the files")
-        if missing := sorted(stage.prunable - shapes.keys() - gone):
+        if missing := sorted(stage.prunable - shapes.keys() - gone - stage.left):
             problems.append(f"{stage.name}: {missing[0]}: named by the plan, not in the files")
         problems += [f"{stage.name}: {problem}" for problem in counts.check_shapes(stage, shapes, later)]
+        problems += [f"{stage.name}: {problem}" for problem in counts.check_lists(stage, shapes)]
     if stages:
         named = ", ".join(stage.name for stage in stages)
         masks = sum(len(stage.masked) for stage in stages)
@@ -181,10 +183,11 @@ def _measure(
     found: dict[str, Measured] = {}
     hashes: dict[str, str] = {}
     rows: list[dict[str, Rows]] = [{} for _ in stages]
+    sources = against.Before(source, stages)
     for name in (name for names in reader.shards.values() for name in names):
         tensor = reader.read(name)
         masks = [_mask_now(stages, number, name) for number in range(len(stages))]
-        before = against.before_of(name, source, stages)
+        before = sources.read(name)
         if before is not None and (before.shape, before.dtype) != (tensor.shape, tensor.dtype):
             before = None
         place = where.get(name)
@@ -249,8 +252,8 @@ def _summarise(
     patterns = set().union(*(stage.patterns for stage in held.stages))
     result.pattern = counts.pattern([found[name] for name in chosen], patterns) if chosen else "dense"
     result.blocks = counts.per_block(found, held.where)
-    for stage, rows in zip(held.stages, held.rows, strict=True):
-        removed = counts.removed(stage, rows, reader.shapes, source.shapes if source else None)
+    removed_by = counts.removed(held.stages, held.rows, source.shapes if source else None)
+    for stage, removed in zip(held.stages, removed_by, strict=True):
         of = stage.plan.promises.of if stage.plan.promises else 0
         result.stages[stage.name] = None if removed is None else removed / of if of else 0.0
 
@@ -287,7 +290,7 @@ def _check_weights(result: Verification, held: Held, allow_nonfinite: bool) -> N
 
 
 def _check_values(result: Verification, held: Held, trained: Collection[str]) -> None:
-    gone = set().union(*(stage.gone for stage in held.stages))
+    gone = set().union(*({*stage.gone, *stage.left} for stage in held.stages))
     decided = {name for stage in held.stages for name in stage.written} - gone
     # What was trained afterwards is told by the manifest or by whoever trained it; the source row counts it.
     compared = {
