@@ -48,6 +48,17 @@ Pattern = Annotated[float | str, BeforeValidator(parse_sparsity), AfterValidator
 """A pydantic field type: "N:M", N of every M consecutive inputs kept, or 0 for nothing removed."""
 
 
+def _needs_no_groups(value: object) -> float:
+    share = parse_sparsity(value)
+    if isinstance(share, str):
+        raise ValueError(f'found {share!r}, this method takes a fraction removed such as 0.3 or "30%"')
+    return share
+
+
+Share = Annotated[float, BeforeValidator(_needs_no_groups)]
+"""A pydantic field type: the fraction removed, in [0, 1)."""
+
+
 Amount = float | str | Fraction | tuple[int, int]
 """How much leaves, as the solvers take it: a sparsity, an exact fraction, or (kept, of) of a pattern."""
 

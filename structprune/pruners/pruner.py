@@ -7,9 +7,9 @@ needs no data.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Self, final
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from structprune.errors import UsageError
 from structprune.models.arch import blocks
@@ -61,6 +61,22 @@ class Pruner(BaseModel, ABC):
             UsageError: The method has no such goal, or it cannot be this one.
         """
         raise UsageError(f"{self.method()} has no goal that could be varied", hint="run it once")
+
+    @final
+    def with_field(self, name: str, value: object) -> Self:
+        """Return the same pruner with another value of one field.
+
+        Raises:
+            UsageError: The field cannot have it.
+        """
+        try:
+            return type(self).model_validate({**self.model_dump(), name: value})
+        except ValidationError as error:
+            reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+            raise UsageError(
+                f"{self.method()}: {name}: {reason}",
+                hint=f"`structprune methods {self.method()}` says what it takes",
+            ) from None
 
     def remembered_bytes(self, model: Model) -> int:
         """Return at most how many bytes calibration remembers of one block, beside the activations."""

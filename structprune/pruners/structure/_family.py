@@ -1,9 +1,8 @@
 """Pruners after which a model is smaller: a share of its units leaves, and some blocks are protected."""
 
-from typing import Annotated, Self, final
+from typing import Self, final
 
-from pydantic import Field
-
+from structprune.decide.sparsity import Share
 from structprune.decide.targets import SkippedBlocks
 from structprune.models.identity import names_of
 from structprune.models.streamed import Model
@@ -19,7 +18,7 @@ class StructurePruner(SkippedBlocks, BlockwisePruner):
         sparsity: Share of the parameters of the units that may leave, in the blocks not skipped, that leaves.
     """
 
-    sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    sparsity: Share = 0.2
 
     @property
     @final
@@ -29,8 +28,12 @@ class StructurePruner(SkippedBlocks, BlockwisePruner):
 
     @final
     def with_goal(self, goal: float | str) -> Self:
-        """Return the same pruner with another sparsity."""
-        return type(self).model_validate({**self.model_dump(), "sparsity": goal})
+        """Return the same pruner with another sparsity.
+
+        Raises:
+            UsageError: It cannot be this one.
+        """
+        return self.with_field("sparsity", goal)
 
 
 def bias_key(weight: str) -> Key:

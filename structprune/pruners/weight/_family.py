@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, final
 
-from pydantic import ValidationError, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from structprune.calibration.statistics import NOTHING, Parts, Statistics
@@ -172,14 +172,7 @@ class WeightPruner(Targets, BlockwisePruner):
         Raises:
             UsageError: It cannot be this one.
         """
-        try:
-            return type(self).model_validate({**self.model_dump(), "sparsity": goal})
-        except ValidationError as error:
-            reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-            raise UsageError(
-                f"{self.method()}: sparsity: {reason}",
-                hint=f"`structprune methods {self.method()}` says what it takes",
-            ) from None
+        return self.with_field("sparsity", goal)
 
     @final
     def fits(self, linear: Linear) -> bool:
