@@ -1,17 +1,25 @@
 """A cut model is written, and opens: with structprune, and with plain transformers."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from structprune.checkpoint.export import export
 from structprune.decide.units import block_members, unit_tensors
 from structprune.models.arch import arch_of, blocks
 from structprune.models.edit import carry_out
 from structprune.models.edited_reader import EditedReader
-from structprune.models.groups import BlockKeep, block_sizes
+from structprune.models.groups import BlockKeep, block_sizes, kv_groups
 from structprune.models.identity import architecture_of, names_of, skeleton
 from structprune.models.masking import masked
 from structprune.models.native import CONFIG_KEY, depth_patch, sizes_patch
@@ -79,6 +87,68 @@ def test_it_opens_everywhere_with_the_same_logits(family: str, what: str, tmp_pa
         with pytest.raises(ValueError, match="trust_remote_code"):
             plain(out, trust=False)
     assert torch.equal(logits(plain(out, trust=code)), expected)
+
+
+ROPES: dict[str, dict[str, object]] = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": 32,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+def llama_of_three_groups(folder: Path, out: Path, **fields: object) -> dict[str, object]:
+    """Write a Llama of 8 heads in 4 groups and what three of the groups leave; return its configuration."""
+    sizes: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, **sizes, **fields
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    model = open_model(folder, Opening(stream=False))
+    arch = arch_of(model)
+    keep = [kv_groups(block_sizes(block, arch), torch.tensor([0, 2, 3])) for _, block in blocks(model, arch)]
+    plan = plan_of(model, keep)
+    carry_out(model, plan)
+    plan = patched(plan, model)
+    expected = logits(model)
+    out.mkdir()
+    export(EditedReader(open_model(folder, Opening(stream=True)).reader, plan), out, silent)
+    ours = open_model(out, Opening(stream=False))
+    assert torch.equal(logits(ours), expected)
+    assert architecture_of(ours) == architecture_of(open_model(out, Opening(stream=True)))
+    trust = CONFIG_KEY in plan.patch
+    assert torch.equal(logits(plain(out, trust)), expected)
+    return json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_llama_whose_heads_do_not_divide_opens_as_a_mistral(rope: str, tied: bool, tmp_path: Path) -> None:
+    found = llama_of_three_groups(
+        tmp_path / "dense", tmp_path / "out", tie_word_embeddings=tied, rope_parameters=ROPES[rope]
+    )
+    assert found["model_type"] == "mistral"
+    assert found["sliding_window"] is None
+    assert (found["num_attention_heads"], found["num_key_value_heads"], found["head_dim"]) == (6, 3, 8)
+
+
+@pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
+def test_a_llama_with_biases_stays_one_and_is_listed(bias: str, tmp_path: Path) -> None:
+    found = llama_of_three_groups(tmp_path / "dense", tmp_path / "out", **{bias: True})
+    assert found["model_type"] == "pruned_llama"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

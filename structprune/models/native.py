@@ -10,7 +10,7 @@ What was tried: transformers 5.23, every family of the table.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, __version__
 
 from structprune.errors import InputError, UsageError
 from structprune.models import shapes
@@ -23,6 +23,14 @@ CONFIG_KEY = "pruned_blocks"
 # that divides the hidden size, and some derive the size of a head from it and cannot be told.
 _FREE_HEADS = frozenset({"mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"})
 _DIVIDING_HEADS = frozenset({"llama", "gemma2", "gemma3_text"})
+# A Llama without biases computes what a Mistral without a window does, which takes any number of heads. The
+# version matters to transformers, which takes tokenizers of a Mistral written by an old one for damaged.
+_MISTRAL = {
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "sliding_window": None,
+    "transformers_version": __version__,
+}
 # What the width of the feed-forward is called, where it is not "intermediate_size".
 _WIDTH = {"opt": "ffn_dim", "gpt2": "n_inner"}
 _SIZES = ("heads", "kv_heads", "channels", "experts")
@@ -50,7 +58,9 @@ def sizes_patch(
     said = None if any(got) else _native(text, found)
     if said is None:
         return {CONFIG_KEY: [entry_of(*pair) for pair in zip(found, got, strict=True)]}
-    changed = {key: value for key, value in said.items() if getattr(text, key, None) != value}
+    changed = {
+        key: value for key, value in said.items() if not hasattr(text, key) or getattr(text, key) != value
+    }
     listed = {CONFIG_KEY: None} if getattr(config, CONFIG_KEY, None) else {}
     return listed | (_for_text(config, changed) if changed else {})
 
@@ -110,7 +120,9 @@ def _native(text: PreTrainedConfig, found: Sequence[BlockSizes]) -> dict[str, An
     said: dict[str, Any] = {}
     if (count, groups) != _heads_of(text):
         divides = kind in _DIVIDING_HEADS and int(text.hidden_size) % count == 0
-        if kind not in _FREE_HEADS and not divides:
+        if not divides and _is_plain_llama(text):
+            said |= _MISTRAL
+        elif not divides and kind not in _FREE_HEADS:
             return None
         said |= {"num_attention_heads": count, "num_key_value_heads": groups, "head_dim": size}
     if widths:
@@ -118,6 +130,12 @@ def _native(text: PreTrainedConfig, found: Sequence[BlockSizes]) -> dict[str, An
     if experts:
         said[_EXPERTS[kind]] = experts.pop()
     return said
+
+
+def _is_plain_llama(text: PreTrainedConfig) -> bool:
+    """Tell whether a configuration is of a Llama for text alone that has no biases."""
+    biases = getattr(text, "attention_bias", False) or getattr(text, "mlp_bias", False)
+    return text.model_type == "llama" and text.architectures == ["LlamaForCausalLM"] and not biases
 
 
 def _heads_of(text: PreTrainedConfig) -> tuple[int, int]:
