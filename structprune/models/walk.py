@@ -19,6 +19,9 @@ from structprune.models.streamed import Batch, Model, StreamedModel
 
 # Told the label of each linear and its real tokens' inputs, shape [tokens, in].
 Observer = Callable[[Linear, Tensor], None]
+# Told a block's input and output of one batch, shape [batch, tokens, hidden], and which tokens are real,
+# bool, shape [batch * tokens]; None = all.
+Watcher = Callable[[Tensor, Tensor, Tensor | None], None]
 
 
 @dataclass
@@ -51,14 +54,29 @@ class Block:
         self.module = module
         self.linears = found
         self._walk = walk
+        self._watcher: Watcher | None = None
+
+    @contextmanager
+    def watched(self, watcher: Watcher) -> Iterator[None]:
+        """Show `watcher` what the block makes of each batch that advances in a `with`."""
+        self._watcher = watcher
+        try:
+            yield
+        finally:
+            self._watcher = None
 
     @torch.no_grad()
     def advance(self) -> None:
         """Make this block's outputs, under its present weights, the inputs of the next block."""
         assert self._walk is not None
-        hidden = self._walk.hidden
         for position, call in enumerate(self._walk.calls[self.index]):
-            hidden[position] = self.run(hidden[position], call)
+            self._pass_on(position, self.run(self._walk.hidden[position], call))
+
+    def _pass_on(self, position: int, output: Tensor) -> None:
+        assert self._walk is not None
+        if self._watcher is not None:
+            self._watcher(self._walk.hidden[position], output, self._walk.real[position])
+        self._walk.hidden[position] = output
 
     @torch.no_grad()
     def observe(self, observer: Observer, observed: list[Linear], *, advance: bool = False) -> None:
@@ -84,7 +102,7 @@ class Block:
                 except _Enough:
                     continue
                 if advance:
-                    hidden[position] = output
+                    self._pass_on(position, output)
 
     def run(self, hidden: Tensor, call: Call) -> Tensor:
         """Return the block's output states for one batch, shape [batch, tokens, hidden]."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from structprune.calibration.collect import BlockSums, collect_inputs, remembered_bytes
 from structprune.calibration.notebook import Notebook
+from structprune.calibration.states import Reduce, noted_states
 from structprune.calibration.statistics import NOTHING, Parts, Statistics, gradient_norm, input_parts
 from structprune.models import edit
 from structprune.models.arch import Linear, all_linears, arch_of, blocks, linears
@@ -79,12 +80,20 @@ class BlockwisePruner(Pruner):
         """Return what must be known of every block of the dense model before anything is decided."""
         return NOTHING
 
-    def measure(self, targets: Sequence[Linear], seen: Sequence[Statistics]) -> Tensor:
+    @property
+    def watching(self) -> Reduce | None:
+        """Return what must be known of the states at both ends of every dense block before that."""
+        return None
+
+    def measure(
+        self, targets: Sequence[Linear], seen: Sequence[Statistics], states: Tensor | None = None
+    ) -> Tensor:
         """Return what the decision needs of a block; asked of blocks without targets, too.
 
         Args:
             targets: The block's.
             seen: What `measuring` asks for, of each of them.
+            states: What `watching` returned, the rows of all batches; None where nothing is watched.
         """
         return torch.zeros((), dtype=torch.float64)
 
@@ -138,7 +147,11 @@ class BlockwisePruner(Pruner):
     @final
     def looks_at_data(self) -> bool:
         """Tell whether the method, or what is chosen beside it, needs calibration data."""
-        return bool(self.needs_data or self.solving or self.measuring)
+        return bool(self.needs_data or self.solving or self._looks_first)
+
+    @property
+    def _looks_first(self) -> bool:
+        return bool(self.measuring or self.watching)
 
     @property
     @final
@@ -230,17 +243,18 @@ class BlockwisePruner(Pruner):
         samples: int,
     ) -> list[Tensor]:
         """Walk through the dense model and return what the decision needs of each block."""
-        if not self.measuring:
+        if not self._looks_first:
             return [self.measure([], [])] * len(blocks(model))
         found: list[Tensor] = []
         for block in Walk(model, batches):
             targets = self.target_linears(block.index, block.linears)
-            if notes.has(block.index) or not targets:
+            if notes.has(block.index) or not (targets or self.watching):
                 block.advance()
             else:
-                sums = collect_inputs(block, targets, input_parts(self.measuring), advance=True)
+                with noted_states(block, self.watching) as states:
+                    sums = collect_inputs(block, targets, input_parts(self.measuring), advance=True)
                 seen = Seen(sums, gradients.read(block.index), samples)
-                number = self.measure(targets, [seen.of(one) for one in targets])
+                number = self.measure(targets, [seen.of(one) for one in targets], states.joined())
                 notes.write(block.index, {"measured": number})
             noted = notes.read(block.index)
             found.append(noted["measured"] if noted else self.measure([], []))

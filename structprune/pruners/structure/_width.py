@@ -163,7 +163,9 @@ class WidthPruner(StructurePruner):
         return width_blocks(model, self.units, [self.skips(index) for index in range(len(blocks(model)))])
 
     @final
-    def measure(self, targets: Sequence[Linear], seen: Sequence[Statistics]) -> Tensor:
+    def measure(
+        self, targets: Sequence[Linear], seen: Sequence[Statistics], states: Tensor | None = None
+    ) -> Tensor:
         """Return of each of a block's matrices the scores of its columns, and their means for a bias."""
         rows = []
         for linear, one in zip(targets, seen, strict=True):

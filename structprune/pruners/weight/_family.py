@@ -201,7 +201,9 @@ class WeightPruner(Targets, BlockwisePruner):
                 )
 
     @final
-    def measure(self, targets: Sequence[Linear], seen: Sequence[Statistics]) -> Tensor:
+    def measure(
+        self, targets: Sequence[Linear], seen: Sequence[Statistics], states: Tensor | None = None
+    ) -> Tensor:
         """Return what the budget remembers of a block."""
         if self.budget is None:
             return super().measure(targets, seen)
