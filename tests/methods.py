@@ -36,7 +36,9 @@ def accepts(method: str, **fields: Any) -> bool:
 def quick(method: str, **fields: Any) -> Pruner:
     """Build a pruner that stops its search early, where it searches at all."""
     found = catalogue.find(method)
-    few = {"rounds": 2} if "rounds" in found.model_fields else {}
+    few: dict[str, Any] = {"rounds": 2} if "rounds" in found.model_fields else {}
+    if {"units", "count"} <= found.model_fields.keys():  # of two blocks, only half can leave
+        few["sparsity"] = 0.5
     return found.model_validate(few | fields)
 
 

@@ -52,6 +52,25 @@ Blocks = Annotated[tuple[str, ...], BeforeValidator(_block_ranges)]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
 
 
+def block_numbers(ranges: Blocks) -> set[int]:
+    """Return the blocks that numbers and ranges name."""
+    return {index for first, last in map(_ends, ranges) for index in range(first, last + 1)}
+
+
+def check_blocks(field: str, ranges: Blocks, count: int) -> None:
+    """Check that a model of `count` blocks has every block that a field names.
+
+    Raises:
+        UsageError: It has not.
+    """
+    for first, last in map(_ends, ranges):
+        if last >= count:
+            raise UsageError(
+                f"{field}: there is no block {max(first, count)}, the model has {count} blocks",
+                hint=f"blocks are counted from 0: 0 to {count - 1}",
+            )
+
+
 class SkippedBlocks(BaseModel):
     """The field that leaves whole blocks dense.
 
@@ -68,13 +87,7 @@ class SkippedBlocks(BaseModel):
         Raises:
             UsageError: It has not.
         """
-        for text in self.skip:
-            first, last = _ends(text)
-            if last >= count:
-                raise UsageError(
-                    f"skip: there is no block {max(first, count)}, the model has {count} blocks",
-                    hint=f"blocks are counted from 0: 0 to {count - 1}",
-                )
+        check_blocks("skip", self.skip, count)
 
     @final
     def skips(self, index: int) -> bool:

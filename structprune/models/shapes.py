@@ -65,6 +65,10 @@ def resize_block(block: nn.Module, paths: Mapping[str, Any], sizes: Mapping[str,
         sizes: "heads", "kv_heads", "channels", "experts" and "expert_width" where they are others; 0 heads
             for no attention, 0 channels for no feed-forward; "biases": paths of linears that have got one.
     """
+    for path in sizes.get("biases", ()):
+        linear: Any = block.get_submodule(path)
+        if linear.bias is None:
+            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.weight.shape[0]))
     size = _head_size(block.get_submodule(paths["attention"]))
     heads = sizes.get("heads")
     if heads == 0:
@@ -86,10 +90,6 @@ def resize_block(block: nn.Module, paths: Mapping[str, Any], sizes: Mapping[str,
     if "experts" in sizes:
         _resize(block, paths["experts"], 0, sizes["experts"])
         _resize(block, paths["router"], 0, sizes["experts"])
-    for path in sizes.get("biases", ()):
-        linear: Any = block.get_submodule(path)
-        if linear.bias is None:
-            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.weight.shape[0]))
     fit_sizes(block, paths)
 
 

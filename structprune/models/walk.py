@@ -194,6 +194,20 @@ class Walk:
             self.calls[index] = []
 
 
+def walk_weights(model: Model, finished: int) -> Iterator[Block]:
+    """Yield every block that is not decided yet, its parameters in memory, without any data.
+
+    Args:
+        model: In memory or streamed.
+        finished: How many blocks are decided.
+    """
+    arch = arch_of(skeleton(model))
+    for index, (prefix, module) in enumerate(blocks(model)):
+        if index >= finished:
+            with resident(model, prefix):
+                yield Block(index, prefix, module, linears(prefix, module, arch))
+
+
 @contextmanager
 def resident(model: Model, prefix: str) -> Iterator[None]:
     """Hold one block's parameters in memory for the length of a `with`, the applied plans carried out."""

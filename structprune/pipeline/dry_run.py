@@ -82,6 +82,7 @@ def dry_run(
                 "unit": one.unit,
                 "asked": one.asked,
                 "reachable": one.share,
+                **({"forwards": one.trials} if one.trials else {}),
             }
             for pruner, one in zip(recipe.prune, forecasts, strict=True)
         ],

@@ -43,4 +43,7 @@ def describe(method: str) -> dict[str, Any]:
         UsageError: No such method.
     """
     pruner = find(method)
-    return introduce(method) | {"needs_data": pruner.needs_data, "fields": keys_of(pruner)}
+    return introduce(method) | {
+        "needs_data": pruner.model_validate({}).looks_at_data,
+        "fields": keys_of(pruner),
+    }

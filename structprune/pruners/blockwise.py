@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from structprune.calibration.collect import BlockSums, collect_inputs, remembered_bytes
+from structprune.calibration.masked_loss import MaskedLoss
 from structprune.calibration.notebook import Notebook
 from structprune.calibration.states import Reduce, noted_states
 from structprune.calibration.statistics import NOTHING, Parts, Statistics, gradient_norm, input_parts
 from structprune.models import edit
-from structprune.models.arch import Linear, all_linears, arch_of, blocks, linears
+from structprune.models.arch import Linear, all_linears, blocks
 from structprune.models.backward import backward
-from structprune.models.identity import names_of, skeleton, weights_of
+from structprune.models.identity import names_of, weights_of
 from structprune.models.streamed import Batch, Model
-from structprune.models.walk import Block, Walk, resident
+from structprune.models.walk import Block, Walk, walk_weights
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.pruners.pruner import Pruner
@@ -106,6 +107,21 @@ class BlockwisePruner(Pruner):
             measured: What `measure` returned of each block.
         """
 
+    @property
+    def searches(self) -> bool:
+        """Tell whether the decision tries what the model loses without some units."""
+        return False
+
+    def search(self, model: Model, measured: Sequence[Tensor], loss: MaskedLoss) -> Leaving:
+        """Return what leaves, as `decide` does, for those that try it out.
+
+        Args:
+            model: The dense model.
+            measured: What `measure` returned of each block.
+            loss: Of the model with units switched off, on the calibration data.
+        """
+        return self.decide(model, measured)
+
     @abstractmethod
     def solve_block(
         self, model: Model, block: Block, seen: Seen, leaving: Leaving
@@ -147,7 +163,7 @@ class BlockwisePruner(Pruner):
     @final
     def looks_at_data(self) -> bool:
         """Tell whether the method, or what is chosen beside it, needs calibration data."""
-        return bool(self.needs_data or self.solving or self._looks_first)
+        return bool(self.needs_data or self.solving or self._looks_first or self.searches)
 
     @property
     def _looks_first(self) -> bool:
@@ -207,10 +223,12 @@ class BlockwisePruner(Pruner):
         with (
             Notebook(first.folder, "gradients") as gradients,
             Notebook(first.folder, "budget") as noted,
+            Notebook(first.folder, "loss") as tried,
         ):
             self._measure_gradients(model, batches, gradients, first.folder)
             measured = self._measure_blocks(model, batches, noted, gradients, samples)
-            leaving = [pruner.decide(model, measured) for pruner, _ in going]
+            loss = MaskedLoss(model, batches, tried)
+            leaving = [pruner.search(model, measured, loss) for pruner, _ in going]
             # Whoever is furthest behind is walked for; the others skip what they have.
             behind = min((writer for _, writer in going), key=lambda writer: writer.finished)
             for block, sums in self._walk(model, batches, behind):
@@ -285,20 +303,6 @@ class BlockwisePruner(Pruner):
                 with edit.temporarily(block.module, block.prefix, decided, names_of(model)):
                     block.advance()
                 decided.release()
-
-
-def walk_weights(model: Model, finished: int) -> Iterator[Block]:
-    """Yield every block that is not decided yet, its parameters in memory, without any data.
-
-    Args:
-        model: In memory or streamed.
-        finished: How many blocks are decided.
-    """
-    arch = arch_of(skeleton(model))
-    for index, (prefix, module) in enumerate(blocks(model)):
-        if index >= finished:
-            with resident(model, prefix):
-                yield Block(index, prefix, module, linears(prefix, module, arch))
 
 
 def run_side_by_side(work: Callable[[T], R], jobs: Sequence[T]) -> list[R]:

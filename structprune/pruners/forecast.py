@@ -37,6 +37,7 @@ class Forecast:
         near: What could be asked for instead and be reached, next below and above; empty where any can.
         by_rounding: Whether rounding alone stands between what was asked and what is reached; folded products
             hold no zeros on purpose.
+        trials: How many forwards over all calibration data a search takes, at most.
     """
 
     unit: str
@@ -48,6 +49,7 @@ class Forecast:
     found: int = 0
     near: tuple[float, ...] = ()
     by_rounding: bool = True
+    trials: int = 0
 
     @property
     def wanted(self) -> Fraction | None:

@@ -1,6 +1,6 @@
 """Pruners after which a model is smaller: a share of its units leaves, and some blocks are protected."""
 
-from typing import Self, final
+from typing import Self
 
 from structprune.decide.sparsity import Share
 from structprune.decide.targets import SkippedBlocks
@@ -21,12 +21,10 @@ class StructurePruner(SkippedBlocks, BlockwisePruner):
     sparsity: Share = 0.2
 
     @property
-    @final
     def removes_something(self) -> bool:
         """Tell whether anything leaves."""
         return self.sparsity > 0
 
-    @final
     def with_goal(self, goal: float | str) -> Self:
         """Return the same pruner with another sparsity.
 

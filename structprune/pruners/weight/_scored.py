@@ -14,9 +14,9 @@ from structprune.errors import InputError, UsageError
 from structprune.models.arch import blocks
 from structprune.models.identity import names_of
 from structprune.models.streamed import Model
+from structprune.models.walk import walk_weights
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
-from structprune.pruners.blockwise import walk_weights
 from structprune.pruners.weight._family import WeightPruner
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
 from structprune.solvers.plan_tensors import block_facts
