@@ -37,7 +37,7 @@ HOOKS = {
     "register_full_backward_hook",
     "register_full_backward_pre_hook",
 }
-MAY_HOOK = {"models.walk", "models.patch", "runtime.engine"}
+MAY_HOOK = {"models.walk", "models.recorder", "models.patch", "runtime.engine"}
 # "About 300": the docstring that makes it 301 is not worth a second file.
 LONGEST_FILE = 320
 LONGEST_METHOD = 120

@@ -45,6 +45,8 @@ class Arch:
         up: First projection of the feed-forward.
         gate_up: Fused gate and up, gate rows first.
         down: Second projection of the feed-forward.
+        mlp_norm: Norm whose output the feed-forward reads, in blocks that add attention, then feed-forward to
+            the states; "" in others.
         experts: Module that holds all experts as 3-D parameters.
         expert_gate_up: Its parameter of shape [experts, 2 x width, hidden], gate rows first.
         expert_down: Its parameter of shape [experts, hidden, width].
@@ -67,6 +69,7 @@ class Arch:
     up: str = "mlp.up_proj"
     gate_up: str = ""
     down: str = "mlp.down_proj"
+    mlp_norm: str = ""
     experts: str = ""
     expert_gate_up: str = "gate_up_proj"
     expert_down: str = "down_proj"
@@ -80,10 +83,11 @@ class Arch:
         return {name: getattr(self, name) for name in names} | {"router": (*self.routers, "")[0]}
 
 
-GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "qwen2_5_vl_text")
+GATED = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text")
 
 TABLE: tuple[Arch, ...] = (
-    Arch(GATED),
+    Arch(GATED, mlp_norm="post_attention_layernorm"),
+    Arch(("gemma2", "gemma3_text")),
     Arch(("phi3",), q="", k="", v="", qkv="self_attn.qkv_proj", gate="", up="", gate_up="mlp.gate_up_proj"),
     Arch(
         ("opt",), blocks="model.decoder.layers", o="self_attn.out_proj", mlp="", gate="", up="fc1", down="fc2"

@@ -4,7 +4,7 @@ The blocks' real arguments (masks, rotary tables, sliding windows) are captured 
 with recording blocks: the model builds them itself, nothing is rebuilt here.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +13,28 @@ import torch
 from torch import Tensor, nn
 
 from structprune.models.arch import Linear, arch_of, blocks, linears
-from structprune.models.experts import recording_experts
 from structprune.models.identity import skeleton
+from structprune.models.recorder import Enough, Observer, Recorder, reading, without_padding
 from structprune.models.streamed import Batch, Model, StreamedModel
 
-# Told the label of each linear and its real tokens' inputs, shape [tokens, in].
-Observer = Callable[[Linear, Tensor], None]
 # Told a block's input and output of one batch, shape [batch, tokens, hidden], and which tokens are real,
 # bool, shape [batch * tokens]; None = all.
 Watcher = Callable[[Tensor, Tensor, Tensor | None], None]
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What the real tokens of one batch are at some points of a block, shape [tokens, features] each.
+
+    Attributes:
+        before: The block's input.
+        after: Its output.
+        read: What modules inside it read, by path.
+    """
+
+    before: Tensor
+    after: Tensor
+    read: Mapping[str, Tensor]
 
 
 @dataclass
@@ -30,10 +43,6 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-class _Enough(Exception):
-    """Everything that was to be observed in a block has been; the rest of its forward is not needed."""
 
 
 class Block:
@@ -92,83 +101,38 @@ class Block:
         """
         assert self._walk is not None
         hidden = self._walk.hidden
-        recorder = _Recorder(observer, observed)
+        recorder = Recorder(observer, observed)
         with ExitStack() as hooks:
             recorder.install(self.linears, hooks)
             for position, call in enumerate(self._walk.calls[self.index]):
                 recorder.begin(self._walk.real[position], stop=not advance and position > 0)
                 try:
                     output = self.run(hidden[position], call)
-                except _Enough:
+                except Enough:
                     continue
                 if advance:
                     self._pass_on(position, output)
+
+    @torch.no_grad()
+    def passes(self, paths: Sequence[str] = ()) -> Iterator[Passed]:
+        """Run the calibration data through the block, which does not advance, and yield what is seen of it.
+
+        Args:
+            paths: Modules of the block whose inputs are to be seen.
+        """
+        assert self._walk is not None
+        for position, call in enumerate(self._walk.calls[self.index]):
+            hidden, real = self._walk.hidden[position], self._walk.real[position]
+            with reading(self.module, paths) as read:
+                after = self.run(hidden, call)
+            inside = {path: without_padding(one, real) for path, one in read.items()}
+            yield Passed(without_padding(hidden, real), without_padding(after, real), inside)
 
     def run(self, hidden: Tensor, call: Call) -> Tensor:
         """Return the block's output states for one batch, shape [batch, tokens, hidden]."""
         output = self.module(hidden, *call.args, **call.kwargs)
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
-
-
-class _Recorder:
-    """Installs the hooks of one block and passes on what they see, without padding."""
-
-    def __init__(self, observer: Observer, observed: list[Linear]) -> None:
-        self._observer = observer
-        self._observed = {linear.label for linear in observed}
-        self._real: Tensor | None = None
-        self._stop = False
-        self._seen: list[int] = []  # the order in which modules are reached, learnt in the first batch
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    def begin(self, real: Tensor | None, *, stop: bool) -> None:
-        """Start a batch whose real tokens are `real` (bool, shape [batch * tokens]; None = all)."""
-        self._real = real
-        self._stop = stop
-        self._last = None
-
-    def install(self, found: list[Linear], hooks: ExitStack) -> None:
-        """Hook every module of a block that feeds an observed linear, until `hooks` closes."""
-        by_module: dict[nn.Module, list[Linear]] = {}
-        for linear in found:
-            by_module.setdefault(linear.module, []).append(linear)
-        for number, (module, served) in enumerate(by_module.items()):
-            if not any(linear.label in self._observed for linear in served):
-                continue
-            if served[0].expert is None:
-                hooks.callback(module.register_forward_pre_hook(self._hook(number, served[0])).remove)
-            else:
-                hooks.enter_context(recording_experts(module, served, self._expert(number)))
-
-    def _hook(self, number: int, linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._observer(linear, self._without_padding(inputs[0]))
-            self._reached(number)
-
-        return hook
-
-    def _expert(self, number: int) -> Callable[[Linear | None, Tensor, Tensor], None]:
-        def observe(linear: Linear | None, inputs: Tensor, rows: Tensor) -> None:
-            if linear is None:
-                self._reached(number)
-                return
-            if linear.label in self._observed:
-                self._observer(linear, inputs if self._real is None else inputs[self._real[rows]])
-
-        return observe
-
-    def _without_padding(self, inputs: Tensor) -> Tensor:
-        if self._last is None or self._last[0] is not inputs:
-            flat = inputs.reshape(-1, inputs.shape[-1])
-            self._last = inputs, flat if self._real is None else flat[self._real]
-        return self._last[1]
-
-    def _reached(self, number: int) -> None:
-        if not self._stop:
-            self._seen.append(number)
-        elif number == self._seen[-1]:
-            raise _Enough
 
 
 class Walk:
