@@ -18,10 +18,11 @@ from torch import Tensor
 
 from structprune.calibration.collect import BlockSums, collect_inputs, remembered_bytes
 from structprune.calibration.notebook import Notebook
-from structprune.calibration.statistics import NOTHING, Parts, Statistics, gradient_norm, input_parts
+from structprune.calibration.statistics import NOTHING, Parts, Statistics, gradient_means, input_parts
 from structprune.models import edit
 from structprune.models.arch import Linear, all_linears, arch_of, blocks, linears
 from structprune.models.backward import backward
+from structprune.models.gradients import GradientMeans
 from structprune.models.identity import names_of, skeleton, weights_of
 from structprune.models.streamed import Batch, Model
 from structprune.models.walk import Block, Walk, resident
@@ -34,6 +35,9 @@ Leaving = Mapping[Any, Any]
 T = TypeVar("T")
 R = TypeVar("R")
 
+# Of a block that nothing was measured of.
+UNMEASURED = torch.zeros((), dtype=torch.float64)
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -41,7 +45,7 @@ class Seen:
 
     Attributes:
         sums: Of the inputs of the block's targets; empty where nobody reads data.
-        gradients: Mean size of each target's gradient, by label; empty where nobody reads gradients.
+        gradients: What `reduce_gradients` returned, by name; empty where nobody reads gradients.
         samples: Calibration sequences.
     """
 
@@ -79,14 +83,29 @@ class BlockwisePruner(Pruner):
         """Return what must be known of every block of the dense model before anything is decided."""
         return NOTHING
 
-    def measure(self, targets: Sequence[Linear], seen: Sequence[Statistics]) -> Tensor:
-        """Return what the decision needs of a block; asked of blocks without targets, too.
+    def reduce_gradients(
+        self, model: Model, block: Block, found: Mapping[str, GradientMeans]
+    ) -> dict[str, Tensor]:
+        """Return what is noted of the gradients of a block: of every target the mean that is read, by label.
 
         Args:
-            targets: The block's.
-            seen: What `measuring` asks for, of each of them.
+            model: The dense model.
+            block: Its parameters are in memory.
+            found: Gradients of all its linears, by label.
         """
-        return torch.zeros((), dtype=torch.float64)
+        (mean,) = gradient_means(self.solving | self.measuring)
+        targets = self.target_linears(block.index, block.linears)
+        return {one.label: getattr(found[one.label], mean) for one in targets}
+
+    def measure(self, model: Model, block: Block, seen: Seen) -> Tensor:
+        """Return what the decision needs of a block that has targets.
+
+        Args:
+            model: The dense model.
+            block: Its parameters are in memory.
+            seen: What `measuring` asks for.
+        """
+        return UNMEASURED
 
     @abstractmethod
     def decide(self, model: Model, measured: Sequence[Tensor]) -> Leaving:
@@ -94,7 +113,7 @@ class BlockwisePruner(Pruner):
 
         Args:
             model: For shapes; its weights may not be in memory.
-            measured: What `measure` returned of each block.
+            measured: What `measure` returned of each block; `UNMEASURED` where there was nothing to measure.
         """
 
     @abstractmethod
@@ -150,7 +169,8 @@ class BlockwisePruner(Pruner):
     def remembered_bytes(self, model: Model) -> int:
         """Return at most how many bytes the Gram matrices and gradients of one block take."""
         parts = self.solving | self.measuring
-        return max(remembered_bytes(targets, parts) for targets in self.all_targets(model))
+        pairs = zip(self.all_targets(model), all_linears(model), strict=True)
+        return max(remembered_bytes(*pair, parts) for pair in pairs)
 
     @final
     def all_targets(self, model: Model) -> list[list[Linear]]:
@@ -210,16 +230,15 @@ class BlockwisePruner(Pruner):
     def _measure_gradients(
         self, model: Model, batches: Sequence[Batch], notes: Notebook, spill: Path | None
     ) -> None:
-        """Walk backward through the dense model and note the size of every target's gradient.
+        """Walk backward through the dense model and note what is read of the gradients.
 
         Gradients of an interrupted run are made again, unless it noted them all: the walk starts at the end.
         """
-        norm = gradient_norm(self.solving | self.measuring)
-        if norm is None or all(notes.has(index) for index in range(len(blocks(model)))):
+        means = gradient_means(self.solving | self.measuring)
+        if not means or all(notes.has(index) for index in range(len(blocks(model)))):
             return
-        for block, found in backward(model, batches, norms=(norm,), folder=spill):
-            targets = self.target_linears(block.index, block.linears)
-            notes.write(block.index, {one.label: getattr(found[one.label], norm) for one in targets})
+        for block, found in backward(model, batches, means=means, folder=spill):
+            notes.write(block.index, self.reduce_gradients(model, block, found))
 
     def _measure_blocks(
         self,
@@ -231,19 +250,19 @@ class BlockwisePruner(Pruner):
     ) -> list[Tensor]:
         """Walk through the dense model and return what the decision needs of each block."""
         if not self.measuring:
-            return [self.measure([], [])] * len(blocks(model))
+            return [UNMEASURED] * len(blocks(model))
         found: list[Tensor] = []
-        for block in Walk(model, batches):
+        parts = input_parts(self.measuring)
+        for block in Walk(model, batches) if parts else walk_weights(model, 0):
             targets = self.target_linears(block.index, block.linears)
-            if notes.has(block.index) or not targets:
-                block.advance()
-            else:
-                sums = collect_inputs(block, targets, input_parts(self.measuring), advance=True)
+            if targets and not notes.has(block.index):
+                sums = collect_inputs(block, targets, parts, advance=True) if parts else BlockSums()
                 seen = Seen(sums, gradients.read(block.index), samples)
-                number = self.measure(targets, [seen.of(one) for one in targets])
-                notes.write(block.index, {"measured": number})
+                notes.write(block.index, {"measured": self.measure(model, block, seen)})
+            elif parts:
+                block.advance()
             noted = notes.read(block.index)
-            found.append(noted["measured"] if noted else self.measure([], []))
+            found.append(noted["measured"] if noted else UNMEASURED)
         return found
 
     def _walk(

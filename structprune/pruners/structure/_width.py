@@ -1,8 +1,8 @@
 """What is common to pruners of width: key-value groups and channels leave, and the model is smaller.
 
-A method is a score of the columns of two matrices of a block, the attention's output projection and the
-feed-forward's down projection: what reads a head or a channel tells how much it matters. How many units leave
-where (`budget`), and what makes up for them (`repair`), are chosen beside it.
+A method is a score of a block's units, mostly of the columns of the matrices that read them
+(`_columns.ColumnPruner`). How many units leave where (`budget`), and what makes up for them (`repair`), are
+chosen beside it.
 """
 
 from abc import abstractmethod
@@ -29,14 +29,14 @@ from structprune.models.walk import Block
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Promises, Reshaped
-from structprune.pruners.blockwise import Seen
+from structprune.pruners.blockwise import UNMEASURED, Seen
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.structure._family import StructurePruner, bias_key, left_shapes
 from structprune.pruners.structure._width_block import WidthBlock, width_blocks
 from structprune.solvers.columns import AnyColumnRepair
 
-Columns = Mapping[WidthUnit, Tensor]
-"""What is known of the columns of the matrices that read units, by kind of unit, shape [in] each."""
+ByUnit = Mapping[WidthUnit, Tensor]
+"""Of a block by kind of unit: scores, shape [units] each, or what their matrices read, shape [in] each."""
 READ: Mapping[str, WidthUnit] = {"heads": "kv_group", "channels": "channel"}
 
 
@@ -46,13 +46,13 @@ class Share:
 
     Attributes:
         stay: How many of its units stay.
-        scores: Columns' scores by kind of unit, where a first look has them.
-        means: Columns' means, where a first look has them.
+        scores: Units' scores, where a first look has them.
+        means: Means of what the matrices read, where a first look has them.
     """
 
     stay: UnitCounts
-    scores: Columns
-    means: Columns
+    scores: ByUnit
+    means: ByUnit
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class WidthPruner(StructurePruner):
         kv_multiple: Of what the number of key-value groups that stay is one.
 
     Attributes:
-        parts: What the score reads of a matrix's input.
+        parts: What the score reads, whatever the fields.
         per_parameter: Whether competing units are ranked by score per parameter, as sums over weights are.
     """
 
@@ -95,27 +95,23 @@ class WidthPruner(StructurePruner):
     per_parameter: ClassVar[bool] = True
 
     @abstractmethod
-    def score(self, weight: Tensor, seen: Statistics) -> Tensor:
-        """Return the importance of each column, shape [in], float32; a higher one stays.
+    def score_units(
+        self, readers: Mapping[WidthUnit, Linear], sizes: BlockSizes, seen: Seen
+    ) -> dict[WidthUnit, Tensor]:
+        """Return the importance of a block's units by kind, shape [units] each; a higher one stays.
+
+        Scores of one kind and of different kinds are on one scale, that of all blocks.
 
         Args:
-            weight: Of the matrix that reads the units, shape [out, in], in the model's dtype.
+            readers: The matrix that reads the units, of every kind that may leave.
+            sizes: The block's.
             seen: Holds the parts that the method declares.
         """
 
-    def comparable(self, columns: Tensor) -> Tensor:
-        """Return a matrix's scores on a scale that those of all matrices share, shape [in]."""
-        return columns
-
-    def unit_scores(self, kind: WidthUnit, columns: Tensor, sizes: BlockSizes) -> Tensor:
-        """Return the scores of units, shape [units]: the sum over the columns of each.
-
-        Args:
-            kind: Which units.
-            columns: What `score` returned, shape [in].
-            sizes: The block's.
-        """
-        return columns.view(sizes.kv_heads, -1).sum(dim=1) if kind == "kv_group" else columns
+    @property
+    def needs(self) -> Parts:
+        """Return what the score reads, with the fields as they are."""
+        return self.parts
 
     @property
     @final
@@ -132,7 +128,7 @@ class WidthPruner(StructurePruner):
 
     @property
     def _read(self) -> Parts:
-        return self.parts | (NOTHING if self.repair is None else self.repair.parts)
+        return self.needs | (NOTHING if self.repair is None else self.repair.parts)
 
     @property
     def _adds_bias(self) -> bool:
@@ -162,22 +158,27 @@ class WidthPruner(StructurePruner):
     def _blocks(self, model: Model) -> list[WidthBlock]:
         return width_blocks(model, self.units, [self.skips(index) for index in range(len(blocks(model)))])
 
+    def _readers(self, block: Block) -> dict[WidthUnit, Linear]:
+        targets = self.target_linears(block.index, block.linears)
+        return {READ[one.reads]: one for one in targets if one.reads}
+
     @final
-    def measure(self, targets: Sequence[Linear], seen: Sequence[Statistics]) -> Tensor:
-        """Return of each of a block's matrices the scores of its columns, and their means for a bias."""
-        rows = []
-        for linear, one in zip(targets, seen, strict=True):
-            rows.append(self.score(linear.weight, one).double())
+    def measure(self, model: Model, block: Block, seen: Seen) -> Tensor:
+        """Return of each kind of unit the scores, and the means of what their matrix reads for a bias."""
+        readers, rows = self._readers(block), []
+        scores = self.score_units(readers, self._blocks(model)[block.index].sizes, seen)
+        for kind, linear in readers.items():
+            rows.append(scores[kind].double())
             if self._adds_bias:
-                rows.append(one.mean.double())
-        return torch.cat(rows) if rows else torch.empty(0, dtype=torch.float64)
+                rows.append(seen.of(linear).mean.double())
+        return torch.cat(rows)
 
     @final
     def decide(self, model: Model, measured: Sequence[Tensor]) -> dict[int, Share]:
         """Return how many units of each block stay, with what the first look saw of them."""
         found = self._blocks(model)
         there, costs = [one.there for one in found], [one.costs for one in found]
-        if self.budget == "uniform" or not any(len(one) for one in measured):
+        if self.budget == "uniform" or not any(one.ndim for one in measured):
             multiples = Multiples(self.kv_multiple, self.multiple)
             pairs = zip(there, costs, strict=True)
             stay = [uniform_counts(*pair, self.sparsity, multiples) for pair in pairs]
@@ -193,18 +194,17 @@ class WidthPruner(StructurePruner):
         """Return the scores and the means that `measure` put one after another."""
         scores, means, rest = {}, {}, numbers
         for kind, (_, width) in known.readers.items():
-            scores[kind], rest = rest[:width], rest[width:]
+            units = known.there.kv_groups if kind == "kv_group" else known.there.channels
+            scores[kind], rest = rest[:units], rest[units:]
             if self._adds_bias:
                 means[kind], rest = rest[:width], rest[width:]
         return scores, means
 
-    def _ranked(self, known: WidthBlock, columns: Columns) -> dict[WidthUnit, Tensor]:
+    def _ranked(self, known: WidthBlock, scores: ByUnit) -> ByUnit:
         """Return the scores with which a block's units compete with those of other blocks."""
-        scores = {kind: self.comparable(one) for kind, one in columns.items()}
-        units = {kind: self.unit_scores(kind, one, known.sizes) for kind, one in scores.items()}
-        if self.per_parameter:
-            units = {kind: one / getattr(known.costs, kind) for kind, one in units.items()}
-        return units
+        if not self.per_parameter:
+            return scores
+        return {kind: one / getattr(known.costs, kind) for kind, one in scores.items()}
 
     @final
     def forecast(self, model: Model) -> Forecast:
@@ -214,7 +214,7 @@ class WidthPruner(StructurePruner):
         of = sum(one.there.cost(one.costs) for one in found)
         if not self.removes_something:
             return Forecast("parameters", self.sparsity, 0, of, left_of(model, Outline({}), {}))
-        shares = self.decide(model, [torch.empty(0)] * len(found))
+        shares = self.decide(model, [UNMEASURED] * len(found))
         keeps = [first_units(one.sizes, shares[index].stay) for index, one in enumerate(found)]
         shapes: dict[Key, tuple[int, ...]] = {}
         for one, keep in zip(found, keeps, strict=True):
@@ -247,14 +247,8 @@ class WidthPruner(StructurePruner):
     ) -> tuple[dict[Key, Tensor], dict[str, Any]]:
         """Return which units of a block stay, and what makes up for the others."""
         known, share = self._blocks(model)[block.index], leaving[block.index]
-        targets = {
-            READ[one.reads]: one for one in self.target_linears(block.index, block.linears) if one.reads
-        }
-        columns = {
-            kind: share.scores[kind] if kind in share.scores else self.score(one.weight, seen.of(one))
-            for kind, one in targets.items()
-        }
-        scores = {kind: self.unit_scores(kind, one, known.sizes) for kind, one in columns.items()}
+        targets = self._readers(block)
+        scores = share.scores or self.score_units(targets, known.sizes, seen)
         keep = chosen_units(known.sizes, share.stay, scores)
         tensors = unit_tensors(block.prefix, block.module, known.arch, keep, names_of(model))
         for kind, linear in targets.items():

@@ -14,11 +14,11 @@ from torch import Tensor
 from structprune.calibration.statistics import Parts, Statistics
 from structprune.decide.unit_counts import WidthUnit
 from structprune.models.groups import BlockSizes
-from structprune.pruners.structure._width import WidthPruner
+from structprune.pruners.structure._columns import ColumnPruner
 from structprune.solvers.columns import AnyColumnRepair, BiasRepair
 
 
-class Flap(WidthPruner):
+class Flap(ColumnPruner):
     """Score a column by its input's variance times its squared norm, standardised within its matrix.
 
     Args:
