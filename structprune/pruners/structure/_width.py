@@ -158,14 +158,16 @@ class WidthPruner(StructurePruner):
     def _blocks(self, model: Model) -> list[WidthBlock]:
         return width_blocks(model, self.units, [self.skips(index) for index in range(len(blocks(model)))])
 
-    def _readers(self, block: Block) -> dict[WidthUnit, Linear]:
+    @final
+    def readers(self, block: Block) -> dict[WidthUnit, Linear]:
+        """Return the matrices of a block that read its units, by kind; none of one that is skipped."""
         targets = self.target_linears(block.index, block.linears)
         return {READ[one.reads]: one for one in targets if one.reads}
 
     @final
     def measure(self, model: Model, block: Block, seen: Seen) -> Tensor:
         """Return of each kind of unit the scores, and the means of what their matrix reads for a bias."""
-        readers, rows = self._readers(block), []
+        readers, rows = self.readers(block), []
         scores = self.score_units(readers, self._blocks(model)[block.index].sizes, seen)
         for kind, linear in readers.items():
             rows.append(scores[kind].double())
@@ -247,7 +249,7 @@ class WidthPruner(StructurePruner):
     ) -> tuple[dict[Key, Tensor], dict[str, Any]]:
         """Return which units of a block stay, and what makes up for the others."""
         known, share = self._blocks(model)[block.index], leaving[block.index]
-        targets = self._readers(block)
+        targets = self.readers(block)
         scores = share.scores or self.score_units(targets, known.sizes, seen)
         keep = chosen_units(known.sizes, share.stay, scores)
         tensors = unit_tensors(block.prefix, block.module, known.arch, keep, names_of(model))
