@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -35,17 +35,21 @@ CHANNELS = {
     "gpt2": {"c_fc": [0], "mlp.c_proj": "columns"},
     "gpt_neox": {"dense_h_to_4h": [0], "dense_4h_to_h": "columns"},
 }
+# Where the second key-value group of a tiny Llama begins.
+ROWS = [("q_proj", 32), ("k_proj", 16), ("v_proj", 16)]
 Gradients = dict[str, tuple[Tensor, Tensor, Tensor]]
 
 
 def padded(model: PreTrainedModel) -> tuple[list[Tensor], list[Batch]]:
-    """Return samples of unequal length, and the same in two batches with padding on the left."""
+    """Return samples of unequal length, and the same padded in two batches."""
     ids = tokens(model, batch=4, length=20)["input_ids"]
     samples = [row[:length] for row, length in zip(ids, LENGTHS, strict=True)]
     batch = {"input_ids": torch.full_like(ids, 7), "attention_mask": torch.zeros_like(ids)}
     for row, sample in enumerate(samples):
-        batch["input_ids"][row, -len(sample) :] = sample
-        batch["attention_mask"][row, -len(sample) :] = 1
+        # GPT-2 counts padding on the left as positions.
+        place = slice(len(sample)) if model.config.model_type == "gpt2" else slice(-len(sample), None)
+        batch["input_ids"][row, place] = sample
+        batch["attention_mask"][row, place] = 1
     return samples, [
         {name: value[:3] for name, value in batch.items()},
         {"input_ids": ids[3:]},
@@ -66,13 +70,10 @@ def by_autograd(model: PreTrainedModel, samples: list[Tensor]) -> Gradients:
                 each.setdefault(name, []).append(value.grad.clone())
     found = {}
     for name, grads in each.items():
-        parts = (
-            model.get_parameter(name).detach(),
-            torch.stack(grads).mean(0),
-            torch.stack(grads).square().mean(0),
-        )
-        turned = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Module) and "c_" in name
-        found[name] = tuple(part.T if turned and part.ndim == 2 else part for part in parts)
+        stacked = torch.stack(grads)
+        parts = model.get_parameter(name).detach(), stacked.mean(dim=0), stacked.square().mean(dim=0)
+        turned = ".c_" in name and parts[0].ndim == 2  # Conv1D
+        found[name] = tuple(part.T if turned else part for part in parts)
     model.zero_grad()
     return found  # type: ignore[return-value]
 
@@ -131,22 +132,18 @@ def test_vector_is_how_the_loss_changes_when_a_unit_fades() -> None:
     model = tiny("llama")
     ids = tokens(model, batch=1, length=24)["input_ids"]
     found = noted(LlmPruner(score="vector"), model, [{"input_ids": ids}])["kv_group"]
-    faded = tiny("llama").double()
-    block = faded.get_submodule("model.layers.1.self_attn")
+    dense, faded = tiny("llama"), tiny("llama")
+    unit = [(f"self_attn.{path}.weight", slice(rows, None), slice(None)) for path, rows in ROWS]
+    unit.append(("self_attn.o_proj.weight", slice(None), slice(32, None)))
 
     def loss(share: float) -> float:
-        with torch.no_grad():
-            for path, rows in (("q_proj", 32), ("k_proj", 16), ("v_proj", 16)):
-                block.get_parameter(f"{path}.weight")[rows:] *= share
-            block.get_parameter("o_proj.weight")[:, 32:] *= share
-            logits = faded(input_ids=ids, use_cache=False).logits
-            value = functional.cross_entropy(logits[0, :-1], ids[0, 1:])
-            for path, rows in (("q_proj", 32), ("k_proj", 16), ("v_proj", 16)):
-                block.get_parameter(f"{path}.weight")[rows:] /= share
-            block.get_parameter("o_proj.weight")[:, 32:] /= share
-        return float(value)
+        for path, *place in unit:
+            name = f"model.layers.1.{path}"
+            faded.get_parameter(name).data[*place] = dense.get_parameter(name).data[*place] * share
+        logits = faded(input_ids=ids, use_cache=False).logits.detach()
+        return float(functional.cross_entropy(logits[0, :-1].double(), ids[0, 1:]))
 
-    slope = (loss(1 + 1e-5) - loss(1 - 1e-5)) / 2e-5
+    slope = (loss(1.01) - loss(0.99)) / 0.02
     assert float(found[1]) == pytest.approx(abs(slope), rel=1e-3)
 
 
@@ -159,7 +156,7 @@ def test_a_unit_of_zeros_leaves_first(score: Any, budget: Any) -> None:
         for path in ("gate_proj", "up_proj"):
             mlp.get_parameter(f"{path}.weight")[7] = 0
         mlp.get_parameter("down_proj.weight")[:, 7] = 0
-        for path, rows in (("q_proj", 32), ("k_proj", 16), ("v_proj", 16)):
+        for path, rows in ROWS:
             attention.get_parameter(f"{path}.weight")[:rows] = 0
         attention.get_parameter("o_proj.weight")[:, :32] = 0
     pruner = LlmPruner(score=score, budget=budget, sparsity=0.3, skip="0")
