@@ -1,18 +1,21 @@
 """LLM-Pruner: its scores are those of autograd on the whole model, whatever the layout of a family."""
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from structprune.calibration.notebook import Notebook
-from structprune.errors import Interrupted
+from structprune.errors import Interrupted, UsageError
 from structprune.models.backward import backward
 from structprune.models.opening import Opening
+from structprune.models.outputs import logits
 from structprune.models.streamed import Batch, open_model
 from structprune.plan.plan import Plan
 from structprune.pruners.structure.llm_pruner import LlmPruner
@@ -206,3 +209,81 @@ def test_only_scores_are_noted_and_a_killed_run_resumes(
     assert run("out").id == whole.id
     # Gradients that were all noted are not made again: only the budget's two blocks are.
     assert [block for block, _ in written[2:]] == [0, 1]
+
+
+SEVEN = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
+EIGHT = SEVEN | {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256}
+SMALL = {"hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32, "vocab_size": 32000}
+SMALL |= {"num_key_value_heads": 4, "intermediate_size": 5632}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups", "channels", "skip", "before", "after"),
+    [
+        (SEVEN | {"intermediate_size": 11008}, 24, 8256, "0-3,30-31", 6_738_415_616, 5_422_977_024),
+        (EIGHT, 6, 10752, "0-3,30-31", 8_030_261_248, 6_612_586_496),
+        (SMALL, 3, 4224, "0-3,18-21", 1_100_048_384, 945_907_712),
+    ],
+    ids=["LLaMA-7B", "Llama-3-8B", "TinyLlama"],
+)
+def test_the_published_sizes_are_forecast_to_the_parameter(
+    sizes: dict[str, int], groups: int, channels: int, skip: str, before: int, after: int
+) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, tie_word_embeddings=False))
+    assert model.num_parameters() == before
+    table = {"name": "table", "kv_groups": groups, "channels": channels}
+    forecast = LlmPruner.model_validate({"budget": table, "skip": skip}).forecast(model)
+    assert forecast.exact
+    assert forecast.reachable == before - after
+    assert forecast.left.num_parameters() == after
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"kv_groups": 3}, r"budget.kv_groups: 3 key-value groups .* block 1, which has 2 \(1 to 2 can\)"),
+        ({"channels": [96, 97]}, r"budget.channels: 97 channels .* block 1, which has 96 \(1 to 96 can\)"),
+        ({"channels": [50, 50]}, r"budget.channels: 50 channels .* block 0, .*\(.*say null or 96\)"),
+        ({"channels": [50]}, r"budget.channels: 1 number for 2 blocks"),
+    ],
+)
+def test_a_size_that_a_block_cannot_have_is_refused(fields: dict[str, Any], said: str) -> None:
+    pruner = LlmPruner.model_validate({"budget": {"name": "table", **fields}, "skip": "0"})
+    with pytest.raises(UsageError) as refused:
+        pruner.forecast(tiny("llama"))
+    assert re.search(said, f"{refused.value.message} ({refused.value.hint})")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"kv_groups": 0}, "greater than or equal to 1"),
+        ({"channels": "many"}, "valid integer"),
+        ({}, "needs kv_groups, channels or both"),
+        ({"heads": 3}, "heads"),
+    ],
+)
+def test_a_table_that_says_no_sizes_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        LlmPruner.model_validate({"budget": {"name": "table", **fields}})
+
+
+def test_a_table_leaves_the_sizes_it_lists() -> None:
+    model = tiny("llama")
+    table = {"name": "table", "kv_groups": [None, 1], "channels": [40, None]}
+    pruner = LlmPruner.model_validate({"budget": table, "sparsity": 0})
+    plan = pruner.calibrate(model, [tokens(model)])
+    assert [block.facts["kept"] for block in plan.blocks] == [
+        {"kv_groups": 2, "channels": 40},
+        {"kv_groups": 1, "channels": 96},
+    ]
+    forecast = pruner.forecast(model)
+    assert plan.promises is not None
+    assert plan.promises.removed == forecast.reachable == 56 * 3 * 64 + 96 * 64
+    assert (plan.promises.asked, forecast.asked) == (
+        "key-value groups block by block, channels block by block",
+    ) * 2
+    pruner.apply(model, plan)
+    assert model.num_parameters() == forecast.left.num_parameters()
+    assert logits(model, tokens(model)).isfinite().all()

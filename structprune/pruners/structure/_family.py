@@ -21,7 +21,6 @@ class StructurePruner(SkippedBlocks, BlockwisePruner):
     sparsity: Share = 0.2
 
     @property
-    @final
     def removes_something(self) -> bool:
         """Tell whether anything leaves."""
         return self.sparsity > 0

@@ -7,7 +7,7 @@ chosen beside it.
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
@@ -15,7 +15,16 @@ from pydantic import Field
 from torch import Tensor
 
 from structprune.calibration.statistics import NOTHING, Parts, Statistics
-from structprune.decide.unit_counts import Multiples, UnitCounts, WidthUnit, global_counts, uniform_counts
+from structprune.decide.budgets.unit_table import UnitTable
+from structprune.decide.budgets.width_union import AnyWidthBudget
+from structprune.decide.unit_counts import (
+    Multiples,
+    UnitCosts,
+    UnitCounts,
+    WidthUnit,
+    global_counts,
+    uniform_counts,
+)
 from structprune.decide.units import chosen_units, first_units, sizes_left, unit_tensors
 from structprune.errors import UsageError
 from structprune.models.arch import Linear, blocks
@@ -32,7 +41,7 @@ from structprune.plan.promise import Promises, Reshaped
 from structprune.pruners.blockwise import UNMEASURED, Seen
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.structure._family import StructurePruner, bias_key, left_shapes
-from structprune.pruners.structure._width_block import WidthBlock, width_blocks
+from structprune.pruners.structure._width_block import NotedMean, WidthBlock, width_blocks
 from structprune.solvers.columns import AnyColumnRepair
 
 ByUnit = Mapping[WidthUnit, Tensor]
@@ -55,25 +64,14 @@ class Share:
     means: ByUnit
 
 
-@dataclass(frozen=True)
-class NotedMean(Statistics):
-    """The mean of an input, from the notes of a first look."""
-
-    noted: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    @property
-    def mean(self) -> Tensor:
-        """Return the mean of each input feature, shape [in], float32."""
-        return self.noted
-
-
 class WidthPruner(StructurePruner):
     """A pruner that removes whole key-value groups and channels.
 
     Args:
         units: Kinds of unit that leave: "kv_group", a key-value head with its query heads; "channel" of the
             feed-forward.
-        budget: "uniform": every block loses the same share; "global": all units of the model compete.
+        budget: "uniform": every block loses the same share; "global": all units of the model compete;
+            "table": sizes that blocks are to have, as `name:` with its fields, whatever the sparsity.
         repair: What makes up for removed units: "none"; "bias", the mean of what they added; "least_squares",
             a refit of the columns that stay.
         multiple: Of what the number of channels that stay is a multiple, where every block loses the same.
@@ -85,7 +83,7 @@ class WidthPruner(StructurePruner):
     """
 
     units: tuple[WidthUnit, ...] = Field(default=("kv_group", "channel"), min_length=1)
-    budget: Literal["uniform", "global"] = "uniform"
+    budget: AnyWidthBudget = "uniform"
     repair: AnyColumnRepair = None
     multiple: Annotated[int, Field(ge=1, le=65536)] = 1
     kv_multiple: Annotated[int, Field(ge=1, le=1024)] = 1
@@ -124,7 +122,19 @@ class WidthPruner(StructurePruner):
     def solving(self) -> Parts:
         """Return what is read block by block: only a Gram matrix is too large to be noted at a first look."""
         gram: Parts = frozenset({"gram"})
-        return self._read if self.budget == "uniform" else self._read & gram
+        return self._read if self.budget != "global" else self._read & gram
+
+    @property
+    @final
+    def removes_something(self) -> bool:
+        """Tell whether anything leaves; a table of sizes says so itself."""
+        return isinstance(self.budget, UnitTable) or super().removes_something
+
+    @property
+    @final
+    def asked(self) -> float | str:
+        """Return the sparsity, or the sizes that were asked for instead."""
+        return self.budget.asked if isinstance(self.budget, UnitTable) else self.sparsity
 
     @property
     def _read(self) -> Parts:
@@ -180,15 +190,19 @@ class WidthPruner(StructurePruner):
         """Return how many units of each block stay, with what the first look saw of them."""
         found = self._blocks(model)
         there, costs = [one.there for one in found], [one.costs for one in found]
-        if self.budget == "uniform" or not any(one.ndim for one in measured):
-            multiples = Multiples(self.kv_multiple, self.multiple)
-            pairs = zip(there, costs, strict=True)
-            stay = [uniform_counts(*pair, self.sparsity, multiples) for pair in pairs]
-            return {index: Share(one, {}, {}) for index, one in enumerate(stay)}
+        if self.budget != "global" or not any(one.ndim for one in measured):
+            return {index: Share(one, {}, {}) for index, one in enumerate(self._counts(there, costs))}
         noted = [self._notes(one, numbers.float()) for one, numbers in zip(found, measured, strict=True)]
         ranked = [self._ranked(one, scores) for one, (scores, _) in zip(found, noted, strict=True)]
         stay = global_counts(ranked, there, costs, self.sparsity)
         return {index: Share(one, *notes) for index, (one, notes) in enumerate(zip(stay, noted, strict=True))}
+
+    def _counts(self, there: Sequence[UnitCounts], costs: Sequence[UnitCosts]) -> list[UnitCounts]:
+        """Return how many units of each block stay, as far as that is known before any data."""
+        if isinstance(self.budget, UnitTable):
+            return self.budget.counts(there, costs)
+        multiples = Multiples(self.kv_multiple, self.multiple)
+        return [uniform_counts(*pair, self.sparsity, multiples) for pair in zip(there, costs, strict=True)]
 
     def _notes(
         self, known: WidthBlock, numbers: Tensor
@@ -215,7 +229,7 @@ class WidthPruner(StructurePruner):
         found = self._blocks(model)
         of = sum(one.there.cost(one.costs) for one in found)
         if not self.removes_something:
-            return Forecast("parameters", self.sparsity, 0, of, left_of(model, Outline({}), {}))
+            return Forecast("parameters", self.asked, 0, of, left_of(model, Outline({}), {}))
         shares = self.decide(model, [UNMEASURED] * len(found))
         keeps = [first_units(one.sizes, shares[index].stay) for index, one in enumerate(found)]
         shapes: dict[Key, tuple[int, ...]] = {}
@@ -226,10 +240,10 @@ class WidthPruner(StructurePruner):
                 for path in self._cut_readers(one, keep):
                     stored = names_of(model).stored_of[f"{one.prefix}.{path}.weight"][0]
                     shapes[bias_key(stored)] = (skeleton(model).config.get_text_config().hidden_size,)
-        exact = self.budget == "uniform"
+        exact = self.budget != "global"
         left = left_of(model, Outline(shapes), self._patch(model, found, keeps))
         removed = sum(self._removed(one, shares[index]) for index, one in enumerate(found))
-        return Forecast("parameters", self.sparsity, removed if exact else None, of, left, exact)
+        return Forecast("parameters", self.asked, removed if exact else None, of, left, exact)
 
     def _cut_readers(self, known: WidthBlock, keep: BlockKeep) -> list[str]:
         return [path for kind, (path, _) in known.readers.items() if known.columns(kind, keep) is not None]
@@ -283,13 +297,13 @@ class WidthPruner(StructurePruner):
         found = self._blocks(model)
         of = sum(one.there.cost(one.costs) for one in found)
         if not leaving:
-            nothing = Promises(unit="parameters", asked=self.sparsity, removed=0, of=of)
+            nothing = Promises(unit="parameters", asked=self.asked, removed=0, of=of)
             return writer.finish({}, promises=nothing)
         removed = sum(self._removed(one, leaving[index]) for index, one in enumerate(found))
         keeps = [first_units(one.sizes, leaving[index].stay) for index, one in enumerate(found)]
         patch = self._patch(model, found, keeps)
         shapes = left_shapes(writer, model)
         stored = tuple(Reshaped(tensors=tuple(names), shape=shape) for shape, names in shapes.items())
-        promises = Promises(unit="parameters", asked=self.sparsity, removed=removed, of=of, stored=stored)
+        promises = Promises(unit="parameters", asked=self.asked, removed=removed, of=of, stored=stored)
         kept = [one.facts.get("kept") for one in writer.blocks]
         return writer.finish({"kept": kept}, promises=promises, patch=patch)
