@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from structprune.calibration.notebook import Notebook
-from structprune.calibration.statistics import gradient_norm
+from structprune.calibration.statistics import gradient_means
 from structprune.errors import InputError, Interrupted, UsageError
 from structprune.models.arch import all_linears, arch_of, blocks, linears
 from structprune.models.opening import Opening
@@ -197,7 +197,7 @@ class TestLaws:
 # What looks at the whole model before it decides: outlier shares and gradients, each noted block by block.
 FIRST_LOOKS = [
     *((name, {"budget": "owl"}) for name in WEIGHT_METHODS if accepts(name, budget="owl", sparsity=0.5)),
-    *((name, {}) for name in WEIGHT_METHODS if gradient_norm(weigher(name).solving)),
+    *((name, {}) for name in WEIGHT_METHODS if gradient_means(weigher(name).solving)),
 ]
 
 
@@ -228,7 +228,7 @@ def test_a_run_killed_while_it_measures_resumes_with_the_same_bytes(
     assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".safetensors"] * noted
     assert run("out").id == whole.id
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
-    if not gradient_norm(pruner.solving):  # what was noted of a block is not measured again
+    if not gradient_means(pruner.solving):  # what was noted of a block is not measured again
         assert len(written) == 2
     monkeypatch.setattr(Notebook, "write", write)
 
@@ -268,7 +268,7 @@ class TestStoredAndComputedDtypes:
     def test_later_blocks_see_the_rounded_values(
         self, method: str, fields: dict[str, Any], stored: str, computed: str, tmp_path: Path
     ) -> None:
-        if gradient_norm(weigher(method).solving):
+        if gradient_means(weigher(method).solving):
             return  # gradients are those of the dense model, whatever the first block has become
         folder = save_tiny("llama", tmp_path / "model", dtype=getattr(torch, stored))
         data = batches(tiny("llama"))
