@@ -153,7 +153,7 @@ def test_a_method_of_matrices_either_scores_or_solves():
         ):
             (method,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.bases]
             defined = {node.name for node in method.body if isinstance(node, ast.FunctionDef)}
-            assert len(defined & {"score", "score_units", "solve", "choose"}) == 1, (
+            assert len(defined & {"score", "score_units", "score_experts", "solve", "choose"}) == 1, (
                 f"{module} defines {defined}"
             )
 
