@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ import pytest
 from pydantic import ValidationError
 
 from structprune.checkpoint.writing import Writing
+from structprune.errors import UsageError
 from structprune.pruners import catalogue
+from structprune.pruners.forecast import forecast_all
 from structprune.pruners.pruner import Pruner
+from structprune.pruners.structure._family import StructurePruner
 from structprune.pruners.weight._family import WeightPruner
+from tests.tiny import FAMILIES, tiny
 
 # Any text will do; a short one is tokenised at once.
 TEXT = str(Path(__file__).with_name("words.txt"))
@@ -22,6 +27,22 @@ QUICK: dict[str, Any] = {"calibration": CALIBRATION, "evaluate": EVALUATION, "wr
 
 METHODS = sorted(catalogue.names())
 WEIGHT_METHODS = [name for name in METHODS if issubclass(catalogue.find(name), WeightPruner)]
+STRUCTURE_METHODS = [name for name in METHODS if issubclass(catalogue.find(name), StructurePruner)]
+
+
+def fits(pruner: Pruner, family: str) -> bool:
+    """Tell whether a pruner can prune the tiny model of a family."""
+    try:
+        forecast_all([pruner], tiny(family))
+    except UsageError:
+        return False
+    return True
+
+
+@cache
+def home(method: str) -> str:
+    """Return the family on whose tiny model a method's laws are tried: the first one that it can prune."""
+    return next(family for family in FAMILIES if fits(quick(method), family))
 
 
 def accepts(method: str, **fields: Any) -> bool:
@@ -34,12 +55,14 @@ def accepts(method: str, **fields: Any) -> bool:
 
 
 def quick(method: str, **fields: Any) -> Pruner:
-    """Build a pruner that stops its search early, where it searches at all."""
+    """Build a pruner that stops its search early, and removes half of the units where units leave.
+
+    A tiny model has two blocks and few groups: of less nothing might be left after rounding.
+    """
     found = catalogue.find(method)
     few: dict[str, Any] = {"rounds": 2} if "rounds" in found.model_fields else {}
-    if {"units", "count"} <= found.model_fields.keys():  # of two blocks, only half can leave
-        few["sparsity"] = 0.5
-    return found.model_validate(few | fields)
+    half = {"sparsity": 0.5} if method in STRUCTURE_METHODS else {}
+    return found.model_validate(few | half | fields)
 
 
 def weigher(method: str, **fields: Any) -> WeightPruner:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from structprune.calibration.statistics import PANEL, InputSums, Part, Parts, Statistics, gradient_norm
+from structprune.calibration.statistics import PANEL, InputSums, Part, Parts, Statistics, gradient_means
 
 CPU = torch.device("cpu")
 ALL: Parts = frozenset({"norm", "moments", "gram"})
@@ -89,8 +89,7 @@ def test_who_needs_a_gram_matrix_alone_pays_for_no_means() -> None:
     assert sums.tokens == 2
 
 
-def test_gradients_are_added_up_in_one_way() -> None:
-    assert gradient_norm(frozenset({"norm", "gradient_l2"})) == "l2"
-    assert gradient_norm(frozenset({"norm"})) is None
-    with pytest.raises(ValueError, match="one way"):
-        gradient_norm(frozenset({"gradient_l1", "gradient_l2"}))
+def test_the_parts_say_how_gradients_are_added_up() -> None:
+    assert gradient_means(frozenset({"norm", "gradient_l2"})) == ("l2",)
+    assert gradient_means(frozenset({"norm"})) == ()
+    assert gradient_means(frozenset({"gradient_l2", "gradient"})) == ("signed", "l2")

@@ -14,7 +14,7 @@ from structprune.errors import EnvironmentFailure, InputError, QualityError
 from structprune.models import backward as walk
 from structprune.models.arch import Linear, arch_of, blocks, linears
 from structprune.models.backward import backward
-from structprune.models.gradients import GradientNorm
+from structprune.models.gradients import GradientMeans
 from structprune.models.opening import Opening
 from structprune.models.spill import Spilled
 from structprune.models.streamed import Batch, Model, open_model
@@ -159,7 +159,7 @@ def test_gradients_below_the_range_of_float16_are_not_lost() -> None:
 
 
 def test_the_norms_of_a_weight_worked_out_by_hand() -> None:
-    sums = GradientNorm(torch.empty(1, 2), samples=4)
+    sums = GradientMeans(torch.empty(1, 2), samples=4)
     sums.add(torch.tensor([[3.0, -1.0]]))
     sums.add(torch.tensor([[-4.0, 1.0]]))
     assert sums.l1.tolist() == [[7 / 4, 2 / 4]]
@@ -170,7 +170,7 @@ def test_only_the_norm_that_was_asked_for_is_kept() -> None:
     model = tiny("llama")
     batch = tokens(model, batch=2, length=8)
     expected = norms_of(model, [batch])
-    for _, gradients in backward(model, [batch], norms=("l1",)):
+    for _, gradients in backward(model, [batch], means=("l1",)):
         for label, sums in gradients.items():
             assert sums.l1.equal(expected[label]["l1"])
             with pytest.raises(KeyError):
@@ -179,7 +179,7 @@ def test_only_the_norm_that_was_asked_for_is_kept() -> None:
 
 def test_blocks_come_last_to_first_and_take_their_gradients_with_them(tmp_path: Path) -> None:
     model = open_model(save_tiny("llama", tmp_path), Opening(stream=True))
-    seen: list[tuple[str, dict[str, GradientNorm]]] = []
+    seen: list[tuple[str, dict[str, GradientMeans]]] = []
     for block, gradients in backward(model, [tokens(tiny("llama"), length=8)]):
         assert not any(gradients_before for _, gradients_before in seen)
         assert list(gradients) == [linear.label for linear in block.linears]

@@ -15,7 +15,7 @@ from structprune.models.streamed import StreamedModel, open_model
 from structprune.pruners.forecast import forecast_all
 from structprune.storage.reader import CheckpointReader
 from tests.conftest import Command
-from tests.methods import METHODS, quick, short_runs
+from tests.methods import METHODS, home, quick, short_runs
 from tests.tiny import save_tiny, tiny, tokens
 
 ARMOR = {"method": "armor", "sparsity": "2:4", "wrapper_size": 8, "rounds": 2}
@@ -78,7 +78,7 @@ def test_the_second_stage_removes_what_it_finds_streamed_and_resident_alike(
 def test_law_11_the_forecast_counts_the_parameters_and_bytes_that_are_written(
     method: str, tmp_path: Path
 ) -> None:
-    folder = save_tiny("llama", tmp_path / "model", shards=2, dtype=torch.bfloat16)
+    folder = save_tiny(home(method), tmp_path / "model", shards=2, dtype=torch.bfloat16)
     model = open_model(folder, Opening(stream=True))
     assert isinstance(model, StreamedModel)
     before = {name: parameter.shape for name, parameter in model.skeleton.named_parameters()}
@@ -86,13 +86,17 @@ def test_law_11_the_forecast_counts_the_parameters_and_bytes_that_are_written(
     (forecast,) = forecast_all([pruner], model)
     assert {name: parameter.shape for name, parameter in model.skeleton.named_parameters()} == before
     below = CheckpointReader(folder)
-    plan = pruner.calibrate(model, [tokens(tiny("llama"), seed=seed) for seed in range(2)])
+    plan = pruner.calibrate(model, [tokens(tiny(home(method)), seed=seed) for seed in range(2)])
     written = EditedReader(below, plan)
+    assert all(parameter.is_meta for parameter in forecast.left.parameters())
+    assert plan.promises is not None
+    assert plan.promises.of == forecast.of
+    if not forecast.exact:  # the data decides how much leaves where
+        assert forecast.reachable is None
+        return
+    assert plan.promises.removed == forecast.reachable
     assert file_bytes(stored_layout(forecast.left), below.metadata) == file_bytes(
         written.layout, below.metadata
     )
     pruner.apply(model, plan)
     assert parameters_of(forecast.left) == parameters_of(model.skeleton)
-    assert all(parameter.is_meta for parameter in forecast.left.parameters())
-    assert plan.promises is not None
-    assert (plan.promises.removed, plan.promises.of) == (forecast.reachable, forecast.of)

@@ -35,7 +35,7 @@ def walk(source: Path, batches: list[Batch], folder: Path, *, stream: bool) -> T
     """Return the sum of all l1 norms of the linears, block by block."""
     total = torch.zeros(())
     for _, gradients in backward(
-        open_model(source, Opening(stream=stream)), batches, norms=("l1",), folder=folder
+        open_model(source, Opening(stream=stream)), batches, means=("l1",), folder=folder
     ):
         total += sum(norm.l1.sum() for norm in gradients.values())
     return total

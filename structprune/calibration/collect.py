@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from structprune.calibration.statistics import InputSums, Parts, gradient_norm
+from structprune.calibration.statistics import InputSums, Parts, gradient_means
 from structprune.errors import EnvironmentFailure
 from structprune.models.arch import Linear
 from structprune.models.walk import Block
@@ -73,11 +73,16 @@ def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, ad
     return BlockSums(sums, scarce)
 
 
-def remembered_bytes(observed: Sequence[Linear], parts: Parts) -> int:
-    """Return at most how many bytes Gram matrices, and gradients where wanted, of a block's linears take."""
-    shapes = [linear.weight.shape for linear in observed]
-    gram, gradient = "gram" in parts, gradient_norm(parts) is not None
-    return 4 * sum(inputs * inputs * gram + out * inputs * gradient for out, inputs in shapes)
+def remembered_bytes(observed: Sequence[Linear], found: Sequence[Linear], parts: Parts) -> int:
+    """Return at most how many bytes Gram matrices and gradients of a block take.
+
+    Args:
+        observed: The linears whose inputs are remembered.
+        found: All of the block: a walk backward makes the gradients of each.
+        parts: What is remembered.
+    """
+    gram = sum(linear.weight.shape[1] ** 2 for linear in observed) if "gram" in parts else 0
+    return 4 * (gram + len(gradient_means(parts)) * sum(linear.weight.numel() for linear in found))
 
 
 def _borrow_tokens(experts: Sequence[Linear], sums: dict[str, InputSums]) -> None:

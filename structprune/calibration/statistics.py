@@ -12,17 +12,17 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from structprune.models.gradients import Norm
+from structprune.models.gradients import GradientMean
 
-Part = Literal["norm", "moments", "gram", "gradient_l1", "gradient_l2"]
+Part = Literal["norm", "moments", "gram", "gradient", "gradient_l1", "gradient_l2"]
 """What can be remembered: of an input its features' norms, means and variances, or its Gram matrix; of a
-weight its gradient, the samples' added up by size (l1) or by square (l2)."""
+weight its gradient, the samples' added up as they are, by size (l1) or by square (l2)."""
 
 Parts = frozenset[Part]
 
 NOTHING: Parts = frozenset()
 # How the gradients of the samples are added up, by part.
-GRADIENTS: Mapping[Part, Norm] = {"gradient_l1": "l1", "gradient_l2": "l2"}
+GRADIENTS: Mapping[Part, GradientMean] = {"gradient": "signed", "gradient_l1": "l1", "gradient_l2": "l2"}
 
 # 1 MiB of float32: half of a common level-2 cache.
 CACHE_ELEMENTS = 2**18
@@ -176,13 +176,6 @@ def input_parts(parts: Parts) -> Parts:
     return parts - GRADIENTS.keys()
 
 
-def gradient_norm(parts: Parts) -> Norm | None:
-    """Return how gradients are to be added up over samples; None when nobody asks for them.
-
-    Raises:
-        ValueError: Both ways are asked for; one walk backward keeps one matrix per weight.
-    """
-    norms = [norm for part, norm in GRADIENTS.items() if part in parts]
-    if len(norms) > 1:
-        raise ValueError(f"gradients are added up in one way, not in {len(norms)}")
-    return norms[0] if norms else None
+def gradient_means(parts: Parts) -> tuple[GradientMean, ...]:
+    """Return how gradients are to be added up over samples; in no way where nobody asks for them."""
+    return tuple(mean for part, mean in GRADIENTS.items() if part in parts)

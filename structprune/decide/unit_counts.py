@@ -1,7 +1,7 @@
 """How many units leave each block: what they cost, the nearest legal numbers, or all of a model competing."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
 from typing import Literal
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from structprune.decide.sparsity import fraction_of
 from structprune.models.arch import Arch
-from structprune.models.groups import BlockKeep, BlockSizes, block_sizes, cuts, kv_groups
+from structprune.models.groups import BlockKeep, BlockSizes, Cut, block_sizes, cuts, kv_groups
 
 WidthUnit = Literal["kv_group", "channel"]
 
@@ -67,6 +67,32 @@ def unit_costs(block: nn.Module, arch: Arch, kinds: Sequence[WidthUnit]) -> Unit
     group = parameters(kv_groups(sizes, first)) if sizes.attention else 0
     channel = parameters(BlockKeep(channels=first)) if sizes.channels else 0
     return UnitCosts(group if "kv_group" in kinds else 0, channel if "channel" in kinds else 0)
+
+
+def unit_places(block: nn.Module, arch: Arch, kind: WidthUnit) -> list[Cut]:
+    """Return where the units of a kind stand in a block's parameters, each as often as it has rows.
+
+    Args:
+        block: The block; its parameters may be on the meta device.
+        arch: Its family's row.
+        kind: Which units.
+
+    Returns:
+        Of each parameter and axis on which they stand, the unit of every index, shape [length of the axis].
+    """
+    sizes = block_sizes(block, arch)
+    if kind == "channel":
+        every = cuts(block, arch, BlockKeep(channels=torch.arange(sizes.channels)))
+        # A fused matrix holds several, one after another, with the channels in the same order.
+        return [replace(one, indices=one.indices % sizes.channels) for one in every]
+    single = [cuts(block, arch, kv_groups(sizes, torch.tensor([unit]))) for unit in range(sizes.kv_heads)]
+    found = []
+    for parts in zip(*single, strict=True):
+        units = torch.empty(sum(len(part.indices) for part in parts), dtype=torch.int64)
+        for unit, part in enumerate(parts):
+            units[part.indices] = unit
+        found.append(replace(parts[0], indices=units))
+    return found
 
 
 def counts_of(sizes: BlockSizes) -> UnitCounts:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from structprune.errors import InputError, QualityError
 from structprune.models.arch import Linear, arch_of, blocks, linears
 from structprune.models.experts import recording_experts
-from structprune.models.gradients import NORMS, GradientNorm, Norm
+from structprune.models.gradients import MEANS, GradientMean, GradientMeans
 from structprune.models.identity import skeleton
 from structprune.models.outputs import Output, per_token, tail
 from structprune.models.spill import Spilled
@@ -36,8 +36,12 @@ EXPONENT = 5
 
 
 def backward(
-    model: Model, batches: Sequence[Batch], *, norms: Sequence[Norm] = NORMS, folder: Path | None = None
-) -> Iterator[tuple[Block, dict[str, GradientNorm]]]:
+    model: Model,
+    batches: Sequence[Batch],
+    *,
+    means: Sequence[GradientMean] = MEANS,
+    folder: Path | None = None,
+) -> Iterator[tuple[Block, dict[str, GradientMeans]]]:
     """Yield each block, last to first, with the gradients of its linears by label.
 
     Both are for use before the next block is asked for: then the block's weights and the dict are let go.
@@ -49,7 +53,7 @@ def backward(
     Args:
         model: In memory, or streamed: then one block is resident at a time.
         batches: Text: token ids and, where sequences are padded, an attention mask.
-        norms: Which means to keep.
+        means: Which means to keep.
         folder: Where hidden states are spilled, in a folder of their own that is always removed, as many
             bytes as blocks x tokens x hidden size; None: the system's temporary folder, which some systems
             hold in memory.
@@ -82,7 +86,9 @@ def backward(
         _finish(model, batches, real, states.pop(), gradients)
         for block in reversed(found):
             with resident(model, block.prefix):
-                sums = {linear.label: GradientNorm(linear.weight, samples, norms) for linear in block.linears}
+                sums = {
+                    linear.label: GradientMeans(linear.weight, samples, means) for linear in block.linears
+                }
                 _through(block, calls.pop(), real, states.pop(), gradients, sums)
                 yield block, sums
                 # The caller still holds the dict; two blocks' gradients must not be in memory at once.
@@ -137,7 +143,7 @@ def _through(
     real: list[Tensor],
     states: Spilled,
     gradients: Spilled,
-    sums: dict[str, GradientNorm],
+    sums: dict[str, GradientMeans],
 ) -> None:
     """Carry the gradients of all batches from a block's output to its input, adding those of its linears."""
     products = _Products(sums)
@@ -163,7 +169,7 @@ def _carry(block: Block, call: Call, hidden: Tensor, gradient: Tensor) -> Tensor
 class _Products:
     """Makes the gradients of a block's weights from what flows through its linears, sample by sample."""
 
-    def __init__(self, sums: dict[str, GradientNorm]) -> None:
+    def __init__(self, sums: dict[str, GradientMeans]) -> None:
         self._sums = sums
         self._seen: set[str] = set()
 
@@ -211,7 +217,7 @@ class _Products:
         outputs.register_hook(arrived)  # type: ignore[no-untyped-call]  # not annotated there
 
     @torch.no_grad()
-    def _add(self, sums: GradientNorm, inputs: Tensor, gradient: Tensor, owner: Tensor) -> None:
+    def _add(self, sums: GradientMeans, inputs: Tensor, gradient: Tensor, owner: Tensor) -> None:
         for sample, scale in enumerate(self._scale):
             (rows,) = torch.where(owner == sample)
             if len(rows):

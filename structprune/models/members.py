@@ -37,12 +37,13 @@ def new_names(names: Iterable[str], plan: Decisions) -> dict[str, str]:
 
 
 def renumber(layout: Layout, plan: Decisions) -> Layout:
-    """Return file -> (name, dtype, shape) with the lists of a plan numbered anew."""
+    """Return file -> (name, dtype, shape) with the lists of a plan numbered anew; no file stays empty."""
     called = new_names((name for entries in layout.values() for name, _, _ in entries), plan)
-    return {
+    left = {
         file: [(called[name], dtype, shape) for name, dtype, shape in entries if name in called]
         for file, entries in layout.items()
     }
+    return {file: entries for file, entries in left.items() if entries}
 
 
 def keep_members(

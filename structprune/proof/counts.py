@@ -30,7 +30,8 @@ def check(stage: Stage, rows: Mapping[str, Rows], found: Mapping[str, Measured])
     if stage.counted and total != promised.removed:
         problems.append(f"{total} of {promised.of} {promised.unit} removed, expected {promised.removed}")
     said = sorted({_sentence(promise) for promise in stage.counted})
-    return problems, "; ".join(said) or "no weights were to leave"
+    shapes = f"{promised.removed} of {promised.of} {promised.unit} leave with their tensors"
+    return problems, "; ".join(said) or (shapes if promised.removed else "nothing was to leave")
 
 
 def check_shapes(stage: Stage, shapes: Shapes, later: Sequence[Stage]) -> list[str]:

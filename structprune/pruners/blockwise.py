@@ -7,11 +7,10 @@ that a run that was killed goes on after its last whole block. What depends on a
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, final
+from typing import Any, Literal, Self, final
 
 import torch
 from torch import Tensor
@@ -20,10 +19,11 @@ from structprune.calibration.collect import BlockSums, collect_inputs, remembere
 from structprune.calibration.masked_loss import MaskedLoss
 from structprune.calibration.notebook import Notebook
 from structprune.calibration.states import Reduce, noted_states
-from structprune.calibration.statistics import NOTHING, Parts, Statistics, gradient_norm, input_parts
+from structprune.calibration.statistics import NOTHING, Parts, Statistics, gradient_means, input_parts
 from structprune.models import edit
 from structprune.models.arch import Linear, all_linears, blocks
 from structprune.models.backward import backward
+from structprune.models.gradients import GradientMeans
 from structprune.models.identity import names_of, weights_of
 from structprune.models.streamed import Batch, Model
 from structprune.models.walk import Block, Walk, walk_weights
@@ -33,8 +33,9 @@ from structprune.pruners.pruner import Pruner
 
 # What a family's budget decided: the frame hands it on to the family's own hooks and looks at none of it.
 Leaving = Mapping[Any, Any]
-T = TypeVar("T")
-R = TypeVar("R")
+
+# Of a block that nothing was measured of.
+UNMEASURED = torch.zeros((), dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,15 @@ class Seen:
 
     Attributes:
         sums: Of the inputs of the block's targets; empty where nobody reads data.
-        gradients: Mean size of each target's gradient, by label; empty where nobody reads gradients.
+        gradients: What `reduce_gradients` returned, by name; empty where nobody reads gradients.
         samples: Calibration sequences.
+        states: What `watching` returned, the rows of all batches; None where nothing is watched.
     """
 
     sums: BlockSums = field(default_factory=BlockSums)
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     samples: int = 0
+    states: Tensor | None = None
 
     def of(self, linear: Linear) -> Statistics:
         """Return what is known of one linear."""
@@ -86,17 +89,29 @@ class BlockwisePruner(Pruner):
         """Return what must be known of the states at both ends of every dense block before that."""
         return None
 
-    def measure(
-        self, targets: Sequence[Linear], seen: Sequence[Statistics], states: Tensor | None = None
-    ) -> Tensor:
-        """Return what the decision needs of a block; asked of blocks without targets, too.
+    def reduce_gradients(
+        self, model: Model, block: Block, found: Mapping[str, GradientMeans]
+    ) -> dict[str, Tensor]:
+        """Return what is noted of the gradients of a block: of every target the mean that is read, by label.
 
         Args:
-            targets: The block's.
-            seen: What `measuring` asks for, of each of them.
-            states: What `watching` returned, the rows of all batches; None where nothing is watched.
+            model: The dense model.
+            block: Its parameters are in memory.
+            found: Gradients of all its linears, by label.
         """
-        return torch.zeros((), dtype=torch.float64)
+        (mean,) = gradient_means(self.solving | self.measuring)
+        targets = self.target_linears(block.index, block.linears)
+        return {one.label: getattr(found[one.label], mean) for one in targets}
+
+    def measure(self, model: Model, block: Block, seen: Seen) -> Tensor:
+        """Return what the decision needs of a block that has targets, or whose states are watched.
+
+        Args:
+            model: The dense model.
+            block: Its parameters are in memory.
+            seen: What `measuring` and `watching` ask for.
+        """
+        return UNMEASURED
 
     @abstractmethod
     def decide(self, model: Model, measured: Sequence[Tensor]) -> Leaving:
@@ -104,7 +119,7 @@ class BlockwisePruner(Pruner):
 
         Args:
             model: For shapes; its weights may not be in memory.
-            measured: What `measure` returned of each block.
+            measured: What `measure` returned of each block; `UNMEASURED` where there was nothing to measure.
         """
 
     @property
@@ -163,11 +178,7 @@ class BlockwisePruner(Pruner):
     @final
     def looks_at_data(self) -> bool:
         """Tell whether the method, or what is chosen beside it, needs calibration data."""
-        return bool(self.needs_data or self.solving or self._looks_first or self.searches)
-
-    @property
-    def _looks_first(self) -> bool:
-        return bool(self.measuring or self.watching)
+        return bool(self.needs_data or self.solving or self.measuring or self.watching or self.searches)
 
     @property
     @final
@@ -179,7 +190,8 @@ class BlockwisePruner(Pruner):
     def remembered_bytes(self, model: Model) -> int:
         """Return at most how many bytes the Gram matrices and gradients of one block take."""
         parts = self.solving | self.measuring
-        return max(remembered_bytes(targets, parts) for targets in self.all_targets(model))
+        pairs = zip(self.all_targets(model), all_linears(model), strict=True)
+        return max(remembered_bytes(*pair, parts) for pair in pairs)
 
     @final
     def all_targets(self, model: Model) -> list[list[Linear]]:
@@ -241,16 +253,15 @@ class BlockwisePruner(Pruner):
     def _measure_gradients(
         self, model: Model, batches: Sequence[Batch], notes: Notebook, spill: Path | None
     ) -> None:
-        """Walk backward through the dense model and note the size of every target's gradient.
+        """Walk backward through the dense model and note what is read of the gradients.
 
         Gradients of an interrupted run are made again, unless it noted them all: the walk starts at the end.
         """
-        norm = gradient_norm(self.solving | self.measuring)
-        if norm is None or all(notes.has(index) for index in range(len(blocks(model)))):
+        means = gradient_means(self.solving | self.measuring)
+        if not means or all(notes.has(index) for index in range(len(blocks(model)))):
             return
-        for block, found in backward(model, batches, norms=(norm,), folder=spill):
-            targets = self.target_linears(block.index, block.linears)
-            notes.write(block.index, {one.label: getattr(found[one.label], norm) for one in targets})
+        for block, found in backward(model, batches, means=means, folder=spill):
+            notes.write(block.index, self.reduce_gradients(model, block, found))
 
     def _measure_blocks(
         self,
@@ -261,21 +272,22 @@ class BlockwisePruner(Pruner):
         samples: int,
     ) -> list[Tensor]:
         """Walk through the dense model and return what the decision needs of each block."""
-        if not self._looks_first:
-            return [self.measure([], [])] * len(blocks(model))
+        if not (self.measuring or self.watching):
+            return [UNMEASURED] * len(blocks(model))
         found: list[Tensor] = []
-        for block in Walk(model, batches):
+        parts = input_parts(self.measuring)
+        walks = parts or self.watching is not None
+        for block in Walk(model, batches) if walks else walk_weights(model, 0):
             targets = self.target_linears(block.index, block.linears)
-            if notes.has(block.index) or not (targets or self.watching):
-                block.advance()
-            else:
+            if (targets or self.watching) and not notes.has(block.index):
                 with noted_states(block, self.watching) as states:
-                    sums = collect_inputs(block, targets, input_parts(self.measuring), advance=True)
-                seen = Seen(sums, gradients.read(block.index), samples)
-                number = self.measure(targets, [seen.of(one) for one in targets], states.joined())
-                notes.write(block.index, {"measured": number})
+                    sums = collect_inputs(block, targets, parts, advance=True) if walks else BlockSums()
+                seen = Seen(sums, gradients.read(block.index), samples, states.joined())
+                notes.write(block.index, {"measured": self.measure(model, block, seen)})
+            elif walks:
+                block.advance()
             noted = notes.read(block.index)
-            found.append(noted["measured"] if noted else self.measure([], []))
+            found.append(noted["measured"] if noted else UNMEASURED)
         return found
 
     def _walk(
@@ -303,16 +315,3 @@ class BlockwisePruner(Pruner):
                 with edit.temporarily(block.module, block.prefix, decided, names_of(model)):
                     block.advance()
                 decided.release()
-
-
-def run_side_by_side(work: Callable[[T], R], jobs: Sequence[T]) -> list[R]:
-    """Do independent work, each job with one thread of those that PyTorch may use; return the results."""
-    threads = torch.get_num_threads()
-    if threads == 1 or len(jobs) < 2:
-        return [work(job) for job in jobs]
-    try:
-        # One thread a job: to split the small steps of a solver among threads costs more than it gains.
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(work, jobs))
-    finally:
-        torch.set_num_threads(threads)

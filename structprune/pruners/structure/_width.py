@@ -1,13 +1,13 @@
 """What is common to pruners of width: key-value groups and channels leave, and the model is smaller.
 
-A method is a score of the columns of two matrices of a block, the attention's output projection and the
-feed-forward's down projection: what reads a head or a channel tells how much it matters. How many units leave
-where (`budget`), and what makes up for them (`repair`), are chosen beside it.
+A method is a score of a block's units, mostly of the columns of the matrices that read them
+(`_columns.ColumnPruner`). How many units leave where (`budget`), and what makes up for them (`repair`), are
+chosen beside it.
 """
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
@@ -15,7 +15,16 @@ from pydantic import Field
 from torch import Tensor
 
 from structprune.calibration.statistics import NOTHING, Parts, Statistics
-from structprune.decide.unit_counts import Multiples, UnitCounts, WidthUnit, global_counts, uniform_counts
+from structprune.decide.budgets.unit_table import UnitTable
+from structprune.decide.budgets.width_union import AnyWidthBudget
+from structprune.decide.unit_counts import (
+    Multiples,
+    UnitCosts,
+    UnitCounts,
+    WidthUnit,
+    global_counts,
+    uniform_counts,
+)
 from structprune.decide.units import chosen_units, first_units, sizes_left, unit_tensors
 from structprune.errors import UsageError
 from structprune.models.arch import Linear, blocks
@@ -29,14 +38,14 @@ from structprune.models.walk import Block
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Promises, Reshaped
-from structprune.pruners.blockwise import Seen
+from structprune.pruners.blockwise import UNMEASURED, Seen
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.structure._family import StructurePruner, bias_key, left_shapes
-from structprune.pruners.structure._width_block import WidthBlock, width_blocks
+from structprune.pruners.structure._width_block import NotedMean, WidthBlock, width_blocks
 from structprune.solvers.columns import AnyColumnRepair
 
-Columns = Mapping[WidthUnit, Tensor]
-"""What is known of the columns of the matrices that read units, by kind of unit, shape [in] each."""
+ByUnit = Mapping[WidthUnit, Tensor]
+"""Of a block by kind of unit: scores, shape [units] each, or what their matrices read, shape [in] each."""
 READ: Mapping[str, WidthUnit] = {"heads": "kv_group", "channels": "channel"}
 
 
@@ -46,25 +55,13 @@ class Share:
 
     Attributes:
         stay: How many of its units stay.
-        scores: Columns' scores by kind of unit, where a first look has them.
-        means: Columns' means, where a first look has them.
+        scores: Units' scores, where a first look has them.
+        means: Means of what the matrices read, where a first look has them.
     """
 
     stay: UnitCounts
-    scores: Columns
-    means: Columns
-
-
-@dataclass(frozen=True)
-class NotedMean(Statistics):
-    """The mean of an input, from the notes of a first look."""
-
-    noted: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    @property
-    def mean(self) -> Tensor:
-        """Return the mean of each input feature, shape [in], float32."""
-        return self.noted
+    scores: ByUnit
+    means: ByUnit
 
 
 class WidthPruner(StructurePruner):
@@ -73,19 +70,20 @@ class WidthPruner(StructurePruner):
     Args:
         units: Kinds of unit that leave: "kv_group", a key-value head with its query heads; "channel" of the
             feed-forward.
-        budget: "uniform": every block loses the same share; "global": all units of the model compete.
+        budget: "uniform": every block loses the same share; "global": all units of the model compete;
+            "table": sizes that blocks are to have, as `name:` with its fields, whatever the sparsity.
         repair: What makes up for removed units: "none"; "bias", the mean of what they added; "least_squares",
             a refit of the columns that stay.
         multiple: Of what the number of channels that stay is a multiple, where every block loses the same.
         kv_multiple: Of what the number of key-value groups that stay is one.
 
     Attributes:
-        parts: What the score reads of a matrix's input.
+        parts: What the score reads, whatever the fields.
         per_parameter: Whether competing units are ranked by score per parameter, as sums over weights are.
     """
 
     units: tuple[WidthUnit, ...] = Field(default=("kv_group", "channel"), min_length=1)
-    budget: Literal["uniform", "global"] = "uniform"
+    budget: AnyWidthBudget = "uniform"
     repair: AnyColumnRepair = None
     multiple: Annotated[int, Field(ge=1, le=65536)] = 1
     kv_multiple: Annotated[int, Field(ge=1, le=1024)] = 1
@@ -95,27 +93,23 @@ class WidthPruner(StructurePruner):
     per_parameter: ClassVar[bool] = True
 
     @abstractmethod
-    def score(self, weight: Tensor, seen: Statistics) -> Tensor:
-        """Return the importance of each column, shape [in], float32; a higher one stays.
+    def score_units(
+        self, readers: Mapping[WidthUnit, Linear], sizes: BlockSizes, seen: Seen
+    ) -> dict[WidthUnit, Tensor]:
+        """Return the importance of a block's units by kind, shape [units] each; a higher one stays.
+
+        Scores of one kind and of different kinds are on one scale, that of all blocks.
 
         Args:
-            weight: Of the matrix that reads the units, shape [out, in], in the model's dtype.
+            readers: The matrix that reads the units, of every kind that may leave.
+            sizes: The block's.
             seen: Holds the parts that the method declares.
         """
 
-    def comparable(self, columns: Tensor) -> Tensor:
-        """Return a matrix's scores on a scale that those of all matrices share, shape [in]."""
-        return columns
-
-    def unit_scores(self, kind: WidthUnit, columns: Tensor, sizes: BlockSizes) -> Tensor:
-        """Return the scores of units, shape [units]: the sum over the columns of each.
-
-        Args:
-            kind: Which units.
-            columns: What `score` returned, shape [in].
-            sizes: The block's.
-        """
-        return columns.view(sizes.kv_heads, -1).sum(dim=1) if kind == "kv_group" else columns
+    @property
+    def needs(self) -> Parts:
+        """Return what the score reads, with the fields as they are."""
+        return self.parts
 
     @property
     @final
@@ -128,11 +122,23 @@ class WidthPruner(StructurePruner):
     def solving(self) -> Parts:
         """Return what is read block by block: only a Gram matrix is too large to be noted at a first look."""
         gram: Parts = frozenset({"gram"})
-        return self._read if self.budget == "uniform" else self._read & gram
+        return self._read if self.budget != "global" else self._read & gram
+
+    @property
+    @final
+    def removes_something(self) -> bool:
+        """Tell whether anything leaves; a table of sizes says so itself."""
+        return isinstance(self.budget, UnitTable) or super().removes_something
+
+    @property
+    @final
+    def asked(self) -> float | str:
+        """Return the sparsity, or the sizes that were asked for instead."""
+        return self.budget.asked if isinstance(self.budget, UnitTable) else self.sparsity
 
     @property
     def _read(self) -> Parts:
-        return self.parts | (NOTHING if self.repair is None else self.repair.parts)
+        return self.needs | (NOTHING if self.repair is None else self.repair.parts)
 
     @property
     def _adds_bias(self) -> bool:
@@ -163,31 +169,40 @@ class WidthPruner(StructurePruner):
         return width_blocks(model, self.units, [self.skips(index) for index in range(len(blocks(model)))])
 
     @final
-    def measure(
-        self, targets: Sequence[Linear], seen: Sequence[Statistics], states: Tensor | None = None
-    ) -> Tensor:
-        """Return of each of a block's matrices the scores of its columns, and their means for a bias."""
-        rows = []
-        for linear, one in zip(targets, seen, strict=True):
-            rows.append(self.score(linear.weight, one).double())
+    def readers(self, block: Block) -> dict[WidthUnit, Linear]:
+        """Return the matrices of a block that read its units, by kind; none of one that is skipped."""
+        targets = self.target_linears(block.index, block.linears)
+        return {READ[one.reads]: one for one in targets if one.reads}
+
+    @final
+    def measure(self, model: Model, block: Block, seen: Seen) -> Tensor:
+        """Return of each kind of unit the scores, and the means of what their matrix reads for a bias."""
+        readers, rows = self.readers(block), []
+        scores = self.score_units(readers, self._blocks(model)[block.index].sizes, seen)
+        for kind, linear in readers.items():
+            rows.append(scores[kind].double())
             if self._adds_bias:
-                rows.append(one.mean.double())
-        return torch.cat(rows) if rows else torch.empty(0, dtype=torch.float64)
+                rows.append(seen.of(linear).mean.double())
+        return torch.cat(rows)
 
     @final
     def decide(self, model: Model, measured: Sequence[Tensor]) -> dict[int, Share]:
         """Return how many units of each block stay, with what the first look saw of them."""
         found = self._blocks(model)
         there, costs = [one.there for one in found], [one.costs for one in found]
-        if self.budget == "uniform" or not any(len(one) for one in measured):
-            multiples = Multiples(self.kv_multiple, self.multiple)
-            pairs = zip(there, costs, strict=True)
-            stay = [uniform_counts(*pair, self.sparsity, multiples) for pair in pairs]
-            return {index: Share(one, {}, {}) for index, one in enumerate(stay)}
+        if self.budget != "global" or not any(one.ndim for one in measured):
+            return {index: Share(one, {}, {}) for index, one in enumerate(self._counts(there, costs))}
         noted = [self._notes(one, numbers.float()) for one, numbers in zip(found, measured, strict=True)]
         ranked = [self._ranked(one, scores) for one, (scores, _) in zip(found, noted, strict=True)]
         stay = global_counts(ranked, there, costs, self.sparsity)
         return {index: Share(one, *notes) for index, (one, notes) in enumerate(zip(stay, noted, strict=True))}
+
+    def _counts(self, there: Sequence[UnitCounts], costs: Sequence[UnitCosts]) -> list[UnitCounts]:
+        """Return how many units of each block stay, as far as that is known before any data."""
+        if isinstance(self.budget, UnitTable):
+            return self.budget.counts(there, costs)
+        multiples = Multiples(self.kv_multiple, self.multiple)
+        return [uniform_counts(*pair, self.sparsity, multiples) for pair in zip(there, costs, strict=True)]
 
     def _notes(
         self, known: WidthBlock, numbers: Tensor
@@ -195,18 +210,17 @@ class WidthPruner(StructurePruner):
         """Return the scores and the means that `measure` put one after another."""
         scores, means, rest = {}, {}, numbers
         for kind, (_, width) in known.readers.items():
-            scores[kind], rest = rest[:width], rest[width:]
+            units = known.there.kv_groups if kind == "kv_group" else known.there.channels
+            scores[kind], rest = rest[:units], rest[units:]
             if self._adds_bias:
                 means[kind], rest = rest[:width], rest[width:]
         return scores, means
 
-    def _ranked(self, known: WidthBlock, columns: Columns) -> dict[WidthUnit, Tensor]:
+    def _ranked(self, known: WidthBlock, scores: ByUnit) -> ByUnit:
         """Return the scores with which a block's units compete with those of other blocks."""
-        scores = {kind: self.comparable(one) for kind, one in columns.items()}
-        units = {kind: self.unit_scores(kind, one, known.sizes) for kind, one in scores.items()}
-        if self.per_parameter:
-            units = {kind: one / getattr(known.costs, kind) for kind, one in units.items()}
-        return units
+        if not self.per_parameter:
+            return scores
+        return {kind: one / getattr(known.costs, kind) for kind, one in scores.items()}
 
     @final
     def forecast(self, model: Model) -> Forecast:
@@ -215,8 +229,8 @@ class WidthPruner(StructurePruner):
         found = self._blocks(model)
         of = sum(one.there.cost(one.costs) for one in found)
         if not self.removes_something:
-            return Forecast("parameters", self.sparsity, 0, of, left_of(model, Outline({}), {}))
-        shares = self.decide(model, [torch.empty(0)] * len(found))
+            return Forecast("parameters", self.asked, 0, of, left_of(model, Outline({}), {}))
+        shares = self.decide(model, [UNMEASURED] * len(found))
         keeps = [first_units(one.sizes, shares[index].stay) for index, one in enumerate(found)]
         shapes: dict[Key, tuple[int, ...]] = {}
         for one, keep in zip(found, keeps, strict=True):
@@ -226,10 +240,10 @@ class WidthPruner(StructurePruner):
                 for path in self._cut_readers(one, keep):
                     stored = names_of(model).stored_of[f"{one.prefix}.{path}.weight"][0]
                     shapes[bias_key(stored)] = (skeleton(model).config.get_text_config().hidden_size,)
-        exact = self.budget == "uniform"
+        exact = self.budget != "global"
         left = left_of(model, Outline(shapes), self._patch(model, found, keeps))
         removed = sum(self._removed(one, shares[index]) for index, one in enumerate(found))
-        return Forecast("parameters", self.sparsity, removed if exact else None, of, left, exact)
+        return Forecast("parameters", self.asked, removed if exact else None, of, left, exact)
 
     def _cut_readers(self, known: WidthBlock, keep: BlockKeep) -> list[str]:
         return [path for kind, (path, _) in known.readers.items() if known.columns(kind, keep) is not None]
@@ -249,14 +263,8 @@ class WidthPruner(StructurePruner):
     ) -> tuple[dict[Key, Tensor], dict[str, Any]]:
         """Return which units of a block stay, and what makes up for the others."""
         known, share = self._blocks(model)[block.index], leaving[block.index]
-        targets = {
-            READ[one.reads]: one for one in self.target_linears(block.index, block.linears) if one.reads
-        }
-        columns = {
-            kind: share.scores[kind] if kind in share.scores else self.score(one.weight, seen.of(one))
-            for kind, one in targets.items()
-        }
-        scores = {kind: self.unit_scores(kind, one, known.sizes) for kind, one in columns.items()}
+        targets = self.readers(block)
+        scores = share.scores or self.score_units(targets, known.sizes, seen)
         keep = chosen_units(known.sizes, share.stay, scores)
         tensors = unit_tensors(block.prefix, block.module, known.arch, keep, names_of(model))
         for kind, linear in targets.items():
@@ -289,13 +297,13 @@ class WidthPruner(StructurePruner):
         found = self._blocks(model)
         of = sum(one.there.cost(one.costs) for one in found)
         if not leaving:
-            nothing = Promises(unit="parameters", asked=self.sparsity, removed=0, of=of)
+            nothing = Promises(unit="parameters", asked=self.asked, removed=0, of=of)
             return writer.finish({}, promises=nothing)
         removed = sum(self._removed(one, leaving[index]) for index, one in enumerate(found))
         keeps = [first_units(one.sizes, leaving[index].stay) for index, one in enumerate(found)]
         patch = self._patch(model, found, keeps)
         shapes = left_shapes(writer, model)
         stored = tuple(Reshaped(tensors=tuple(names), shape=shape) for shape, names in shapes.items())
-        promises = Promises(unit="parameters", asked=self.sparsity, removed=removed, of=of, stored=stored)
+        promises = Promises(unit="parameters", asked=self.asked, removed=removed, of=of, stored=stored)
         kept = [one.facts.get("kept") for one in writer.blocks]
         return writer.finish({"kept": kept}, promises=promises, patch=patch)

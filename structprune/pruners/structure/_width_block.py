@@ -1,10 +1,12 @@
 """What is known of a block before any data: its units, what they cost, which matrices read them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
+from structprune.calibration.statistics import Statistics
 from structprune.decide.unit_counts import UnitCosts, UnitCounts, WidthUnit, unit_costs
 from structprune.models.arch import Arch, arch_of, blocks
 from structprune.models.groups import BlockKeep, BlockSizes, block_sizes, spread
@@ -50,6 +52,18 @@ class WidthBlock:
         if kind == "channel":
             return keep.channels
         return None if keep.heads is None else spread(keep.heads, self.sizes.head_dim)
+
+
+@dataclass(frozen=True)
+class NotedMean(Statistics):
+    """The mean of an input, from the notes of a first look."""
+
+    noted: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def mean(self) -> Tensor:
+        """Return the mean of each input feature, shape [in], float32."""
+        return self.noted
 
 
 def width_blocks(model: Model, kinds: Sequence[WidthUnit], skipped: Sequence[bool]) -> list[WidthBlock]:

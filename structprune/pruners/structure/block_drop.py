@@ -15,7 +15,6 @@ from torch import Tensor
 
 from structprune.calibration.masked_loss import MaskedLoss
 from structprune.calibration.states import Reduce, last_states, token_cosines
-from structprune.calibration.statistics import Statistics
 from structprune.decide.depth import (
     DepthGoal,
     DepthUnit,
@@ -25,7 +24,9 @@ from structprune.decide.depth import (
     random_scores,
     span_distance,
 )
-from structprune.models.arch import Linear
+from structprune.models.streamed import Model
+from structprune.models.walk import Block
+from structprune.pruners.blockwise import Seen
 from structprune.pruners.structure._depth import DepthPruner, Verdict, Verdicts
 
 
@@ -65,13 +66,10 @@ class BlockDrop(DepthPruner):
         """Tell whether removals are tried out."""
         return self.score == "loss" and not self.drop
 
-    def measure(
-        self, targets: Sequence[Linear], seen: Sequence[Statistics], states: Tensor | None = None
-    ) -> Tensor:
+    def measure(self, model: Model, block: Block, seen: Seen) -> Tensor:
         """Return a block's influence, or the states of its input and output, shape [sequences, 2, hidden]."""
-        if states is None:
-            return super().measure(targets, seen)
-        return 1 - states.double().mean() if self.score == "influence" else states
+        assert seen.states is not None
+        return 1 - seen.states.double().mean() if self.score == "influence" else seen.states
 
     def choose(
         self, units: Sequence[DepthUnit], goal: DepthGoal, measured: Sequence[Tensor], loss: MaskedLoss | None

@@ -6,19 +6,20 @@ The variance is exact over all tokens; the released code discards the first sequ
 means. A key-value group has the mean of its channels' standardised scores, so that it may leave as a whole.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
 from structprune.calibration.statistics import Parts, Statistics
+from structprune.decide.budgets.width_union import AnyWidthBudget
 from structprune.decide.unit_counts import WidthUnit
 from structprune.models.groups import BlockSizes
-from structprune.pruners.structure._width import WidthPruner
+from structprune.pruners.structure._columns import ColumnPruner
 from structprune.solvers.columns import AnyColumnRepair, BiasRepair
 
 
-class Flap(WidthPruner):
+class Flap(ColumnPruner):
     """Score a column by its input's variance times its squared norm, standardised within its matrix.
 
     Args:
@@ -26,7 +27,7 @@ class Flap(WidthPruner):
         repair: The paper adds the mean of what left to a bias.
     """
 
-    budget: Literal["uniform", "global"] = "global"
+    budget: AnyWidthBudget = "global"
     repair: AnyColumnRepair = Field(default_factory=BiasRepair)
 
     parts: ClassVar[Parts] = frozenset({"moments"})

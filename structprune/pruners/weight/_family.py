@@ -28,8 +28,9 @@ from structprune.models.walk import Block
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Promises
-from structprune.pruners.blockwise import BlockwisePruner, Seen, run_side_by_side
+from structprune.pruners.blockwise import UNMEASURED, BlockwisePruner, Seen
 from structprune.pruners.forecast import Forecast
+from structprune.pruners.side_by_side import run_side_by_side
 from structprune.pruners.weight._promises import Promise, removed_promises
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
 from structprune.solvers.plan_tensors import block_facts, plan_tensors
@@ -201,13 +202,11 @@ class WeightPruner(Targets, BlockwisePruner):
                 )
 
     @final
-    def measure(
-        self, targets: Sequence[Linear], seen: Sequence[Statistics], states: Tensor | None = None
-    ) -> Tensor:
+    def measure(self, model: Model, block: Block, seen: Seen) -> Tensor:
         """Return what the budget remembers of a block."""
-        if self.budget is None:
-            return super().measure(targets, seen)
-        measured: Tensor = self.budget.measure([one.weight for one in targets], seen)
+        targets = self.target_linears(block.index, block.linears)
+        found = [seen.of(one) for one in targets]
+        measured: Tensor = self.budget.measure([one.weight for one in targets], found)
         return measured
 
     @final
@@ -232,7 +231,7 @@ class WeightPruner(Targets, BlockwisePruner):
         self.check_sizes(model)
         targets = [linear for block in self.all_targets(model) for linear in block]
         # Before any data a budget knows its total, if not yet who gives how much.
-        leaving = self.decide(model, [self.measure([], [])] * len(blocks(model)))
+        leaving = self.decide(model, [UNMEASURED] * len(blocks(model)))
         shapes = [(len(linear.weight), linear.weight.shape[1]) for linear in targets]
         changed = targets if self.removes_something else []
         outline, patch = Outline(self.outline(names_of(model), changed)), self.config_patch(changed)

@@ -17,6 +17,7 @@ from structprune.models.streamed import Model
 from structprune.models.walk import walk_weights
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
+from structprune.pruners.blockwise import UNMEASURED
 from structprune.pruners.weight._family import WeightPruner
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
 from structprune.solvers.plan_tensors import block_facts
@@ -67,7 +68,7 @@ class ScorePruner(WeightPruner):
         """Decide from the scores that a run with another sparsity kept; needs no data."""
         self.check_scores(plan)
         self.check_sizes(model)
-        names, leaving = names_of(model), self.decide(model, [self.measure([], [])] * len(blocks(model)))
+        names, leaving = names_of(model), self.decide(model, [UNMEASURED] * len(blocks(model)))
         for block in walk_weights(model, writer.finished):
             targets = self.target_linears(block.index, block.linears)
             found = {}
