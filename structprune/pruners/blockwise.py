@@ -8,18 +8,16 @@ that a run that was killed goes on after its last whole block. What depends on a
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, final
 
-import torch
 from torch import Tensor
 
 from structprune.calibration.collect import BlockSums, collect_inputs, remembered_bytes
 from structprune.calibration.masked_loss import MaskedLoss
 from structprune.calibration.notebook import Notebook
 from structprune.calibration.states import Reduce, noted_states
-from structprune.calibration.statistics import NOTHING, Parts, Statistics, gradient_means, input_parts
+from structprune.calibration.statistics import NOTHING, Parts, gradient_means, input_parts
 from structprune.models import edit
 from structprune.models.arch import Linear, all_linears, blocks
 from structprune.models.backward import backward
@@ -30,35 +28,10 @@ from structprune.models.walk import Block, Walk, walk_weights
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.pruners.pruner import Pruner
+from structprune.pruners.seen import UNMEASURED, Seen
 
 # What a family's budget decided: the frame hands it on to the family's own hooks and looks at none of it.
 Leaving = Mapping[Any, Any]
-
-# Of a block that nothing was measured of.
-UNMEASURED = torch.zeros((), dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What calibration knows of a block when it is solved.
-
-    Attributes:
-        sums: Of the inputs of the block's targets; empty where nobody reads data.
-        gradients: What `reduce_gradients` returned, by name; empty where nobody reads gradients.
-        samples: Calibration sequences.
-        states: What `watching` returned, the rows of all batches; None where nothing is watched.
-    """
-
-    sums: BlockSums = field(default_factory=BlockSums)
-    gradients: Mapping[str, Tensor] = field(default_factory=dict)
-    samples: int = 0
-    states: Tensor | None = None
-
-    def of(self, linear: Linear) -> Statistics:
-        """Return what is known of one linear."""
-        gradient = self.gradients.get(linear.label)
-        here = None if gradient is None else gradient.to(linear.weight.device)
-        return Statistics(self.sums.inputs.get(linear.label), here, self.samples)
 
 
 class BlockwisePruner(Pruner):
@@ -88,6 +61,16 @@ class BlockwisePruner(Pruner):
     def watching(self) -> Reduce | None:
         """Return what must be known of the states at both ends of every dense block before that."""
         return None
+
+    @property
+    def measures_passes(self) -> bool:
+        """Tell whether `measure` itself runs the data through the block, by `Block.passes`."""
+        return False
+
+    @property
+    def solves_passes(self) -> bool:
+        """Tell whether `solve_block` does so."""
+        return False
 
     def reduce_gradients(
         self, model: Model, block: Block, found: Mapping[str, GradientMeans]
@@ -178,13 +161,15 @@ class BlockwisePruner(Pruner):
     @final
     def looks_at_data(self) -> bool:
         """Tell whether the method, or what is chosen beside it, needs calibration data."""
-        return bool(self.needs_data or self.solving or self.measuring or self.watching or self.searches)
+        passes = self.measures_passes or self.solves_passes
+        sums = self.solving or self.measuring or self.watching
+        return bool(self.needs_data or sums or passes or self.searches)
 
     @property
     @final
     def one_look(self) -> bool:
         """Tell whether what calibration sees is the same for every goal."""
-        return self.propagate == "dense" or not input_parts(self.solving)
+        return self.propagate == "dense" or not (input_parts(self.solving) or self.solves_passes)
 
     @final
     def remembered_bytes(self, model: Model) -> int:
@@ -272,14 +257,18 @@ class BlockwisePruner(Pruner):
         samples: int,
     ) -> list[Tensor]:
         """Walk through the dense model and return what the decision needs of each block."""
-        if not (self.measuring or self.watching):
+        if not (self.measuring or self.watching or self.measures_passes):
             return [UNMEASURED] * len(blocks(model))
         found: list[Tensor] = []
         parts = input_parts(self.measuring)
-        walks = parts or self.watching is not None
+        walks = parts or self.watching is not None or self.measures_passes
         for block in Walk(model, batches) if walks else walk_weights(model, 0):
             targets = self.target_linears(block.index, block.linears)
-            if (targets or self.watching) and not notes.has(block.index):
+            fresh = not notes.has(block.index)
+            if fresh and self.measures_passes:
+                notes.write(block.index, {"measured": self.measure(model, block, Seen(samples=samples))})
+                block.advance()
+            elif fresh and (targets or self.watching):
                 with noted_states(block, self.watching) as states:
                     sums = collect_inputs(block, targets, parts, advance=True) if walks else BlockSums()
                 seen = Seen(sums, gradients.read(block.index), samples, states.joined())
@@ -295,12 +284,14 @@ class BlockwisePruner(Pruner):
     ) -> Iterator[tuple[Block, BlockSums]]:
         """Yield every undecided block with its statistics, and advance through it once it is decided."""
         parts, dense = input_parts(self.solving), self.propagate == "dense"
-        if not parts:
+        if not (parts or self.solves_passes):
             yield from ((block, BlockSums()) for block in walk_weights(model, writer.finished))
             return
         last = len(blocks(model)) - 1
         for block in Walk(model, batches):
-            if block.index >= writer.finished:
+            if block.index >= writer.finished and self.solves_passes:
+                yield block, BlockSums()
+            elif block.index >= writer.finished:
                 targets = self.target_linears(block.index, block.linears)
                 # Dense outputs do not wait for the decision: one forward collects and advances.
                 yield block, collect_inputs(block, targets, parts, advance=dense)

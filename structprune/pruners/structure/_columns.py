@@ -10,7 +10,7 @@ from structprune.calibration.statistics import Statistics
 from structprune.decide.unit_counts import WidthUnit
 from structprune.models.arch import Linear
 from structprune.models.groups import BlockSizes
-from structprune.pruners.blockwise import Seen
+from structprune.pruners.seen import Seen
 from structprune.pruners.structure._width import WidthPruner
 
 

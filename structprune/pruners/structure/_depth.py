@@ -39,8 +39,8 @@ from structprune.models.walk import Block
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Gone, Listed, Promises
-from structprune.pruners.blockwise import Seen
 from structprune.pruners.forecast import Forecast
+from structprune.pruners.seen import Seen
 from structprune.pruners.structure._family import StructurePruner
 
 

@@ -38,8 +38,8 @@ from structprune.models.walk import Block
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Promises, Reshaped
-from structprune.pruners.blockwise import UNMEASURED, Seen
 from structprune.pruners.forecast import Forecast
+from structprune.pruners.seen import UNMEASURED, Seen
 from structprune.pruners.structure._family import StructurePruner, bias_key, left_shapes
 from structprune.pruners.structure._width_block import NotedMean, WidthBlock, width_blocks
 from structprune.solvers.columns import AnyColumnRepair

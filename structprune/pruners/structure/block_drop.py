@@ -26,7 +26,7 @@ from structprune.decide.depth import (
 )
 from structprune.models.streamed import Model
 from structprune.models.walk import Block
-from structprune.pruners.blockwise import Seen
+from structprune.pruners.seen import Seen
 from structprune.pruners.structure._depth import DepthPruner, Verdict, Verdicts
 
 

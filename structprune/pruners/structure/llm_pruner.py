@@ -21,7 +21,7 @@ from structprune.models.groups import BlockSizes
 from structprune.models.identity import skeleton
 from structprune.models.streamed import Model
 from structprune.models.walk import Block
-from structprune.pruners.blockwise import Seen
+from structprune.pruners.seen import Seen
 from structprune.pruners.structure._width import WidthPruner
 
 _PARTS: Mapping[str, Parts] = {

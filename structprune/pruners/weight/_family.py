@@ -28,8 +28,9 @@ from structprune.models.walk import Block
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Promises
-from structprune.pruners.blockwise import UNMEASURED, BlockwisePruner, Seen
+from structprune.pruners.blockwise import BlockwisePruner
 from structprune.pruners.forecast import Forecast
+from structprune.pruners.seen import UNMEASURED, Seen
 from structprune.pruners.side_by_side import run_side_by_side
 from structprune.pruners.weight._promises import Promise, removed_promises
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix

@@ -17,7 +17,7 @@ from structprune.models.streamed import Model
 from structprune.models.walk import walk_weights
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
-from structprune.pruners.blockwise import UNMEASURED
+from structprune.pruners.seen import UNMEASURED
 from structprune.pruners.weight._family import WeightPruner
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
 from structprune.solvers.plan_tensors import block_facts
