@@ -35,25 +35,34 @@ class MaskedLoss:
         self._batches = batches
         self._notes = notes
 
-    def __call__(self, keeps: Mapping[int, BlockKeep]) -> float:
+    @property
+    def batches(self) -> int:
+        """Return how many batches there are."""
+        return len(self._batches)
+
+    def __call__(self, keeps: Mapping[int, BlockKeep], batch: int | None = None) -> float:
         """Return the mean loss of the next tokens in nats, padding left out; infinite where it is not finite.
 
         Args:
             keeps: By index of the block, what stays on.
+            batch: Look at one batch only; None for all.
 
         Raises:
             UsageError: What stays cannot run.
         """
+        chosen = self._batches if batch is None else self._batches[batch : batch + 1]
         # Noted under what is switched off: a search that goes on may ask in another order.
-        number = int.from_bytes(hashlib.sha256(_text(keeps).encode()).digest()[:6])
+        number = int.from_bytes(hashlib.sha256(f"{batch} {_text(keeps)}".encode()).digest()[:6])
         if not self._notes.has(number):
-            self._notes.write(number, {"loss": torch.tensor(self._measured(keeps), dtype=torch.float64)})
+            self._notes.write(
+                number, {"loss": torch.tensor(self._measured(keeps, chosen), dtype=torch.float64)}
+            )
         return float(self._notes.read(number)["loss"])
 
     @torch.no_grad()
-    def _measured(self, keeps: Mapping[int, BlockKeep]) -> float:
+    def _measured(self, keeps: Mapping[int, BlockKeep], batches: Sequence[Batch]) -> float:
         total, tokens = 0.0, 0
-        for batch, output in zip(self._batches, self._outputs(keeps), strict=True):
+        for batch, output in zip(batches, self._outputs(keeps, batches), strict=True):
             ids = batch["input_ids"].to(output.states.device)
             real = batch.get("attention_mask", torch.ones_like(ids)).to(ids.device).bool()
             predicts = real[:, :-1] & real[:, 1:]
@@ -64,17 +73,17 @@ class MaskedLoss:
         mean = total / max(tokens, 1)
         return mean if math.isfinite(mean) else math.inf
 
-    def _outputs(self, keeps: Mapping[int, BlockKeep]) -> Iterator[Output]:
+    def _outputs(self, keeps: Mapping[int, BlockKeep], batches: Sequence[Batch]) -> Iterator[Output]:
         if not isinstance(self._model, StreamedModel):
             with masked(self._model, keeps):
-                yield from outputs(self._model, self._batches)
+                yield from outputs(self._model, batches)
             return
-        arch, walk = arch_of(skeleton(self._model)), Walk(self._model, self._batches)
+        arch, walk = arch_of(skeleton(self._model)), Walk(self._model, batches)
         for block in walk:
             with masked_block(block.module, arch, keeps.get(block.index, BlockKeep())):
                 block.advance()
         with tail(self._model) as finish:
-            for batch in self._batches:
+            for batch in batches:
                 yield finish(walk.hidden.pop(0), batch)
 
 

@@ -17,6 +17,21 @@ from structprune.errors import QualityError
 from structprune.solvers.hessian import damp_hessian
 
 
+@dataclass(frozen=True)
+class Bypass:
+    """What makes up for a skipped attention.
+
+    Attributes:
+        adapter: An affine map of what the feed-forward reads, merged into its first two matrices.
+        refit: New values of its last matrix.
+        damping: Of both fits, in mean diagonals.
+    """
+
+    adapter: bool
+    refit: bool
+    damping: float
+
+
 class RidgeSums:
     """Sums over tokens from which a linear map with or without an offset is fitted.
 

@@ -6,7 +6,6 @@ model of the same family; skipped parts are listed block by block.
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, Self, final
 
@@ -27,6 +26,7 @@ from structprune.decide.depth import (
 from structprune.decide.sparsity import fraction_of
 from structprune.decide.targets import Blocks, block_numbers, check_blocks
 from structprune.decide.units import block_members, unit_tensors
+from structprune.decide.verdicts import Verdict, Verdicts, blocks_left, gone_units
 from structprune.errors import UsageError
 from structprune.models.arch import Linear, arch_of, blocks
 from structprune.models.edit import left_of
@@ -38,27 +38,11 @@ from structprune.models.tensor_edit import Outline
 from structprune.models.walk import Block
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
-from structprune.plan.promise import Gone, Listed, Promises
+from structprune.plan.promise import Gone, Listed, Promises, Reshaped
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import Seen
-from structprune.pruners.structure._family import StructurePruner
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What was found of a unit.
-
-    Attributes:
-        score: What it was chosen by; None where nobody asked.
-        leaves: Whether it leaves.
-    """
-
-    score: float | None
-    leaves: bool
-
-
-Verdicts = Mapping[DepthUnit, Verdict]
-"""Those that leave stand first, in the order in which they were chosen."""
+from structprune.pruners.structure._bypass import biased_paths
+from structprune.pruners.structure._family import StructurePruner, bias_key, left_shapes
 
 
 class DepthPruner(StructurePruner):
@@ -159,7 +143,6 @@ class DepthPruner(StructurePruner):
         numbers = block_numbers(self.drop)
         return [one for one in units if one.block in numbers]
 
-    @final
     def check_sizes(self, model: Model) -> None:
         """Check that as much can leave as was asked for.
 
@@ -213,11 +196,20 @@ class DepthPruner(StructurePruner):
             key: tuple(value.shape)
             for index in range(len(blocks(model)))
             for key, value in self._tensors(model, gone, index).items()
-        }
+        } | self._created(model, gone)
         left = left_of(model, Outline(shapes), self._patch(model, gone))
         removed = sum(one.parameters for one in gone)
-        trials = sum(len(units) - step for step in range(len(gone))) if self.searches else 0
+        trials = self.trials(len(units), len(gone)) if self.searches else 0
         return Forecast("parameters", self._asked, removed if exact else None, of, left, exact, trials=trials)
+
+    def trials(self, units: int, gone: int) -> int:
+        """Return how many forwards over all calibration data a search takes at most.
+
+        Args:
+            units: How many may leave.
+            gone: How many do.
+        """
+        return sum(units - step for step in range(gone))
 
     @final
     def decide(self, model: Model, measured: Sequence[Tensor]) -> Verdicts:
@@ -245,7 +237,18 @@ class DepthPruner(StructurePruner):
             for unit, verdict in leaving.items()
             if unit.block == block.index
         }
-        return self._tensors(model, _gone(leaving), block.index), found
+        gone = gone_units(leaving)
+        made = self.repaired(model, block) if any(unit.block == block.index for unit in gone) else {}
+        return self._tensors(model, gone, block.index) | made, found
+
+    def repaired(self, model: Model, block: Block) -> dict[Key, Tensor]:
+        """Return new values that make up for what a block loses: none, unless a method has some."""
+        return {}
+
+    @property
+    def biased(self) -> bool:
+        """Tell whether the first linears of a feed-forward get a bias with that."""
+        return False
 
     def _tensors(self, model: Model, gone: Sequence[DepthUnit], index: int) -> dict[Key, Tensor]:
         """Return what a plan says with the decision on one block."""
@@ -253,7 +256,7 @@ class DepthPruner(StructurePruner):
         arch = arch_of(module)
         found = blocks(module, arch)
         if "block" in self.units:
-            return {} if index else block_members(torch.tensor(_stay(gone, len(found))), found, names)
+            return {} if index else block_members(torch.tensor(blocks_left(gone, len(found))), found, names)
         keep = keeps_without(gone).get(index)
         return {} if keep is None else unit_tensors(*found[index], arch, keep, names)
 
@@ -262,15 +265,29 @@ class DepthPruner(StructurePruner):
         arch = arch_of(module)
         sizes = [block_sizes(block, arch) for _, block in blocks(module, arch)]
         if "block" in self.units:
-            return depth_patch(module.config, _stay(gone, len(sizes)), sizes)
+            return depth_patch(module.config, blocks_left(gone, len(sizes)), sizes)
         keeps = keeps_without(gone)
         left = [sizes_without(one, keeps.get(index, BlockKeep())) for index, one in enumerate(sizes)]
-        return sizes_patch(module.config, left)
+        biases = [biased_paths(arch) if self.biased and index in keeps else [] for index in range(len(left))]
+        return sizes_patch(module.config, left, biases)
+
+    def _created(self, model: Model, gone: Sequence[DepthUnit]) -> dict[Key, tuple[int, ...]]:
+        """Return the shapes of biases that a model gets."""
+        module, names = skeleton(model), names_of(model)
+        arch = arch_of(module)
+        found = blocks(module, arch)
+        paths = [f"{found[unit.block][0]}.{path}" for unit in gone for path in biased_paths(arch)]
+        if not self.biased:
+            return {}
+        return {
+            bias_key(names.stored_of[f"{path}.weight"][0]): (len(module.get_parameter(f"{path}.weight")),)
+            for path in paths
+        }
 
     @final
     def finish(self, writer: PlanWriter, model: Model, leaving: Verdicts, facts: Mapping[str, Any]) -> Plan:
         """Return the finished plan: which tensors go, or how many blocks stay, is promised."""
-        of, gone = sum(one.parameters for one in self._units(model)), _gone(leaving)
+        of, gone = sum(one.parameters for one in self._units(model)), gone_units(leaving)
         promises = Promises(unit="parameters", asked=self._asked, removed=0, of=of)
         if not gone:
             return writer.finish({}, promises=promises)
@@ -281,17 +298,11 @@ class DepthPruner(StructurePruner):
         lists = (
             Listed(name=one.name, stay=depth - len(gone), of=depth) for one in keys if one.edit == "members"
         )
-        told = {"stored": (*stored, *lists), "removed": sum(one.parameters for one in gone)}
+        shaped = (
+            Reshaped(tensors=tuple(names), shape=one) for one, names in left_shapes(writer, model).items()
+        )
+        told = {"stored": (*stored, *lists, *shaped), "removed": sum(one.parameters for one in gone)}
         left = [{"block": one.block, "unit": one.kind, "score": leaving[one].score} for one in gone]
         return writer.finish(
             {"removed": left}, promises=promises.model_copy(update=told), patch=self._patch(model, gone)
         )
-
-
-def _gone(leaving: Verdicts) -> list[DepthUnit]:
-    return [unit for unit, verdict in leaving.items() if verdict.leaves]
-
-
-def _stay(gone: Sequence[DepthUnit], depth: int) -> list[int]:
-    numbers = {one.block for one in gone}
-    return [index for index in range(depth) if index not in numbers]

@@ -24,10 +24,11 @@ from structprune.decide.depth import (
     random_scores,
     span_distance,
 )
+from structprune.decide.verdicts import Verdict, Verdicts
 from structprune.models.streamed import Model
 from structprune.models.walk import Block
 from structprune.pruners.seen import Seen
-from structprune.pruners.structure._depth import DepthPruner, Verdict, Verdicts
+from structprune.pruners.structure._depth import DepthPruner
 
 
 class BlockDrop(DepthPruner):

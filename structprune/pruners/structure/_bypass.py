@@ -1,0 +1,112 @@
+"""How a block of two steps, attention and then feed-forward, does without the first."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structprune.errors import UsageError
+from structprune.models.arch import TABLE, Arch, arch_of
+from structprune.models.identity import names_of, skeleton, stored_dtypes
+from structprune.models.streamed import Model
+from structprune.models.walk import Block
+from structprune.plan.key import Key
+from structprune.pruners.structure._family import bias_key
+from structprune.solvers.bypass import Bypass, FeedForward, RidgeSums
+
+
+def check_bypass(model: Model) -> None:
+    """Check that a model's blocks add attention, then a gated feed-forward, to the states.
+
+    Raises:
+        UsageError: They do something else; names the family and those that can.
+    """
+    module = skeleton(model)
+    arch = arch_of(module)
+    if arch.mlp_norm:
+        return
+    known = ", ".join(kind for one in TABLE if one.mlp_norm and not one.experts for kind in one.model_types)
+    raise UsageError(
+        f"model type {module.config.get_text_config().model_type!r}: not known to add attention, then a "
+        "gated feed-forward, which is to make up for it",
+        hint=f"take one of {known}, or skip attentions with block_drop and units: [attention]",
+    )
+
+
+def biased_paths(arch: Arch) -> list[str]:
+    """Return the linears that an adapter is merged into, by their path in the block."""
+    return [arch.gate, arch.up]
+
+
+@torch.no_grad()
+def added_share(model: Model, block: Block) -> Tensor:
+    """Return |f(h) - g(h)|^2 / |f(h) - h|^2, of a block f and g, the same without its attention.
+
+    Args:
+        model: The dense model.
+        block: The current one of a walk; squares are summed over all real tokens.
+    """
+    arch = arch_of(skeleton(model))
+    norm, mlp = block.module.get_submodule(arch.mlp_norm), block.module.get_submodule(arch.mlp)
+    moved = added = torch.zeros((), dtype=torch.float64)
+    for one in block.passes():
+        without = one.before + mlp(norm(one.before))
+        moved = moved + (one.after.float() - without.float()).square().sum(dtype=torch.float64).cpu()
+        added = added + (one.after.float() - one.before.float()).square().sum(dtype=torch.float64).cpu()
+    return moved / added.clamp_min(1e-30)
+
+
+@torch.no_grad()
+def bypass(model: Model, block: Block, wanted: Bypass) -> dict[Key, Tensor]:
+    """Return new values of a block's feed-forward, for a block that is to lose its attention.
+
+    Args:
+        model: The dense model.
+        block: The current one of a walk.
+        wanted: What makes up for the attention.
+
+    Raises:
+        QualityError: A fit met what is not finite.
+    """
+    arch = arch_of(skeleton(model))
+    norm, mlp = block.module.get_submodule(arch.mlp_norm), block.module.get_submodule(arch.mlp)
+    half, found = _feed_forward(block.module, arch, mlp), dict[str, Tensor]()
+    dtype = half.gate.dtype
+    hidden, width = half.gate.shape[1], half.gate.shape[0]
+    if wanted.adapter:
+        sums = RidgeSums(hidden, hidden, half.gate.device)
+        for one in block.passes((arch.gate,)):
+            sums.add(norm(one.before), one.read[arch.gate])
+        half = half.merged(*sums.fit(torch.eye(hidden, device=half.gate.device), wanted.damping, offset=True))
+        half = half.stored(dtype)
+        found |= {f"{arch.gate}.weight": half.gate, f"{arch.gate}.bias": half.gate_bias}
+        found |= {f"{arch.up}.weight": half.up, f"{arch.up}.bias": half.up_bias}
+    if wanted.refit:
+        down: Any = block.module.get_submodule(arch.down)
+        sums = RidgeSums(width, hidden, half.gate.device)
+        for one in block.passes():
+            due = one.after.float() - one.before.float() - (0 if down.bias is None else down.bias.float())
+            sums.add(half.channels(norm(one.before)), due)
+        found[f"{arch.down}.weight"] = sums.fit(down.weight.float(), wanted.damping, offset=False)[0]
+    return _stored(model, block.prefix, found)
+
+
+def _stored(model: Model, prefix: str, found: dict[str, Tensor]) -> dict[Key, Tensor]:
+    """Return values of a block's parameters by their names in the files, in the dtype of the files."""
+    names, dtypes = names_of(model), stored_dtypes(model)
+    keys = {}
+    for path, value in found.items():
+        (weight,) = names.stored_of[f"{prefix}.{path.rpartition('.')[0]}.weight"]
+        key = Key(weight, "value") if path.endswith(".weight") else bias_key(weight)
+        keys[key] = value.to(dtypes[weight]).contiguous()
+    return keys
+
+
+def _feed_forward(block: nn.Module, arch: Arch, mlp: Any) -> FeedForward:
+    gate: Any
+    up: Any
+    gate, up = block.get_submodule(arch.gate), block.get_submodule(arch.up)
+    biases = [
+        one.weight.new_zeros(len(one.weight)) if one.bias is None else one.bias.detach() for one in (gate, up)
+    ]
+    return FeedForward(gate.weight.detach(), biases[0], up.weight.detach(), biases[1], mlp.act_fn)
