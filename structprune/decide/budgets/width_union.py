@@ -8,7 +8,12 @@ from structprune.decide.budgets.unit_table import UnitTable
 
 
 def _read_budget(value: object) -> object:
-    """Read "table" as {"name": "table"}, which then says what it lacks."""
+    """Read "table" as {"name": "table"}, which then says what it lacks; refuse what is no budget."""
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", value)
+    if name not in ("table", *(() if isinstance(value, dict) else ("uniform", "global"))):
+        raise ValueError(
+            f"found {value!r:.60}, expected uniform, global or {{name: table, channels: ..., kv_groups: ...}}"
+        )
     return {"name": value} if value == "table" else value
 
 
