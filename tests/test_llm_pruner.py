@@ -272,7 +272,7 @@ def test_a_table_that_says_no_sizes_is_refused(fields: dict[str, Any], said: str
 def test_a_table_leaves_the_sizes_it_lists() -> None:
     model = tiny("llama")
     table = {"name": "table", "kv_groups": [None, 1], "channels": [40, None]}
-    pruner = LlmPruner.model_validate({"budget": table, "sparsity": 0})
+    pruner = LlmPruner.model_validate({"budget": table})
     plan = pruner.calibrate(model, [tokens(model)])
     assert [block.facts["kept"] for block in plan.blocks] == [
         {"kv_groups": 2, "channels": 40},
