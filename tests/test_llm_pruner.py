@@ -258,8 +258,8 @@ def test_a_size_that_a_block_cannot_have_is_refused(fields: dict[str, Any], said
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"kv_groups": 0}, "greater than or equal to 1"),
-        ({"channels": "many"}, "valid integer"),
+        ({"kv_groups": 0}, "found 0, expected .* from 1 on"),
+        ({"channels": "many"}, "found .many., expected"),
         ({}, "needs kv_groups, channels or both"),
         ({"heads": 3}, "heads"),
     ],
@@ -272,7 +272,7 @@ def test_a_table_that_says_no_sizes_is_refused(fields: dict[str, Any], said: str
 def test_a_table_leaves_the_sizes_it_lists() -> None:
     model = tiny("llama")
     table = {"name": "table", "kv_groups": [None, 1], "channels": [40, None]}
-    pruner = LlmPruner.model_validate({"budget": table, "sparsity": 0})
+    pruner = LlmPruner.model_validate({"budget": table})
     plan = pruner.calibrate(model, [tokens(model)])
     assert [block.facts["kept"] for block in plan.blocks] == [
         {"kv_groups": 2, "channels": 40},

@@ -101,7 +101,7 @@ def counts_of(sizes: BlockSizes) -> UnitCounts:
 
 
 def uniform_counts(
-    there: UnitCounts, costs: UnitCosts, sparsity: float, multiples: Multiples = Multiples()
+    there: UnitCounts, costs: UnitCosts, sparsity: float | Fraction, multiples: Multiples = Multiples()
 ) -> UnitCounts:
     """Return how many units of a block stay when a share of its units' parameters leaves.
 
@@ -135,7 +135,7 @@ def global_counts(
     scores: Sequence[Mapping[WidthUnit, Tensor]],
     there: Sequence[UnitCounts],
     costs: Sequence[UnitCosts],
-    sparsity: float,
+    sparsity: float | Fraction,
 ) -> list[UnitCounts]:
     """Return how many units of each block stay when all units of the model compete.
 

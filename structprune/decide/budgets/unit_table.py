@@ -3,13 +3,24 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from structprune.decide.unit_counts import UnitCosts, UnitCounts
 from structprune.errors import UsageError, counted
 
-Size = Annotated[int, Field(ge=1)]
-Sizes = Size | tuple[Size | None, ...] | None
+
+def _read_sizes(value: object) -> object:
+    """Check that these are sizes, in words that a union of types would not find."""
+    listed = value if isinstance(value, list | tuple) else (value,)
+    for size in listed:
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(
+                f"found {size!r:.40}, expected how many stay of a block, a whole number from 1 on"
+            )
+    return value
+
+
+Sizes = Annotated[int | tuple[int | None, ...] | None, BeforeValidator(_read_sizes)]
 
 _WORDS = {"kv_groups": "key-value groups", "channels": "channels"}
 

@@ -1,15 +1,23 @@
 """The budgets of width that a recipe can name, and how it names them."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Discriminator, Tag
 
 from structprune.decide.budgets.unit_table import UnitTable
 
+_Word = Literal["uniform", "global"]
+_NAMED = ("table",)
+
 
 def _read_budget(value: object) -> object:
-    """Read "table" as {"name": "table"}, which then says what it lacks."""
-    return {"name": value} if value == "table" else value
+    """Read "table" as {"name": "table"}, which then says what it lacks; refuse what is no budget."""
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", value)
+    if name not in _NAMED and (name not in get_args(_Word) or isinstance(value, dict)):
+        raise ValueError(
+            f"found {value!r:.60}, expected uniform, global or {{name: table, channels: ..., kv_groups: ...}}"
+        )
+    return {"name": value} if isinstance(value, str) and value in _NAMED else value
 
 
 def _kind(value: object) -> str:
@@ -20,7 +28,7 @@ def _kind(value: object) -> str:
 
 AnyWidthBudget: Any = Annotated[
     Annotated[
-        Annotated[Literal["uniform", "global"], Tag("word")] | Annotated[UnitTable, Tag("table")],
+        Annotated[_Word, Tag("word")] | Annotated[UnitTable, Tag("table")],
         Discriminator(_kind),
     ],
     BeforeValidator(_read_budget),

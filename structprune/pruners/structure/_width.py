@@ -8,6 +8,7 @@ chosen beside it.
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from structprune.calibration.statistics import NOTHING, Parts, Statistics
 from structprune.decide.budgets.unit_table import UnitTable
-from structprune.decide.budgets.width_union import AnyWidthBudget
 from structprune.decide.unit_counts import (
     Multiples,
     UnitCosts,
@@ -40,7 +40,8 @@ from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Promises, Reshaped
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import UNMEASURED, Seen
-from structprune.pruners.structure._family import StructurePruner, bias_key, left_shapes
+from structprune.pruners.structure._family import bias_key, left_shapes
+from structprune.pruners.structure._goal import GoalPruner
 from structprune.pruners.structure._width_block import NotedMean, WidthBlock, width_blocks
 from structprune.solvers.columns import AnyColumnRepair
 
@@ -64,14 +65,12 @@ class Share:
     means: ByUnit
 
 
-class WidthPruner(StructurePruner):
+class WidthPruner(GoalPruner):
     """A pruner that removes whole key-value groups and channels.
 
     Args:
         units: Kinds of unit that leave: "kv_group", a key-value head with its query heads; "channel" of the
             feed-forward.
-        budget: "uniform": every block loses the same share; "global": all units of the model compete;
-            "table": sizes that blocks are to have, as `name:` with its fields, whatever the sparsity.
         repair: What makes up for removed units: "none"; "bias", the mean of what they added; "least_squares",
             a refit of the columns that stay.
         multiple: Of what the number of channels that stay is a multiple, where every block loses the same.
@@ -83,7 +82,6 @@ class WidthPruner(StructurePruner):
     """
 
     units: tuple[WidthUnit, ...] = Field(default=("kv_group", "channel"), min_length=1)
-    budget: AnyWidthBudget = "uniform"
     repair: AnyColumnRepair = None
     multiple: Annotated[int, Field(ge=1, le=65536)] = 1
     kv_multiple: Annotated[int, Field(ge=1, le=1024)] = 1
@@ -123,18 +121,6 @@ class WidthPruner(StructurePruner):
         """Return what is read block by block: only a Gram matrix is too large to be noted at a first look."""
         gram: Parts = frozenset({"gram"})
         return self._read if self.budget != "global" else self._read & gram
-
-    @property
-    @final
-    def removes_something(self) -> bool:
-        """Tell whether anything leaves; a table of sizes says so itself."""
-        return isinstance(self.budget, UnitTable) or super().removes_something
-
-    @property
-    @final
-    def asked(self) -> float | str:
-        """Return the sparsity, or the sizes that were asked for instead."""
-        return self.budget.asked if isinstance(self.budget, UnitTable) else self.sparsity
 
     @property
     def _read(self) -> Parts:
@@ -190,19 +176,24 @@ class WidthPruner(StructurePruner):
         """Return how many units of each block stay, with what the first look saw of them."""
         found = self._blocks(model)
         there, costs = [one.there for one in found], [one.costs for one in found]
+        least = UnitCounts(self.kv_multiple, self.multiple)
+        leaves = self.share_of(model, found, least, bias=self._adds_bias)
         if self.budget != "global" or not any(one.ndim for one in measured):
-            return {index: Share(one, {}, {}) for index, one in enumerate(self._counts(there, costs))}
+            stay = self._counts(there, costs, leaves)
+            return {index: Share(one, {}, {}) for index, one in enumerate(stay)}
         noted = [self._notes(one, numbers.float()) for one, numbers in zip(found, measured, strict=True)]
         ranked = [self._ranked(one, scores) for one, (scores, _) in zip(found, noted, strict=True)]
-        stay = global_counts(ranked, there, costs, self.sparsity)
+        stay = global_counts(ranked, there, costs, leaves)
         return {index: Share(one, *notes) for index, (one, notes) in enumerate(zip(stay, noted, strict=True))}
 
-    def _counts(self, there: Sequence[UnitCounts], costs: Sequence[UnitCosts]) -> list[UnitCounts]:
+    def _counts(
+        self, there: Sequence[UnitCounts], costs: Sequence[UnitCosts], leaves: Fraction
+    ) -> list[UnitCounts]:
         """Return how many units of each block stay, as far as that is known before any data."""
         if isinstance(self.budget, UnitTable):
             return self.budget.counts(there, costs)
         multiples = Multiples(self.kv_multiple, self.multiple)
-        return [uniform_counts(*pair, self.sparsity, multiples) for pair in zip(there, costs, strict=True)]
+        return [uniform_counts(*pair, leaves, multiples) for pair in zip(there, costs, strict=True)]
 
     def _notes(
         self, known: WidthBlock, numbers: Tensor

@@ -38,6 +38,22 @@ class WidthBlock:
         return UnitCounts(self.sizes.kv_heads, self.sizes.channels)
 
     @property
+    def new_biases(self) -> int:
+        """Return how many parameters it gets where every matrix that reads units gets a bias."""
+        readers = [(self.module.get_submodule(path), width) for path, width in self.readers.values()]
+        return sum(
+            one.get_parameter("weight").numel() // width
+            for one, width in readers
+            if one._parameters.get("bias") is None
+        )
+
+    def removable(self, least: UnitCounts) -> int:
+        """Return the parameters of what can leave where at least so many units stay of each kind."""
+        there = self.there
+        left = UnitCounts(min(least.kv_groups, there.kv_groups), min(least.channels, there.channels))
+        return there.cost(self.costs) - left.cost(self.costs)
+
+    @property
     def readers(self) -> dict[WidthUnit, tuple[str, int]]:
         """Return which matrix reads the units of each kind that leaves, and how many columns it has."""
         found: dict[WidthUnit, tuple[str, int]] = {}

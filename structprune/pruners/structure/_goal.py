@@ -1,0 +1,151 @@
+"""How much leaves: a share of the units, or so much that a number of parameters or bytes is left."""
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Annotated, Self, final
+
+from pydantic import BeforeValidator, model_validator
+
+from structprune.decide.budgets.unit_table import UnitTable
+from structprune.decide.budgets.width_union import AnyWidthBudget
+from structprune.decide.sparsity import fraction_of
+from structprune.decide.unit_counts import UnitCounts
+from structprune.errors import UsageError
+from structprune.models.cost import parameters_of
+from structprune.models.identity import names_of, skeleton, stored_dtypes, stored_layout
+from structprune.models.streamed import Model
+from structprune.pruners.structure._family import StructurePruner
+from structprune.pruners.structure._width_block import WidthBlock
+from structprune.storage.tensor_file import nbytes_of
+
+_AMOUNT = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*([a-z]*)", re.ASCII | re.IGNORECASE)
+_PARAMETERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_BYTES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _read_amount(value: object, units: dict[str, int], example: str) -> object:
+    """Read a whole number, or one with a unit behind it."""
+    match = _AMOUNT.fullmatch(str(value).strip().replace("_", "").replace(",", ""))
+    if value is None:
+        return value
+    if isinstance(value, str | int | float) and not isinstance(value, bool) and match:
+        amount = Fraction(match[1]) * units.get(match[2].lower(), 0)
+        if amount > 0 and amount.denominator == 1:
+            return int(amount)
+    raise ValueError(f"found {value!r:.40}, expected a whole number above 0 such as {example}")
+
+
+Parameters = Annotated[
+    int | None, BeforeValidator(lambda value: _read_amount(value, _PARAMETERS, "100000000 or 100M"))
+]
+Bytes = Annotated[
+    int | None, BeforeValidator(lambda value: _read_amount(value, _BYTES, "200000000, 200MB or 190MiB"))
+]
+
+
+class GoalPruner(StructurePruner):
+    """A pruner that is told how much leaves, or how large what is left shall be, and how blocks share it.
+
+    Args:
+        target_params: How many parameters the whole model shall have, instead of a sparsity: 100M.
+        target_memory: How many bytes its weights shall take as they are stored, instead of a sparsity: 200MB.
+        budget: "uniform": every block loses the same share; "global": all units of the model compete;
+            "table": sizes that blocks are to have, as `name:` with its fields, instead of a sparsity.
+    """
+
+    target_params: Parameters = None
+    target_memory: Bytes = None
+    budget: AnyWidthBudget = "uniform"
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> Self:
+        said = [*self._instead]
+        if said and self.sparsity != type(self).model_fields["sparsity"].default:
+            said.append("sparsity")
+        if len(said) > 1:
+            raise ValueError(
+                f"{said[0]}: given beside {said[1]}; each says how much leaves, give one of them"
+            )
+        return self
+
+    @property
+    @final
+    def removes_something(self) -> bool:
+        """Tell whether anything leaves."""
+        return bool(self._instead) or super().removes_something
+
+    @property
+    @final
+    def asked(self) -> float | str:
+        """Return what was asked for, as people say it."""
+        if isinstance(self.budget, UnitTable):
+            return str(self.budget.asked)
+        if self._target is None:
+            return self.sparsity
+        return f"{self._target:,} {'bytes' if self.target_params is None else 'parameters'} left"
+
+    @final
+    def with_goal(self, goal: float | str) -> Self:
+        """Return the same pruner with another sparsity.
+
+        Raises:
+            UsageError: Something else says how much leaves, or it cannot be this one.
+        """
+        if self._instead:
+            raise UsageError(
+                f"{self._instead[0]}: it fixes what leaves, so no other share can",
+                hint="give the shares alone",
+            )
+        return super().with_goal(goal)
+
+    @property
+    def _instead(self) -> list[str]:
+        """Return the fields that say how much leaves instead of the sparsity."""
+        targets = [name for name in ("target_params", "target_memory") if getattr(self, name) is not None]
+        return [*targets, "budget"] if isinstance(self.budget, UnitTable) else targets
+
+    @property
+    def _target(self) -> int | None:
+        return self.target_memory if self.target_params is None else self.target_params
+
+    def share_of(
+        self, model: Model, found: Sequence[WidthBlock], least: UnitCounts, *, bias: bool
+    ) -> Fraction:
+        """Return the share of the units that leaves, exactly what was asked for.
+
+        Args:
+            model: For its size; its weights may not be in memory.
+            found: Its blocks.
+            least: How many units of a block stay at least.
+            bias: Whether the matrices that read units get a bias.
+
+        Raises:
+            UsageError: So much cannot be left; names the range.
+        """
+        if self._target is None:
+            return fraction_of(self.sparsity)
+        whole, each = parameters_of(skeleton(model)), [1] * len(found)
+        if self.target_params is None:
+            layout = stored_layout(model).values()
+            whole = sum(nbytes_of(dtype, shape) for entries in layout for _, dtype, shape in entries)
+            each = [_bytes_of_one(one, model) for one in found]
+        pairs = list(zip(found, each, strict=True))
+        whole += sum(one.new_biases * size for one, size in pairs) if bias else 0
+        smallest = whole - sum(one.removable(least) * size for one, size in pairs)
+        if not smallest <= self._target <= whole:
+            raise UsageError(
+                f"{self._instead[0]}: {self.asked} of {whole:,} cannot be reached",
+                hint=f"{smallest:,} to {whole:,} can: at least one unit of a kind stays in every block",
+            )
+        of = sum(one.there.cost(one.costs) * size for one, size in pairs)
+        return Fraction(whole - self._target, of)
+
+
+def _bytes_of_one(known: WidthBlock, model: Model) -> int:
+    """Return how many bytes a parameter of a block's units takes in the files."""
+    path = next((path for path, _ in known.readers.values()), None)
+    if path is None:
+        return 0
+    stored = names_of(model).stored_of[f"{known.prefix}.{path}.weight"][0]
+    return stored_dtypes(model)[stored].itemsize
