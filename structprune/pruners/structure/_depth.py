@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Any, Self, final
+from typing import Annotated, Any, Literal, Self, final
 
 import torch
 from pydantic import Field, model_validator
@@ -57,6 +57,7 @@ class Verdict:
     leaves: bool
 
 
+NAMES: Mapping[DepthKind, str] = {"block": "blocks", "attention": "attentions", "mlp": "feed-forwards"}
 Verdicts = Mapping[DepthUnit, Verdict]
 """Those that leave stand first, in the order in which they were chosen."""
 
@@ -73,6 +74,8 @@ class DepthPruner(StructurePruner):
     units: tuple[DepthKind, ...] = Field(default=("block",), min_length=1)
     count: Annotated[int, Field(ge=1)] | None = None
     drop: Blocks = ()
+    # What is looked at is the dense model, once.
+    propagate: Literal["dense"] = "dense"
 
     @model_validator(mode="after")
     def _one_goal(self) -> Self:
@@ -135,10 +138,13 @@ class DepthPruner(StructurePruner):
 
     @property
     def _asked(self) -> float | str:
-        listed = (
-            f"blocks {','.join(self.drop)}" if self.drop else f"{self.count} of {' and '.join(self.units)}"
-        )
-        return listed if self.drop or self.count else self.sparsity
+        if self.drop:
+            return f"{self._several} {','.join(self.drop)}"
+        return f"{self.count} {self._several}" if self.count else self.sparsity
+
+    @property
+    def _several(self) -> str:
+        return " and ".join(NAMES[kind] for kind in self.units)
 
     def _units(self, model: Model) -> list[DepthUnit]:
         return [one for one in self._all_units(model) if not self.skips(one.block)]
@@ -177,17 +183,20 @@ class DepthPruner(StructurePruner):
                 f"drop: block {missing[0]} has no {kinds} that may leave",
                 hint="it is skipped, or gone already",
             )
+        if goal.most < 1:
+            raise UsageError(f"skip: no {kinds} may leave", hint="skip fewer blocks; one has to stay")
         asked = len(listed) if self.drop else self.count or 1
         if asked > goal.most:
+            field, several = "drop" if self.drop else "count", self._several
             raise UsageError(
-                f"{'drop' if self.drop else 'count'}: {asked} x {kinds} to leave, at most {goal.most} can",
-                hint="one has to stay in the model; leave fewer, or skip fewer blocks",
+                f"{field}: {asked} {several} are to leave, at most {goal.most} can",
+                hint="one has to stay; remove fewer, or skip fewer blocks",
             )
         if not self.drop and not any(goal.wants([], one) for one in units):
             near = ", ".join(f"{share:.3g}" for share in self._legal(units, goal))
             raise UsageError(
-                f"sparsity: {self.sparsity} of {len(units)} x {kinds} rounds to none",
-                hint=f"ask for {near} ..., or count: 1",
+                f"sparsity: {self.sparsity} of {len(units)} {self._several} rounds to none",
+                hint=f"ask for {near} or more, or for count: 1",
             )
 
     def _legal(self, units: Sequence[DepthUnit], goal: DepthGoal) -> list[float]:
