@@ -372,6 +372,7 @@ class TestSaidNo:
         ("fields", "said"),
         [
             ({"units": ["block", "mlp"]}, "units: a block cannot leave beside its own parts"),
+            ({"units": ["mlp", "mlp"], "score": "loss"}, "units: mlp, mlp names one twice"),
             ({"units": ["attention"]}, "score: influence is of whole blocks"),
             ({"count": 1, "drop": "2"}, "count: given beside drop"),
             ({"count": 1, "sparsity": 0.4}, "count: given beside sparsity"),
@@ -383,6 +384,10 @@ class TestSaidNo:
     def test_fields_that_contradict_each_other(self, fields: dict[str, Any], said: str) -> None:
         with pytest.raises(ValidationError, match=said):
             BlockDrop.model_validate(fields)
+
+    def test_units_may_be_said_in_one_word_or_between_commas(self) -> None:
+        assert BlockDrop.model_validate({"score": "loss", "units": "attention, mlp"}).units == PARTS
+        assert BlockDrop.model_validate({"units": "block"}).units == ("block",)
 
     def test_other_shares_of_a_fixed_number(self) -> None:
         with pytest.raises(UsageError, match="drop: it fixes what leaves"):

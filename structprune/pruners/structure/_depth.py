@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Annotated, Any, Literal, Self, final
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from structprune.calibration.masked_loss import MaskedLoss
@@ -25,7 +25,7 @@ from structprune.decide.depth import (
     sizes_without,
 )
 from structprune.decide.sparsity import fraction_of
-from structprune.decide.targets import Blocks, block_numbers, check_blocks
+from structprune.decide.targets import Blocks, block_numbers, check_blocks, split_words
 from structprune.decide.units import block_members, unit_tensors
 from structprune.errors import UsageError
 from structprune.models.arch import Linear, arch_of, blocks
@@ -57,6 +57,7 @@ class Verdict:
     leaves: bool
 
 
+Kinds = Annotated[tuple[DepthKind, ...], BeforeValidator(split_words)]
 NAMES: Mapping[DepthKind, str] = {"block": "blocks", "attention": "attentions", "mlp": "feed-forwards"}
 Verdicts = Mapping[DepthUnit, Verdict]
 """Those that leave stand first, in the order in which they were chosen."""
@@ -71,7 +72,7 @@ class DepthPruner(StructurePruner):
         drop: Blocks that leave whatever their scores, "20-24,27"; no data is looked at then.
     """
 
-    units: tuple[DepthKind, ...] = Field(default=("block",), min_length=1)
+    units: Kinds = Field(default=("block",), min_length=1)
     count: Annotated[int, Field(ge=1)] | None = None
     drop: Blocks = ()
     # What is looked at is the dense model, once.
@@ -79,6 +80,8 @@ class DepthPruner(StructurePruner):
 
     @model_validator(mode="after")
     def _one_goal(self) -> Self:
+        if len({*self.units}) < len(self.units):
+            raise ValueError(f"units: {', '.join(self.units)} names one twice")
         if "block" in self.units and len(self.units) > 1:
             raise ValueError(
                 "units: a block cannot leave beside its own parts; choose block, or attention and mlp"
