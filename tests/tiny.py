@@ -106,13 +106,15 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 FAMILIES: list[str] = list(CONFIGS)
 
 
-def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Build a tiny model of a family in eval mode, with weights drawn from `seed`.
+def tiny(
+    family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, depth: int = 2
+) -> PreTrainedModel:
+    """Build a tiny model of a family with `depth` blocks in eval mode, with weights drawn from `seed`.
 
     Raises:
         KeyError: `family` is not one of `FAMILIES`.
     """
-    config = CONFIGS[family]()
+    config = deepened(CONFIGS[family](), depth)
     text_only = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING if text_only else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     model: PreTrainedModel = mapping[type(config)](config)
@@ -121,6 +123,15 @@ def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> P
     module: nn.Module = model
     module.to(dtype).eval()
     return model
+
+
+def deepened(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
+    """Give a configuration `depth` blocks, whose kinds of attention repeat those it lists."""
+    text = config.get_text_config()
+    text.num_hidden_layers = depth
+    if types := getattr(text, "layer_types", None):
+        text.layer_types = [types[index % len(types)] for index in range(depth)]
+    return config
 
 
 @torch.no_grad()
@@ -135,14 +146,20 @@ def randomise(model: nn.Module, seed: int) -> None:
 
 
 def save_tiny(
-    family: str, folder: Path, *, seed: int = 0, shards: int = 1, dtype: torch.dtype = torch.float32
+    family: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    shards: int = 1,
+    dtype: torch.dtype = torch.float32,
+    depth: int = 2,
 ) -> Path:
     """Save a tiny model and the tokenizer as transformers does, in at least `shards` weight files.
 
     Returns:
         `folder`, which is created when missing.
     """
-    model = tiny(family, seed=seed, dtype=dtype)
+    model = tiny(family, seed=seed, dtype=dtype, depth=depth)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     model.save_pretrained(folder, max_shard_size=math.ceil(size / shards) if shards > 1 else "5GB")
     assert shards == 1 or len(list(folder.glob("model-*.safetensors"))) >= shards

@@ -4,8 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from structprune.checkpoint.integrity import intact_manifest
 from structprune.errors import InputError
+from structprune.models.members import new_names
+from structprune.plan.block import Read
+from structprune.plan.key import WRITTEN
 from structprune.plan.plan import Plan
 from structprune.storage.reader import CheckpointReader
 
@@ -24,8 +29,8 @@ def read_plans(folder: Path) -> list[Plan]:
         raise InputError(f"{folder}: holds no plan", hint="give a folder that `structprune prune` wrote")
     if (folder / PLANS).is_dir():
         reader = CheckpointReader(folder)
-        for plan in plans:
-            plan.read_from(reader.read)
+        for number, plan in enumerate(plans):
+            plan.read_from(_read_through(plans[number:], reader))
     return plans
 
 
@@ -37,9 +42,26 @@ def refer_plans(plans: Path, folder: Path) -> None:
         folder: The saved model, complete.
     """
     reader = CheckpointReader(folder)
-    for path in sorted(path.parent for path in plans.glob("*/plan.json")):
-        for block in Plan.load(path).blocks:
-            block.refer(reader.read)
+    found = [Plan.load(path) for path in sorted(path.parent for path in plans.glob("*/plan.json"))]
+    for number, plan in enumerate(found):
+        read = _read_through(found[number:], reader)
+        for block in plan.blocks:
+            block.refer(read)
+
+
+def _read_through(plans: Sequence[Plan], reader: CheckpointReader) -> Read:
+    """Return what reads the files by the names that the first of some stages knows, numbered lists or not."""
+    known = {key.name for key in plans[0] if key.edit in WRITTEN}
+    called = dict(zip(known, known, strict=True))
+    for plan in plans:
+        after = new_names(called.values(), plan)
+        called = {name: after[now] for name, now in called.items() if now in after}
+
+    def read(name: str) -> Tensor | None:
+        now = called.get(name)
+        return reader.read(now) if now in reader.tensors else None
+
+    return read
 
 
 def plans_of(folder: Path) -> list[Plan]:

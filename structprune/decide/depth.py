@@ -1,5 +1,6 @@
 """Which blocks leave, or which attentions and feed-forwards: lowest scores, neighbours, or least harm."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,8 @@ from structprune.calibration.states import angular_distance
 from structprune.errors import QualityError
 from structprune.models.arch import Arch
 from structprune.models.groups import BlockKeep, BlockSizes, block_sizes
+
+logger = logging.getLogger(__name__)
 
 DepthKind = Literal["block", "attention", "mlp"]
 
@@ -182,6 +185,7 @@ def least_harm(
         unit = rest[losses.index(lowest)]
         if not goal.wants([*gone], unit):
             break
+        logger.info("%s of block %d leaves: the loss is %.5g without it", unit.kind, unit.block, lowest)
         rest.remove(unit)
         gone[unit] = lowest
     return gone

@@ -52,6 +52,11 @@ Blocks = Annotated[tuple[str, ...], BeforeValidator(_block_ranges)]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
 
 
+def split_words(value: object) -> object:
+    """Read "attention,mlp" as a list; what is no text is left to whoever knows what it must be."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
 def block_numbers(ranges: Blocks) -> set[int]:
     """Return the blocks that numbers and ranges name."""
     return {index for first, last in map(_ends, ranges) for index in range(first, last + 1)}

@@ -20,8 +20,8 @@ from structprune.plan.key import WRITTEN, Key, check_key
 from structprune.storage.header import read_header
 from structprune.storage.tensor_file import read_tensors, save_tensors
 
-# Reads a tensor of the saved model by its name in the files.
-Read = Callable[[str], Tensor]
+# Reads a tensor of the saved model by the name that a plan knows it by; None where it left later.
+Read = Callable[[str], Tensor | None]
 
 
 def canonical(value: object) -> str:
@@ -139,7 +139,7 @@ class PlanBlock(Mapping[Key, Tensor]):
         same = {
             key
             for key in self.shapes.keys() - self.referred
-            if key.edit in WRITTEN and content_hash(key, read(key.name), self.shapes[key]) == self.hashes[key]
+            if key.edit in WRITTEN and self._is(key, read(key.name))
         }
         if same:
             self.referred = self.save(self.path, frozenset(same)).referred
@@ -188,12 +188,16 @@ class PlanBlock(Mapping[Key, Tensor]):
                 hint="give the whole folder that `structprune prune` wrote",
             )
         value = self.read(key.name)
-        if content_hash(key, value, self.shapes[key]) != self.hashes[key]:
+        if value is None or not self._is(key, value):
             raise InputError(
                 f"{key.name}: the weights were changed after the plan was made",
                 hint="give the folder that `structprune prune` wrote, before any training",
             )
         return value
+
+    def _is(self, key: Key, value: Tensor | None) -> bool:
+        """Tell whether a tensor of the saved model is what was decided, bit for bit."""
+        return value is not None and content_hash(key, value, self.shapes[key]) == self.hashes[key]
 
 
 def content_hash(key: Key, packed: Tensor, shape: tuple[int, ...]) -> str:

@@ -7,10 +7,10 @@ model of the same family; skipped parts are listed block by block.
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Annotated, Any, Self, final
+from typing import Annotated, Any, Literal, Self, final
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from structprune.calibration.masked_loss import MaskedLoss
@@ -24,7 +24,7 @@ from structprune.decide.depth import (
     sizes_without,
 )
 from structprune.decide.sparsity import fraction_of
-from structprune.decide.targets import Blocks, block_numbers, check_blocks
+from structprune.decide.targets import Blocks, block_numbers, check_blocks, split_words
 from structprune.decide.units import block_members, unit_tensors
 from structprune.decide.verdicts import Verdict, Verdicts, blocks_left, gone_units
 from structprune.errors import UsageError
@@ -44,6 +44,9 @@ from structprune.pruners.seen import Seen
 from structprune.pruners.structure._bypass import biased_paths
 from structprune.pruners.structure._family import StructurePruner, bias_key, left_shapes
 
+Kinds = Annotated[tuple[DepthKind, ...], BeforeValidator(split_words)]
+NAMES: Mapping[DepthKind, str] = {"block": "blocks", "attention": "attentions", "mlp": "feed-forwards"}
+
 
 class DepthPruner(StructurePruner):
     """A pruner that removes whole blocks, or skips their attentions or feed-forwards.
@@ -54,12 +57,16 @@ class DepthPruner(StructurePruner):
         drop: Blocks that leave whatever their scores, "20-24,27"; no data is looked at then.
     """
 
-    units: tuple[DepthKind, ...] = Field(default=("block",), min_length=1)
+    units: Kinds = Field(default=("block",), min_length=1)
     count: Annotated[int, Field(ge=1)] | None = None
     drop: Blocks = ()
+    # What is looked at is the dense model, once.
+    propagate: Literal["dense"] = "dense"
 
     @model_validator(mode="after")
     def _one_goal(self) -> Self:
+        if len({*self.units}) < len(self.units):
+            raise ValueError(f"units: {', '.join(self.units)} names one twice")
         if "block" in self.units and len(self.units) > 1:
             raise ValueError(
                 "units: a block cannot leave beside its own parts; choose block, or attention and mlp"
@@ -119,10 +126,13 @@ class DepthPruner(StructurePruner):
 
     @property
     def _asked(self) -> float | str:
-        listed = (
-            f"blocks {','.join(self.drop)}" if self.drop else f"{self.count} of {' and '.join(self.units)}"
-        )
-        return listed if self.drop or self.count else self.sparsity
+        if self.drop:
+            return f"{self._several} {','.join(self.drop)}"
+        return f"{self.count} {self._several}" if self.count else self.sparsity
+
+    @property
+    def _several(self) -> str:
+        return " and ".join(NAMES[kind] for kind in self.units)
 
     def _units(self, model: Model) -> list[DepthUnit]:
         return [one for one in self._all_units(model) if not self.skips(one.block)]
@@ -160,17 +170,20 @@ class DepthPruner(StructurePruner):
                 f"drop: block {missing[0]} has no {kinds} that may leave",
                 hint="it is skipped, or gone already",
             )
+        if goal.most < 1:
+            raise UsageError(f"skip: no {kinds} may leave", hint="skip fewer blocks; one has to stay")
         asked = len(listed) if self.drop else self.count or 1
         if asked > goal.most:
+            field, several = "drop" if self.drop else "count", self._several
             raise UsageError(
-                f"{'drop' if self.drop else 'count'}: {asked} x {kinds} to leave, at most {goal.most} can",
-                hint="one has to stay in the model; leave fewer, or skip fewer blocks",
+                f"{field}: {asked} {several} are to leave, at most {goal.most} can",
+                hint="one has to stay; remove fewer, or skip fewer blocks",
             )
         if not self.drop and not any(goal.wants([], one) for one in units):
             near = ", ".join(f"{share:.3g}" for share in self._legal(units, goal))
             raise UsageError(
-                f"sparsity: {self.sparsity} of {len(units)} x {kinds} rounds to none",
-                hint=f"ask for {near} ..., or count: 1",
+                f"sparsity: {self.sparsity} of {len(units)} {self._several} rounds to none",
+                hint=f"ask for {near} or more, or for count: 1",
             )
 
     def _legal(self, units: Sequence[DepthUnit], goal: DepthGoal) -> list[float]:

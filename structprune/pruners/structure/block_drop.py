@@ -1,7 +1,6 @@
 """Block drop: the blocks that change their input least leave, or those without which the model loses least.
 
-Source: Men et al. 2024, https://arxiv.org/abs/2403.03853 (influence); Gromov et al. 2024,
-https://arxiv.org/abs/2403.17887 (angular); Zhong et al. 2024, https://arxiv.org/abs/2406.10594 (loss)
+Source: Men et al. 2024, https://arxiv.org/abs/2403.03853 (angular: 2403.17887; BlockPruner: 2406.10594)
 
 Cosines are taken token by token; a released code forms the product of all pairs of tokens and keeps its
 diagonal.
