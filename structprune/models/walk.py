@@ -22,6 +22,9 @@ Observer = Callable[[Linear, Tensor], None]
 # Told a block's input and output of one batch, shape [batch, tokens, hidden], and which tokens are real,
 # bool, shape [batch * tokens]; None = all.
 Watcher = Callable[[Tensor, Tensor, Tensor | None], None]
+# Told the index of each expert, what it makes of its real tokens [tokens, hidden], and how the router weighs
+# that [tokens].
+RoutingObserver = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass
@@ -79,7 +82,14 @@ class Block:
         self._walk.hidden[position] = output
 
     @torch.no_grad()
-    def observe(self, observer: Observer, observed: list[Linear], *, advance: bool = False) -> None:
+    def observe(
+        self,
+        observer: Observer,
+        observed: list[Linear],
+        *,
+        advance: bool = False,
+        routed: RoutingObserver | None = None,
+    ) -> None:
         """Run the calibration data through the block and show `observer` what each linear reads.
 
         Padded tokens are never shown.
@@ -89,10 +99,11 @@ class Block:
             observed: The linears of this block to observe.
             advance: Also make the outputs the inputs of the next block; without it the forward stops
                 after the last linear was reached, before its product is computed.
+            routed: Told of each expert of a mixture of which a linear is observed.
         """
         assert self._walk is not None
         hidden = self._walk.hidden
-        recorder = _Recorder(observer, observed)
+        recorder = _Recorder(observer, observed, routed)
         with ExitStack() as hooks:
             recorder.install(self.linears, hooks)
             for position, call in enumerate(self._walk.calls[self.index]):
@@ -114,8 +125,9 @@ class Block:
 class _Recorder:
     """Installs the hooks of one block and passes on what they see, without padding."""
 
-    def __init__(self, observer: Observer, observed: list[Linear]) -> None:
+    def __init__(self, observer: Observer, observed: list[Linear], routed: RoutingObserver | None) -> None:
         self._observer = observer
+        self._routing = routed
         self._observed = {linear.label for linear in observed}
         self._real: Tensor | None = None
         self._stop = False
@@ -139,7 +151,9 @@ class _Recorder:
             if served[0].expert is None:
                 hooks.callback(module.register_forward_pre_hook(self._hook(number, served[0])).remove)
             else:
-                hooks.enter_context(recording_experts(module, served, self._expert(number)))
+                routed = None if self._routing is None else self._routed
+                told = self._expert(number)
+                hooks.enter_context(recording_experts(module, served, told, routed=routed))
 
     def _hook(self, number: int, linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -157,6 +171,11 @@ class _Recorder:
                 self._observer(linear, inputs if self._real is None else inputs[self._real[rows]])
 
         return observe
+
+    def _routed(self, expert: int, outputs: Tensor, weights: Tensor, rows: Tensor) -> None:
+        assert self._routing is not None
+        real = slice(None) if self._real is None else self._real[rows]
+        self._routing(expert, outputs[real], weights[real])
 
     def _without_padding(self, inputs: Tensor) -> Tensor:
         if self._last is None or self._last[0] is not inputs:
