@@ -22,8 +22,7 @@ Observer = Callable[[Linear, Tensor], None]
 # Told a block's input and output of one batch, shape [batch, tokens, hidden], and which tokens are real,
 # bool, shape [batch * tokens]; None = all.
 Watcher = Callable[[Tensor, Tensor, Tensor | None], None]
-# Told the index of each expert, what it makes of its real tokens [tokens, hidden], and how the router weighs
-# that [tokens].
+# Told each expert's index, what it makes of its real tokens [tokens, hidden], and their weights [tokens].
 RoutingObserver = Callable[[int, Tensor, Tensor], None]
 
 
@@ -152,8 +151,7 @@ class _Recorder:
                 hooks.callback(module.register_forward_pre_hook(self._hook(number, served[0])).remove)
             else:
                 routed = None if self._routing is None else self._routed
-                told = self._expert(number)
-                hooks.enter_context(recording_experts(module, served, told, routed=routed))
+                hooks.enter_context(recording_experts(module, served, self._expert(number), routed=routed))
 
     def _hook(self, number: int, linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -28,7 +28,7 @@ from structprune.models.walk import Block
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Promises, Reshaped
-from structprune.pruners.blockwise import Seen
+from structprune.pruners.blockwise import UNMEASURED, Seen
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.kept_scores import check_kept_scores
 from structprune.pruners.structure._experts_block import (
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Share:
+class ExpertShare:
     """What the budget decided on a block.
 
     Attributes:
@@ -126,21 +126,23 @@ class ExpertPruner(StructurePruner):
         return expert_blocks(model, [self.skips(index) for index in range(len(blocks(model)))])
 
     @final
-    def measure(self, targets: Sequence[Linear], seen: Sequence[Statistics]) -> Tensor:
-        """Return what was routed to each of a block's experts, shape [2, experts]; [0] of other blocks."""
-        return torch.stack([*vars(seen[0].routing).values()]) if seen else torch.empty(0, dtype=torch.float64)
+    def measure(self, model: Model, block: Block, seen: Seen) -> Tensor:
+        """Return how many tokens reached each expert, and what those contributed, shape [2, experts]."""
+        routed = seen.sums.routing
+        assert routed is not None
+        return torch.stack([routed.tokens, routed.contributions])
 
     @final
-    def decide(self, model: Model, measured: Sequence[Tensor]) -> dict[int, Share]:
+    def decide(self, model: Model, measured: Sequence[Tensor]) -> dict[int, ExpertShare]:
         """Return how many experts of each block stay, with what the first look saw of them."""
         found = self._blocks(model)
         # Before anything is seen, blocks that compete are taken to lose the same.
-        if self.budget == "uniform" or (self.parts and not any(len(one) for one in measured)):
-            return dict(enumerate(map(Share, uniform_stay(found, self.sparsity))))
-        routed = [RoutingSums(*one) if len(one) else None for one in measured]
+        if self.budget == "uniform" or (self.parts and not any(one.ndim for one in measured)):
+            return dict(enumerate(map(ExpertShare, uniform_stay(found, self.sparsity))))
+        routed = [RoutingSums(*one) if one.ndim else None for one in measured]
         scores = [self._scores(index, *pair) for index, pair in enumerate(zip(found, routed, strict=True))]
         stay = global_stay(found, scores, self.sparsity)
-        return dict(enumerate(map(Share, stay, scores, routed)))
+        return dict(enumerate(map(ExpertShare, stay, scores, routed)))
 
     def _scores(self, index: int, one: ExpertBlock, routed: RoutingSums | None) -> Tensor:
         if not one.experts:
@@ -155,7 +157,7 @@ class ExpertPruner(StructurePruner):
         of = sum(one.experts * one.cost for one in found)
         if not self.removes_something:
             return Forecast("parameters", self.sparsity, 0, of, left_of(model, Outline({}), {}))
-        shares = self.decide(model, [self.measure([], [])] * len(found))
+        shares = self.decide(model, [UNMEASURED] * len(found))
         keeps = [_first(one, shares[index].stay) for index, one in enumerate(found)]
         shapes: dict[Key, tuple[int, ...]] = {}
         for one, keep in zip(found, keeps, strict=True):
@@ -166,18 +168,18 @@ class ExpertPruner(StructurePruner):
         removed = self._removed(found, shares) if exact else None
         return Forecast("parameters", self.sparsity, removed, of, left, exact)
 
-    def _removed(self, found: Sequence[ExpertBlock], shares: Mapping[int, Share]) -> int:
+    def _removed(self, found: Sequence[ExpertBlock], shares: Mapping[int, ExpertShare]) -> int:
         return sum(one.cost * (one.experts - shares[index].stay) for index, one in enumerate(found))
 
     def _patch(
-        self, model: Model, found: Sequence[ExpertBlock], shares: Mapping[int, Share]
+        self, model: Model, found: Sequence[ExpertBlock], shares: Mapping[int, ExpertShare]
     ) -> dict[str, Any]:
         sizes = [sizes_left(one.sizes, _first(one, shares[index].stay)) for index, one in enumerate(found)]
         return sizes_patch(skeleton(model).config, sizes)
 
     @final
     def solve_block(
-        self, model: Model, block: Block, seen: Seen, leaving: Mapping[int, Share]
+        self, model: Model, block: Block, seen: Seen, leaving: Mapping[int, ExpertShare]
     ) -> tuple[dict[Key, Tensor], dict[str, Any]]:
         """Return which experts of a block stay."""
         one, share = self._blocks(model)[block.index], leaving[block.index]
@@ -199,7 +201,7 @@ class ExpertPruner(StructurePruner):
 
     @final
     def finish(
-        self, writer: PlanWriter, model: Model, leaving: Mapping[int, Share], facts: Mapping[str, Any]
+        self, writer: PlanWriter, model: Model, leaving: Mapping[int, ExpertShare], facts: Mapping[str, Any]
     ) -> Plan:
         """Return the finished plan: the shapes of what was cut and the lengths of lists are promised."""
         found = self._blocks(model)
@@ -253,7 +255,7 @@ class ExpertPruner(StructurePruner):
         scores = [plan[Key(one.router, "score")] if one.experts else torch.empty(0) for one in found]
         pooled = self.budget == "global"
         counts = global_stay(found, scores, self.sparsity) if pooled else uniform_stay(found, self.sparsity)
-        shares = dict(enumerate(map(Share, counts)))
+        shares = dict(enumerate(map(ExpertShare, counts)))
         for index in range(writer.finished, len(found)):
             writer.write(*self._decided(model, found[index], shares[index].stay, scores[index]))
         return self.finish(writer, model, shares if self.removes_something else {}, {"scores_of": plan.id})
