@@ -2,6 +2,7 @@
 
     python scripts/train_demo.py --output structprune/demo/model      # what is in the package
     python scripts/train_demo.py --steps 20 --output /tmp/model       # does it still run?
+    python scripts/train_demo.py --experts --minutes 20 --output out/mixture   # a mixture of experts
 
 Progress goes to stderr; the last lines on stdout compare the held-out loss with the generator's own entropy.
 """
@@ -18,7 +19,13 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from structprune.demo.dice import Dice
 from structprune.demo.tasks import MULTIPLE_CHOICE, choices, questions
@@ -42,6 +49,8 @@ WARM_UP = 300  # steps
 PAGE_END = 1 / 8  # share of documents after which a page ends: "</s><s>" follows instead of a blank line
 REPORT_EVERY = 100  # steps
 SAVE_EVERY = 1000  # steps
+
+DemoModel = LlamaForCausalLM | MixtralForCausalLM
 
 logger = logging.getLogger("train_demo")
 
@@ -75,24 +84,35 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """Build the untrained model: 8 heads of 24 (not 160 / 8) share 4 KV heads; all sizes divide by 16."""
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, *, experts: bool) -> DemoModel:
+    """Build the untrained model: 8 heads of 24 (not 160 / 8) share 4 KV heads; all sizes divide by 16.
+
+    Args:
+        tokenizer: Its own.
+        seed: Draws the weights.
+        experts: Of the feed-forward's width, each token passes two halves, chosen from eight.
+    """
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=160,
-        intermediate_size=448,
-        num_hidden_layers=5,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=24,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 160,
+        "intermediate_size": 224 if experts else 448,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 24,
+        "max_position_embeddings": LENGTH,
+        "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if not experts:
+        return LlamaForCausalLM(LlamaConfig(**sizes))
+    config = MixtralConfig(**sizes, num_local_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.01)
+    # On a CPU one small product after another is faster than the grouped one.
+    config._experts_implementation = "eager"
+    return MixtralForCausalLM(config)
 
 
 def rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
@@ -129,13 +149,15 @@ def learning_rate(step: int, progress: float) -> float:
     return cosine * min(1.0, (step + 1) / WARM_UP)
 
 
-def gradients(model: LlamaForCausalLM, ids: Tensor) -> tuple[float, tuple[Tensor, ...]]:
+def gradients(model: DemoModel, ids: Tensor) -> tuple[float, tuple[Tensor, ...]]:
     """Return the mean loss on ids [rows, tokens] and its gradient by every parameter."""
-    loss = model(input_ids=ids, labels=ids).loss
+    # A mixture's loss holds what keeps its experts in equal use.
+    routed = {"output_router_logits": True} if isinstance(model, MixtralForCausalLM) else {}
+    loss = model(input_ids=ids, labels=ids, **routed).loss
     return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> int:
+def train(model: DemoModel, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> int:
     """Train in place and return the number of tokens read.
 
     The rate falls with the steps done or the time spent, whichever is further, so that a slow machine also
@@ -176,16 +198,16 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: arg
     return tokens
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: DemoModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Save a copy in bfloat16; the model itself stays as it is."""
-    copy = LlamaForCausalLM(model.config)
+    copy = type(model)(model.config)
     copy.load_state_dict(model.state_dict())
     copy.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 @torch.inference_mode()
-def losses(model: LlamaForCausalLM, sequences: list[list[int]], starts: list[int]) -> Tensor:
+def losses(model: DemoModel, sequences: list[list[int]], starts: list[int]) -> Tensor:
     """Return -log p of each sequence's tokens from its start on, summed, shape [sequences].
 
     Padding stands behind the tokens, where causal attention does not see it.
@@ -200,7 +222,7 @@ def losses(model: LlamaForCausalLM, sequences: list[list[int]], starts: list[int
 
 
 def held_out_loss(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, count: int
+    model: DemoModel, tokenizer: PreTrainedTokenizerFast, seed: int, count: int
 ) -> tuple[float, float]:
     """Return the model's loss and the generator's entropy on `count` documents, both in nats per token.
 
@@ -220,7 +242,7 @@ def held_out_loss(
 
 
 def accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, kind: Kind, seed: int, count: int
+    model: DemoModel, tokenizer: PreTrainedTokenizerFast, kind: Kind, seed: int, count: int
 ) -> float:
     """Return the share of multiple-choice questions whose right answer has the highest likelihood."""
     dice, right = Dice(seed), 0
@@ -233,7 +255,7 @@ def accuracy(
 
 
 def report(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text_seed: int, task_seed: int, count: int
+    model: DemoModel, tokenizer: PreTrainedTokenizerFast, text_seed: int, task_seed: int, count: int
 ) -> str:
     """Log and return one line: loss against entropy, and the accuracy on `count` questions of each kind."""
     model.train(False)
@@ -254,15 +276,16 @@ def main() -> None:
         "--seed", type=int, default=TRAINING_SEED, help="of the text and of the first weights"
     )
     parser.add_argument("--minutes", type=float, default=85.0, help="end the training after so long")
+    parser.add_argument("--experts", action="store_true", help="a mixture of eight experts; not shipped")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     tokenizer = train_tokenizer(args.seed)
-    model = build_model(tokenizer, args.seed)
+    model = build_model(tokenizer, args.seed, experts=args.experts)
     logger.info("%d parameters, %d tokens in the vocabulary", model.num_parameters(), len(tokenizer))
     tokens = train(model, tokenizer, args)
     save(model, tokenizer, args.output)
     # What is measured is what was written: the weights after rounding to bfloat16.
-    saved = LlamaForCausalLM.from_pretrained(args.output, dtype=torch.float32)
+    saved = type(model).from_pretrained(args.output, dtype=torch.float32)
     print(f"trained on {tokens} tokens")
     print(report(saved, tokenizer, HELD_OUT_SEED, TASK_SEED, min(500, 2 * args.steps)))
 

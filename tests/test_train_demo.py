@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parents[1]
 
 
-def train(output: Path, steps: int) -> tuple[float, float]:
+def train(output: Path, steps: int, *more: str) -> tuple[float, float]:
     """Run the script and return the held-out loss and the entropy that it reports."""
     command = [
         sys.executable,
@@ -20,6 +20,7 @@ def train(output: Path, steps: int) -> tuple[float, float]:
         str(steps),
         "--output",
         str(output),
+        *more,
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=environment)
@@ -34,3 +35,11 @@ def test_twenty_steps_train_save_and_report(tmp_path: Path) -> None:
     assert entropy < loss < untrained - 0.25
     assert AutoTokenizer.from_pretrained(tmp_path / "twenty").vocab_size <= 1024
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "twenty").config.head_dim == 24
+
+
+def test_a_mixture_of_experts_is_trained_the_same_way(tmp_path: Path) -> None:
+    loss, entropy = train(tmp_path / "mixture", 2, "--experts")
+    assert entropy < loss < 7.5  # one token of about a thousand is worth 6.9 nats
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "mixture").config
+    assert (config.num_local_experts, config.num_experts_per_tok) == (8, 2)
+    assert not config.output_router_logits

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from structprune.calibration.routing import RoutingSums
 from structprune.calibration.statistics import InputSums, Parts, gradient_means
 from structprune.errors import EnvironmentFailure
 from structprune.models.arch import Linear
@@ -20,10 +21,12 @@ class BlockSums:
     Attributes:
         inputs: By label; linears that read the same input share one object.
         scarce: Tokens of the experts that fewer tokens reached than they have inputs, by label.
+        routing: What a mixture sent to each of its experts; None unless asked.
     """
 
     inputs: Mapping[str, InputSums] = field(default_factory=dict)
     scarce: Mapping[str, int] = field(default_factory=dict)
+    routing: RoutingSums | None = None
 
 
 def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, advance: bool) -> BlockSums:
@@ -60,8 +63,13 @@ def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, ad
             with _failing_by_name(linear, inputs.shape[-1]):
                 feeding[linear.label].add(inputs)
 
-    block.observe(observe, list(observed), advance=advance)
     experts = [linear for linear in observed if linear.expert is not None]
+    routing: RoutingSums | None = None
+    if "routing" in parts and experts:
+        whole = experts[0].whole
+        routing = RoutingSums.nothing(len(whole), whole.device)
+    routed = None if routing is None else routing.add
+    block.observe(observe, list(observed), advance=advance, routed=routed)
     tokens = {linear.label: sums[linear.label].tokens for linear in experts}
     scarce = {
         linear.label: tokens[linear.label]
@@ -70,7 +78,7 @@ def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, ad
     }
     for name in sorted({linear.name for linear in experts if linear.label in scarce}):
         _borrow_tokens([linear for linear in experts if linear.name == name], sums)
-    return BlockSums(sums, scarce)
+    return BlockSums(sums, scarce, routing)
 
 
 def remembered_bytes(observed: Sequence[Linear], found: Sequence[Linear], parts: Parts) -> int:

@@ -12,11 +12,13 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from structprune.calibration.routing import RoutingSums
 from structprune.models.gradients import GradientMean
 
-Part = Literal["norm", "moments", "gram", "gradient", "gradient_l1", "gradient_l2"]
+Part = Literal["norm", "moments", "gram", "gradient", "gradient_l1", "gradient_l2", "routing"]
 """What can be remembered: of an input its features' norms, means and variances, or its Gram matrix; of a
-weight its gradient, the samples' added up as they are, by size (l1) or by square (l2)."""
+weight its gradient, the samples' added up as they are, by size (l1) or by square (l2); of a mixture what it
+routes to each of its experts."""
 
 Parts = frozenset[Part]
 
@@ -127,11 +129,13 @@ class Statistics:
         inputs: The sums of what the matrix reads, shared by all that read the same; None without data.
         weight_gradient: Mean size of the gradient over samples, shape [out, in], float32; None unless asked.
         samples: Calibration sequences.
+        routed: Of the mixture that the matrix is an expert's of; None unless asked.
     """
 
     inputs: InputSums | None = None
     weight_gradient: Tensor | None = None
     samples: int = 0
+    routed: RoutingSums | None = None
 
     @property
     def norm(self) -> Tensor:
@@ -164,6 +168,13 @@ class Statistics:
         if self.weight_gradient is None:
             raise LookupError("no gradient was collected: declare 'gradient_l1' or 'gradient_l2' in `parts`")
         return self.weight_gradient
+
+    @property
+    def routing(self) -> RoutingSums:
+        """Return what was routed to each expert of the mixture."""
+        if self.routed is None:
+            raise LookupError("no routing was collected: declare 'routing' in `parts`")
+        return self.routed
 
     def _sums(self) -> InputSums:
         if self.inputs is None:

@@ -18,6 +18,8 @@ from structprune.models.arch import Linear
 ExpertObserver = Callable[[Linear | None, Tensor, Tensor], None]
 # Told (linear, inputs [tokens, in], outputs [tokens, out], rows) per expert and matrix.
 ExpertWatcher = Callable[[Linear, Tensor, Tensor, Tensor], None]
+# Told (expert, outputs [tokens, hidden] before they are weighed, their weights [tokens], rows) per expert.
+RoutingWatcher = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 @contextmanager
@@ -26,6 +28,7 @@ def recording_experts(
     served: list[Linear],
     observe: ExpertObserver | None = None,
     watch: ExpertWatcher | None = None,
+    routed: RoutingWatcher | None = None,
 ) -> Iterator[None]:
     """Let a fused experts module show each expert's inputs, for the length of a `with`.
 
@@ -34,6 +37,7 @@ def recording_experts(
         served: The module's linears, two per expert: the reading one, then the writing one.
         observe: Told what each linear reads, before its product.
         watch: Told what each linear reads and writes, after its product.
+        routed: Told what comes out of each expert, and how the router weighs it.
 
     Raises:
         InputError: The experts carry biases or are stored transposed, which no supported family does.
@@ -61,7 +65,10 @@ def recording_experts(
         for expert, (reading, writing) in sorted(pairs.items()):
             rows, places = torch.where(top_k_index == expert)
             inner = module._apply_gate(product(reading, hidden[rows], rows))  # type: ignore[operator]
-            part = product(writing, inner, rows) * top_k_weights[rows, places, None]
+            outputs, weights = product(writing, inner, rows), top_k_weights[rows, places]
+            if routed is not None:
+                routed(expert, outputs, weights, rows)
+            part = outputs * weights[:, None]
             result.index_add_(0, rows, part.to(result.dtype))
         if observe is not None:
             observe(None, hidden, rows)

@@ -11,6 +11,8 @@ from structprune.models.experts import recording_experts
 
 # Told the label of each linear and its real tokens' inputs, shape [tokens, in].
 Observer = Callable[[Linear, Tensor], None]
+# Told each expert's index, what it makes of its real tokens [tokens, hidden], and their weights [tokens].
+RoutingObserver = Callable[[int, Tensor, Tensor], None]
 
 
 class Enough(Exception):
@@ -41,8 +43,9 @@ def without_padding(states: Tensor, real: Tensor | None) -> Tensor:
 class Recorder:
     """Installs the hooks of one block and passes on what they see, without padding."""
 
-    def __init__(self, observer: Observer, observed: list[Linear]) -> None:
+    def __init__(self, observer: Observer, observed: list[Linear], routed: RoutingObserver | None) -> None:
         self._observer = observer
+        self._routing = routed
         self._observed = {linear.label for linear in observed}
         self._real: Tensor | None = None
         self._stop = False
@@ -66,7 +69,8 @@ class Recorder:
             if served[0].expert is None:
                 hooks.callback(module.register_forward_pre_hook(self._hook(number, served[0])).remove)
             else:
-                hooks.enter_context(recording_experts(module, served, self._expert(number)))
+                routed = None if self._routing is None else self._routed
+                hooks.enter_context(recording_experts(module, served, self._expert(number), routed=routed))
 
     def _hook(self, number: int, linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -84,6 +88,11 @@ class Recorder:
                 self._observer(linear, inputs if self._real is None else inputs[self._real[rows]])
 
         return observe
+
+    def _routed(self, expert: int, outputs: Tensor, weights: Tensor, rows: Tensor) -> None:
+        assert self._routing is not None
+        real = slice(None) if self._real is None else self._real[rows]
+        self._routing(expert, outputs[real], weights[real])
 
     def _without_padding(self, inputs: Tensor) -> Tensor:
         if self._last is None or self._last[0] is not inputs:

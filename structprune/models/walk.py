@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from structprune.models.arch import Linear, arch_of, blocks, linears
 from structprune.models.identity import skeleton
-from structprune.models.recorder import Enough, Observer, Recorder, reading, without_padding
+from structprune.models.recorder import Enough, Observer, Recorder, RoutingObserver, reading, without_padding
 from structprune.models.streamed import Batch, Model, StreamedModel
 
 # Told a block's input and output of one batch, shape [batch, tokens, hidden], and which tokens are real,
@@ -88,7 +88,14 @@ class Block:
         self._walk.hidden[position] = output
 
     @torch.no_grad()
-    def observe(self, observer: Observer, observed: list[Linear], *, advance: bool = False) -> None:
+    def observe(
+        self,
+        observer: Observer,
+        observed: list[Linear],
+        *,
+        advance: bool = False,
+        routed: RoutingObserver | None = None,
+    ) -> None:
         """Run the calibration data through the block and show `observer` what each linear reads.
 
         Padded tokens are never shown.
@@ -98,10 +105,11 @@ class Block:
             observed: The linears of this block to observe.
             advance: Also make the outputs the inputs of the next block; without it the forward stops
                 after the last linear was reached, before its product is computed.
+            routed: Told of each expert of a mixture of which a linear is observed.
         """
         assert self._walk is not None
         hidden = self._walk.hidden
-        recorder = Recorder(observer, observed)
+        recorder = Recorder(observer, observed, routed)
         with ExitStack() as hooks:
             recorder.install(self.linears, hooks)
             for position, call in enumerate(self._walk.calls[self.index]):

@@ -163,17 +163,25 @@ def read_scores(folder: Path, stages: Sequence[Pruner], source: Source) -> Plan:
     """Return the plan of a folder whose scores another goal of the same method can be decided from.
 
     Raises:
-        InputError: It was made on other weights.
+        InputError: It was made on another architecture, or on other weights and the method's scores are
+            about those.
         UsageError: It was made in several stages, or several are to be made of it.
     """
     plan, *more = read_plans(folder)
     if len(stages) > 1 or more:
         raise UsageError(f"--scores {folder}: scores alone do not decide here", hint="only for one stage")
-    if plan.weights != source.scan.weights:
+    if plan.architecture != architecture_of(source.model):
         raise InputError(
-            f"{folder}: its scores are of other weights than {source.folder} holds",
-            hint="give the model that the scores were kept from, or leave --scores out",
+            f"{folder}: its scores are of another architecture than {source.folder} has",
+            hint="give a model with the same tensor names and shapes, or leave --scores out",
         )
+    if plan.weights != source.scan.weights:
+        said = f"{folder}: its scores are of other weights than {source.folder} holds"
+        if not stages[0].scores_travel:
+            raise InputError(
+                said, hint="give the model that the scores were kept from, or leave --scores out"
+            )
+        logger.warning("%s; what is least important there may not be so here", said)
     try:
         stages[0].check_scores(plan)
     except (InputError, UsageError) as error:

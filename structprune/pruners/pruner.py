@@ -27,12 +27,14 @@ class Pruner(BaseModel, ABC):
     Attributes:
         needs_data: False when `calibrate` ignores the batches.
         at_run_time: True when the saving exists only while structprune runs the model.
+        scores_travel: True when kept scores serve any model of the same architecture, with a warning.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     needs_data: ClassVar[bool] = True
     at_run_time: ClassVar[bool] = False
+    scores_travel: ClassVar[bool] = False
 
     @classmethod
     def method(cls) -> str:

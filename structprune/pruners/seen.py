@@ -34,4 +34,4 @@ class Seen:
         """Return what is known of one linear."""
         gradient = self.gradients.get(linear.label)
         here = None if gradient is None else gradient.to(linear.weight.device)
-        return Statistics(self.sums.inputs.get(linear.label), here, self.samples)
+        return Statistics(self.sums.inputs.get(linear.label), here, self.samples, self.sums.routing)

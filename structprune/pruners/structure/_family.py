@@ -8,6 +8,7 @@ from structprune.models.identity import names_of
 from structprune.models.streamed import Model
 from structprune.plan.key import Key
 from structprune.plan.plan import PlanWriter
+from structprune.plan.promise import Listed
 from structprune.pruners.blockwise import BlockwisePruner
 
 
@@ -57,4 +58,21 @@ def left_shapes(writer: PlanWriter, model: Model) -> dict[tuple[int, ...], list[
     found: dict[tuple[int, ...], list[str]] = {}
     for name, shape in shapes.items():
         found.setdefault(tuple(shape), []).append(name)
+    return found
+
+
+def left_lists(writer: PlanWriter, model: Model) -> list[Listed]:
+    """Return the numbered lists of the files of which a plan leaves some members only.
+
+    Args:
+        writer: Holds the plan's blocks.
+        model: The model as it is.
+    """
+    before = names_of(model).expected()
+    found = []
+    for block in writer.blocks:
+        for key in (key for key in block if key.edit == "members"):
+            inside = (name.removeprefix(f"{key.name}.") for name in before if name.startswith(f"{key.name}."))
+            members = {name.partition(".")[0] for name in inside}
+            found.append(Listed(name=key.name, stay=block.shapes[key][0], of=len(members)))
     return found

@@ -10,13 +10,14 @@ from torch import Tensor
 from structprune.calibration.collect import BlockSums
 from structprune.calibration.statistics import Statistics
 from structprune.decide.select import mask_lowest
-from structprune.errors import InputError, UsageError
+from structprune.errors import UsageError
 from structprune.models.arch import blocks
 from structprune.models.identity import names_of
 from structprune.models.streamed import Model
 from structprune.models.walk import walk_weights
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
+from structprune.pruners.kept_scores import check_kept_scores
 from structprune.pruners.seen import UNMEASURED
 from structprune.pruners.weight._family import WeightPruner
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
@@ -88,15 +89,4 @@ class ScorePruner(WeightPruner):
                 "scores alone do not decide here",
                 hint="only for a method that ranks scores, propagate=dense where it reads data, no repair",
             )
-        if not any(key.kind == "score" for key in plan):
-            raise InputError("keeps no scores", hint="prune with --keep-scores first")
-        config = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE}
-        same = plan.method == self.method()
-        differing = (
-            [key for key in sorted(config) if config[key] != plan.config.get(key)] if same else ["method"]
-        )
-        if differing:
-            raise UsageError(
-                f"made with another {', '.join(differing)}",
-                hint="only the sparsity may differ",
-            )
+        check_kept_scores(self, plan, FREE)
