@@ -8,10 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from structprune.calibration.statistics import Statistics
-from structprune.pruners.structure._width import WidthPruner
+from structprune.pruners.structure._columns import ColumnPruner
 
 
-class MagnitudeUnits(WidthPruner):
+class MagnitudeUnits(ColumnPruner):
     """Score a column by the sum of its weights' sizes; needs no data unless the repair does."""
 
     needs_data: ClassVar[bool] = False

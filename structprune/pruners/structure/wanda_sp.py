@@ -8,10 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from structprune.calibration.statistics import Parts, Statistics
-from structprune.pruners.structure._width import WidthPruner
+from structprune.pruners.structure._columns import ColumnPruner
 
 
-class WandaSp(WidthPruner):
+class WandaSp(ColumnPruner):
     """Score a column by the mean size of its weights times the norm of its input."""
 
     parts: ClassVar[Parts] = frozenset({"norm"})
