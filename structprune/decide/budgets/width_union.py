@@ -4,12 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Tag
 
+from structprune.decide.budgets.sigmoid import SigmoidBudget
 from structprune.decide.budgets.unit_table import UnitTable
 
 
 def _read_budget(value: object) -> object:
-    """Read "table" as {"name": "table"}, which then says what it lacks."""
-    return {"name": value} if value == "table" else value
+    """Read a name alone as {"name": ...}; a table then says what it lacks."""
+    return {"name": value} if value in ("sigmoid", "table") else value
 
 
 def _kind(value: object) -> str:
@@ -20,9 +21,11 @@ def _kind(value: object) -> str:
 
 AnyWidthBudget: Any = Annotated[
     Annotated[
-        Annotated[Literal["uniform", "global"], Tag("word")] | Annotated[UnitTable, Tag("table")],
+        Annotated[Literal["uniform", "global"], Tag("word")]
+        | Annotated[SigmoidBudget, Tag("sigmoid")]
+        | Annotated[UnitTable, Tag("table")],
         Discriminator(_kind),
     ],
     BeforeValidator(_read_budget),
 ]
-"""A pydantic field type: "uniform", "global", or a table of sizes with its fields."""
+"""A pydantic field type: "uniform", "global", "sigmoid" alone or with its fields, or a table of sizes."""

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from structprune.decide.unit_counts import WidthUnit
 from structprune.models.arch import Linear
-from structprune.models.groups import BlockSizes
 from structprune.pruners.blockwise import Seen
 from structprune.pruners.structure._width import WidthPruner
+from structprune.pruners.structure._width_block import WidthBlock
 
 
 class RandomUnits(WidthPruner):
@@ -31,16 +31,16 @@ class RandomUnits(WidthPruner):
     per_parameter: ClassVar[bool] = False
 
     def score_units(
-        self, readers: Mapping[WidthUnit, Linear], sizes: BlockSizes, seen: Seen
+        self, known: WidthBlock, readers: Mapping[WidthUnit, Linear], seen: Seen
     ) -> dict[WidthUnit, Tensor]:
         """Return independent uniform numbers by kind, shape [units] each.
 
         Args:
+            known: The block.
             readers: The matrix that reads the units of each kind; its name is part of the seed.
-            sizes: The block's.
             seen: Not looked at.
         """
-        counts = {"kv_group": sizes.kv_heads, "channel": sizes.channels}
+        counts = {"kv_group": known.there.kv_groups, "channel": known.there.channels}
         return {kind: self._draw(linear, counts[kind]) for kind, linear in readers.items()}
 
     def _draw(self, linear: Linear, count: int) -> Tensor:
