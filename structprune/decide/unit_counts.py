@@ -123,6 +123,34 @@ def uniform_counts(
     return UnitCounts(groups, channels)
 
 
+def uneven_counts(
+    shares: Sequence[float],
+    there: Sequence[UnitCounts],
+    costs: Sequence[UnitCosts],
+    multiples: Multiples = Multiples(),
+) -> list[UnitCounts]:
+    """Return how many units of each block stay when each loses a share of its own.
+
+    What rounding left over in one block is asked of the next, so that the total is within half a unit.
+
+    Args:
+        shares: Share of the parameters of each block that may leave, in [0, 1].
+        there: What each block has.
+        costs: Of one unit of each block.
+        multiples: Of what the numbers that stay are multiples.
+    """
+    counts, owed = [], Fraction(0)
+    for share, one, cost in zip(shares, there, costs, strict=True):
+        size = one.cost(cost)
+        if not size:
+            counts.append(one)
+            continue
+        owed += Fraction(share) * size
+        counts.append(uniform_counts(one, cost, min(max(owed / size, Fraction(0)), Fraction(1)), multiples))
+        owed -= size - counts[-1].cost(cost)
+    return counts
+
+
 def _nearest(wanted: Fraction, there: int, multiple: int) -> int:
     """Return the multiple in [1, there] that is nearest; `there` itself always counts as one."""
     steps = wanted / multiple
@@ -136,33 +164,58 @@ def global_counts(
     there: Sequence[UnitCounts],
     costs: Sequence[UnitCosts],
     sparsity: float | Fraction,
+    multiples: Multiples = Multiples(),
 ) -> list[UnitCounts]:
     """Return how many units of each block stay when all units of the model compete.
 
     Units leave in the order of their scores, equal ones in the order of blocks, until the parameters that
-    left are as near as possible to what was asked; the last unit of a kind in a block never leaves.
+    left are as near as possible to what was asked; one that would lead away from that stays, smaller ones
+    may still leave. Where multiples are to stay, as many as lie between two of them leave together, with
+    their mean score. The last unit or multiple of a kind in a block never leaves.
 
     Args:
         scores: Of each block the scores of the units that may leave, by kind; a higher one stays.
         there: What each block has.
         costs: Of one unit of each block.
         sparsity: Share of the parameters of all units, in [0, 1).
+        multiples: Of what the numbers that stay are multiples.
     """
     target = fraction_of(sparsity) * sum(one.cost(cost) for one, cost in zip(there, costs, strict=True))
-    ranked: list[tuple[float, int, WidthUnit, int]] = []
+    ranked: list[tuple[float, int, WidthUnit, int, int]] = []
     for index, (block, cost) in enumerate(zip(scores, costs, strict=True)):
         for kind, units in block.items():
-            # Sorted within the block, so that its highest is what stays.
             each = cost.kv_group if kind == "kv_group" else cost.channel
-            ranked += [(score, index, kind, each) for score in units.sort().values.tolist()[:-1]]
+            step = multiples.kv_groups if kind == "kv_group" else multiples.channels
+            # Sorted within the block, so that its highest are what stays.
+            for part in _between(units.sort().values, step):
+                ranked.append((float(part.mean()), index, kind, len(part), len(part) * each))
     ranked.sort(key=lambda one: (one[0], one[1]))
     removed, gone = 0, [dict[WidthUnit, int](kv_group=0, channel=0) for _ in there]
-    for _, index, kind, each in ranked:
-        if abs(removed + each - target) >= abs(removed - target):
-            break
-        removed += each
-        gone[index][kind] += 1
+    stopped: set[tuple[int, WidthUnit]] = set()
+    for _, index, kind, count, size in ranked:
+        if (index, kind) in stopped:
+            continue
+        if abs(removed + size - target) >= abs(removed - target):
+            stopped.add((index, kind))
+            continue
+        removed += size
+        gone[index][kind] += count
     return [
         UnitCounts(one.kv_groups - left["kv_group"], one.channels - left["channel"])
         for one, left in zip(there, gone, strict=True)
     ]
+
+
+def _between(scores: Tensor, multiple: int) -> list[Tensor]:
+    """Return the scores that leave together, lowest first, so that each time a multiple stays."""
+    over = len(scores) % multiple
+    if over == len(scores):
+        return []
+    parts = [scores[:over], *torch.split(scores[over:], multiple)]
+    return [part for part in parts[:-1] if len(part)]
+
+
+def legal_counts(there: int, multiple: int, most: int = 3) -> list[int]:
+    """Return the largest numbers of units, below all that are there, that can stay, largest first."""
+    first = (there - 1) // multiple * multiple
+    return list(range(first, 0, -multiple))[:most]

@@ -12,6 +12,7 @@ from structprune.models.arch import Linear
 from structprune.models.groups import BlockSizes
 from structprune.pruners.seen import Seen
 from structprune.pruners.structure._width import WidthPruner
+from structprune.pruners.structure._width_block import WidthBlock
 
 
 class ColumnPruner(WidthPruner):
@@ -42,10 +43,10 @@ class ColumnPruner(WidthPruner):
 
     @final
     def score_units(
-        self, readers: Mapping[WidthUnit, Linear], sizes: BlockSizes, seen: Seen
+        self, known: WidthBlock, readers: Mapping[WidthUnit, Linear], seen: Seen
     ) -> dict[WidthUnit, Tensor]:
         """Return the scores of units from those of their columns."""
         columns = {
             kind: self.comparable(self.score(one.weight, seen.of(one))) for kind, one in readers.items()
         }
-        return {kind: self.unit_scores(kind, one, sizes) for kind, one in columns.items()}
+        return {kind: self.unit_scores(kind, one, known.sizes) for kind, one in columns.items()}

@@ -287,8 +287,7 @@ class DepthPruner(StructurePruner):
     def _created(self, model: Model, gone: Sequence[DepthUnit]) -> dict[Key, tuple[int, ...]]:
         """Return the shapes of biases that a model gets."""
         module, names = skeleton(model), names_of(model)
-        arch = arch_of(module)
-        found = blocks(module, arch)
+        arch, found = arch_of(module), blocks(module)
         paths = [f"{found[unit.block][0]}.{path}" for unit in gone for path in biased_paths(arch)]
         if not self.biased:
             return {}

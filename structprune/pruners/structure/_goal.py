@@ -51,7 +51,8 @@ class GoalPruner(StructurePruner):
         target_params: How many parameters the whole model shall have, instead of a sparsity: 100M.
         target_memory: How many bytes its weights shall take as they are stored, instead of a sparsity: 200MB.
         budget: "uniform": every block loses the same share; "global": all units of the model compete;
-            "table": sizes that blocks are to have, as `name:` with its fields, instead of a sparsity.
+            "sigmoid": blocks that turn the states less lose more; "table": sizes that blocks are to have, as
+            `name:` with its fields, instead of a sparsity.
     """
 
     target_params: Parameters = None

@@ -7,29 +7,21 @@ chosen beside it.
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from structprune.calibration.states import Reduce, token_cosines
 from structprune.calibration.statistics import NOTHING, Parts, Statistics
-from structprune.decide.budgets.unit_table import UnitTable
-from structprune.decide.unit_counts import (
-    Multiples,
-    UnitCosts,
-    UnitCounts,
-    WidthUnit,
-    global_counts,
-    uniform_counts,
-)
+from structprune.decide.budgets.sigmoid import SigmoidBudget, mean_distance
+from structprune.decide.unit_counts import Multiples, UnitCounts, WidthUnit
 from structprune.decide.units import chosen_units, first_units, sizes_left, unit_tensors
 from structprune.errors import UsageError
 from structprune.models.arch import Linear, blocks
 from structprune.models.edit import left_of
-from structprune.models.groups import BlockKeep, BlockSizes
+from structprune.models.groups import BlockKeep
 from structprune.models.identity import names_of, skeleton, stored_dtypes
 from structprune.models.native import sizes_patch
 from structprune.models.streamed import Model
@@ -43,26 +35,10 @@ from structprune.pruners.seen import UNMEASURED, Seen
 from structprune.pruners.structure._family import bias_key, left_shapes
 from structprune.pruners.structure._goal import GoalPruner
 from structprune.pruners.structure._width_block import NotedMean, WidthBlock, width_blocks
+from structprune.pruners.structure._width_goal import Share, WidthGoal
 from structprune.solvers.columns import AnyColumnRepair
 
-ByUnit = Mapping[WidthUnit, Tensor]
-"""Of a block by kind of unit: scores, shape [units] each, or what their matrices read, shape [in] each."""
 READ: Mapping[str, WidthUnit] = {"heads": "kv_group", "channels": "channel"}
-
-
-@dataclass(frozen=True)
-class Share:
-    """What the budget decided on a block.
-
-    Attributes:
-        stay: How many of its units stay.
-        scores: Units' scores, where a first look has them.
-        means: Means of what the matrices read, where a first look has them.
-    """
-
-    stay: UnitCounts
-    scores: ByUnit
-    means: ByUnit
 
 
 class WidthPruner(GoalPruner):
@@ -73,7 +49,7 @@ class WidthPruner(GoalPruner):
             feed-forward.
         repair: What makes up for removed units: "none"; "bias", the mean of what they added; "least_squares",
             a refit of the columns that stay.
-        multiple: Of what the number of channels that stay is a multiple, where every block loses the same.
+        multiple: Of what the number of channels that stay is a multiple; a block that has fewer stays whole.
         kv_multiple: Of what the number of key-value groups that stay is one.
 
     Attributes:
@@ -92,15 +68,15 @@ class WidthPruner(GoalPruner):
 
     @abstractmethod
     def score_units(
-        self, readers: Mapping[WidthUnit, Linear], sizes: BlockSizes, seen: Seen
+        self, known: WidthBlock, readers: Mapping[WidthUnit, Linear], seen: Seen
     ) -> dict[WidthUnit, Tensor]:
         """Return the importance of a block's units by kind, shape [units] each; a higher one stays.
 
         Scores of one kind and of different kinds are on one scale, that of all blocks.
 
         Args:
+            known: The block; its parameters are in memory.
             readers: The matrix that reads the units, of every kind that may leave.
-            sizes: The block's.
             seen: Holds the parts that the method declares.
         """
 
@@ -113,14 +89,35 @@ class WidthPruner(GoalPruner):
     @final
     def measuring(self) -> Parts:
         """Return what a budget for the whole model must see of every block first."""
-        return self._read if self.budget == "global" else NOTHING
+        return self._read if self._looks_first else NOTHING
+
+    @property
+    @final
+    def watching(self) -> Reduce | None:
+        """Return what a budget reads of the states at both ends of a block."""
+        return token_cosines if isinstance(self.budget, SigmoidBudget) else None
 
     @property
     @final
     def solving(self) -> Parts:
         """Return what is read block by block: only a Gram matrix is too large to be noted at a first look."""
         gram: Parts = frozenset({"gram"})
-        return self._read if self.budget != "global" else self._read & gram
+        return self._read & gram if self._looks_first else self._read
+
+    @property
+    @property
+    def _looks_first(self) -> bool:
+        return self.budget == "global" or isinstance(self.budget, SigmoidBudget)
+
+    def _goal(self, model: Model, found: Sequence[WidthBlock]) -> WidthGoal:
+        """Return how much leaves of the units of a model.
+
+        Raises:
+            UsageError: What is to be left cannot be reached.
+        """
+        least = UnitCounts(self.kv_multiple, self.multiple)
+        share = self.share_of(model, found, least, bias=self._adds_bias)
+        return WidthGoal(share, self.budget, Multiples(self.kv_multiple, self.multiple))
 
     @property
     def _read(self) -> Parts:
@@ -142,14 +139,18 @@ class WidthPruner(GoalPruner):
         """Check that there are units to remove.
 
         Raises:
-            UsageError: There are none, or a block that is to be skipped is not there.
+            UsageError: There are none, what was asked rounds to none, or a block that is to be skipped is not
+                there.
         """
         self.check_skipped(len(blocks(model)))
-        if not any(known.readers for known in self._blocks(model)):
+        found = self._blocks(model)
+        if not any(known.readers for known in found):
             raise UsageError(
                 f"units: no block that is not skipped has {' or '.join(self.units)}",
                 hint="skip fewer blocks, or choose other units",
             )
+        if self.removes_something:
+            self._goal(model, found).check(found)
 
     def _blocks(self, model: Model) -> list[WidthBlock]:
         return width_blocks(model, self.units, [self.skips(index) for index in range(len(blocks(model)))])
@@ -162,56 +163,28 @@ class WidthPruner(GoalPruner):
 
     @final
     def measure(self, model: Model, block: Block, seen: Seen) -> Tensor:
-        """Return of each kind of unit the scores, and the means of what their matrix reads for a bias."""
+        """Return of each kind of unit the scores, and the means of what their matrix reads for a bias.
+
+        Before them stands how far the block turns the states, where the budget asks for it.
+        """
         readers, rows = self.readers(block), []
-        scores = self.score_units(readers, self._blocks(model)[block.index].sizes, seen)
+        if seen.states is not None:
+            rows.append(torch.tensor([mean_distance(seen.states)], dtype=torch.float64))
+        scores = self.score_units(self._blocks(model)[block.index], readers, seen)
         for kind, linear in readers.items():
-            rows.append(scores[kind].double())
+            rows.append(scores[kind].double().cpu())
             if self._adds_bias:
-                rows.append(seen.of(linear).mean.double())
+                rows.append(seen.of(linear).mean.double().cpu())
         return torch.cat(rows)
 
     @final
     def decide(self, model: Model, measured: Sequence[Tensor]) -> dict[int, Share]:
         """Return how many units of each block stay, with what the first look saw of them."""
         found = self._blocks(model)
-        there, costs = [one.there for one in found], [one.costs for one in found]
-        least = UnitCounts(self.kv_multiple, self.multiple)
-        leaves = self.share_of(model, found, least, bias=self._adds_bias)
-        if self.budget != "global" or not any(one.ndim for one in measured):
-            stay = self._counts(there, costs, leaves)
-            return {index: Share(one, {}, {}) for index, one in enumerate(stay)}
-        noted = [self._notes(one, numbers.float()) for one, numbers in zip(found, measured, strict=True)]
-        ranked = [self._ranked(one, scores) for one, (scores, _) in zip(found, noted, strict=True)]
-        stay = global_counts(ranked, there, costs, leaves)
-        return {index: Share(one, *notes) for index, (one, notes) in enumerate(zip(stay, noted, strict=True))}
-
-    def _counts(
-        self, there: Sequence[UnitCounts], costs: Sequence[UnitCosts], leaves: Fraction
-    ) -> list[UnitCounts]:
-        """Return how many units of each block stay, as far as that is known before any data."""
-        if isinstance(self.budget, UnitTable):
-            return self.budget.counts(there, costs)
-        multiples = Multiples(self.kv_multiple, self.multiple)
-        return [uniform_counts(*pair, leaves, multiples) for pair in zip(there, costs, strict=True)]
-
-    def _notes(
-        self, known: WidthBlock, numbers: Tensor
-    ) -> tuple[dict[WidthUnit, Tensor], dict[WidthUnit, Tensor]]:
-        """Return the scores and the means that `measure` put one after another."""
-        scores, means, rest = {}, {}, numbers
-        for kind, (_, width) in known.readers.items():
-            units = known.there.kv_groups if kind == "kv_group" else known.there.channels
-            scores[kind], rest = rest[:units], rest[units:]
-            if self._adds_bias:
-                means[kind], rest = rest[:width], rest[width:]
-        return scores, means
-
-    def _ranked(self, known: WidthBlock, scores: ByUnit) -> ByUnit:
-        """Return the scores with which a block's units compete with those of other blocks."""
-        if not self.per_parameter:
-            return scores
-        return {kind: one / getattr(known.costs, kind) for kind, one in scores.items()}
+        goal = self._goal(model, found)
+        if not self._looks_first or not any(one.ndim for one in measured):
+            return goal.shares_before(found)
+        return goal.shares(found, measured, means=self._adds_bias, per_parameter=self.per_parameter)
 
     @final
     def forecast(self, model: Model) -> Forecast:
@@ -231,7 +204,7 @@ class WidthPruner(GoalPruner):
                 for path in self._cut_readers(one, keep):
                     stored = names_of(model).stored_of[f"{one.prefix}.{path}.weight"][0]
                     shapes[bias_key(stored)] = (skeleton(model).config.get_text_config().hidden_size,)
-        exact = self.budget != "global"
+        exact = not self._looks_first
         left = left_of(model, Outline(shapes), self._patch(model, found, keeps))
         removed = sum(self._removed(one, shares[index]) for index, one in enumerate(found))
         return Forecast("parameters", self.asked, removed if exact else None, of, left, exact)
@@ -255,7 +228,7 @@ class WidthPruner(GoalPruner):
         """Return which units of a block stay, and what makes up for the others."""
         known, share = self._blocks(model)[block.index], leaving[block.index]
         targets = self.readers(block)
-        scores = share.scores or self.score_units(targets, known.sizes, seen)
+        scores = share.scores or self.score_units(known, targets, seen)
         keep = chosen_units(known.sizes, share.stay, scores)
         tensors = unit_tensors(block.prefix, block.module, known.arch, keep, names_of(model))
         for kind, linear in targets.items():
@@ -297,4 +270,6 @@ class WidthPruner(GoalPruner):
         stored = tuple(Reshaped(tensors=tuple(names), shape=shape) for shape, names in shapes.items())
         promises = Promises(unit="parameters", asked=self.asked, removed=removed, of=of, stored=stored)
         kept = [one.facts.get("kept") for one in writer.blocks]
-        return writer.finish({"kept": kept}, promises=promises, patch=patch)
+        weights = [leaving[index].importance for index in range(len(found))]
+        known = {} if weights[0] is None else {"importance": weights}
+        return writer.finish({"kept": kept, **known}, promises=promises, patch=patch)

@@ -17,12 +17,12 @@ from structprune.calibration.statistics import Parts
 from structprune.decide.unit_counts import WidthUnit, unit_places
 from structprune.models.arch import Linear, arch_of
 from structprune.models.gradients import GradientMeans
-from structprune.models.groups import BlockSizes
 from structprune.models.identity import skeleton
 from structprune.models.streamed import Model
 from structprune.models.walk import Block
 from structprune.pruners.seen import Seen
 from structprune.pruners.structure._width import WidthPruner
+from structprune.pruners.structure._width_block import WidthBlock
 
 _PARTS: Mapping[str, Parts] = {
     "vector": frozenset({"gradient"}),
@@ -85,7 +85,7 @@ class LlmPruner(WidthPruner):
         return (weight * gradient.signed - (weight * gradient.l2).square() / 2).abs()
 
     def score_units(
-        self, readers: Mapping[WidthUnit, Linear], sizes: BlockSizes, seen: Seen
+        self, known: WidthBlock, readers: Mapping[WidthUnit, Linear], seen: Seen
     ) -> dict[WidthUnit, Tensor]:
         """Return what the walk backward left of each kind, shape [units] each."""
         return {kind: seen.gradients[kind] for kind in readers}
