@@ -19,7 +19,7 @@ from structprune.decide.budgets.sigmoid import SigmoidBudget
 from structprune.decide.budgets.width_union import AnyWidthBudget
 from structprune.decide.unit_counts import WidthUnit, unit_places
 from structprune.models.arch import Linear
-from structprune.pruners.blockwise import Seen
+from structprune.pruners.seen import Seen
 from structprune.pruners.structure._width import WidthPruner
 from structprune.pruners.structure._width_block import WidthBlock
 

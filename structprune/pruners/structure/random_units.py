@@ -13,7 +13,7 @@ from torch import Tensor
 
 from structprune.decide.unit_counts import WidthUnit
 from structprune.models.arch import Linear
-from structprune.pruners.blockwise import Seen
+from structprune.pruners.seen import Seen
 from structprune.pruners.structure._width import WidthPruner
 from structprune.pruners.structure._width_block import WidthBlock
 
