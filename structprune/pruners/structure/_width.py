@@ -105,7 +105,6 @@ class WidthPruner(GoalPruner):
         return self._read & gram if self._looks_first else self._read
 
     @property
-    @property
     def _looks_first(self) -> bool:
         return self.budget == "global" or isinstance(self.budget, SigmoidBudget)
 
