@@ -253,7 +253,7 @@ class TestRuns:
         model = tiny("llama", depth=3)
         pruner, data = BlockDrop(sparsity=0.4, **fields), padded(model)
         whole = pruner.calibrate(model, data)
-        with _stopping(monkeypatch, noted) as written:
+        with stopping(monkeypatch, noted) as written:
             with pytest.raises(Interrupted):
                 pruner.calibrate(model, data, pruner.writer(tmp_path, model, whole.weights))
             # Noted is what was computed: nothing of it is computed again.
@@ -268,7 +268,7 @@ class TestRuns:
         model = tiny("llama", depth=3)
         wanted = [BlockDrop(score="loss", sparsity=sparsity) for sparsity in (0.3, 0.6)]
         alone = [pruner.calibrate(model, padded(model)).id for pruner in wanted]
-        with _stopping(monkeypatch, 0) as written:
+        with stopping(monkeypatch, 0) as written:
             pairs = [(pruner, pruner.writer(None, model, "0" * 64)) for pruner in wanted]
             plans = wanted[0].calibrate_each(model, padded(model), pairs)
         assert len(written) == 3 + 2
@@ -322,7 +322,7 @@ class TestRuns:
 
 
 @contextmanager
-def _stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[list[int]]:
+def stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[list[int]]:
     """Stop a run once it noted so much; 0 for never."""
     write, written = Notebook.write, []
 
