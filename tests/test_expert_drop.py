@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import structprune
 from structprune.calibration.notebook import Notebook
@@ -188,8 +189,10 @@ def test_every_block_loses_the_same_and_plain_transformers_opens_it(family: str,
     assert "pruned_blocks" not in json.loads((tmp_path / "out/config.json").read_text())
 
 
-def test_unequal_blocks_are_proved_in_a_fresh_process(tmp_path: Path) -> None:
-    folder = save_tiny("qwen3_moe", tmp_path / "model")
+def test_unequal_blocks_are_proved_in_a_fresh_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny("qwen3_moe", tmp_path / "model", dtype=torch.bfloat16)
     with short_runs():
         told = structprune.prune(
             folder, tmp_path / "out", ExpertDrop(skip="0"), **QUICK | {"writing": structprune.Writing()}
@@ -198,6 +201,12 @@ def test_unequal_blocks_are_proved_in_a_fresh_process(tmp_path: Path) -> None:
     assert any("transformers" in loader for loader in told["loads_in"])
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    # Transformers asks a class's file whether kernels may be chosen, and remembers what it found on the way.
+    shipped = get_class_from_dynamic_module("modeling_pruned.PrunedModel", str(tmp_path / "out"))
+    for name in ("experts", "attn"):
+        kept = f"_can_set_{name}_implementation_cached_value"
+        monkeypatch.delattr(Qwen3MoeForCausalLM, kept, raising=False)
+        assert getattr(shipped, f"_can_set_{name}_implementation")()
 
 
 def test_experts_of_all_blocks_compete() -> None:
