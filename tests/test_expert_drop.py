@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import structprune
 from structprune.calibration.notebook import Notebook
 from structprune.checkpoint.plans import plans_of
+from structprune.cli.summary import run_lines
 from structprune.errors import InputError, Interrupted, UsageError
 from structprune.models.arch import blocks
 from structprune.models.groups import BlockKeep
@@ -130,6 +132,9 @@ def test_dead_and_duplicate_experts_leave_first(family: str, caplog: pytest.LogC
         plan = ExpertDrop(sparsity=0.5).calibrate(model, batches(model))
     assert kept(plan) == [[1, 3], [1, 3]]
     assert "reached 2 of the 8 experts" in caplog.text
+    assert [block.facts["unseen"] for block in plan.blocks] == [
+        [f"model.layers.{at}.mlp.experts[0]"] for at in range(2)
+    ]
     assert kept(ExpertDrop(sparsity=0.25).calibrate(model, batches(model))) == [[1, 2, 3], [1, 2, 3]]
     with torch.no_grad():
         for _, block in blocks(model):
@@ -188,8 +193,10 @@ def test_every_block_loses_the_same_and_plain_transformers_opens_it(family: str,
     assert "pruned_blocks" not in json.loads((tmp_path / "out/config.json").read_text())
 
 
-def test_unequal_blocks_are_proved_in_a_fresh_process(tmp_path: Path) -> None:
-    folder = save_tiny("qwen3_moe", tmp_path / "model")
+def test_unequal_blocks_are_proved_in_a_fresh_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny("qwen3_moe", tmp_path / "model", dtype=torch.bfloat16)
     with short_runs():
         told = structprune.prune(
             folder, tmp_path / "out", ExpertDrop(skip="0"), **QUICK | {"writing": structprune.Writing()}
@@ -198,6 +205,12 @@ def test_unequal_blocks_are_proved_in_a_fresh_process(tmp_path: Path) -> None:
     assert any("transformers" in loader for loader in told["loads_in"])
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    # Transformers asks a class's file whether kernels may be chosen, and remembers what it found on the way.
+    shipped = get_class_from_dynamic_module("modeling_pruned.PrunedModel", str(tmp_path / "out"))
+    for name in ("experts", "attn"):
+        kept = f"_can_set_{name}_implementation_cached_value"
+        monkeypatch.delattr(Qwen3MoeForCausalLM, kept, raising=False)
+        assert getattr(shipped, f"_can_set_{name}_implementation")()
 
 
 def test_experts_of_all_blocks_compete() -> None:
@@ -315,3 +328,22 @@ def test_random_scores_differ_between_blocks_and_seeds() -> None:
     assert torch.equal(torch.stack(drawn[0]), torch.stack(drawn[1]))
     different = [drawn[0][0], drawn[0][1], drawn[2][0], drawn[2][1]]
     assert all(not torch.equal(one, other) for one, other in pairwise(different))
+
+
+def test_a_mixture_that_lost_experts_is_recovered(tmp_path: Path) -> None:
+    folder = save_tiny("mixtral", tmp_path / "model")
+    recipe = structprune.Recipe.model_validate(
+        {
+            "model": str(folder),
+            "output": str(tmp_path / "out"),
+            "prune": [{"method": "expert_drop", "sparsity": 0.25}, {"method": "wanda", "sparsity": "2:4"}],
+            "recover": {"steps": 2, "check_every": 1, "length": 16},
+        }
+        | {key: QUICK[key] for key in ("calibration", "evaluate")}
+    )
+    with short_runs():
+        report = structprune.prune(recipe, writing=QUICK["writing"])
+    assert report["verification"]["ok"]
+    assert "25% of the parameters removed before, 50% of the weights removed" in run_lines(report)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert [len(block.mlp.experts.down_proj) for _, block in blocks(small)] == [3, 3]

@@ -66,6 +66,15 @@ class PrunedModel({base}):
         for path, (left, right) in (getattr(config, "{products}", None) or {{}}).items():
             linear = self.get_submodule(path)
             self.set_submodule(path, FactoredLinear.like(linear, right, left))
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        # Looked for in the text of a class's file; the experts' is the dense class's.
+        return {base}._can_set_experts_implementation()
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return {base}._can_set_attn_implementation()
 '''
 
 

@@ -126,6 +126,8 @@ def key_lines(result: Result) -> str:
 
 def _reached(stage: Result) -> str:
     """Return what a stage removed as measured, and what whole units allow where that is something else."""
+    if stage["measured"] is None:  # the files that it was measured against are not those of this run
+        return f"{_exact(stage['reachable'])} of the {stage['unit']} removed before"
     removed = f"{_exact(stage['measured'])} of the {stage['unit']} removed"
     if stage["measured"] == stage["reachable"]:
         return removed

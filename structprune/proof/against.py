@@ -37,7 +37,7 @@ class Before:
             return None
         tensor = self._source.read(self._former[name])
         for stage in self._stages:
-            tensor = stage.cut(name, tensor)
+            tensor = tensor if stage.in_source else stage.cut(name, tensor)
         return tensor
 
 

@@ -86,7 +86,7 @@ def removed(
     found: list[int | None] = []
     for stage, masked in zip(stages, rows, strict=True):
         lost = None
-        if source is not None:
+        if source is not None and not stage.in_source:
             source, lost = stage.leaves(source)
         if stage.counted or not stage.restructures:
             lost = sum(int(one.removed.sum()) for one in masked.values())

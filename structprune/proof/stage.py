@@ -5,7 +5,7 @@ a numbered list, those have other numbers in the files.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +33,11 @@ class Stage:
     Args:
         folder: The plan's folder.
         later: The stages after it.
+        carried: Plans that the source has been through already.
 
     Attributes:
         name: The folder's name.
+        in_source: Whether the source is what this stage left, or a later one.
         plan: What was decided and promised.
         masked: Stored tensor -> its mask.
         written: Stored tensor -> its new value.
@@ -50,9 +52,10 @@ class Stage:
         InputError: The plan is damaged.
     """
 
-    def __init__(self, folder: Path, later: Sequence["Stage"] = ()) -> None:
+    def __init__(self, folder: Path, later: Sequence["Stage"] = (), carried: Collection[str] = ()) -> None:
         self.name = folder.name
         self.plan = Plan.load(folder)
+        self.in_source = self.plan.id in carried
         self._open: tuple[PlanBlock, dict[str, Tensor]] | None = None
         keys = [(key, block) for block in self.plan.blocks for key in block]
         self.members = {
@@ -186,27 +189,29 @@ class Stage:
         return self._open[1][str(key)]
 
 
-def read_stages(folders: Iterable[Path]) -> list[Stage]:
+def read_stages(folders: Iterable[Path], carried: Collection[str] = ()) -> list[Stage]:
     """Return the stages of a folder, in order.
 
     Args:
         folders: Their plans' folders, in order.
+        carried: Plans that the source has been through already, by id.
 
     Raises:
         InputError: A plan is damaged.
     """
     stages: list[Stage] = []
     for folder in reversed(list(folders)):
-        stages.insert(0, Stage(folder, stages))
+        stages.insert(0, Stage(folder, stages, carried))
     return stages
 
 
 def names_now(names: Iterable[str], stages: Sequence[Stage]) -> dict[str, str]:
     """Return stored tensor of the source -> its name in the files; only those that no list lost."""
     found = {}
+    since = [stage for stage in stages if not stage.in_source]
     for name in names:
         called: str | None = name
-        for stage in stages:
+        for stage in since:
             called = None if called is None else stage.called(called)
         if called is not None:
             found[name] = called

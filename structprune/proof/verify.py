@@ -13,6 +13,7 @@ from torch import Tensor
 from structprune.checkpoint.manifest import MANIFEST, read_manifest
 from structprune.checkpoint.packed import SOURCE, changed_files, is_packed
 from structprune.checkpoint.packed_reader import PackedReader
+from structprune.checkpoint.plans import plans_of
 from structprune.errors import InputError, counted
 from structprune.machine import give_back_memory
 from structprune.models.identity import architecture_of
@@ -85,12 +86,15 @@ def verify(
     record = folder / SOURCE if packed else folder
     ours = packed or (folder / MANIFEST).exists() or (folder / PLANS).exists()
     before = None if source is None else open_reader(source, opening)
+    # What is recovered was pruned before: its source has lost already what the first stages remove.
+    carried = [] if source is None else [plan.id for plan in plans_of(source)]
     manifest = check_files(result, folder, ours=ours, links=links) if written is None else None
     try:
         if packed:
             manifest = read_manifest(record, allow_external_symlinks=links)
         model = _open(result, folder, opening, progress)
-        stages = read_stages(path.parent for path in sorted((record / PLANS).glob("*/plan.json")))
+        plans = sorted((record / PLANS).glob("*/plan.json"))
+        stages = read_stages((path.parent for path in plans), carried)
     except InputError as error:
         if not ours:
             raise

@@ -186,8 +186,11 @@ class ExpertPruner(StructurePruner):
         routed = share.routed or seen.sums.routing
         scores = self._scores(block.index, one, routed) if share.scores is None else share.scores
         tensors, facts = self._decided(model, one, share.stay, scores)
-        counts = [] if routed is None else [int(count) for count in routed.tokens.tolist()]
-        return tensors, facts | ({"routed": counts} if counts else {})
+        if routed is not None:
+            facts["routed"] = [int(count) for count in routed.tokens.tolist()]
+            where = f"{block.prefix}.{one.arch.experts}"
+            facts["unseen"] = [f"{where}[{at}]" for at, count in enumerate(facts["routed"]) if count == 0]
+        return tensors, facts
 
     def _decided(
         self, model: Model, one: ExpertBlock, stay: int, scores: Tensor
