@@ -73,11 +73,13 @@ def test_what_cannot_be_reached_is_refused_with_the_range(fields: dict[str, Any]
 
 
 @pytest.mark.parametrize("field", ["target_params", "target_memory"])
-def test_both_ends_of_the_range_are_reached(field: str) -> None:
+def test_the_least_is_reached_and_what_rounds_to_the_whole_is_refused(field: str) -> None:
     model = tiny("llama")
     each = 1 if field == "target_params" else 4
-    for parameters in (53_952, 102_720):
+    for parameters in (53_952, 102_720 - 2 * CHANNEL):
         assert parameters_of(pruner(**{field: each * parameters}).forecast(model).left) == parameters
+    with pytest.raises(UsageError, match=f"{field}: .* rounds to nothing: .* of 96 channels can stay"):
+        pruner(**{field: each * 102_720}).forecast(model)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,12 @@ class GoalPruner(StructurePruner):
         return super().with_goal(goal)
 
     @property
+    @final
+    def asked_by(self) -> str:
+        """Return what was asked for behind its key, as the beginning of an error."""
+        return f"{[*self._instead, 'sparsity'][0]}: {self.asked}"
+
+    @property
     def _instead(self) -> list[str]:
         """Return the fields that say how much leaves instead of the sparsity."""
         targets = [name for name in ("target_params", "target_memory") if getattr(self, name) is not None]
@@ -136,7 +142,7 @@ class GoalPruner(StructurePruner):
         smallest = whole - sum(one.removable(least) * size for one, size in pairs)
         if not smallest <= self._target <= whole:
             raise UsageError(
-                f"{self._instead[0]}: {self.asked} of {whole:,} cannot be reached",
+                f"{self.asked_by} of {whole:,} cannot be reached",
                 hint=f"{smallest:,} to {whole:,} can: at least one unit of a kind stays in every block",
             )
         of = sum(one.there.cost(one.costs) * size for one, size in pairs)

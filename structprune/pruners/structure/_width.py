@@ -116,7 +116,7 @@ class WidthPruner(GoalPruner):
         """
         least = UnitCounts(self.kv_multiple, self.multiple)
         share = self.share_of(model, found, least, bias=self._adds_bias)
-        return WidthGoal(share, self.budget, Multiples(self.kv_multiple, self.multiple))
+        return WidthGoal(self.asked_by, share, self.budget, Multiples(self.kv_multiple, self.multiple))
 
     @property
     def _read(self) -> Parts:

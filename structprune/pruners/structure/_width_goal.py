@@ -48,11 +48,13 @@ class WidthGoal:
     """How much is to leave, and how it may be spread.
 
     Attributes:
+        asked_by: What was asked for behind its key, for errors.
         share: Of the parameters of units, the part that leaves.
         budget: As a width method has it.
         multiples: Of what the numbers that stay are multiples.
     """
 
+    asked_by: str
     share: Fraction
     budget: Any
     multiples: Multiples
@@ -126,7 +128,7 @@ class WidthGoal:
             for kind, there, _, legal in next(_kinds(one, self.multiples) for one in found if one.readers)
         )
         raise UsageError(
-            f"sparsity: {float(self.share):g} rounds to nothing: in a block {said}",
+            f"{self.asked_by} rounds to nothing: in a block {said}",
             hint="ask for more, choose a smaller multiple, or let channels leave, too (units)",
         )
 
