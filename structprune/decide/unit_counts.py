@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import prod
+from math import ceil, prod
 from typing import Literal
 
 import torch
@@ -190,12 +190,14 @@ def global_counts(
             for part in _between(units.sort().values, step):
                 ranked.append((float(part.mean()), index, kind, len(part), len(part) * each))
     ranked.sort(key=lambda one: (one[0], one[1]))
+    # |removed + size - target| < |removed - target|, in whole numbers: a large model has a million units.
+    limit = ceil(2 * target)
     removed, gone = 0, [dict[WidthUnit, int](kv_group=0, channel=0) for _ in there]
     stopped: set[tuple[int, WidthUnit]] = set()
     for _, index, kind, count, size in ranked:
         if (index, kind) in stopped:
             continue
-        if abs(removed + size - target) >= abs(removed - target):
+        if 2 * removed + size >= limit:
             stopped.add((index, kind))
             continue
         removed += size
