@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from structprune.machine import environment as environment
     from structprune.models.opening import Opening as Opening
     from structprune.pipeline.apply import apply as apply
+    from structprune.pipeline.bench import bench as bench
     from structprune.pipeline.dry_run import dry_run as dry_run
     from structprune.pipeline.evaluate import evaluate as evaluate
     from structprune.pipeline.export import export as export
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from structprune.plan.plan import Plan as Plan
     from structprune.pruners.catalogue import find as find
     from structprune.pruners.pruner import Pruner as Pruner
+    from structprune.recipe.options import BenchOptions as BenchOptions
     from structprune.recipe.options import EvaluateOptions as EvaluateOptions
     from structprune.recipe.options import RecoverOptions as RecoverOptions
     from structprune.recipe.recipe import Recipe as Recipe
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 # Found when they are first asked for: torch and transformers take seconds to import, `--help` should not.
 _HOMES = {
+    "BenchOptions": "recipe.options",
     "EvaluateOptions": "recipe.options",
     "Opening": "models.opening",
     "Plan": "plan.plan",
@@ -55,6 +58,7 @@ _HOMES = {
     "RecoverOptions": "recipe.options",
     "Writing": "checkpoint.writing",
     "apply": "pipeline.apply",
+    "bench": "pipeline.bench",
     "choose_recipe": "recipe.recipe",
     "dry_run": "pipeline.dry_run",
     "environment": "machine",
@@ -71,6 +75,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BenchOptions",
     "EnvironmentFailure",
     "EvaluateOptions",
     "InputError",
@@ -87,6 +92,7 @@ __all__ = [
     "Writing",
     "__version__",
     "apply",
+    "bench",
     "choose_recipe",
     "dry_run",
     "environment",

@@ -58,7 +58,25 @@ def check_process() -> None:
 def peak_rss() -> int:
     """Return the largest high-water mark of memory, of this process and its finished children, in bytes."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _maxrss_unit()
-    return max(_own_peak(), children)
+    return max(own_peak_rss(), children)
+
+
+def own_peak_rss() -> int:
+    """Return the high-water mark of this process's memory, in bytes."""
+    # VmHWM belongs to this program alone; ru_maxrss on Linux also remembers the process that started it.
+    found = _proc_line("/proc/self/status", "VmHWM:")
+    if found:
+        return int(found.split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _maxrss_unit()
+
+
+def reset_peak_rss() -> bool:
+    """Make the high-water mark what is held now; tell whether the system lets us, which only Linux does."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # from proc(5): reset the peak resident set size
+    except OSError:
+        return False
+    return True
 
 
 def available_memory() -> int:
@@ -107,14 +125,6 @@ def machine() -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """Return what a bug report needs: the machine and the versions."""
     return {"machine": machine(), "versions": versions()}
-
-
-def _own_peak() -> int:
-    # VmHWM belongs to this program alone; ru_maxrss on Linux also remembers the process that started it.
-    found = _proc_line("/proc/self/status", "VmHWM:")
-    if found:
-        return int(found.split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _maxrss_unit()
 
 
 def _maxrss_unit() -> int:

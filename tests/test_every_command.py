@@ -74,6 +74,7 @@ def lines(name: str, specimens: Path) -> list[list[object]]:
         "evaluate": [
             ["evaluate", pruned, "--text", text, "--length", 16, "--windows", 1, "--compare", model]
         ],
+        "bench": [["bench", pruned, "--compare", model, "--length", 8, "--new", 2, "--repeats", 1]],
         "methods": [["methods"], ["methods", "wanda"]],
         "env": [["env"]],
     }

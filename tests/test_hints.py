@@ -12,7 +12,7 @@ from structprune import errors
 from structprune.cli import app
 from structprune.errors import Interrupted, StructpruneError
 from structprune.pruners.catalogue import find, names
-from structprune.recipe.options import EvaluateOptions, RecoverOptions
+from structprune.recipe.options import BenchOptions, EvaluateOptions, RecoverOptions
 from structprune.recipe.recipe import Recipe
 from tests.test_imports import MODULES, ROOT, TREES
 
@@ -31,6 +31,7 @@ FLAGS = {
 GROUPS = {name: field.annotation for name, field in Recipe.model_fields.items()} | {
     "recover": RecoverOptions,
     "evaluate": EvaluateOptions,
+    "bench": BenchOptions,
 }
 
 

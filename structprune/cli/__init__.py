@@ -63,6 +63,7 @@ for _run in (
     readers.inspect,
     readers.verify,
     readers.evaluate,
+    readers.bench,
     readers.methods,
     readers.env,
 ):

@@ -26,7 +26,7 @@ from structprune.cli.flags import (
 )
 from structprune.cli.inspection import inspection_lines
 from structprune.pruners.catalogue import check_name
-from structprune.recipe.changes import EVALUATE
+from structprune.recipe.changes import BENCH, EVALUATE
 from structprune.recipe.request import choose_settings
 
 
@@ -106,6 +106,51 @@ def evaluate(
             progress=progress,
         ),
         summary.evaluation_lines,
+    )
+
+
+@command
+def bench(
+    model: Model,
+    compare: Annotated[str | None, typer.Option(metavar="DENSE", help="Measured in the same rounds.")] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", "--seqlen", help="Tokens of each prompt (default 512)")
+    ] = None,
+    new: Annotated[int | None, typer.Option(help="Tokens generated after it (default 32)")] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option("--batch", "--batch-size", metavar="N,M", help="Prompts at once (default 1,8)"),
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(help="Rounds (default 5)")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    config: Config = None,
+    sets: Sets = None,
+    revision: Revision = None,
+    *,
+    opens: OpeningFlags,
+) -> Job:
+    """Measure tokens per second, time to first token, memory and bytes, beside a dense model."""
+    flags = {
+        "bench.length": length,
+        "bench.new": new,
+        "bench.batch": batch,
+        "bench.repeats": repeats,
+        "device": device,
+        "dtype": dtype,
+        "revision": revision,
+    }
+    asked = choose_settings(BENCH, config=config, sets=sets or (), flags=flags)
+    return Job(
+        lambda progress: structprune.bench(
+            model,
+            asked.bench,
+            compare=compare,
+            opening=opens.opening(where=asked),
+            revision=asked.revision,
+            progress=progress,
+        ),
+        summary.bench_lines,
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from structprune.cli.tables import table, wrapped
 from structprune.errors import counted
 from structprune.report.figures import bytes_text, number, percent
+from structprune.report.speed import speed_header, speed_notes, speed_rows
 
 Result = Mapping[str, Any]
 
@@ -78,6 +79,12 @@ def evaluation_lines(result: Result) -> str:
         for metric, figures in metrics.items():
             rows.append((f"{task}, {metric}", number(figures.get("dense")), number(figures.get("model"))))
     return table(rows, ("", "dense", "model"))
+
+
+def bench_lines(result: Result) -> str:
+    """Return a table of both models' figures, and how they were measured."""
+    notes = [wrapped(f"{note}.") for note in speed_notes(result)]
+    return "\n".join([table(speed_rows(result), speed_header(result)), "", *notes])
 
 
 def methods_lines(result: Result) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import prod
+from math import ceil, prod
 from typing import Literal
 
 import torch
@@ -187,15 +187,17 @@ def global_counts(
             each = cost.kv_group if kind == "kv_group" else cost.channel
             step = multiples.kv_groups if kind == "kv_group" else multiples.channels
             # Sorted within the block, so that its highest are what stays.
-            for part in _between(units.sort().values, step):
-                ranked.append((float(part.mean()), index, kind, len(part), len(part) * each))
+            for mean, count in _between(units.sort().values, step):
+                ranked.append((mean, index, kind, count, count * each))
     ranked.sort(key=lambda one: (one[0], one[1]))
+    # |removed + size - target| < |removed - target|, in whole numbers: a large model has a million units.
+    limit = ceil(2 * target)
     removed, gone = 0, [dict[WidthUnit, int](kv_group=0, channel=0) for _ in there]
     stopped: set[tuple[int, WidthUnit]] = set()
     for _, index, kind, count, size in ranked:
         if (index, kind) in stopped:
             continue
-        if abs(removed + size - target) >= abs(removed - target):
+        if 2 * removed + size >= limit:
             stopped.add((index, kind))
             continue
         removed += size
@@ -206,13 +208,14 @@ def global_counts(
     ]
 
 
-def _between(scores: Tensor, multiple: int) -> list[Tensor]:
-    """Return the scores that leave together, lowest first, so that each time a multiple stays."""
+def _between(scores: Tensor, multiple: int) -> list[tuple[float, int]]:
+    """Return mean score and number of units that leave together, lowest first: each time a multiple stays."""
     over = len(scores) % multiple
     if over == len(scores):
         return []
-    parts = [scores[:over], *torch.split(scores[over:], multiple)]
-    return [part for part in parts[:-1] if len(part)]
+    first = [(float(scores[:over].mean()), over)] if over else []
+    means: list[float] = scores[over:].view(-1, multiple)[:-1].mean(dim=1).tolist()
+    return first + [(mean, multiple) for mean in means]
 
 
 def legal_counts(there: int, multiple: int, most: int = 3) -> list[int]:

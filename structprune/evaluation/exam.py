@@ -19,6 +19,7 @@ from structprune.evaluation.generations import PROMPTS, beginnings, prompt_lengt
 from structprune.evaluation.harness import check_tasks
 from structprune.evaluation.perplexity import Windows
 from structprune.evaluation.protocol import cut_windows, hash_of_tokenizer
+from structprune.evaluation.speed import Workload
 from structprune.recipe.options import EvaluateOptions
 
 DEMO_CHARACTERS = 200_000
@@ -50,12 +51,14 @@ class Exam:
         texts: For the perplexity.
         prompts: Beginnings for the models to continue.
         reason: Why there is no text, where there is none; empty where only tasks were asked for.
+        workload: What its speed is timed on; None where that was not asked for.
     """
 
     options: EvaluateOptions
     texts: tuple[ExamText, ...] = ()
     prompts: tuple[str, ...] = ()
     reason: str = ""
+    workload: Workload | None = None
 
 
 def read_exam(

@@ -119,6 +119,13 @@ def file_bytes(layout: Layout, metadata: Mapping[str, Mapping[str, str]]) -> int
     )
 
 
+def cache_bytes(cache: object) -> int:
+    """Return the bytes of the keys and values that a cache of transformers holds."""
+    layers = getattr(cache, "layers", [])
+    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def _module(model: PreTrainedModel | HasSkeleton) -> PreTrainedModel:
     return model if isinstance(model, PreTrainedModel) else model.skeleton
 
@@ -147,7 +154,4 @@ def _forward(model: PreTrainedModel, length: int) -> tuple[int, int]:
     # The mask keeps transformers from looking into the ids for padding and packed sequences.
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         output = twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
-    cache = getattr(output, "past_key_values", None)
-    tensors = [tensor for layer in getattr(cache, "layers", []) for tensor in (layer.keys, layer.values)]
-    stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-    return counter.get_total_flops(), stored
+    return counter.get_total_flops(), cache_bytes(getattr(output, "past_key_values", None))

@@ -1,8 +1,10 @@
 """What a run would do and need, after every check that needs no computation."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from structprune.calibration.data import positions, window_length
 from structprune.calibration.texts import check_text
@@ -13,6 +15,8 @@ from structprune.checkpoint.output import check_output
 from structprune.checkpoint.side_files import check_side_files
 from structprune.checkpoint.writing import Writing
 from structprune.evaluation.exam import read_exam
+from structprune.evaluation.footprint import bytes_needed, check_room
+from structprune.evaluation.speed import Workload, workload_of
 from structprune.models.arch import blocks
 from structprune.models.cost import file_bytes, parameters_of, weight_bytes
 from structprune.models.identity import stored_layout
@@ -69,10 +73,16 @@ def dry_run(
     prior = prior_of(opened, opened.reader, remembered(opened).zeros, opening)
     tell_prior(prior, folder, opening)
     forecasts = forecast_all(recipe.prune, opened)
-    streamed = bool(recipe.opening(opening).resolve(folder, opened.reader.nbytes).stream)
+    resolved = recipe.opening(opening).resolve(folder, opened.reader.nbytes)
+    streamed = bool(resolved.stream)
     length = window_length(recipe.calibration.length, positions(opened.config))
     _check_inputs(recipe, opened, recipe.opening(opening), streamed)
     left = forecasts[-1].left
+    memory = _memory(opened, recipe, length, streamed)
+    load = _workload(recipe, opened, left, resolved.device)
+    if load is not None:
+        held = 0 if streamed else opened.reader.nbytes
+        memory = max(memory, RUNTIME_BYTES + held + bytes_needed([opened.skeleton, left], load))
     return {
         "output": str(recipe.output),
         "recipe": recipe.text(),
@@ -92,12 +102,13 @@ def dry_run(
         # Zeros stay in the dense files, so that every loader opens them: they take the room they took.
         "bytes": {"dense": size, "pruned": file_bytes(stored_layout(left), opened.reader.metadata)},
         "streamed": streamed,
-        "memory_bytes": _memory(opened, recipe, length, streamed),
+        "memory_bytes": memory,
         "disk_bytes": size + opened.reader.nbytes // 16,
         "loads_in": [
             "transformers with trust_remote_code" if needs_code(left.config) else "transformers",
             "structprune",
         ],
+        "bench": asdict(load) if load is not None else None,
         "note": SMALLER if parameters_of(left) < parameters_of(opened.skeleton) else ZEROS,
     }
 
@@ -120,6 +131,15 @@ def _check_inputs(recipe: Recipe, opened: StreamedModel, opening: Opening, strea
         assert tokenizer is not None
         if asked is not None and measures:
             read_exam(asked, tokenizer, opened.config, streamed=streamed)
+
+
+def _workload(recipe: Recipe, opened: StreamedModel, left: PreTrainedModel, device: str) -> Workload | None:
+    """Return what the result will be timed on; refuses what does not fit the models or the memory."""
+    if recipe.bench is None:
+        return None
+    load = workload_of(recipe.bench, [opened.config, left.config])
+    check_room([opened.skeleton, left], load, device)
+    return load
 
 
 def _memory(opened: StreamedModel, recipe: Recipe, length: int, streamed: bool) -> int:

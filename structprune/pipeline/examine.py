@@ -1,13 +1,38 @@
 """What a run's result will be measured on: chosen, read and checked before the run computes anything."""
 
+from dataclasses import replace
+
 from structprune.calibration.data import Left, positions
 from structprune.calibration.texts import DEMO
 from structprune.checkpoint.source import Source
 from structprune.evaluation.exam import LEFT_LENGTH, Exam, exam_on_left, read_exam
+from structprune.evaluation.footprint import check_room
 from structprune.evaluation.protocol import same_footing
-from structprune.recipe.options import EvaluateOptions
+from structprune.evaluation.speed import workload_of
+from structprune.models.identity import skeleton
+from structprune.recipe.options import BenchOptions, EvaluateOptions
 
 DEMO_WINDOWS = 8
+
+
+def with_bench(exam: Exam, options: BenchOptions | None, source: Source) -> Exam:
+    """Return an exam that times the result too, where that is asked for.
+
+    Args:
+        exam: What else is measured.
+        options: What the recipe says of the bench.
+        source: The model that the result is compared with.
+
+    Raises:
+        UsageError: The prompts need more positions than the model has.
+        EnvironmentFailure: Both models, or the largest batch, do not fit the memory.
+    """
+    if options is None:
+        return exam
+    module = skeleton(source.model)
+    workload = workload_of(options, [module.config])
+    check_room([module, module], workload, source.opening.device)
+    return replace(exam, workload=workload)
 
 
 def prepare_exam(

@@ -12,11 +12,13 @@ from structprune.evaluation.evaluation import Evaluation, evaluate, gate, nothin
 from structprune.evaluation.exam import Exam
 from structprune.evaluation.memory import Memory
 from structprune.models.cost import weight_bytes
+from structprune.pipeline.bench import measure_speed, written_contenders
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress
 from structprune.proof.verify import verify
 from structprune.recipe.recipe import Recipe
 from structprune.report import card, plots, report
+from structprune.report.figures import plain
 from structprune.report.report import RunRecord
 
 
@@ -84,6 +86,10 @@ def finish(
     if not verification.ok:
         check = verification.failed[0]
         raise VerificationError(f"{work.folder}: {check.name}: {check.detail}", hint="nothing was published")
+    if exam.workload is not None:
+        with clock.phase("bench"):
+            pair = written_contenders(work.folder, work.final, compared)
+            speed = measure_speed(pair, exam.workload, progress)
     size = report.Size(compared.parameters, weight_bytes(compared.folder))
     made = report.build(
         verification,
@@ -95,6 +101,8 @@ def finish(
     )
     phases = {name: round(seconds, 3) for name, seconds in clock.phases.items()}
     made |= {"found": source.prior, "phases": phases, **record.more}
+    if exam.workload is not None:
+        made["bench"] = plain(speed)
     evaluation.save_harness(work.folder / "structprune" / "evaluation")
     report.write_report(work.folder, made)
     draw(work, made)

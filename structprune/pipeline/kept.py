@@ -7,9 +7,9 @@ from typing import Any
 from structprune.checkpoint.delivery import Delivery, is_delivered, tidy
 from structprune.checkpoint.manifest import MANIFEST, RECIPE_FILE, RUN_PLACES
 from structprune.checkpoint.writing import Writing
-from structprune.recipe.draft import Run
+from structprune.recipe.draft import Run, Settings
 from structprune.recipe.fields import build
-from structprune.recipe.options import EvaluateOptions
+from structprune.recipe.options import BenchOptions, EvaluateOptions
 from structprune.recipe.places import places_text
 from structprune.report.report import read_report
 from structprune.storage import strict_yaml
@@ -30,23 +30,24 @@ def may_stand(output: Path, writing: Writing) -> bool:
 
 
 def kept_report(
-    final: Path, fingerprint: Mapping[str, Any], evaluation: EvaluateOptions | None, writing: Writing
+    final: Path, fingerprint: Mapping[str, Any], asked: Settings, writing: Writing
 ) -> dict[str, Any] | None:
     """Return the report of a result that stays as it is, marked "kept"; None where it is still to be made.
 
-    The fingerprint is of what shapes the weights. A result that was evaluated otherwise than is asked for now
+    The fingerprint is of what shapes the weights. A result that was measured otherwise than is asked for now
     is no result of this run: an older one must not pass a quality gate that it was never held to. The run
     that made it may have been killed once it had published: what it left beside the result is settled.
     """
     if not writing.keep or writing.restart or not is_delivered(final, fingerprint):
         return None
-    if _evaluation_of(final) != evaluation:
+    if _measured_in(final) != (asked.evaluate, asked.bench):
         return None
     tidy(final)
     return read_report(final) | {"kept": True}
 
 
-def _evaluation_of(folder: Path) -> EvaluateOptions | None:
+def _measured_in(folder: Path) -> tuple[EvaluateOptions | None, BenchOptions | None]:
     raw, _ = strict_yaml.read(folder / RECIPE_FILE)
-    asked = raw.get("evaluate") if isinstance(raw, dict) else None
-    return None if asked is None else build(EvaluateOptions, asked, "evaluate")
+    keys = raw if isinstance(raw, dict) else {}
+    said = build(Settings, {key: keys[key] for key in ("evaluate", "bench") if key in keys})
+    return said.evaluate, said.bench

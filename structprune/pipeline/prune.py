@@ -1,5 +1,6 @@
 """The story of a run: read, inspect, calibrate, apply, write; `finish` measures, proves and publishes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from structprune.pipeline.decision import (
     read_scores,
     write,
 )
-from structprune.pipeline.examine import prepare_exam
+from structprune.pipeline.examine import prepare_exam, with_bench
 from structprune.pipeline.finish import finish, record_of
 from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import kept_report, may_stand, write_recipe
@@ -100,8 +101,9 @@ def prune_recipe(
         kept = read_scores(Path(scores), recipe.prune, source) if scores else None
         calibration = None if kept else calibrate_on(recipe, source)
         exam = prepare_exam(recipe.evaluate, source, calibration.left if calibration else None)
+        exam = with_bench(exam, recipe.bench, source)
     run = fingerprint(recipe, source, calibration) | ({"scores": kept.id} if kept else {})
-    if recipe.recover is None and (report := kept_report(final, run, recipe.evaluate, writing)):
+    if recipe.recover is None and (report := kept_report(final, run, recipe, writing)):
         return report
     if recipe.recover is None or writing.restart or not is_delivered(final, run):
         check_output(inputs, final, overwrite=writing.overwrite)
@@ -112,6 +114,8 @@ def prune_recipe(
             record = record_of(recipe, plans, calibration, resumed)
             with clock.phase("write"):
                 write(source, work, plans, progress)
+            if recipe.recover is not None:  # the speed is that of what comes of it
+                exam = replace(exam, workload=None)
             result = finish(work, source, clock, record, exam=exam, memory=memory, progress=progress)
         if recipe.recover is None:
             return result
@@ -123,6 +127,7 @@ def prune_recipe(
         output=recipe.output,
         recover=recipe.recover,
         evaluate=chosen.model_copy(update={"compare": str(folder)}),
+        bench=recipe.bench,
         device=recipe.device,
         tokenizer=recipe.opening(opening).tokenizer,
     )

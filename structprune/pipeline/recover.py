@@ -26,7 +26,7 @@ from structprune.models.identity import skeleton
 from structprune.models.opening import Opening
 from structprune.models.streamed import open_skeleton
 from structprune.pipeline.decision import shaping_versions
-from structprune.pipeline.examine import prepare_exam
+from structprune.pipeline.examine import prepare_exam, with_bench
 from structprune.pipeline.inputs import inputs_of_evaluation, inputs_of_recovery
 from structprune.pipeline.kept import kept_report, may_stand, write_recipe
 from structprune.pipeline.recovered import Task, publish_adapter, publish_merged
@@ -128,10 +128,11 @@ def recover_run(
         dense = evaluate.compare if evaluate else None
         compared = teacher if dense in (None, options.teacher) else _open_other(dense, opening)
         exam = prepare_exam(evaluate, source, windows.left, compared)
+        exam = with_bench(exam, run.bench, compared or source)
     task = Task(options, source, plans, windows, teacher, compared, exam, progress, clock)
     processes = Processes(opening.device)
     shaped = _fingerprint(task, processes)
-    if report := kept_report(final, shaped, (saved or run).evaluate, writing):
+    if report := kept_report(final, shaped, saved or run, writing):
         return report
     check_output(inputs, final, overwrite=writing.overwrite)
     if not processes.writes:

@@ -28,7 +28,7 @@ from structprune.pipeline.decision import (
     open_stage_plan,
     write,
 )
-from structprune.pipeline.examine import prepare_exam
+from structprune.pipeline.examine import prepare_exam, with_bench
 from structprune.pipeline.finish import finish, record_of
 from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import kept_report, may_stand, write_recipe
@@ -154,8 +154,9 @@ def sweep(
         source = open_recipe_model(recipe, folder, stages, opening)
         calibration = calibrate_on(recipe, source)
         exam = prepare_exam(recipe.evaluate, source, calibration.left if calibration else None)
+        exam = with_bench(exam, recipe.bench, source)
     prints = {name: fingerprint(one, source, calibration) for name, one in recipes.items()}
-    runs = {name: kept_report(finals[name], prints[name], recipe.evaluate, writing) for name in recipes}
+    runs = {name: kept_report(finals[name], prints[name], recipe, writing) for name in recipes}
     missing = {name: one for name, one in recipes.items() if runs[name] is None}
     for name in missing:
         check_output(inputs, finals[name], overwrite=writing.overwrite)

@@ -68,9 +68,7 @@ def probe(config: PreTrainedConfig) -> Tensor:
 
     They are spread over the vocabulary; tokens with a meaning of their own (padding, images) are left out.
     """
-    text = config.get_text_config()
-    special = {int(value) for value in _special(config.to_dict()) if isinstance(value, int)}
-    ordinary = [token for token in range(int(text.vocab_size)) if token not in special] or [0]
+    text, ordinary = config.get_text_config(), ordinary_tokens(config)
     length = min(LENGTH, getattr(text, "max_position_embeddings", None) or LENGTH)
     count = SEQUENCES * length
     # A step that shares no divisor with the count visits every place once, in an order that is not sorted.
@@ -78,6 +76,13 @@ def probe(config: PreTrainedConfig) -> Tensor:
     return torch.tensor([ordinary[place * len(ordinary) // count] for place in places]).view(
         SEQUENCES, length
     )
+
+
+def ordinary_tokens(config: PreTrainedConfig) -> list[int]:
+    """Return the tokens of a model that have no meaning of their own, as padding and images have."""
+    special = {int(value) for value in _special(config.to_dict()) if isinstance(value, int)}
+    count = int(config.get_text_config().vocab_size)
+    return [token for token in range(count) if token not in special] or [0]
 
 
 def reload(jobs: Sequence[ReloadJob], *, stream: bool = False) -> list[Reloaded]:
@@ -142,7 +147,7 @@ def _run(jobs: Sequence[dict[str, Any]], scratch: Path, *, stream: bool) -> list
     program = ["-m", STREAMED] if stream else ["-P", str(PLAIN)]
     child = subprocess.run(
         [sys.executable, *program, str(listed)],
-        env=_environment(stream=stream),
+        env=child_environment(ours=stream),
         capture_output=True,
         text=True,
         errors="replace",
@@ -154,17 +159,18 @@ def _run(jobs: Sequence[dict[str, Any]], scratch: Path, *, stream: bool) -> list
         full = os.strerror(errno.ENOSPC)
         if full in child.stderr:  # the machine's fault, which proves nothing of the folder
             raise EnvironmentFailure(f"{scratch}: {full}, in the fresh process", hint=HINT)
-        results.append(Reloaded(error=_reason(child)))
+        results.append(Reloaded(error=reason_of_end(child)))
     return results
 
 
-def _environment(*, stream: bool) -> dict[str, str]:
+def child_environment(*, ours: bool) -> dict[str, str]:
+    """Return the environment variables of a child; with `ours` it is one that finds structprune."""
     found = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     # Sums are split by thread: another number of threads would round them differently.
     threads = str(torch.get_num_threads())
     found |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     found["TRANSFORMERS_VERBOSITY"] = "error"
-    if stream:
+    if ours:
         root = str(Path(__file__).parents[2])
         found["PYTHONPATH"] = os.pathsep.join(filter(None, (root, found.get("PYTHONPATH"))))
     return found
@@ -184,7 +190,8 @@ def _result(job: dict[str, Any], line: dict[str, Any]) -> Reloaded:
     )
 
 
-def _reason(child: "subprocess.CompletedProcess[str]") -> str:
+def reason_of_end(child: "subprocess.CompletedProcess[str]") -> str:
+    """Return how a child ended that did not do what it was started for."""
     if child.returncode < 0:
         name = signal.Signals(-child.returncode).name
         return f"the process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")

@@ -13,13 +13,14 @@ from pydantic import BaseModel
 
 from structprune.errors import UsageError, nearest
 from structprune.recipe.fields import put, quote
-from structprune.recipe.options import CalibrationOptions, EvaluateOptions, RecoverOptions
+from structprune.recipe.options import BenchOptions, CalibrationOptions, EvaluateOptions, RecoverOptions
 from structprune.storage import strict_yaml
 
 GROUPS: dict[str, type[BaseModel]] = {
     "calibration": CalibrationOptions,
     "recover": RecoverOptions,
     "evaluate": EvaluateOptions,
+    "bench": BenchOptions,
 }
 
 
@@ -66,13 +67,16 @@ class Reading:
 ANYWHERE = ("seed", "device", "dtype")
 PRUNE = Reading(
     "prune",
-    ("model", "output", "revision", "tokenizer", *ANYWHERE, "calibration", "recover", "evaluate"),
+    ("model", "output", "revision", "tokenizer", *ANYWHERE, "calibration", "recover", "evaluate", "bench"),
     ("calibration",),
     stages=True,
 )
-RECOVER = Reading("recover", ("device", "tokenizer", "revision", "recover", "evaluate"), ("recover",))
+RECOVER = Reading(
+    "recover", ("device", "tokenizer", "revision", "recover", "evaluate", "bench"), ("recover",)
+)
 APPLY = Reading("apply", ("revision",), ())
 EVALUATE = Reading("evaluate", ("device", "dtype", "tokenizer", "revision", "evaluate"), ("evaluate",))
+BENCH = Reading("bench", ("device", "dtype", "revision", "bench"), ("bench",))
 
 
 def merge(

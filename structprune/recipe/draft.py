@@ -6,7 +6,7 @@ a recipe or a command line says is checked before either is imported.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import yaml
 from pydantic import PrivateAttr, ValidationInfo, field_validator, model_validator
@@ -14,7 +14,14 @@ from pydantic import PrivateAttr, ValidationInfo, field_validator, model_validat
 from structprune.errors import UsageError
 from structprune.pruners.catalogue import check_name, names
 from structprune.recipe.fields import quote
-from structprune.recipe.options import CalibrationOptions, EvaluateOptions, RecoverOptions, Text, Where
+from structprune.recipe.options import (
+    BenchOptions,
+    CalibrationOptions,
+    EvaluateOptions,
+    RecoverOptions,
+    Text,
+    Where,
+)
 
 
 class Settings(Where):
@@ -26,6 +33,7 @@ class Settings(Where):
         calibration: What the pruner looks at.
         recover: Train afterwards; not unless given.
         evaluate: What to measure; false for nothing.
+        bench: Time the pruned model beside the dense one, too; not unless given, as keys or true.
     """
 
     revision: Text | None = None
@@ -33,12 +41,15 @@ class Settings(Where):
     calibration: CalibrationOptions = CalibrationOptions()
     recover: RecoverOptions | None = None
     evaluate: EvaluateOptions | None = None
+    bench: BenchOptions | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _no_evaluation(cls, data: object) -> object:
+    def _yes_or_no(cls, data: object) -> object:
         if isinstance(data, Mapping) and data.get("evaluate") is False:
-            return {**data, "evaluate": {"skip": True}}
+            data = {**data, "evaluate": {"skip": True}}
+        if isinstance(data, Mapping) and isinstance(data.get("bench"), bool):
+            data = {**data, "bench": {} if data["bench"] else None}
         return data
 
     @field_validator("recover", mode="before")
@@ -64,6 +75,15 @@ class Run(Settings):
     output: Path
 
     _file: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _bench_has_a_model(self) -> Self:
+        if self.bench is not None and self.recover is not None and self.recover.keep_adapter:
+            raise UsageError(
+                "bench: an adapter that is kept apart is no model to be timed",
+                hint="leave out recover.keep_adapter, or run `structprune bench` on the adapter afterwards",
+            )
+        return self
 
     @property
     def file(self) -> Path | None:

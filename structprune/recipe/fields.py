@@ -150,8 +150,9 @@ def _usage_error(owner: type[BaseModel], detail: ErrorDetails, path: str) -> Usa
     keys = [str(part) for part in detail["loc"]]
     here = _join(path, *keys) or "recipe"
     group = _owner_of(owner, keys)
-    about = _about(group).get(keys[-1] if keys else "", "")
-    hint = f"{keys[-1]}: {about}" if about else "`structprune methods NAME` lists a method's fields"
+    name = next((key for key in reversed(keys) if not key.isdecimal()), "")  # not the place in a list
+    about = _about(group).get(name, "")
+    hint = f"{name}: {about}" if about else "`structprune methods NAME` lists a method's fields"
     match detail["type"]:
         case "extra_forbidden":
             return UsageError(f"unknown key {here}", hint=nearest(keys[-1], group.model_fields))

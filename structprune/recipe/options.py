@@ -180,6 +180,34 @@ class EvaluateOptions(OptionGroup):
         return self
 
 
+class BenchOptions(OptionGroup):
+    """How the speed of a model is measured.
+
+    Args:
+        length: Tokens of each prompt; min(512, what the model's positions leave beside `new`) unless given.
+        new: Tokens generated after it, one by one.
+        batch: How many prompts are read at once; each number is measured.
+        repeats: Rounds; in each every model runs once, so that all meet the same state of the machine.
+    """
+
+    length: Length | None = None
+    new: Length = 32
+    batch: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 8)
+    repeats: Count = 5
+
+    @field_validator("batch", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(","))
+        return (value,) if isinstance(value, int) else value
+
+    @field_validator("batch")
+    @classmethod
+    def _each_once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(set(value)))
+
+
 def sparsity_of(
     sparsity: str | None = None, *, ratio: float | None = None, kind: str | None = None
 ) -> float | str | None:

@@ -19,10 +19,11 @@ from structprune.pruners.pruner import Pruner
 from structprune.recipe.changes import PRUNE, merge
 from structprune.recipe.draft import Draft, method_and_fields, stage_paths
 from structprune.recipe.fields import build
-from structprune.recipe.options import CalibrationOptions, EvaluateOptions, RecoverOptions
+from structprune.recipe.options import BenchOptions, CalibrationOptions, EvaluateOptions, RecoverOptions
 from structprune.recipe.request import Request, request_recipe
 
 __all__ = [
+    "BenchOptions",
     "CalibrationOptions",
     "EvaluateOptions",
     "Recipe",

@@ -11,6 +11,7 @@ from huggingface_hub.repocard import metadata_load
 
 from structprune.report.figures import fraction
 from structprune.report.report import table
+from structprune.report.speed import speed_header, speed_notes, speed_rows
 from structprune.storage.durable import DurableFile
 
 CARD_FILE = "README.md"
@@ -87,6 +88,10 @@ def _sections(folder: Path, report: Mapping[str, Any], name: str, base: str, rec
     yield "## Dense and pruned"
     yield _markdown(("", "dense", "pruned"), table(report))
     yield from _protocol(report)
+    if speed := report.get("bench"):
+        yield "## Speed, memory, bytes"
+        yield _markdown(speed_header(speed, "pruned"), speed_rows(speed))
+        yield from (f"{note}." for note in speed_notes(speed))
     yield "## Asked and achieved"
     goals = [
         (

@@ -34,7 +34,7 @@ from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import UNMEASURED, Seen
 from structprune.pruners.structure._family import bias_key, left_shapes
 from structprune.pruners.structure._goal import GoalPruner
-from structprune.pruners.structure._width_block import NotedMean, WidthBlock, width_blocks
+from structprune.pruners.structure._width_block import NotedMean, WidthBlock, width_block
 from structprune.pruners.structure._width_goal import Share, WidthGoal
 from structprune.solvers.columns import AnyColumnRepair
 
@@ -152,7 +152,10 @@ class WidthPruner(GoalPruner):
             self._goal(model, found).check(found)
 
     def _blocks(self, model: Model) -> list[WidthBlock]:
-        return width_blocks(model, self.units, [self.skips(index) for index in range(len(blocks(model)))])
+        return [self._known(model, index) for index in range(len(blocks(model)))]
+
+    def _known(self, model: Model, index: int) -> WidthBlock:
+        return width_block(model, index, () if self.skips(index) else self.units)
 
     @final
     def readers(self, block: Block) -> dict[WidthUnit, Linear]:
@@ -169,7 +172,7 @@ class WidthPruner(GoalPruner):
         readers, rows = self.readers(block), []
         if seen.states is not None:
             rows.append(torch.tensor([mean_distance(seen.states)], dtype=torch.float64))
-        scores = self.score_units(self._blocks(model)[block.index], readers, seen)
+        scores = self.score_units(self._known(model, block.index), readers, seen)
         for kind, linear in readers.items():
             rows.append(scores[kind].double().cpu())
             if self._adds_bias:
@@ -225,7 +228,7 @@ class WidthPruner(GoalPruner):
         self, model: Model, block: Block, seen: Seen, leaving: Mapping[int, Share]
     ) -> tuple[dict[Key, Tensor], dict[str, Any]]:
         """Return which units of a block stay, and what makes up for the others."""
-        known, share = self._blocks(model)[block.index], leaving[block.index]
+        known, share = self._known(model, block.index), leaving[block.index]
         targets = self.readers(block)
         scores = share.scores or self.score_units(known, targets, seen)
         keep = chosen_units(known.sizes, share.stay, scores)

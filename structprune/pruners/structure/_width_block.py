@@ -82,26 +82,18 @@ class NotedMean(Statistics):
         return self.noted
 
 
-def width_blocks(model: Model, kinds: Sequence[WidthUnit], skipped: Sequence[bool]) -> list[WidthBlock]:
-    """Return what is known of every block.
+def width_block(model: Model, index: int, kinds: Sequence[WidthUnit]) -> WidthBlock:
+    """Return what is known of one block.
 
     Args:
         model: In memory, streamed, or a twin.
+        index: Which block.
         kinds: What may leave.
-        skipped: Per block, whether nothing may.
 
     Raises:
         UsageError: The family's parts are not known.
     """
     module = skeleton(model)
     arch = arch_of(module)
-    return [
-        WidthBlock(
-            prefix,
-            block,
-            arch,
-            block_sizes(block, arch),
-            UnitCosts() if skip else unit_costs(block, arch, kinds),
-        )
-        for (prefix, block), skip in zip(blocks(module, arch), skipped, strict=True)
-    ]
+    prefix, block = blocks(module, arch)[index]
+    return WidthBlock(prefix, block, arch, block_sizes(block, arch), unit_costs(block, arch, kinds))

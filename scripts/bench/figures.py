@@ -1,0 +1,29 @@
+"""README.md of the benches: each bench writes its own section, whole, and leaves those of the others."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+README = Path(__file__).with_name("README.md")
+TITLE = "# Figures\n\nEach section is written by the bench that it names, with `--write`.\n"
+
+
+def write_section(bench: str, text: str, readme: Path = README) -> None:
+    """Put a bench's figures into the file of all figures, in place of its last ones.
+
+    Args:
+        bench: The file of the bench; its section is called so.
+        text: Markdown without headings of the first two levels.
+        readme: The file; it is made where it is missing.
+    """
+    said = readme.read_text(encoding="utf-8") if readme.is_file() else TITLE
+    head, *sections = re.split(r"^## ", said, flags=re.MULTILINE)
+    kept = [one for one in sections if one.partition("\n")[0] != bench]
+    kept = [f"## {one.strip()}\n" for one in sorted([*kept, f"{bench}\n\n{text.strip()}\n"])]
+    readme.write_text("\n".join([f"{head.strip()}\n", *kept]), encoding="utf-8")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
