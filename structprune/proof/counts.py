@@ -74,7 +74,7 @@ def check_lists(stage: Stage, shapes: Shapes) -> list[str]:
 
 
 def removed(
-    stages: Sequence[Stage], rows: Sequence[Mapping[str, Rows]], source: Shapes | None
+    stages: Sequence[Stage], rows: Sequence[Mapping[str, Rows]], source: Shapes | None, carried: int = 0
 ) -> list[int | None]:
     """Return how many of its units each stage removed, as measured; None where the source would have to tell.
 
@@ -82,11 +82,12 @@ def removed(
         stages: All of them, in order.
         rows: Of each what its masks remove, by stored tensor.
         source: Stored tensor -> its shape in what the folder was made from.
+        carried: How many of the first stages the source has behind it itself.
     """
     found: list[int | None] = []
-    for stage, masked in zip(stages, rows, strict=True):
+    for number, (stage, masked) in enumerate(zip(stages, rows, strict=True)):
         lost = None
-        if source is not None:
+        if source is not None and number >= carried:
             source, lost = stage.leaves(source)
         if stage.counted or not stage.restructures:
             lost = sum(int(one.removed.sum()) for one in masked.values())

@@ -201,6 +201,17 @@ def read_stages(folders: Iterable[Path]) -> list[Stage]:
     return stages
 
 
+def count_carried(stages: Sequence[Stage], source: Iterable[Path]) -> int:
+    """Return how many of the first stages the source went through itself, such as one that was recovered.
+
+    Args:
+        stages: Of a folder.
+        source: The plans' folders of what it was made from.
+    """
+    ids = {stage.plan.id for stage in read_stages(source)}
+    return next((number for number, one in enumerate(stages) if one.plan.id not in ids), len(stages))
+
+
 def names_now(names: Iterable[str], stages: Sequence[Stage]) -> dict[str, str]:
     """Return stored tensor of the source -> its name in the files; only those that no list lost."""
     found = {}

@@ -21,7 +21,7 @@ from structprune.models.streamed import Model, StreamedModel, build_model, open_
 from structprune.progress import Progress, silent, step
 from structprune.proof import against, counts, reloading
 from structprune.proof.measure import Inputs, Measured, Place, Rows, measure, places, rows_of
-from structprune.proof.stage import Stage, read_stages
+from structprune.proof.stage import Stage, count_carried, read_stages
 from structprune.proof.verification import Verification
 from structprune.proof.written import WrittenTensors, check_files
 from structprune.storage.reader import StoredTensors
@@ -90,7 +90,7 @@ def verify(
         if packed:
             manifest = read_manifest(record, allow_external_symlinks=links)
         model = _open(result, folder, opening, progress)
-        stages = read_stages(path.parent for path in sorted((record / PLANS).glob("*/plan.json")))
+        stages = read_stages(_plans_of(folder))
     except InputError as error:
         if not ours:
             raise
@@ -101,15 +101,17 @@ def verify(
     result.row("files", [], f"{tensors} in {files} as config.json says")
     _check_plans(result, model, stages)
     known = WrittenTensors.of_manifest(manifest) if written is None else WrittenTensors.of_run(written)
-    held = _measure(model, stages, before, progress, hashed=known.weights is not None)
+    carried = 0 if source is None else count_carried(stages, _plans_of(source))
+    expected = against.Before(before, stages[carried:])
+    held = _measure(model, stages, expected, progress, hashed=known.weights is not None)
     known.check(result, reader, held.hashes)
-    _summarise(result, model, reader, held, before)
+    _summarise(result, model, reader, held, before, carried)
     _check_weights(result, held, opening.allow_nonfinite)
     trained = {*(manifest.facts.get("revalued", ()) if manifest else ()), *revalued}
     _check_values(result, held, trained)
     if before is not None:
-        against.check_source(result, reader, before, held.found, stages, trained)
-        against.check_side_files(result, folder, before.folder, stages)
+        against.check_source(result, reader, before, held.found, stages[carried:], trained)
+        against.check_side_files(result, folder, before.folder, stages[carried:])
     reloading.check_modelling(result, reader)
     if packed:
         how = f"`structprune export {folder} DENSE --to dense` gives a folder that can be"
@@ -118,6 +120,11 @@ def verify(
         with step(progress, "reload in a fresh process"):
             reloading.check_reload(result, model, reader, opening, reference)
     return result
+
+
+def _plans_of(folder: Path) -> list[Path]:
+    record = folder / SOURCE if is_packed(folder) else folder
+    return [path.parent for path in sorted((record / PLANS).glob("*/plan.json"))]
 
 
 def _open(result: Verification, folder: Path, opening: Opening, progress: Progress) -> StreamedModel:
@@ -169,7 +176,7 @@ def _check_plans(result: Verification, model: StreamedModel, stages: list[Stage]
 def _measure(
     model: StreamedModel,
     stages: list[Stage],
-    source: StoredTensors | None,
+    sources: against.Before,
     progress: Progress,
     *,
     hashed: bool,
@@ -183,7 +190,6 @@ def _measure(
     found: dict[str, Measured] = {}
     hashes: dict[str, str] = {}
     rows: list[dict[str, Rows]] = [{} for _ in stages]
-    sources = against.Before(source, stages)
     for name in (name for names in reader.shards.values() for name in names):
         tensor = reader.read(name)
         masks = [_mask_now(stages, number, name) for number in range(len(stages))]
@@ -236,6 +242,7 @@ def _summarise(
     reader: StoredTensors,
     held: Held,
     source: StoredTensors | None,
+    carried: int,
 ) -> None:
     names, found = model.names, held.found
     real = {name for name, _ in model.skeleton.named_parameters(remove_duplicate=False)}
@@ -252,7 +259,7 @@ def _summarise(
     patterns = set().union(*(stage.patterns for stage in held.stages))
     result.pattern = counts.pattern([found[name] for name in chosen], patterns) if chosen else "dense"
     result.blocks = counts.per_block(found, held.where)
-    removed_by = counts.removed(held.stages, held.rows, source.shapes if source else None)
+    removed_by = counts.removed(held.stages, held.rows, source.shapes if source else None, carried)
     for stage, removed in zip(held.stages, removed_by, strict=True):
         of = stage.plan.promises.of if stage.plan.promises else 0
         result.stages[stage.name] = None if removed is None else removed / of if of else 0.0

@@ -32,7 +32,7 @@ from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Promises, Reshaped
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import UNMEASURED, Seen
-from structprune.pruners.structure._family import bias_key, left_shapes
+from structprune.pruners.structure._family import bias_key, check_untied, left_shapes
 from structprune.pruners.structure._goal import GoalPruner
 from structprune.pruners.structure._width_block import NotedMean, WidthBlock, width_blocks
 from structprune.pruners.structure._width_goal import Share, WidthGoal
@@ -89,7 +89,7 @@ class WidthPruner(GoalPruner):
     @final
     def measuring(self) -> Parts:
         """Return what a budget for the whole model must see of every block first."""
-        return self._read if self._looks_first else NOTHING
+        return self._read if self.looks_first else NOTHING
 
     @property
     @final
@@ -102,10 +102,12 @@ class WidthPruner(GoalPruner):
     def solving(self) -> Parts:
         """Return what is read block by block: only a Gram matrix is too large to be noted at a first look."""
         gram: Parts = frozenset({"gram"})
-        return self._read & gram if self._looks_first else self._read
+        return self._read & gram if self.looks_first else self._read
 
     @property
-    def _looks_first(self) -> bool:
+    @final
+    def looks_first(self) -> bool:
+        """Tell whether the budget compares the blocks."""
         return self.budget == "global" or isinstance(self.budget, SigmoidBudget)
 
     def _goal(self, model: Model, found: Sequence[WidthBlock]) -> WidthGoal:
@@ -138,8 +140,8 @@ class WidthPruner(GoalPruner):
         """Check that there are units to remove.
 
         Raises:
-            UsageError: There are none, what was asked rounds to none, or a block that is to be skipped is not
-                there.
+            UsageError: There are none, or they belong to tensors that are tied; what was asked rounds to
+                none; or a block that is to be skipped is not there.
         """
         self.check_skipped(len(blocks(model)))
         found = self._blocks(model)
@@ -148,6 +150,9 @@ class WidthPruner(GoalPruner):
                 f"units: no block that is not skipped has {' or '.join(self.units)}",
                 hint="skip fewer blocks, or choose other units",
             )
+        for index, known in enumerate(found):
+            if known.readers:
+                check_untied(model, index)
         if self.removes_something:
             self._goal(model, found).check(found)
 
@@ -181,7 +186,7 @@ class WidthPruner(GoalPruner):
         """Return how many units of each block stay, with what the first look saw of them."""
         found = self._blocks(model)
         goal = self._goal(model, found)
-        if not self._looks_first or not any(one.ndim for one in measured):
+        if not self.looks_first or not any(one.ndim for one in measured):
             return goal.shares_before(found)
         return goal.shares(found, measured, means=self._adds_bias, per_parameter=self.per_parameter)
 
@@ -203,8 +208,8 @@ class WidthPruner(GoalPruner):
                 for path in self._cut_readers(one, keep):
                     stored = names_of(model).stored_of[f"{one.prefix}.{path}.weight"][0]
                     shapes[bias_key(stored)] = (skeleton(model).config.get_text_config().hidden_size,)
-        exact = not self._looks_first
-        left = left_of(model, Outline(shapes), self._patch(model, found, keeps))
+        exact = not self.looks_first
+        left = left_of(model, Outline(shapes), self._patch(model, found, keeps, listed=not exact))
         removed = sum(self._removed(one, shares[index]) for index, one in enumerate(found))
         return Forecast("parameters", self.asked, removed if exact else None, of, left, exact)
 
@@ -214,11 +219,13 @@ class WidthPruner(GoalPruner):
     def _removed(self, known: WidthBlock, share: Share) -> int:
         return known.there.cost(known.costs) - share.stay.cost(known.costs)
 
-    def _patch(self, model: Model, found: Sequence[WidthBlock], keeps: Sequence[BlockKeep]) -> dict[str, Any]:
+    def _patch(
+        self, model: Model, found: Sequence[WidthBlock], keeps: Sequence[BlockKeep], *, listed: bool = False
+    ) -> dict[str, Any]:
         sizes = [sizes_left(one.sizes, keep) for one, keep in zip(found, keeps, strict=True)]
         pairs = zip(found, keeps, strict=True)
         biases = [self._cut_readers(*pair) for pair in pairs] if self._adds_bias else []
-        return sizes_patch(skeleton(model).config, sizes, biases)
+        return sizes_patch(skeleton(model).config, sizes, biases, listed=listed)
 
     @final
     def solve_block(
