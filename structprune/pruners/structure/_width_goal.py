@@ -108,6 +108,8 @@ class WidthGoal:
         """
         of = sum(one.there.cost(one.costs) for one in found)
         before = self.shares_before(found)
+        if not self.share or isinstance(self.budget, UnitTable):  # nothing was asked, or these very sizes
+            return
         if any(before[index].stay != one.there for index, one in enumerate(found)):
             return
         # Where all of a model compete, a single unit may leave that is too much for its block alone.
