@@ -35,12 +35,19 @@ class Share:
         scores: Units' scores, where a first look has them.
         means: Means of what the matrices read, where a first look has them.
         importance: Of the block as a whole, where the budget knows it.
+        room: For how many units its tensors have room, where some of them are to be zeros.
     """
 
     stay: UnitCounts
     scores: ByUnit = field(default_factory=dict)
     means: ByUnit = field(default_factory=dict)
     importance: float | None = None
+    room: UnitCounts | None = None
+
+    @property
+    def stored(self) -> UnitCounts:
+        """Return how many units the block's tensors have afterwards."""
+        return self.room or self.stay
 
 
 @dataclass(frozen=True)
