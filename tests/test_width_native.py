@@ -95,6 +95,18 @@ def test_heads_that_a_configuration_cannot_say_are_refused_or_padded(tmp_path: P
     assert not code
 
 
+@pytest.mark.parametrize(("more", "told"), [([], True), (["--uniform", "--set", "repair=none"], False)])
+def test_that_blocks_will_be_unequal_is_said_before(
+    more: list[str], told: bool, command: Command, llama: Path, tmp_path: Path
+) -> None:
+    done = command(
+        "prune", llama, tmp_path / "out", "--method", "flap", "--dry-run", "--sparsity", "0.4", *more
+    )
+    assert done.code == 0
+    assert ("blocks of unequal width" in done.err) is told
+    assert ("trust_remote_code" in done.out) is told
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

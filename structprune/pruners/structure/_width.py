@@ -44,6 +44,10 @@ from structprune.pruners.structure._width_left import (
 )
 from structprune.solvers.columns import AnyColumnRepair
 
+UNEQUAL = (
+    "{method} leaves blocks of unequal width: structprune opens them, and transformers with "
+    "trust_remote_code; --uniform or --pad leave equal ones"
+)
 READ: Mapping[str, WidthUnit] = {"heads": "kv_group", "channels": "channel"}
 
 
@@ -246,7 +250,8 @@ class WidthPruner(GoalPruner):
             patch_of(model, found, keeps, bias=self._adds_bias, listed=not (exact or self.native)),
         )
         removed = sum(self._removed(one, shares[index]) for index, one in enumerate(found))
-        return Forecast("parameters", self.asked, removed if exact else None, of, left, exact)
+        notes = () if exact or self.native else (UNEQUAL.format(method=self.method()),)
+        return Forecast("parameters", self.asked, removed if exact else None, of, left, exact, notes=notes)
 
     def _removed(self, known: WidthBlock, share: Share) -> int:
         return known.there.cost(known.costs) - share.stored.cost(known.costs)
