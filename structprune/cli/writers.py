@@ -66,6 +66,10 @@ def prune(
     include: Annotated[list[str] | None, typer.Option(help="Prune only linears whose name matches.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave linears dense whose name matches.")] = None,
     fold: Annotated[bool, typer.Option("--fold", help="Write products as dense matrices.")] = False,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="All blocks equally wide: the family's own class opens it.")
+    ] = False,
+    pad: Annotated[bool, typer.Option("--pad", help="So, too, with zeros up to the widest block.")] = False,
     keep_scores: Annotated[bool, typer.Option("--keep-scores", help="Keep scores in the plan.")] = False,
     scores: Annotated[Path | None, typer.Option(metavar="DIR", help="Decide from kept scores.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
@@ -82,6 +86,8 @@ def prune(
 ) -> Job:
     """Prune a model, prove the result and report on it."""
     several = sparsity.split(",") if sparsity else [None]
+    if uniform and pad:
+        raise UsageError("--uniform and --pad are two ways to the same", hint="give one of them")
     flags = {
         "output": writes.output(output),
         "seed": seed,
@@ -92,6 +98,7 @@ def prune(
         "prune.method": method,
         "prune.sparsity": sparsity_of(several[0], ratio=sparsity_ratio, kind=sparsity_type),
         "prune.fold": fold or None,
+        "prune.native": "pad" if pad else "uniform" if uniform else None,
         "prune.keep_scores": keep_scores or None,
         "prune.include": include or None,
         "prune.exclude": exclude or None,

@@ -40,7 +40,11 @@ _EXPERTS = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts", "qwen3_m
 
 
 def sizes_patch(
-    config: PreTrainedConfig, found: Sequence[BlockSizes], biases: Sequence[Sequence[str]] = ()
+    config: PreTrainedConfig,
+    found: Sequence[BlockSizes],
+    biases: Sequence[Sequence[str]] = (),
+    *,
+    listed: bool = False,
 ) -> dict[str, Any]:
     """Return what config.json must say of blocks with these sizes, which differ from what it says now.
 
@@ -48,6 +52,7 @@ def sizes_patch(
         config: The model's, as it is.
         found: The blocks' sizes as they are to be.
         biases: Per block the linears, by their path in it, that have got a bias.
+        listed: Whether they are listed in any case, because they will be unequal once data decided.
     """
     text = config.get_text_config()
     before = getattr(config, CONFIG_KEY, None) or [{}] * len(found)
@@ -55,14 +60,14 @@ def sizes_patch(
         sorted({*old.get("biases", ()), *new})
         for old, new in zip(before, biases or [()] * len(found), strict=True)
     ]
-    said = None if any(got) else _native(text, found)
+    said = None if listed or any(got) else _native(text, found)
     if said is None:
         return {CONFIG_KEY: [entry_of(*pair) for pair in zip(found, got, strict=True)]}
     changed = {
         key: value for key, value in said.items() if not hasattr(text, key) or getattr(text, key) != value
     }
-    listed = {CONFIG_KEY: None} if getattr(config, CONFIG_KEY, None) else {}
-    return listed | (_for_text(config, changed) if changed else {})
+    unlisted = {CONFIG_KEY: None} if getattr(config, CONFIG_KEY, None) else {}
+    return unlisted | (_for_text(config, changed) if changed else {})
 
 
 def depth_patch(config: PreTrainedConfig, kept: Sequence[int], found: Sequence[BlockSizes]) -> dict[str, Any]:

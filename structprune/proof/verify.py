@@ -112,8 +112,9 @@ def verify(
     trained = {*(manifest.facts.get("revalued", ()) if manifest else ()), *revalued}
     _check_values(result, held, trained)
     if before is not None:
-        against.check_source(result, reader, before, held.found, stages, trained)
-        against.check_side_files(result, folder, before.folder, stages)
+        since = [stage for stage in stages if not stage.in_source]
+        against.check_source(result, reader, before, held.found, since, trained)
+        against.check_side_files(result, folder, before.folder, since)
     reloading.check_modelling(result, reader)
     if packed:
         how = f"`structprune export {folder} DENSE --to dense` gives a folder that can be"

@@ -1,9 +1,8 @@
 """Measure, decide, solve: the walks of every pruner that decides block by block, and how they resume.
 
 Up to three walks over the model: one dense walk for what the budget measures, one backward for gradients, and
-one on which every block is solved, written, and only then passed. Each leaves one durable file per block, so
-that a run that was killed goes on after its last whole block. What depends on a family are the hooks of
-`BlockwisePruner`; no hook walks.
+one on which every block is solved, written, and only then passed. Each leaves one durable file per block: a
+run that was killed goes on after its last whole block. What depends on a family are the hooks; none walks.
 """
 
 from abc import abstractmethod
@@ -54,7 +53,7 @@ class BlockwisePruner(Pruner):
 
     @property
     def measuring(self) -> Parts:
-        """Return what must be known of every block of the dense model before anything is decided."""
+        """Return what must be known of every dense block's inputs before anything is decided."""
         return NOTHING
 
     @property
@@ -71,6 +70,11 @@ class BlockwisePruner(Pruner):
     def solves_passes(self) -> bool:
         """Tell whether `solve_block` does so."""
         return False
+
+    @property
+    def looks_first(self) -> bool:
+        """Tell whether every block is measured before anything is decided; weights alone may be enough."""
+        return bool(self.measuring or self.watching or self.measures_passes)
 
     def reduce_gradients(
         self, model: Model, block: Block, found: Mapping[str, GradientMeans]
@@ -257,7 +261,7 @@ class BlockwisePruner(Pruner):
         samples: int,
     ) -> list[Tensor]:
         """Walk through the dense model and return what the decision needs of each block."""
-        if not (self.measuring or self.watching or self.measures_passes):
+        if not self.looks_first:
             return [UNMEASURED] * len(blocks(model))
         found: list[Tensor] = []
         parts = input_parts(self.measuring)

@@ -38,6 +38,7 @@ class Forecast:
         by_rounding: Whether rounding alone stands between what was asked and what is reached; folded products
             hold no zeros on purpose.
         trials: How many forwards over all calibration data a search takes, at most.
+        notes: What else is worth knowing before anything runs, a sentence each.
     """
 
     unit: str
@@ -50,6 +51,7 @@ class Forecast:
     near: tuple[float, ...] = ()
     by_rounding: bool = True
     trials: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def wanted(self) -> Fraction | None:
@@ -64,11 +66,13 @@ class Forecast:
         return None if self.reachable is None else self.reachable / self.of if self.of else 0.0
 
     def check(self) -> None:
-        """Hold what rounding reaches against what was asked for; say so where it is not nearly that.
+        """Say what is worth knowing; hold what rounding reaches against what was asked for.
 
         Raises:
             UsageError: Not half of it is reached; names what could be.
         """
+        for note in self.notes:
+            logger.warning("%s", note)
         if not self.wanted or self.reachable is None or not self.of or not self.by_rounding:
             return
         reached = Fraction(self.reachable, self.of)

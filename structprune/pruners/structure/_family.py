@@ -4,6 +4,8 @@ from typing import Self
 
 from structprune.decide.sparsity import Share
 from structprune.decide.targets import SkippedBlocks
+from structprune.errors import UsageError
+from structprune.models.arch import blocks
 from structprune.models.identity import names_of
 from structprune.models.streamed import Model
 from structprune.plan.key import Key
@@ -33,6 +35,25 @@ class StructurePruner(SkippedBlocks, BlockwisePruner):
             UsageError: It cannot be this one.
         """
         return self.with_field("sparsity", goal)
+
+
+def check_untied(model: Model, index: int) -> None:
+    """Check that no tensor of a block is also one of something else: a cut would change that, too.
+
+    Args:
+        model: In memory, streamed, or a twin.
+        index: The block's.
+
+    Raises:
+        UsageError: One is; names both.
+    """
+    prefix, _ = blocks(model)[index]
+    for alias, main in names_of(model).aliases.items():
+        if alias.startswith(f"{prefix}.") or main.startswith(f"{prefix}."):
+            raise UsageError(
+                f"{alias}: is the same tensor as {main}, so it cannot become smaller alone",
+                hint=f"leave block {index} as it is (skip), or store the tensors apart",
+            )
 
 
 def bias_key(weight: str) -> Key:

@@ -7,23 +7,21 @@ chosen beside it.
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, Self, final
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from structprune.calibration.states import Reduce, token_cosines
-from structprune.calibration.statistics import NOTHING, Parts, Statistics
+from structprune.calibration.statistics import NOTHING, Parts
 from structprune.decide.budgets.sigmoid import SigmoidBudget, mean_distance
 from structprune.decide.unit_counts import Multiples, UnitCounts, WidthUnit
-from structprune.decide.units import chosen_units, first_units, sizes_left, unit_tensors
+from structprune.decide.units import chosen_units, first_units, unit_tensors
 from structprune.errors import UsageError
 from structprune.models.arch import Linear, blocks
 from structprune.models.edit import left_of
-from structprune.models.groups import BlockKeep
-from structprune.models.identity import names_of, skeleton, stored_dtypes
-from structprune.models.native import sizes_patch
+from structprune.models.identity import names_of, skeleton
 from structprune.models.streamed import Model
 from structprune.models.tensor_edit import Outline
 from structprune.models.walk import Block
@@ -32,12 +30,24 @@ from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Promises, Reshaped
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import UNMEASURED, Seen
-from structprune.pruners.structure._family import bias_key, left_shapes
+from structprune.pruners.structure._family import bias_key, check_untied, left_shapes
 from structprune.pruners.structure._goal import GoalPruner
 from structprune.pruners.structure._width_block import NotedMean, WidthBlock, width_block
 from structprune.pruners.structure._width_goal import Share, WidthGoal
+from structprune.pruners.structure._width_left import (
+    Columns,
+    check_native,
+    cut_readers,
+    padded,
+    patch_of,
+    repaired_tensors,
+)
 from structprune.solvers.columns import AnyColumnRepair
 
+UNEQUAL = (
+    "{method} leaves blocks of unequal width: structprune opens them, and transformers with "
+    "trust_remote_code; --uniform or --pad leave equal ones"
+)
 READ: Mapping[str, WidthUnit] = {"heads": "kv_group", "channels": "channel"}
 
 
@@ -51,6 +61,8 @@ class WidthPruner(GoalPruner):
             a refit of the columns that stay.
         multiple: Of what the number of channels that stay is a multiple; a block that has fewer stays whole.
         kv_multiple: Of what the number of key-value groups that stay is one.
+        native: How all blocks become equally wide, so that the family's own configuration says it: "uniform",
+            they lose the same share; "pad", zeros fill them up to the widest.
 
     Attributes:
         parts: What the score reads, whatever the fields.
@@ -61,10 +73,26 @@ class WidthPruner(GoalPruner):
     repair: AnyColumnRepair = None
     multiple: Annotated[int, Field(ge=1, le=65536)] = 1
     kv_multiple: Annotated[int, Field(ge=1, le=1024)] = 1
+    native: Literal["uniform", "pad"] | None = None
     propagate: Literal["pruned", "dense"] = "dense"
 
     parts: ClassVar[Parts] = NOTHING
     per_parameter: ClassVar[bool] = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _equal_shares(cls, data: Any) -> Any:
+        """Let native: uniform choose the budget of a method whose own is another."""
+        equal = isinstance(data, dict) and data.get("native") == "uniform"
+        return {"budget": "uniform"} | data if equal else data
+
+    @model_validator(mode="after")
+    def _can_be_native(self) -> Self:
+        if self.native == "uniform" and self.looks_first:
+            raise ValueError(f"native: uniform does not go with budget {self.budget}; pad does")
+        if self.native == "pad" and self.skip:
+            raise ValueError("native: pad makes every block as wide as those that skip leaves whole")
+        return self
 
     @abstractmethod
     def score_units(
@@ -89,7 +117,7 @@ class WidthPruner(GoalPruner):
     @final
     def measuring(self) -> Parts:
         """Return what a budget for the whole model must see of every block first."""
-        return self._read if self._looks_first else NOTHING
+        return self._read if self.looks_first else NOTHING
 
     @property
     @final
@@ -102,10 +130,12 @@ class WidthPruner(GoalPruner):
     def solving(self) -> Parts:
         """Return what is read block by block: only a Gram matrix is too large to be noted at a first look."""
         gram: Parts = frozenset({"gram"})
-        return self._read & gram if self._looks_first else self._read
+        return self._read & gram if self.looks_first else self._read
 
     @property
-    def _looks_first(self) -> bool:
+    @final
+    def looks_first(self) -> bool:
+        """Tell whether the budget compares the blocks."""
         return self.budget == "global" or isinstance(self.budget, SigmoidBudget)
 
     def _goal(self, model: Model, found: Sequence[WidthBlock]) -> WidthGoal:
@@ -138,8 +168,8 @@ class WidthPruner(GoalPruner):
         """Check that there are units to remove.
 
         Raises:
-            UsageError: There are none, what was asked rounds to none, or a block that is to be skipped is not
-                there.
+            UsageError: There are none, or they belong to tensors that are tied; what was asked rounds to
+                none; or a block that is to be skipped is not there.
         """
         self.check_skipped(len(blocks(model)))
         found = self._blocks(model)
@@ -148,8 +178,16 @@ class WidthPruner(GoalPruner):
                 f"units: no block that is not skipped has {' or '.join(self.units)}",
                 hint="skip fewer blocks, or choose other units",
             )
+        for index, known in enumerate(found):
+            if known.readers:
+                check_untied(model, index)
         if self.removes_something:
             self._goal(model, found).check(found)
+            if self.native is not None:
+                check_native(model, found, self._before(model, found), self.native, bias=self._adds_bias)
+
+    def _before(self, model: Model, found: Sequence[WidthBlock]) -> dict[int, Share]:
+        return self._goal(model, found).shares_before(found)
 
     def _blocks(self, model: Model) -> list[WidthBlock]:
         return [self._known(model, index) for index in range(len(blocks(model)))]
@@ -183,10 +221,12 @@ class WidthPruner(GoalPruner):
     def decide(self, model: Model, measured: Sequence[Tensor]) -> dict[int, Share]:
         """Return how many units of each block stay, with what the first look saw of them."""
         found = self._blocks(model)
-        goal = self._goal(model, found)
-        if not self._looks_first or not any(one.ndim for one in measured):
-            return goal.shares_before(found)
-        return goal.shares(found, measured, means=self._adds_bias, per_parameter=self.per_parameter)
+        if not self.looks_first or not any(one.ndim for one in measured):
+            return self._before(model, found)
+        shares = self._goal(model, found).shares(
+            found, measured, means=self._adds_bias, per_parameter=self.per_parameter
+        )
+        return padded(model, found, shares) if self.native == "pad" else shares
 
     @final
     def forecast(self, model: Model) -> Forecast:
@@ -197,31 +237,27 @@ class WidthPruner(GoalPruner):
         if not self.removes_something:
             return Forecast("parameters", self.asked, 0, of, left_of(model, Outline({}), {}))
         shares = self.decide(model, [UNMEASURED] * len(found))
-        keeps = [first_units(one.sizes, shares[index].stay) for index, one in enumerate(found)]
+        keeps = [first_units(one.sizes, shares[index].stored) for index, one in enumerate(found)]
         shapes: dict[Key, tuple[int, ...]] = {}
         for one, keep in zip(found, keeps, strict=True):
             tensors = unit_tensors(one.prefix, one.module, one.arch, keep, names_of(model))
             shapes |= {key: tuple(value.shape) for key, value in tensors.items()}
             if self._adds_bias:
-                for path in self._cut_readers(one, keep):
+                for path in cut_readers(one, keep):
                     stored = names_of(model).stored_of[f"{one.prefix}.{path}.weight"][0]
                     shapes[bias_key(stored)] = (skeleton(model).config.get_text_config().hidden_size,)
-        exact = not self._looks_first
-        left = left_of(model, Outline(shapes), self._patch(model, found, keeps))
+        exact = not self.looks_first
+        left = left_of(
+            model,
+            Outline(shapes),
+            patch_of(model, found, keeps, bias=self._adds_bias, listed=not (exact or self.native)),
+        )
         removed = sum(self._removed(one, shares[index]) for index, one in enumerate(found))
-        return Forecast("parameters", self.asked, removed if exact else None, of, left, exact)
-
-    def _cut_readers(self, known: WidthBlock, keep: BlockKeep) -> list[str]:
-        return [path for kind, (path, _) in known.readers.items() if known.columns(kind, keep) is not None]
+        notes = () if exact or self.native else (UNEQUAL.format(method=self.method()),)
+        return Forecast("parameters", self.asked, removed if exact else None, of, left, exact, notes=notes)
 
     def _removed(self, known: WidthBlock, share: Share) -> int:
-        return known.there.cost(known.costs) - share.stay.cost(known.costs)
-
-    def _patch(self, model: Model, found: Sequence[WidthBlock], keeps: Sequence[BlockKeep]) -> dict[str, Any]:
-        sizes = [sizes_left(one.sizes, keep) for one, keep in zip(found, keeps, strict=True)]
-        pairs = zip(found, keeps, strict=True)
-        biases = [self._cut_readers(*pair) for pair in pairs] if self._adds_bias else []
-        return sizes_patch(skeleton(model).config, sizes, biases)
+        return known.there.cost(known.costs) - share.stored.cost(known.costs)
 
     @final
     def solve_block(
@@ -231,29 +267,16 @@ class WidthPruner(GoalPruner):
         known, share = self._known(model, block.index), leaving[block.index]
         targets = self.readers(block)
         scores = share.scores or self.score_units(known, targets, seen)
-        keep = chosen_units(known.sizes, share.stay, scores)
+        keep, stay = (chosen_units(known.sizes, one, scores) for one in (share.stored, share.stay))
         tensors = unit_tensors(block.prefix, block.module, known.arch, keep, names_of(model))
         for kind, linear in targets.items():
-            kept = known.columns(kind, keep)
-            if self.repair is not None and kept is not None:
+            kept = known.columns(kind, stay)
+            if kept is not None and (self.repair is not None or share.room):
                 noted = share.means.get(kind)
                 one = seen.of(linear) if noted is None else NotedMean(noted=noted)
-                tensors |= self._repaired(model, linear, kept, one)
+                columns = Columns(kept, known.columns(kind, keep))
+                tensors |= repaired_tensors(model, linear, columns, self.repair, one)
         return tensors, {"kept": {"kv_groups": share.stay.kv_groups, "channels": share.stay.channels}}
-
-    def _repaired(self, model: Model, linear: Linear, kept: Tensor, seen: Statistics) -> dict[Key, Tensor]:
-        """Return new values of a matrix that lost columns, and of its bias."""
-        found, made = {}, self.repair.repair(linear.weight, kept, seen)
-        stored = names_of(model).stored_of[linear.name][0]
-        dtype = stored_dtypes(model)[stored]
-        if made.weight is not None:
-            value = made.weight.T if linear.transposed else made.weight
-            found[Key(stored, "value")] = value.to(dtype).contiguous()
-        if made.bias is not None:
-            before = linear.module._parameters.get("bias")
-            total = made.bias if before is None else made.bias + before.detach().float()
-            found[bias_key(stored)] = total.to(dtype)
-        return found
 
     @final
     def finish(
@@ -266,8 +289,8 @@ class WidthPruner(GoalPruner):
             nothing = Promises(unit="parameters", asked=self.asked, removed=0, of=of)
             return writer.finish({}, promises=nothing)
         removed = sum(self._removed(one, leaving[index]) for index, one in enumerate(found))
-        keeps = [first_units(one.sizes, leaving[index].stay) for index, one in enumerate(found)]
-        patch = self._patch(model, found, keeps)
+        keeps = [first_units(one.sizes, leaving[index].stored) for index, one in enumerate(found)]
+        patch = patch_of(model, found, keeps, bias=self._adds_bias)
         shapes = left_shapes(writer, model)
         stored = tuple(Reshaped(tensors=tuple(names), shape=shape) for shape, names in shapes.items())
         promises = Promises(unit="parameters", asked=self.asked, removed=removed, of=of, stored=stored)

@@ -40,12 +40,15 @@ class WidthBlock:
     @property
     def new_biases(self) -> int:
         """Return how many parameters it gets where every matrix that reads units gets a bias."""
-        readers = [(self.module.get_submodule(path), width) for path, width in self.readers.values()]
         return sum(
-            one.get_parameter("weight").numel() // width
-            for one, width in readers
-            if one._parameters.get("bias") is None
+            self.module.get_submodule(path).get_parameter("weight").numel() // width
+            for path, width in self.readers.values()
+            if self.lacks_bias(path)
         )
+
+    def lacks_bias(self, path: str) -> bool:
+        """Tell whether the linear at a path has no bias."""
+        return self.module.get_submodule(path)._parameters.get("bias") is None
 
     def removable(self, least: UnitCounts) -> int:
         """Return the parameters of what can leave where at least so many units stay of each kind."""

@@ -35,12 +35,19 @@ class Share:
         scores: Units' scores, where a first look has them.
         means: Means of what the matrices read, where a first look has them.
         importance: Of the block as a whole, where the budget knows it.
+        room: For how many units its tensors have room, where some of them are to be zeros.
     """
 
     stay: UnitCounts
     scores: ByUnit = field(default_factory=dict)
     means: ByUnit = field(default_factory=dict)
     importance: float | None = None
+    room: UnitCounts | None = None
+
+    @property
+    def stored(self) -> UnitCounts:
+        """Return how many units the block's tensors have afterwards."""
+        return self.room or self.stay
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,8 @@ class WidthGoal:
         """
         of = sum(one.there.cost(one.costs) for one in found)
         before = self.shares_before(found)
+        if not self.share or isinstance(self.budget, UnitTable):  # nothing was asked, or these very sizes
+            return
         if any(before[index].stay != one.there for index, one in enumerate(found)):
             return
         # Where all of a model compete, a single unit may leave that is too much for its block alone.
