@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, final
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from structprune.calibration.states import Reduce, token_cosines
 from structprune.calibration.statistics import NOTHING, Parts
 from structprune.decide.budgets.sigmoid import SigmoidBudget, mean_distance
+from structprune.decide.targets import split_words
 from structprune.decide.unit_counts import Multiples, UnitCounts, WidthUnit
 from structprune.decide.units import chosen_units, first_units, unit_tensors
 from structprune.errors import UsageError
@@ -30,7 +31,7 @@ from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Promises, Reshaped
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import UNMEASURED, Seen
-from structprune.pruners.structure._family import bias_key, check_untied, left_shapes
+from structprune.pruners.structure._family import bias_key, check_named_once, check_untied, left_shapes
 from structprune.pruners.structure._goal import GoalPruner
 from structprune.pruners.structure._width_block import NotedMean, WidthBlock, width_block
 from structprune.pruners.structure._width_goal import Share, WidthGoal
@@ -69,7 +70,9 @@ class WidthPruner(GoalPruner):
         per_parameter: Whether competing units are ranked by score per parameter, as sums over weights are.
     """
 
-    units: tuple[WidthUnit, ...] = Field(default=("kv_group", "channel"), min_length=1)
+    units: Annotated[tuple[WidthUnit, ...], BeforeValidator(split_words)] = Field(
+        default=("kv_group", "channel"), min_length=1
+    )
     repair: AnyColumnRepair = None
     multiple: Annotated[int, Field(ge=1, le=65536)] = 1
     kv_multiple: Annotated[int, Field(ge=1, le=1024)] = 1
@@ -88,6 +91,7 @@ class WidthPruner(GoalPruner):
 
     @model_validator(mode="after")
     def _can_be_native(self) -> Self:
+        check_named_once(self.units)
         if self.native == "uniform" and self.looks_first:
             raise ValueError(f"native: uniform does not go with budget {self.budget}; pad does")
         if self.native == "pad" and self.skip:

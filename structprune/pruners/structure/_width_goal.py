@@ -9,6 +9,7 @@ from torch import Tensor
 
 from structprune.decide.budgets.sigmoid import SigmoidBudget
 from structprune.decide.budgets.unit_table import UnitTable
+from structprune.decide.sparsity import share_below
 from structprune.decide.unit_counts import (
     Multiples,
     UnitCounts,
@@ -119,6 +120,14 @@ class WidthGoal:
         before = self.shares_before(found)
         if not self.share or isinstance(self.budget, UnitTable):  # nothing was asked, or these very sizes
             return
+        floor = UnitCounts(self.multiples.kv_groups, self.multiples.channels)
+        most = sum(one.removable(floor) for one in found)
+        units = [each for one in found for _, _, each, legal in _kinds(one, self.multiples) if legal]
+        if units and self.share * of > most + Fraction(min(units), 2):
+            raise UsageError(
+                f"{self.asked_by} is more than may leave, at least one unit of a kind stays in every block",
+                hint=f"ask for at most {share_below(most, of)}, or skip fewer blocks",
+            )
         if any(before[index].stay != one.there for index, one in enumerate(found)):
             return
         # Where all of a model compete, a single unit may leave that is too much for its block alone.
