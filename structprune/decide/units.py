@@ -25,11 +25,17 @@ def chosen_units(sizes: BlockSizes, stay: UnitCounts, scores: Mapping[WidthUnit,
     Args:
         sizes: The block's.
         stay: How many.
-        scores: By kind, "kv_group" [kv_heads] and "channel" [channels]; not needed where all stay.
+        scores: By kind, "kv_group" [kv_heads], "head" [heads] and "channel" [channels]; not needed where all
+            stay.
     """
     keep = BlockKeep()
     if stay.kv_groups < sizes.kv_heads:
         keep = kv_groups(sizes, highest(scores["kv_group"], stay.kv_groups))
+    elif stay.heads * sizes.kv_heads < sizes.heads:
+        each = scores["head"].view(sizes.kv_heads, -1)
+        first = range(0, sizes.heads, each.shape[1])
+        found = [at + highest(one, stay.heads) for at, one in zip(first, each, strict=True)]
+        keep = BlockKeep(heads=torch.cat(found))
     if stay.channels < sizes.channels:
         keep = replace(keep, channels=highest(scores["channel"], stay.channels))
     return keep
@@ -37,9 +43,12 @@ def chosen_units(sizes: BlockSizes, stay: UnitCounts, scores: Mapping[WidthUnit,
 
 def first_units(sizes: BlockSizes, stay: UnitCounts) -> BlockKeep:
     """Return a keep of the right sizes before anybody knows which units stay."""
-    zeros = torch.zeros
-    scores: dict[WidthUnit, Tensor] = {"kv_group": zeros(sizes.kv_heads), "channel": zeros(sizes.channels)}
-    return chosen_units(sizes, stay, scores)
+    units: dict[WidthUnit, int] = {
+        "kv_group": sizes.kv_heads,
+        "head": sizes.heads,
+        "channel": sizes.channels,
+    }
+    return chosen_units(sizes, stay, {kind: torch.zeros(count) for kind, count in units.items()})
 
 
 def sizes_left(sizes: BlockSizes, keep: BlockKeep) -> BlockSizes:
