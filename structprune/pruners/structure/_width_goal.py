@@ -122,7 +122,7 @@ class WidthGoal:
         """
         of = sum(one.there.cost(one.costs) for one in found)
         before = self.shares_before(found)
-        if not self.share or isinstance(self.budget, UnitTable):  # nothing was asked, or these very sizes
+        if isinstance(self.budget, UnitTable):  # these very sizes were asked for
             return
         if any(before[index].stay != one.there for index, one in enumerate(found)):
             return
