@@ -12,23 +12,25 @@ from structprune.proof.stage import Shapes, Stage
 COMMON = {4: 2, 8: 4}
 
 
-def check(stage: Stage, rows: Mapping[str, Rows], found: Mapping[str, Measured]) -> tuple[list[str], str]:
+def check(
+    stage: Stage, rows: Mapping[str, Rows], found: Mapping[str, Measured], lost: int | None
+) -> tuple[list[str], str]:
     """Return what is wrong with the counts of a stage, and what to say when nothing is.
 
     Args:
         stage: The stage.
         rows: What its masks remove, by stored tensor.
         found: What the files hold, by stored tensor that no later stage changed the shape of.
+        lost: What `removed` returned of the stage.
     """
     problems = [f"{name}: masked, but not promised" for name in stage.masked if name not in stage.prunable]
     for promise in stage.counted:
         problems += _problems(promise, rows, found)
-    total = sum(int(one.removed.sum()) for one in rows.values())
     promised = stage.plan.promises
     if promised is None:
         return problems, "nothing was promised"
-    if stage.counted and total != promised.removed:
-        problems.append(f"{total} of {promised.of} {promised.unit} removed, expected {promised.removed}")
+    if lost is not None and lost != promised.removed:
+        problems.append(f"{lost} of {promised.of} {promised.unit} removed, expected {promised.removed}")
     said = sorted({_sentence(promise) for promise in stage.counted})
     shapes = f"{promised.removed} of {promised.of} {promised.unit} leave with their tensors"
     return problems, "; ".join(said) or (shapes if promised.removed else "nothing was to leave")
@@ -60,9 +62,11 @@ def check_lists(stage: Stage, shapes: Shapes) -> list[str]:
     """
     problems = [f"{name}: is cut, but not promised" for name in stage.members if name not in stage.listed]
     for name, promise in stage.listed.items():
-        here = len(stage.members.get(name, ()))
-        if here != promise.stay:
-            problems.append(f"{name}: {here} members stay, {promise.stay} of {promise.of} were promised")
+        kept = stage.members.get(name, [])
+        if len(kept) != promise.stay:
+            problems.append(f"{name}: {len(kept)} members stay, {promise.stay} of {promise.of} were promised")
+        if kept != sorted({*kept} & {*range(promise.of)}):
+            problems.append(f"{name}: members {kept} stay, not ascending numbers below {promise.of}")
         now = stage.list_now(name)
         if now is None:
             continue

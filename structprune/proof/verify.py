@@ -41,6 +41,7 @@ class Held:
         where: Where the linears stand.
         rows: Per stage what its masks remove, by stored tensor, also of those that the files no longer hold.
         hashes: sha256 of every tensor's bytes; empty where nothing is known that they could be compared with.
+        removed: Per stage how many of its units it removed; None where the source would have to tell.
     """
 
     stages: Sequence[Stage]
@@ -48,6 +49,7 @@ class Held:
     where: Mapping[str, Place]
     rows: Sequence[Mapping[str, Rows]]
     hashes: Mapping[str, str]
+    removed: Sequence[int | None]
 
 
 def verify(
@@ -107,7 +109,7 @@ def verify(
     known = WrittenTensors.of_manifest(manifest) if written is None else WrittenTensors.of_run(written)
     held = _measure(model, stages, before, progress, hashed=known.weights is not None)
     known.check(result, reader, held.hashes)
-    _summarise(result, model, reader, held, before)
+    _summarise(result, model, reader, held)
     _check_weights(result, held, opening.allow_nonfinite)
     trained = {*(manifest.facts.get("revalued", ()) if manifest else ()), *revalued}
     _check_values(result, held, trained)
@@ -218,7 +220,8 @@ def _measure(
         for name in stage.masked:
             if name not in found or name in cut:
                 rows[number][name] = rows_of(stage.mask(name), _inputs(name in stage.transposed), groups)
-    return Held(stages, found, where, rows, hashes)
+    removed = counts.removed(stages, rows, source.shapes if source else None)
+    return Held(stages, found, where, rows, hashes, removed)
 
 
 def _mask_now(stages: Sequence[Stage], number: int, name: str) -> Tensor | None:
@@ -235,13 +238,7 @@ def _inputs(transposed: bool) -> Inputs:
     return "first" if transposed else "last"
 
 
-def _summarise(
-    result: Verification,
-    model: StreamedModel,
-    reader: StoredTensors,
-    held: Held,
-    source: StoredTensors | None,
-) -> None:
+def _summarise(result: Verification, model: StreamedModel, reader: StoredTensors, held: Held) -> None:
     names, found = model.names, held.found
     real = {name for name, _ in model.skeleton.named_parameters(remove_duplicate=False)}
     # Buffers are no parameters, and a tied tensor that is stored twice is one.
@@ -257,8 +254,7 @@ def _summarise(
     patterns = set().union(*(stage.patterns for stage in held.stages))
     result.pattern = counts.pattern([found[name] for name in chosen], patterns) if chosen else "dense"
     result.blocks = counts.per_block(found, held.where)
-    removed_by = counts.removed(held.stages, held.rows, source.shapes if source else None)
-    for stage, removed in zip(held.stages, removed_by, strict=True):
+    for stage, removed in zip(held.stages, held.removed, strict=True):
         of = stage.plan.promises.of if stage.plan.promises else 0
         result.stages[stage.name] = None if removed is None else removed / of if of else 0.0
 
@@ -288,7 +284,7 @@ def _check_weights(result: Verification, held: Held, allow_nonfinite: bool) -> N
     for number, (stage, rows) in enumerate(zip(held.stages, held.rows, strict=True)):
         cut = {name for later in held.stages[number + 1 :] for name in later.reshaped}
         whole = {name: one for name, one in held.found.items() if name not in cut}
-        wrong, right = counts.check(stage, rows, whole)
+        wrong, right = counts.check(stage, rows, whole, held.removed[number])
         problems += [f"{stage.name}: {problem}" for problem in wrong]
         said.append(f"{stage.name}: {right}")
     result.row("count", problems, "; ".join(said))
