@@ -102,10 +102,20 @@ def block_members(kept: Tensor, found: Sequence[tuple[str, nn.Module]], names: N
         found: Every block with its path.
         names: The model's.
     """
+    return {Key(block_list(found, names), "members"): kept}
+
+
+def block_list(found: Sequence[tuple[str, nn.Module]], names: Names) -> str:
+    """Return what stands before the blocks' numbers in the names of stored tensors.
+
+    Args:
+        found: Every block with its path.
+        names: The model's.
+    """
     prefix, block = found[0]
     inside = next(name for name, _ in block.named_parameters())
     (stored,) = names.stored_of[f"{prefix}.{inside}"]
-    return {Key(stored.removesuffix(f".0.{inside}"), "members"): kept}
+    return stored.removesuffix(f".0.{inside}")
 
 
 def _last_number(name: str) -> int:

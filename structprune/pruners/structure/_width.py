@@ -140,6 +140,12 @@ class WidthPruner(GoalPruner):
 
     @property
     @final
+    def weighs_blocks(self) -> bool:
+        """Tell whether the budget finds what each block is worth."""
+        return self.removes_something and isinstance(self.budget, SigmoidBudget)
+
+    @property
+    @final
     def looks_first(self) -> bool:
         """Tell whether the budget compares the blocks."""
         return self.budget == "global" or isinstance(self.budget, SigmoidBudget)
