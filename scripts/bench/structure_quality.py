@@ -88,6 +88,7 @@ class Bench:
         choose: The text to choose a composition on.
         report: The text that is reported.
         prompts: What is continued, shape [prompts, tokens].
+        written: How the dense model goes on.
         load: What is timed; nothing where it has no rounds.
     """
 
@@ -97,6 +98,7 @@ class Bench:
     choose: Judged
     report: Judged
     prompts: Tensor
+    written: list[list[int]]
     load: Workload
 
     def open(self) -> PreTrainedModel:
@@ -129,21 +131,22 @@ class Bench:
             assert isinstance(pruned, PreTrainedModel)
             cell = {"row": row, "sparsity": sparsity, "fields": stage.model_dump(mode="json")}
             cell |= {"calibration_cpu_seconds": seconds, "calibrated_for": len(sparsities)}
+            if ROWS[row].composition:
+                choose = self.choose.score(pruned)
+                cell["choose"] = {"windows": choose.kl, "tokens": choose.tokens, "kl": choose.mean(choose.kl)}
             yield cell | self.facts(pruned)
 
     def facts(self, pruned: PreTrainedModel) -> Cell:
         """Return what is measured of a pruned model."""
-        report, choose = self.report.score(pruned), self.choose.score(pruned)
+        report = self.report.score(pruned)
         cell: Cell = {"windows": report.kl, "tokens": report.tokens, "kl": report.mean(report.kl)}
         cell["perplexity"] = math.exp(report.mean(report.model))
         cell["dense_perplexity"] = math.exp(report.mean(report.dense))
-        cell["choose"] = {"windows": choose.kl, "tokens": choose.tokens, "kl": choose.mean(choose.kl)}
         cell["parameters"] = parameters_of(pruned)
         cell["blocks"] = _block_parameters(pruned) / _block_parameters(self.dense)
-        dense, mine = (timed_pass(one, self.prompts, WRITTEN).tokens for one in (self.dense, pruned))
-        cell["agreement"] = [agreement(*pair) for pair in zip(dense.tolist(), mine.tolist(), strict=True)]
-        cell["repetition"] = fmean(map(repetition, mine.tolist()))
-        cell["dense_repetition"] = fmean(map(repetition, dense.tolist()))
+        mine = written(pruned, self.prompts)
+        cell["agreement"] = [agreement(*pair) for pair in zip(self.written, mine, strict=True)]
+        cell["repetition"] = fmean(map(repetition, mine))
         return cell | (self.speed(pruned) if self.load.repeats else {})
 
     def speed(self, pruned: PreTrainedModel) -> Cell:
@@ -161,6 +164,12 @@ def _block_parameters(model: PreTrainedModel) -> int:
     outside = {id(one): one for one in (model.get_input_embeddings(), model.get_output_embeddings())}
     weights = {id(each): each.numel() for one in outside.values() if one for each in one.parameters()}
     return parameters_of(model) - sum(weights.values())
+
+
+def written(model: PreTrainedModel, prompts: Tensor) -> list[list[int]]:
+    """Return the likeliest continuation of each prompt."""
+    found: list[list[int]] = timed_pass(model, prompts, WRITTEN).tokens.tolist()
+    return found
 
 
 def agreement(dense: Sequence[int], mine: Sequence[int]) -> int:
@@ -207,7 +216,8 @@ def bench_of(options: argparse.Namespace) -> Bench:
     prompts = held_out_of([report], tokenizer, options.prompts, PROMPT).inputs
     room = min(options.length, data.positions(dense.config) or options.length) - DECODED
     load = Workload(room, DECODED, (1,), options.rounds)
-    return Bench(folder, dense, found.batches, judged[0], judged[1], prompts, load)
+    said = written(dense, prompts)
+    return Bench(folder, dense, found.batches, *judged, prompts=prompts, written=said, load=load)
 
 
 def protocol_of(options: argparse.Namespace, bench: Bench) -> str:
@@ -244,6 +254,7 @@ def main() -> None:
     kept |= {"model": Path(options.model).name, "processor": here["processor"]}
     kept |= {"parameters": parameters_of(bench.dense), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     kept["itemsize"] = max(dtype.itemsize for dtype in stored_dtypes(bench.dense).values())
+    kept["repetition"] = fmean(map(repetition, bench.written))
     for row in options.rows:
         done = {cell["sparsity"] for cell in kept["cells"] if cell["row"] == row}
         if missing := [one for one in options.sparsities if one not in done]:
