@@ -161,9 +161,8 @@ class Bench:
 
 def _block_parameters(model: PreTrainedModel) -> int:
     """Return the parameters that are no token's own."""
-    outside = {id(one): one for one in (model.get_input_embeddings(), model.get_output_embeddings())}
-    weights = {id(each): each.numel() for one in outside.values() if one for each in one.parameters()}
-    return parameters_of(model) - sum(weights.values())
+    vocabulary = model.config.get_text_config().vocab_size
+    return parameters_of(model) - sum(one.numel() for one in model.parameters() if len(one) == vocabulary)
 
 
 def written(model: PreTrainedModel, prompts: Tensor) -> list[list[int]]:
@@ -204,20 +203,20 @@ def bench_of(options: argparse.Namespace) -> Bench:
     dense = open_model(folder, Opening(dtype="float32", stream=False))
     assert isinstance(dense, PreTrainedModel)
     with TemporaryDirectory() as place:
-        source, choose, report = texts_of(options, Path(place))
+        source, *texts = texts_of(options, Path(place))
         found = data.load(
             TextSource(source), tokenizer, samples=options.samples, length=options.length, batch_size=4
         )
     counts = (options.choose_windows, options.windows)
-    judged = [
+    choose, report = (
         Judged(dense, held_out_of([one], tokenizer, count, options.length), 4)
-        for one, count in zip((choose, report), counts, strict=True)
-    ]
-    prompts = held_out_of([report], tokenizer, options.prompts, PROMPT).inputs
+        for one, count in zip(texts, counts, strict=True)
+    )
+    prompts = held_out_of([texts[1]], tokenizer, options.prompts, PROMPT).inputs
     room = min(options.length, data.positions(dense.config) or options.length) - DECODED
     load = Workload(room, DECODED, (1,), options.rounds)
     said = written(dense, prompts)
-    return Bench(folder, dense, found.batches, *judged, prompts=prompts, written=said, load=load)
+    return Bench(folder, dense, found.batches, choose, report, prompts, said, load)
 
 
 def protocol_of(options: argparse.Namespace, bench: Bench) -> str:

@@ -227,7 +227,10 @@ def draw(kept: Mapping[str, Any], path: Path) -> None:
         axes = figure.add_subplot(1, 3, number + 1)
         for place, row in enumerate(ROWS):
             cells = [found[key] for key in found if key[0] == row]
-            style = {"color": PALETTE[place // 3 % 8], "marker": "osD^vP*X<"[place % 3 + place // 24 * 3]}
+            style: dict[str, Any] = {
+                "color": PALETTE[place // 3 % 8],
+                "marker": "osD^vP*X<"[place % 3 + place // 24 * 3],
+            }
             if cells:
                 axes.plot(
                     [*map(value, cells)], [one["kl"] for one in cells], **style, label=row, linewidth=0.6
