@@ -4,9 +4,9 @@ Protocol: every row calibrates on the same samples. Windows of two texts without
 choose a composition on, one to report. Mean KL(dense || pruned) per token with its standard error over
 windows; rows are compared window by window. Rows of width are asked for the same number of parameters,
 whatever kinds of unit they remove; those of depth for their share of blocks or attentions. Speed is that of
-interleaved rounds with the dense model, one prompt on one thread. Prompts are continued greedily: how many
-tokens agree with the dense model's before the first that does not, and how many of the groups of four tokens
-stood there before. Everything happens in memory, in float32.
+interleaved rounds with the dense model, one prompt on one thread, in the processor's seconds. Prompts are
+continued greedily: how many tokens agree with the dense model's before the first that does not, and how many
+of the groups of four tokens stood there before. Everything happens in memory, in float32.
 
     python scripts/bench/structure_quality.py --model demo --json /tmp/demo.json
     python scripts/bench/structure_quality_tables.py /tmp/demo.json --write
@@ -36,7 +36,7 @@ from structprune.calibration.text_source import TextSource
 from structprune.checkpoint.locate import resolve
 from structprune.demo.world import HELD_OUT_SEED, TUNING_SEED, text
 from structprune.evaluation.perplexity import Scores, Windows, score
-from structprune.evaluation.speed import Spread, Workload, timed_pass, timed_rounds
+from structprune.evaluation.speed import Spread, Workload, prompts, timed_pass
 from structprune.machine import environment
 from structprune.models.cost import parameters_of
 from structprune.models.identity import stored_dtypes, weights_of
@@ -151,12 +151,28 @@ class Bench:
 
     def speed(self, pruned: PreTrainedModel) -> Cell:
         """Return how many times faster a model is, in rounds that alternate with the dense one."""
-        rounds = timed_rounds([self.dense, pruned], self.load, 1, lambda done: None)
-        prefill = Spread.of([dense.prefill / mine.prefill for dense, mine in rounds])
-        decode = Spread.of([dense.decode / mine.decode for dense, mine in rounds])
-        return {
-            name: [one.median, one.low, one.high] for name, one in (("prefill", prefill), ("decode", decode))
-        }
+        ids, models = prompts(self.dense.config, self.load, 1), (self.dense, pruned)
+        for model in models:
+            processor_seconds(model, ids, 1)
+        rounds = [
+            [processor_seconds(model, ids, self.load.new) for model in models]
+            for _ in range(self.load.repeats)
+        ]
+        spreads = [Spread.of([dense[at] / mine[at] for dense, mine in rounds]) for at in (0, 1)]
+        prefill, decode = ([one.median, one.low, one.high] for one in spreads)
+        return {"prefill": prefill, "decode": decode}
+
+
+@torch.no_grad()
+def processor_seconds(model: PreTrainedModel, ids: Tensor, new: int) -> tuple[float, float]:
+    """Return the processor's seconds for a prompt, and for what follows, where others do not show."""
+    began = time.process_time()
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    read = time.process_time()
+    for _ in range(new):
+        token = output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+    return read - began, time.process_time() - read
 
 
 def _block_parameters(model: PreTrainedModel) -> int:
@@ -212,11 +228,11 @@ def bench_of(options: argparse.Namespace) -> Bench:
         Judged(dense, held_out_of([one], tokenizer, count, options.length), 4)
         for one, count in zip(texts, counts, strict=True)
     )
-    prompts = held_out_of([texts[1]], tokenizer, options.prompts, PROMPT).inputs
+    begun = held_out_of([texts[1]], tokenizer, options.prompts, PROMPT).inputs
     room = min(options.length, data.positions(dense.config) or options.length) - DECODED
     load = Workload(room, DECODED, (1,), options.rounds)
-    said = written(dense, prompts)
-    return Bench(folder, dense, found.batches, choose, report, prompts, said, load)
+    said = written(dense, begun)
+    return Bench(folder, dense, found.batches, choose, report, begun, said, load)
 
 
 def protocol_of(options: argparse.Namespace, bench: Bench) -> str:

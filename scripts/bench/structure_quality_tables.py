@@ -247,8 +247,8 @@ LEGEND = """
 Rows marked (paper) are put together as a paper has them, without its training: FLAP, CFSP (and its released
 code), LLM-Pruner, ShortGPT, BlockPruner, EAS in its static form. KL: mean nats per token ± standard error
 over windows. MB: the weights in the dtype of the model's files. prefill, decode: times faster than dense,
-medians of rounds that alternate, on a machine on which others worked. agrees: tokens of greedy continuations
-before the first that is not the dense model's. repeats: groups of four tokens that stood in the continuation
+medians of rounds that alternate, in the processor's seconds. agrees: tokens of greedy continuations before
+the first that is not the dense model's. repeats: groups of four tokens that stood in the continuation
 before."""
 
 
