@@ -14,7 +14,7 @@ from structprune.models.outputs import logits
 from structprune.models.walk import Walk
 from structprune.pruners.blockwise import Seen
 from structprune.pruners.catalogue import find
-from structprune.pruners.structure._width_block import width_blocks
+from structprune.pruners.structure._width_block import width_block
 from tests.tiny import tiny, tokens
 
 DISTANCES = [0.30, 0.05, 0.06, 0.08, 0.25]
@@ -68,7 +68,7 @@ def test_the_score_by_hand() -> None:
 def score(model: torch.nn.Module, *, compat: bool) -> torch.Tensor:
     """Return the scores of the first block's channels."""
     pruner = find("cfsp")(compat=compat)
-    known = width_blocks(model, ("channel",), [False, False])[0]
+    known = width_block(model, 0, ("channel",))
     block = next(iter(Walk(model, [tokens(model, seed=3)])))
     readers = pruner.readers(block)
     sums = collect_inputs(block, list(readers.values()), frozenset({"norm"}), advance=False)

@@ -12,7 +12,7 @@ from structprune.models.outputs import logits
 from structprune.models.walk import Walk
 from structprune.pruners.blockwise import Seen
 from structprune.pruners.catalogue import find
-from structprune.pruners.structure._width_block import width_blocks
+from structprune.pruners.structure._width_block import width_block
 from tests.tiny import tiny, tokens
 
 Batches = list[dict[str, Tensor]]
@@ -46,7 +46,7 @@ def test_scores_are_exact_variances_over_all_real_tokens_standardised_within_a_m
     for block in Walk(model, data):
         readers = pruner.readers(block)
         sums = collect_inputs(block, list(readers.values()), frozenset({"moments"}), advance=True)
-        known = width_blocks(model, ("kv_group", "channel"), [False, False])[block.index]
+        known = width_block(model, block.index, ("kv_group", "channel"))
         found = pruner.score_units(known, readers, Seen(sums))
         for kind, linear in readers.items():
             variance = reads(model, linear.label, data).var(dim=0, correction=0)

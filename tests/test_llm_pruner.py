@@ -275,8 +275,8 @@ def test_a_table_leaves_the_sizes_it_lists() -> None:
     pruner = LlmPruner.model_validate({"budget": table})
     plan = pruner.calibrate(model, [tokens(model)])
     assert [block.facts["kept"] for block in plan.blocks] == [
-        {"kv_groups": 2, "channels": 40},
-        {"kv_groups": 1, "channels": 96},
+        {"kv_groups": 2, "heads": 4, "channels": 40},
+        {"kv_groups": 1, "heads": 2, "channels": 96},
     ]
     forecast = pruner.forecast(model)
     assert plan.promises is not None

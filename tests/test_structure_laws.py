@@ -9,16 +9,17 @@ import torch
 
 from structprune.checkpoint.export import export
 from structprune.errors import UsageError
-from structprune.models.cost import file_bytes
 from structprune.models.edited_reader import EditedReader
 from structprune.models.identity import stored_layout
 from structprune.models.native import CONFIG_KEY
 from structprune.models.opening import Opening
 from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
+from structprune.models.tensor_edit import Layout
 from structprune.progress import silent
 from structprune.pruners.forecast import forecast_all
 from structprune.storage.reader import CheckpointReader
+from structprune.storage.tensor_file import nbytes_of
 from tests.methods import STRUCTURE_METHODS, accepts, fits, home, quick
 from tests.test_models_shapes import plain
 from tests.tiny import FAMILIES, save_tiny, tiny, tokens
@@ -34,6 +35,10 @@ def cases() -> list[Any]:
         for name in STRUCTURE_METHODS
         for family in FAMILIES
     ]
+
+
+def stored_bytes(layout: Layout) -> int:
+    return sum(nbytes_of(dtype, shape) for entries in layout.values() for _, dtype, shape in entries)
 
 
 @pytest.mark.parametrize(("method", "family"), cases())
@@ -64,9 +69,8 @@ def test_it_leaves_what_it_promises_streamed_and_resident_alike_and_opens_everyw
     assert (forecast.unit, forecast.of) == (promises.unit, promises.of)
     if forecast.exact:
         assert forecast.reachable == removed
-        assert file_bytes(stored_layout(forecast.left), below.metadata) == file_bytes(
-            written.layout, below.metadata
-        )
+        # Headers name the tensors: where data decides which block loses them, they differ by a few bytes.
+        assert stored_bytes(stored_layout(forecast.left)) == stored_bytes(written.layout)
 
     applied, streamed = (pruner.apply(model, plan) for model, plan in zip(models, plans, strict=True))
     expected = logits(applied, data[0])

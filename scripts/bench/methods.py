@@ -8,10 +8,10 @@ all of them cancels. Calibration samples are drawn with each seed; magnitude has
 import argparse
 import json
 import math
-import statistics
 from typing import Any
 
 import torch
+from cells import difference
 from rich.console import Console
 from rich.table import Table
 
@@ -45,12 +45,6 @@ def measured(method: str, sparsity: float | str, seed: int, dense: Model, held_o
     ).batches
     model = open_model(folder, Opening(dtype="float32"))
     return score(stage.apply(model, stage.calibrate(model, batches)), held_out, dense=dense, batch_size=16)
-
-
-def difference(worse: list[float], better: list[float], tokens: list[int]) -> tuple[float, float]:
-    """Return the mean difference per token of paired windows, and its standard error."""
-    per_window = [(a - b) / n for a, b, n in zip(worse, better, tokens, strict=True)]
-    return statistics.fmean(per_window), statistics.stdev(per_window) / math.sqrt(len(per_window))
 
 
 def main() -> None:

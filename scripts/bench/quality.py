@@ -17,7 +17,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -27,11 +27,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from cells import Cell, held_out_of, kept_cells
 from quality_tables import (
     EQUAL_BYTES,
     ROWS,
     SPARSITIES,
-    Cell,
     accuracy_of,
     cells_at,
     draw,
@@ -49,7 +49,7 @@ from structprune.checkpoint.locate import resolve
 from structprune.demo.tasks import MULTIPLE_CHOICE, write_choices, write_tasks
 from structprune.demo.world import HELD_OUT_SEED, text
 from structprune.evaluation.harness import harness, metrics
-from structprune.evaluation.perplexity import Windows, score, windows_of
+from structprune.evaluation.perplexity import Windows, score
 from structprune.models.arch import all_linears
 from structprune.models.opening import Opening
 from structprune.models.streamed import Model, open_model
@@ -144,17 +144,6 @@ def wrapper_of(model: Model) -> tuple[int, float]:
     return size, size * per_side
 
 
-def held_out_of(path: str | None, tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Windows:
-    """Return `count` windows spread evenly over a text; the demo's own held-out text where path is None."""
-    pieces: Iterable[str] = [text(HELD_OUT_SEED, 200_000)] if path is None else data.pieces(TextSource(path))
-    every = windows_of(data.encode(pieces, tokenizer), length, first=data.sequence_start(tokenizer).token)
-    step = len(every.inputs) // count
-    if not step:
-        raise SystemExit(f"the text has only {len(every.inputs)} windows of {length} tokens")
-    picked = slice(0, count * step, step)
-    return Windows(every.inputs[picked], every.starts[picked])
-
-
 def write_questions(folder: Path, path: str | None, count: int) -> list[str]:
     """Write lm-eval tasks and return their names: the demo's, or in which order a text's words go on."""
     if path is None:
@@ -193,7 +182,8 @@ def main() -> None:
     tokenizer = open_tokenizer(folder)
     assert tokenizer is not None
     dense = open_model(folder, Opening(dtype="float32"))
-    held_out = held_out_of(options.text, tokenizer, options.windows, options.length)
+    pieces = [text(HELD_OUT_SEED, 200_000)] if options.text is None else data.pieces(TextSource(options.text))
+    held_out = held_out_of(pieces, tokenizer, options.windows, options.length)
     wrapper, overhead = wrapper_of(dense)
     asked = TemporaryDirectory()
     tasks = write_questions(Path(asked.name), options.text, options.questions) if options.questions else []
@@ -214,9 +204,7 @@ def main() -> None:
         f"{options.samples} samples, float32, torch {torch.__version__}; "
         f"armor's wrappers {wrapper} x {wrapper}, {overhead:.1%} of the linears' parameters"
     )
-    kept = json.loads(options.json.read_text()) if options.json.exists() else {"cells": []}
-    if kept.get("protocol", protocol) != protocol:
-        raise SystemExit(f"{options.json}: measured with another protocol, {kept['protocol']}")
+    kept = kept_cells(options.json, protocol)
     cells: list[Cell] = kept["cells"]
     for seed, at, row in product(options.seeds, options.sparsities, options.methods):
         done = {
@@ -231,7 +219,7 @@ def main() -> None:
         if cell := known | {"seed": seed} if known else bench.measure(row, at, seed):
             cells = [one for one in cells if (one["row"], one["sparsity"], one["seed"]) != (row, at, seed)]
             cells.append(cell)
-            kept |= {"protocol": protocol, "cells": cells}
+            kept["cells"] = cells
             options.json.write_text(json.dumps(kept))
     print(f"{protocol}; dense perplexity {cells[0]['dense_perplexity']:.4g}")
     perplexities = table(cells, lambda each: f"{perplexity_of(each):.4g}")

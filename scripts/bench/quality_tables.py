@@ -7,11 +7,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from methods import difference
+from cells import Cell, difference, divergence_of, pooled, with_error
 
 from structprune.report.plots import PALETTE
-
-Cell = dict[str, Any]
 
 SPARSITIES = ("0.3", "0.5", "0.6", "0.7", "2:4", "4:8")
 EQUAL_BYTES = "sparsegpt, armor's bytes"
@@ -37,17 +35,6 @@ def cells_at(cells: Sequence[Cell], row: str, sparsity: str) -> dict[int, Cell]:
     return {cell["seed"]: cell for cell in cells if (cell["row"], cell["sparsity"]) == (row, sparsity)}
 
 
-def pooled(cells: Sequence[Cell]) -> list[float]:
-    """Return each window's divergence, averaged over seeds."""
-    return [fmean(window) for window in zip(*(cell["windows"] for cell in cells), strict=True)]
-
-
-def divergence_of(cells: Sequence[Cell]) -> tuple[float, float]:
-    """Return the mean KL over seeds and its standard error over windows."""
-    tokens = cells[0]["tokens"]
-    return difference(pooled(cells), [0.0] * len(tokens), tokens)
-
-
 def perplexity_of(cells: Sequence[Cell]) -> float:
     """Return the mean perplexity over seeds."""
     return fmean(cell["perplexity"] for cell in cells)
@@ -64,9 +51,7 @@ def accuracy_of(cells: Sequence[Cell]) -> str:
 
 def told(cells: Sequence[Cell]) -> str:
     """Return "mean ± standard error (seeds)", the error with two digits."""
-    mean, error = divergence_of(cells)
-    digits = 1 - math.floor(math.log10(error)) if error > 0 else 4
-    return f"{mean:.{digits}f} ± {error:.{digits}f} ({len(cells)})"
+    return f"{with_error(*divergence_of(cells))} ({len(cells)})"
 
 
 def table(cells: Sequence[Cell], show: Callable[[Sequence[Cell]], str]) -> Iterator[str]:

@@ -13,7 +13,11 @@ from structprune.decide.sparsity import fraction_of
 from structprune.models.arch import Arch
 from structprune.models.groups import BlockKeep, BlockSizes, Cut, block_sizes, cuts, kv_groups
 
-WidthUnit = Literal["kv_group", "channel"]
+WidthUnit = Literal["kv_group", "head", "channel"]
+"""A key-value head with its query heads; one query head of every key-value head; a feed-forward's channel."""
+
+
+KINDS: tuple[WidthUnit, ...] = ("kv_group", "head", "channel")
 
 
 @dataclass(frozen=True)
@@ -23,22 +27,35 @@ class UnitCosts:
     Attributes:
         kv_group: Of a key-value head with its query heads.
         channel: Of a channel of the feed-forward.
+        head: Of one query head of every key-value head.
     """
 
     kv_group: int = 0
     channel: int = 0
+    head: int = 0
+
+    def of(self, kind: WidthUnit) -> int:
+        """Return what a unit of a kind costs."""
+        each: int = getattr(self, kind)
+        return each
 
 
 @dataclass(frozen=True)
 class UnitCounts:
-    """How many units of a block there are, or stay."""
+    """How many units of a block there are, or stay; heads are query heads of each key-value head."""
 
     kv_groups: int
     channels: int
+    heads: int = 1
+
+    def of(self, kind: WidthUnit) -> int:
+        """Return how many units there are of a kind."""
+        count: int = getattr(self, f"{kind}s")
+        return count
 
     def cost(self, costs: UnitCosts) -> int:
         """Return their parameters."""
-        return self.kv_groups * costs.kv_group + self.channels * costs.channel
+        return sum(self.of(kind) * costs.of(kind) for kind in KINDS)
 
 
 @dataclass(frozen=True)
@@ -48,6 +65,10 @@ class Multiples:
     kv_groups: int = 1
     channels: int = 1
 
+    def of(self, kind: WidthUnit) -> int:
+        """Return the multiple of a kind of unit; heads have none."""
+        return {"kv_group": self.kv_groups, "channel": self.channels, "head": 1}[kind]
+
 
 def unit_costs(block: nn.Module, arch: Arch, kinds: Sequence[WidthUnit]) -> UnitCosts:
     """Return what one unit of each kind costs in parameters.
@@ -55,7 +76,7 @@ def unit_costs(block: nn.Module, arch: Arch, kinds: Sequence[WidthUnit]) -> Unit
     Args:
         block: The block; its parameters may be on the meta device.
         arch: Its family's row.
-        kinds: "kv_group" and "channel", or one of them.
+        kinds: Those that may leave.
     """
     sizes, shapes = block_sizes(block, arch), {name: one.shape for name, one in block.named_parameters()}
     first = torch.zeros(1, dtype=torch.int64)
@@ -64,9 +85,16 @@ def unit_costs(block: nn.Module, arch: Arch, kinds: Sequence[WidthUnit]) -> Unit
         cut = cuts(block, arch, keep)
         return sum(prod(shapes[one.path]) // shapes[one.path][one.axis] * len(one.indices) for one in cut)
 
-    group = parameters(kv_groups(sizes, first)) if sizes.attention else 0
-    channel = parameters(BlockKeep(channels=first)) if sizes.channels else 0
-    return UnitCosts(group if "kv_group" in kinds else 0, channel if "channel" in kinds else 0)
+    costs = UnitCosts()
+    if sizes.attention and "kv_group" in kinds:
+        costs = replace(costs, kv_group=parameters(kv_groups(sizes, first)))
+    if sizes.heads > sizes.kv_heads and "head" in kinds:
+        # Fused with keys and values, the rows of queries are the difference.
+        one = parameters(_first_heads(sizes, 2)) - parameters(_first_heads(sizes, 1))
+        costs = replace(costs, head=one)
+    if sizes.channels and "channel" in kinds:
+        costs = replace(costs, channel=parameters(BlockKeep(channels=first)))
+    return costs
 
 
 def unit_places(block: nn.Module, arch: Arch, kind: WidthUnit) -> list[Cut]:
@@ -85,6 +113,9 @@ def unit_places(block: nn.Module, arch: Arch, kind: WidthUnit) -> list[Cut]:
         every = cuts(block, arch, BlockKeep(channels=torch.arange(sizes.channels)))
         # A fused matrix holds several, one after another, with the channels in the same order.
         return [replace(one, indices=one.indices % sizes.channels) for one in every]
+    if kind == "head":
+        # Keys and values stay, so what does not grow with the queries is no part of a head.
+        return _head_places(block, arch, sizes)
     single = [cuts(block, arch, kv_groups(sizes, torch.tensor([unit]))) for unit in range(sizes.kv_heads)]
     found = []
     for parts in zip(*single, strict=True):
@@ -95,9 +126,33 @@ def unit_places(block: nn.Module, arch: Arch, kind: WidthUnit) -> list[Cut]:
     return found
 
 
+def _head_places(block: nn.Module, arch: Arch, sizes: BlockSizes) -> list[Cut]:
+    """Return where query heads stand: -1 at what is no head's."""
+    each = sizes.heads // sizes.kv_heads
+    # Of every key-value head the same query head stays, so what differs from place to place is theirs.
+    slots = [cuts(block, arch, _first_heads(sizes, 1, slot)) for slot in range(each)]
+    whole, found = cuts(block, arch, _first_heads(sizes, each)), []
+    for number, one in enumerate(whole):
+        units = torch.full((len(one.indices),), -1, dtype=torch.int64)
+        for slot, parts in enumerate(slots):
+            others = torch.cat([other[number].indices for at, other in enumerate(slots) if at != slot])
+            mine = parts[number].indices[~torch.isin(parts[number].indices, others)]
+            for group, rows in enumerate(mine.view(sizes.kv_heads, -1)):
+                units[rows] = group * each + slot
+        if bool((units >= 0).any()):
+            found.append(replace(one, indices=units))
+    return found
+
+
+def _first_heads(sizes: BlockSizes, count: int, first: int = 0) -> BlockKeep:
+    """Return a keep of so many query heads of every key-value head."""
+    starts = torch.arange(0, sizes.heads, sizes.heads // sizes.kv_heads)
+    return BlockKeep(heads=(starts[:, None] + torch.arange(first, first + count)).flatten())
+
+
 def counts_of(sizes: BlockSizes) -> UnitCounts:
     """Return how many units a block has."""
-    return UnitCounts(sizes.kv_heads, sizes.channels)
+    return UnitCounts(sizes.kv_heads, sizes.channels, sizes.heads // max(sizes.kv_heads, 1))
 
 
 def uniform_counts(
@@ -105,7 +160,7 @@ def uniform_counts(
 ) -> UnitCounts:
     """Return how many units of a block stay when a share of its units' parameters leaves.
 
-    The attention takes the nearest number of groups, and channels make up the difference.
+    The attention takes the nearest number of groups or heads, and channels make up the difference.
 
     Args:
         there: What the block has.
@@ -114,13 +169,17 @@ def uniform_counts(
         multiples: Of what the numbers that stay are multiples; a kind that has no such number stays whole.
     """
     asked = fraction_of(sparsity)
-    groups, channels = there.kv_groups, there.channels
+    stay = there
     if costs.kv_group:
         groups = _nearest(there.kv_groups * (1 - asked), there.kv_groups, multiples.kv_groups)
+        stay = replace(stay, kv_groups=groups)
+    if costs.head:
+        stay = replace(stay, heads=_nearest(there.heads * (1 - asked), there.heads, 1))
     if costs.channel:
-        left = (1 - asked) * there.cost(costs) - groups * costs.kv_group
+        left = (1 - asked) * there.cost(costs) - replace(stay, channels=0).cost(costs)
         channels = _nearest(left / costs.channel, there.channels, multiples.channels)
-    return UnitCounts(groups, channels)
+        stay = replace(stay, channels=channels)
+    return stay
 
 
 def uneven_counts(
@@ -185,15 +244,13 @@ def global_counts(
     ranked: list[tuple[float, int, WidthUnit, int, int]] = []
     for index, (block, cost) in enumerate(zip(scores, costs, strict=True)):
         for kind, units in block.items():
-            each = cost.kv_group if kind == "kv_group" else cost.channel
-            step = multiples.kv_groups if kind == "kv_group" else multiples.channels
             # Sorted within the block, so that its highest are what stays.
-            for mean, count in _between(units.sort().values, step):
-                ranked.append((mean, index, kind, count, count * each))
+            for mean, count in _between(units.sort().values, multiples.of(kind)):
+                ranked.append((mean, index, kind, count, count * cost.of(kind)))
     ranked.sort(key=lambda one: (one[0], one[1]))
     # |removed + size - target| < |removed - target|, in whole numbers: a large model has a million units.
     limit = ceil(2 * target)
-    removed, gone = 0, [dict[WidthUnit, int](kv_group=0, channel=0) for _ in there]
+    removed, gone = 0, [dict[WidthUnit, int](kv_group=0, head=0, channel=0) for _ in there]
     stopped: set[tuple[int, WidthUnit]] = set()
     for _, index, kind, count, size in ranked:
         if (index, kind) in stopped:
@@ -204,7 +261,7 @@ def global_counts(
         removed += size
         gone[index][kind] += count
     return [
-        UnitCounts(one.kv_groups - left["kv_group"], one.channels - left["channel"])
+        replace(one, **{f"{kind}s": one.of(kind) - left[kind] for kind in KINDS})
         for one, left in zip(there, gone, strict=True)
     ]
 

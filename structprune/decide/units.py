@@ -25,11 +25,17 @@ def chosen_units(sizes: BlockSizes, stay: UnitCounts, scores: Mapping[WidthUnit,
     Args:
         sizes: The block's.
         stay: How many.
-        scores: By kind, "kv_group" [kv_heads] and "channel" [channels]; not needed where all stay.
+        scores: By kind, "kv_group" [kv_heads], "head" [heads] and "channel" [channels]; not needed where all
+            stay.
     """
     keep = BlockKeep()
     if stay.kv_groups < sizes.kv_heads:
         keep = kv_groups(sizes, highest(scores["kv_group"], stay.kv_groups))
+    elif stay.heads * sizes.kv_heads < sizes.heads:
+        each = scores["head"].view(sizes.kv_heads, -1)
+        first = range(0, sizes.heads, each.shape[1])
+        found = [at + highest(one, stay.heads) for at, one in zip(first, each, strict=True)]
+        keep = BlockKeep(heads=torch.cat(found))
     if stay.channels < sizes.channels:
         keep = replace(keep, channels=highest(scores["channel"], stay.channels))
     return keep
@@ -37,9 +43,12 @@ def chosen_units(sizes: BlockSizes, stay: UnitCounts, scores: Mapping[WidthUnit,
 
 def first_units(sizes: BlockSizes, stay: UnitCounts) -> BlockKeep:
     """Return a keep of the right sizes before anybody knows which units stay."""
-    zeros = torch.zeros
-    scores: dict[WidthUnit, Tensor] = {"kv_group": zeros(sizes.kv_heads), "channel": zeros(sizes.channels)}
-    return chosen_units(sizes, stay, scores)
+    units: dict[WidthUnit, int] = {
+        "kv_group": sizes.kv_heads,
+        "head": sizes.heads,
+        "channel": sizes.channels,
+    }
+    return chosen_units(sizes, stay, {kind: torch.zeros(count) for kind, count in units.items()})
 
 
 def sizes_left(sizes: BlockSizes, keep: BlockKeep) -> BlockSizes:
@@ -93,10 +102,20 @@ def block_members(kept: Tensor, found: Sequence[tuple[str, nn.Module]], names: N
         found: Every block with its path.
         names: The model's.
     """
+    return {Key(block_list(found, names), "members"): kept}
+
+
+def block_list(found: Sequence[tuple[str, nn.Module]], names: Names) -> str:
+    """Return what stands before the blocks' numbers in the names of stored tensors.
+
+    Args:
+        found: Every block with its path.
+        names: The model's.
+    """
     prefix, block = found[0]
     inside = next(name for name, _ in block.named_parameters())
     (stored,) = names.stored_of[f"{prefix}.{inside}"]
-    return {Key(stored.removesuffix(f".0.{inside}"), "members"): kept}
+    return stored.removesuffix(f".0.{inside}")
 
 
 def _last_number(name: str) -> int:

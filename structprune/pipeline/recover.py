@@ -37,6 +37,7 @@ from structprune.recipe.options import EvaluateOptions, RecoverOptions
 from structprune.recovery.masks import masks_of
 from structprune.recovery.outcome import Recovery
 from structprune.recovery.processes import Processes
+from structprune.recovery.ranks import spell_out
 from structprune.recovery.state import TrainingState
 from structprune.recovery.training import check_teacher, train
 from structprune.recovery.windows import TrainingWindows, draw
@@ -73,6 +74,7 @@ def recover(
 
     Raises:
         QualityError: Nothing beat the start; nothing is written.
+        UsageError: Ranks by importance, and no plan of the model tells it.
         InputError: A model or the data cannot be trusted, or what an interrupted run left is damaged.
     """
     if isinstance(model, RecoverRun):
@@ -123,6 +125,7 @@ def recover_run(
         check_side_files(folder, opening)
         source = open_source(run.model, folder, opening)
         plans = [plan.beside_weights() for plan in plans_of(folder)]
+        options = spell_out(options, source.resident, plans)
         windows = _windows(source, options)
         teacher = _open_other(options.teacher, opening)
         dense = evaluate.compare if evaluate else None

@@ -52,6 +52,11 @@ class Pruner(BaseModel, ABC):
         return False
 
     @property
+    def weighs_blocks(self) -> bool:
+        """Tell whether the plan's facts hold "importance", a number of each block of the stage's model."""
+        return False
+
+    @property
     def reusable(self) -> bool:
         """Tell whether kept scores are all that another goal needs."""
         return False

@@ -1,10 +1,11 @@
 """What a recipe says beside its stages: what to calibrate on, how to recover, what to evaluate."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from structprune.calibration.text_source import TextSource
 from structprune.decide.sparsity import fraction_of, parse_sparsity
@@ -17,6 +18,12 @@ Length = Annotated[int, Field(ge=2, le=2**22)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Rank = Annotated[int, Field(ge=1, le=4096)]
+# An empty tag leaves the path of a refused pattern as the user wrote it.
+Ranks = Annotated[
+    Annotated[dict[str, Rank], Tag("")] | Annotated[Literal["importance"], Tag("importance")],
+    Discriminator(lambda value: "importance" if value == "importance" else ""),
+]
 
 
 class Where(OptionGroup):
@@ -68,7 +75,10 @@ class RecoverOptions(OptionGroup):
         steps: Optimizer steps.
         rank: Rank of each matrix's change.
         alpha: A change is scaled by alpha / rank; twice the rank unless given.
-        ranks: Another rank for the modules whose name ends in a match of this regular expression.
+        ranks: Another rank for the modules whose name ends in a match of this regular expression; or
+            "importance": of each block in proportion to the importance that its pruning found, with the same
+            sum and alpha / rank the same everywhere.
+        alphas: Another alpha for the modules whose name ends in a match of this regular expression.
         learning_rate: The highest; it rises over `warmup` and falls to zero along a cosine.
         length: Tokens per sequence; min(2048, the model's positions) unless given.
         batch_size: Sequences per optimizer step and process.
@@ -89,11 +99,12 @@ class RecoverOptions(OptionGroup):
 
     data: Text = "demo"
     steps: Count = 200
-    rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    rank: Rank = 16
     alpha: Annotated[int, Field(ge=1, le=2**16)] = Field(
         default_factory=lambda known: 2 * known.get("rank", 16)
     )
-    ranks: dict[str, Annotated[int, Field(ge=1, le=4096)]] = Field(default_factory=dict)
+    ranks: Ranks = Field(default_factory=dict)
+    alphas: dict[str, Positive] = Field(default_factory=dict)
     learning_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1e-4
     length: Length | None = None
     batch_size: Count = 8
@@ -115,6 +126,28 @@ class RecoverOptions(OptionGroup):
     def text_source(self) -> TextSource:
         """Return where the text comes from."""
         return TextSource(self.data, self.column, self.split, self.revision)
+
+    @model_validator(mode="after")
+    def _one_scale(self) -> Self:
+        if self.ranks == "importance" and self.alphas:
+            raise UsageError(
+                "recover.alphas: ranks by importance keep alpha / rank the same in every block",
+                hint="leave out alphas, or give ranks by name instead",
+            )
+        return self
+
+
+def no_importance(methods: Sequence[str]) -> UsageError:
+    """Return the refusal of ranks by importance where nothing tells any.
+
+    Args:
+        methods: Those of the plans or stages that there are.
+    """
+    said = f"{' and '.join(methods)} tells none" if methods else "there is no plan that could tell it"
+    return UsageError(
+        f"recover.ranks: importance of the blocks is asked for, and {said}",
+        hint="a stage of width with `budget: sigmoid` tells it; or give ranks by name, {down_proj: 8}",
+    )
 
 
 class EvaluateOptions(OptionGroup):

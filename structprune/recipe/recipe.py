@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, PrivateAttr, SerializeAsAny, ValidationInfo, field_validator
+from pydantic import Field, PrivateAttr, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from structprune.errors import UsageError
 from structprune.models.opening import Opening
@@ -19,7 +19,13 @@ from structprune.pruners.pruner import Pruner
 from structprune.recipe.changes import PRUNE, merge
 from structprune.recipe.draft import Draft, method_and_fields, stage_paths
 from structprune.recipe.fields import build
-from structprune.recipe.options import BenchOptions, CalibrationOptions, EvaluateOptions, RecoverOptions
+from structprune.recipe.options import (
+    BenchOptions,
+    CalibrationOptions,
+    EvaluateOptions,
+    RecoverOptions,
+    no_importance,
+)
 from structprune.recipe.request import Request, request_recipe
 
 __all__ = [
@@ -52,6 +58,13 @@ class Recipe(Draft):
         return tuple(
             part if isinstance(part, Pruner) else stage(part, path, seed) for path, part in stage_paths(value)
         )
+
+    @model_validator(mode="after")
+    def _some_stage_weighs_blocks(self) -> Self:
+        asked = self.recover is not None and self.recover.ranks == "importance"
+        if asked and not any(one.weighs_blocks for one in self.prune):
+            raise no_importance([one.method() for one in self.prune])
+        return self
 
     @classmethod
     def of(cls, request: Request) -> Self:

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from structprune.checkpoint.adapter import LowRankChange, add_masked, round_kept
 from structprune.errors import EnvironmentFailure, InputError, UsageError
 
 ADAPTER = "default"
+
+N = TypeVar("N", int, float)
 
 
 class MaskedProduct(torch.autograd.Function):
@@ -116,7 +118,7 @@ class MaskedExperts(nn.Module):
 
     rounding: torch.dtype | None = None
 
-    def __init__(self, weight: Tensor, rank: int, alpha: int) -> None:
+    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
         experts, rows, columns = weight.shape
         self.scaling = alpha / rank
@@ -147,15 +149,23 @@ class MaskedLayers:
         rank: Directions of each change.
         alpha: The scaling of each change is alpha / rank.
         ranks: Another rank for the modules whose name ends in a match of this regular expression.
+        alphas: Another alpha, in the same way.
 
     Raises:
         InputError: A tensor is of a kind that cannot be trained this way; it is named. Or there is none.
-        UsageError: A pattern of `ranks` matches none of the tensors.
+        UsageError: A pattern of `ranks` or `alphas` matches none of the tensors.
         EnvironmentFailure: PEFT is not installed, or this version has no place for a layer of our own.
     """
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], *, rank: int, alpha: int, ranks: Mapping[str, int]
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        *,
+        rank: int,
+        alpha: int,
+        ranks: Mapping[str, int],
+        alphas: Mapping[str, float] | None = None,
     ) -> None:
         _require_peft()
         self._model = model
@@ -169,16 +179,24 @@ class MaskedLayers:
             )
         layers, experts = _sort(model, names)
         targets = [name.rpartition(".")[0] for name in layers]
-        _check_patterns(ranks, [*targets, *experts])
+        alphas = alphas or {}
+        _check_patterns("ranks", ranks, [*targets, *experts])
+        _check_patterns("alphas", alphas, [*targets, *experts])
         model.requires_grad_(False)
         if layers:
-            self._tuner = _inject(model, targets, rank, alpha, ranks)
+            # PEFT warns about patterns that reach none of its layers; those of fused experts would be such.
+            config = {
+                "r": rank,
+                "lora_alpha": alpha,
+                "rank_pattern": {key: own for key, own in ranks.items() if _reaches(key, targets)},
+                "alpha_pattern": {key: own for key, own in alphas.items() if _reaches(key, targets)},
+            }
+            self._tuner = _inject(model, targets, config)
             self._layers |= {name: model.get_submodule(t) for name, t in zip(layers, targets, strict=True)}
         for name in experts:
             owner, _, attribute = name.rpartition(".")
             weight = model.get_parameter(name)
-            own = next((ranks[pattern] for pattern in ranks if _reaches(pattern, [name])), rank)
-            change = MaskedExperts(weight, own, alpha)
+            change = MaskedExperts(weight, _own(ranks, name, rank), _own(alphas, name, alpha))
             parametrize.register_parametrization(model.get_submodule(owner), attribute, change, unsafe=True)
             self._layers[name] = change
 
@@ -256,22 +274,25 @@ def _require_peft() -> None:
         )
 
 
-def _inject(model: nn.Module, targets: list[str], rank: int, alpha: int, ranks: Mapping[str, int]) -> Any:
+def _inject(model: nn.Module, targets: list[str], ranks: Mapping[str, Any]) -> Any:
     """Replace the target modules by masked LoRA layers; return PEFT's tuner, which can undo it."""
     import peft
 
     # PEFT matches a text with `fullmatch`, a list also by suffix; only the text means these and no others.
     exact = "|".join(target.replace(".", r"\.") for target in targets)
-    # PEFT warns about patterns that reach none of its layers; those of fused experts would be such.
-    patterns = {pattern: own for pattern, own in ranks.items() if _reaches(pattern, targets)}
-    config = peft.LoraConfig(target_modules=exact, r=rank, lora_alpha=alpha, rank_pattern=patterns)
+    config = peft.LoraConfig(target_modules=exact, **ranks)
     layer = _masked_layer()
     config._register_custom_module({nn.Linear: layer, Conv1D: layer})
     return peft.LoraModel(model, config, ADAPTER)
 
 
+def _own(patterns: Mapping[str, N], name: str, default: N) -> N:
+    """Return the value of the first pattern that matches a tensor's name."""
+    return next((value for pattern, value in patterns.items() if _reaches(pattern, [name])), default)
+
+
 def _reaches(pattern: str, names: Sequence[str]) -> bool:
-    """Tell whether a rank's pattern matches any of the modules, by PEFT's own matching."""
+    """Tell whether a pattern matches any of the modules, by PEFT's own matching."""
     from peft.utils.other import get_pattern_key
 
     try:
@@ -279,15 +300,16 @@ def _reaches(pattern: str, names: Sequence[str]) -> bool:
         return any(get_pattern_key([pattern], name) == pattern for name in names)
     except re.error as error:
         raise UsageError(
-            f"ranks: {pattern!r} is not a regular expression: {error}",
-            hint="keys of `ranks` match the end of a module's name; \\. is a dot",
+            f"{pattern!r} is not a regular expression: {error}",
+            hint="keys of `ranks` and `alphas` match the end of a module's name; \\. is a dot",
         ) from None
 
 
-def _check_patterns(ranks: Mapping[str, int], names: Sequence[str]) -> None:
+def _check_patterns(option: str, patterns: Mapping[str, float], names: Sequence[str]) -> None:
     """Refuse a pattern that reaches nothing: it would be a misspelt one."""
-    for pattern in ranks:
+    for pattern in patterns:
         if not _reaches(pattern, names):
             raise UsageError(
-                f"ranks: {pattern!r} matches no recovered module", hint=f"modules are named like {names[0]}"
+                f"{option}: {pattern!r} matches no recovered module",
+                hint=f"modules are named like {names[0]}",
             )

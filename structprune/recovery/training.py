@@ -42,7 +42,8 @@ def train(
         masks: By parameter name, in the parameter's layout, True = kept. These tensors train. A weight
             that is zero though its mask keeps it stays zero too, so that the measured sparsity does not move.
         windows: Token ids, shape [windows, length]; a part of them is held out.
-        options: How to train; the seed is that of the split, of the order and of the first factors.
+        options: How to train, with ranks by importance spelled out; the seed is that of the split, of the
+            order and of the first factors.
         teacher: The dense model; its logits are imitated in the proportion that the options give. It is moved
             to the device, otherwise unchanged.
         processes: Those that train together, each calling this; those that were launched unless given.
@@ -66,8 +67,14 @@ def train(
     dtypes = {name: model.get_parameter(name).dtype for name in masks}
     with _in_float32(model), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(options.seed)
+        assert options.ranks != "importance"
         layers = MaskedLayers(
-            model, sorted(masks), rank=options.rank, alpha=options.alpha, ranks=options.ranks
+            model,
+            sorted(masks),
+            rank=options.rank,
+            alpha=options.alpha,
+            ranks=options.ranks,
+            alphas=options.alphas,
         )
         try:
             loop = Loop(model, layers, dtypes, options, teacher, processes or Processes(), state)

@@ -75,7 +75,8 @@ class UnitTable(BaseModel):
         channels = _stay(
             "channels", self.channels, [(a.channels, b.channel) for a, b in zip(there, costs, strict=True)]
         )
-        return [UnitCounts(*pair) for pair in zip(groups, channels, strict=True)]
+        stay = zip(groups, channels, there, strict=True)
+        return [UnitCounts(count, width, one.heads) for count, width, one in stay]
 
 
 def _stay(key: str, sizes: Sizes, blocks: Sequence[tuple[int, int]]) -> list[int]:

@@ -39,7 +39,9 @@ class ColumnPruner(WidthPruner):
             columns: What `comparable` returned, shape [in].
             sizes: The block's.
         """
-        return columns.view(sizes.kv_heads, -1).sum(dim=1) if kind == "kv_group" else columns
+        if kind == "channel":
+            return columns
+        return columns.view(sizes.heads if kind == "head" else sizes.kv_heads, -1).sum(dim=1)
 
     @final
     def score_units(

@@ -33,7 +33,7 @@ from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import UNMEASURED, Seen
 from structprune.pruners.structure._family import bias_key, check_named_once, check_untied, left_shapes
 from structprune.pruners.structure._goal import GoalPruner
-from structprune.pruners.structure._width_block import NotedMean, WidthBlock, width_block
+from structprune.pruners.structure._width_block import ATTENTION, NotedMean, WidthBlock, width_block
 from structprune.pruners.structure._width_goal import Share, WidthGoal
 from structprune.pruners.structure._width_left import (
     Columns,
@@ -49,14 +49,15 @@ UNEQUAL = (
     "{method} leaves blocks of unequal width: structprune opens them, and transformers with "
     "trust_remote_code; --uniform or --pad leave equal ones"
 )
-READ: Mapping[str, WidthUnit] = {"heads": "kv_group", "channels": "channel"}
+READ: Mapping[str, Sequence[WidthUnit]] = {"heads": ATTENTION, "channels": ("channel",)}
 
 
 class WidthPruner(GoalPruner):
     """A pruner that removes whole key-value groups and channels.
 
     Args:
-        units: Kinds of unit that leave: "kv_group", a key-value head with its query heads; "channel" of the
+        units: Kinds of unit that leave: "kv_group", a key-value head with its query heads; "head", one query
+            head of every key-value head; "channel" of the
             feed-forward.
         repair: What makes up for removed units: "none"; "bias", the mean of what they added; "least_squares",
             a refit of the columns that stay.
@@ -92,6 +93,8 @@ class WidthPruner(GoalPruner):
     @model_validator(mode="after")
     def _can_be_native(self) -> Self:
         check_named_once(self.units)
+        if set(ATTENTION) <= set(self.units):
+            raise ValueError("units: kv_group takes a head's whole group; choose one of the two")
         if self.native == "uniform" and self.looks_first:
             raise ValueError(f"native: uniform does not go with budget {self.budget}; pad does")
         if self.native == "pad" and self.skip:
@@ -138,6 +141,12 @@ class WidthPruner(GoalPruner):
 
     @property
     @final
+    def weighs_blocks(self) -> bool:
+        """Tell whether the budget finds what each block is worth."""
+        return self.removes_something and isinstance(self.budget, SigmoidBudget)
+
+    @property
+    @final
     def looks_first(self) -> bool:
         """Tell whether the budget compares the blocks."""
         return self.budget == "global" or isinstance(self.budget, SigmoidBudget)
@@ -165,7 +174,11 @@ class WidthPruner(GoalPruner):
         """Return the matrices of block `index` that read units which may leave."""
         if self.skips(index):
             return []
-        return [linear for linear in found if READ.get(linear.reads) in self.units]
+        return [linear for linear in found if self._read_by(linear)]
+
+    def _read_by(self, linear: Linear) -> list[WidthUnit]:
+        """Return the kind of unit that a matrix reads and that may leave, or none."""
+        return [kind for kind in READ.get(linear.reads, ()) if kind in self.units]
 
     @final
     def check_sizes(self, model: Model) -> None:
@@ -180,7 +193,7 @@ class WidthPruner(GoalPruner):
         if not any(known.readers for known in found):
             raise UsageError(
                 f"units: no block that is not skipped has {' or '.join(self.units)}",
-                hint="skip fewer blocks, or choose other units",
+                hint="skip fewer blocks, or choose other units; a head is one of several on a key-value head",
             )
         for index, known in enumerate(found):
             if known.readers:
@@ -203,7 +216,7 @@ class WidthPruner(GoalPruner):
     def readers(self, block: Block) -> dict[WidthUnit, Linear]:
         """Return the matrices of a block that read its units, by kind; none of one that is skipped."""
         targets = self.target_linears(block.index, block.linears)
-        return {READ[one.reads]: one for one in targets if one.reads}
+        return {kind: one for one in targets for kind in self._read_by(one)}
 
     @final
     def measure(self, model: Model, block: Block, seen: Seen) -> Tensor:
@@ -280,7 +293,9 @@ class WidthPruner(GoalPruner):
                 one = seen.of(linear) if noted is None else NotedMean(noted=noted)
                 columns = Columns(kept, known.columns(kind, keep))
                 tensors |= repaired_tensors(model, linear, columns, self.repair, one)
-        return tensors, {"kept": {"kv_groups": share.stay.kv_groups, "channels": share.stay.channels}}
+        left = share.stay
+        numbers = {"kv_groups": left.kv_groups, "heads": left.heads * left.kv_groups}
+        return tensors, {"kept": numbers | {"channels": left.channels}}
 
     @final
     def finish(

@@ -1,17 +1,19 @@
 """What is known of a block before any data: its units, what they cost, which matrices read them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from structprune.calibration.statistics import Statistics
-from structprune.decide.unit_counts import UnitCosts, UnitCounts, WidthUnit, unit_costs
+from structprune.decide.unit_counts import UnitCosts, UnitCounts, WidthUnit, counts_of, unit_costs
 from structprune.models.arch import Arch, arch_of, blocks
 from structprune.models.groups import BlockKeep, BlockSizes, block_sizes, spread
 from structprune.models.identity import skeleton
 from structprune.models.streamed import Model
+
+ATTENTION: tuple[WidthUnit, ...] = ("kv_group", "head")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,23 @@ class WidthBlock:
     @property
     def there(self) -> UnitCounts:
         """Return how many units it has."""
-        return UnitCounts(self.sizes.kv_heads, self.sizes.channels)
+        return counts_of(self.sizes)
+
+    def units(self, kind: WidthUnit) -> int:
+        """Return how many units of a kind are scored; heads are, each for itself."""
+        return self.sizes.heads if kind == "head" else self.there.of(kind)
+
+    def competing(self, scores: Mapping[WidthUnit, Tensor]) -> dict[WidthUnit, Tensor]:
+        """Return the scores of what may leave at once: the lowest head of every key-value head, the next ...
+
+        Args:
+            scores: By kind, shape [units] each.
+        """
+        each: dict[WidthUnit, Tensor] = {kind: one for kind, one in scores.items() if kind != "head"}
+        if "head" in scores:
+            sorted_heads = scores["head"].view(self.sizes.kv_heads, -1).sort(dim=1).values
+            each["head"] = sorted_heads.sum(dim=0)
+        return each
 
     @property
     def new_biases(self) -> int:
@@ -53,15 +71,16 @@ class WidthBlock:
     def removable(self, least: UnitCounts) -> int:
         """Return the parameters of what can leave where at least so many units stay of each kind."""
         there = self.there
-        left = UnitCounts(min(least.kv_groups, there.kv_groups), min(least.channels, there.channels))
+        left = UnitCounts(*(min(least.of(kind), there.of(kind)) for kind in ("kv_group", "channel", "head")))
         return there.cost(self.costs) - left.cost(self.costs)
 
     @property
     def readers(self) -> dict[WidthUnit, tuple[str, int]]:
         """Return which matrix reads the units of each kind that leaves, and how many columns it has."""
         found: dict[WidthUnit, tuple[str, int]] = {}
-        if self.costs.kv_group:
-            found["kv_group"] = (self.arch.o, self.sizes.heads * self.sizes.head_dim)
+        for kind in ATTENTION:
+            if self.costs.of(kind):
+                found[kind] = (self.arch.o, self.sizes.heads * self.sizes.head_dim)
         if self.costs.channel:
             found["channel"] = (self.arch.down, self.sizes.channels)
         return found

@@ -11,6 +11,7 @@ from structprune.decide.budgets.sigmoid import SigmoidBudget
 from structprune.decide.budgets.unit_table import UnitTable
 from structprune.decide.sparsity import share_below
 from structprune.decide.unit_counts import (
+    KINDS,
     Multiples,
     UnitCounts,
     WidthUnit,
@@ -24,7 +25,11 @@ from structprune.pruners.structure._width_block import WidthBlock
 
 ByUnit = Mapping[WidthUnit, Tensor]
 """Of a block by kind of unit: scores, shape [units] each, or what their matrices read, shape [in] each."""
-WORDS: Mapping[WidthUnit, str] = {"kv_group": "key-value groups", "channel": "channels"}
+WORDS: Mapping[WidthUnit, str] = {
+    "kv_group": "key-value groups",
+    "head": "query heads of a key-value head",
+    "channel": "channels",
+}
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,8 @@ class WidthGoal:
         if importance is None:
             ranked = [
                 {
-                    kind: one / getattr(known.costs, kind) if per_parameter else one
-                    for kind, one in scores.items()
+                    kind: one / known.costs.of(kind) if per_parameter else one
+                    for kind, one in known.competing(scores).items()
                 }
                 for known, (scores, _) in zip(found, noted, strict=True)
             ]
@@ -118,7 +123,7 @@ class WidthGoal:
         """
         of = sum(one.there.cost(one.costs) for one in found)
         before = self.shares_before(found)
-        if not self.share or isinstance(self.budget, UnitTable):  # nothing was asked, or these very sizes
+        if isinstance(self.budget, UnitTable):  # these very sizes were asked for
             return
         floor = UnitCounts(self.multiples.kv_groups, self.multiples.channels)
         most = sum(one.removable(floor) for one in found)
@@ -154,12 +159,10 @@ class WidthGoal:
 def _kinds(known: WidthBlock, multiples: Multiples) -> list[tuple[WidthUnit, int, int, list[int]]]:
     """Return of each kind of unit that may leave: how many there are, what one costs, how many can stay."""
     there, costs = known.there, known.costs
-    kinds: tuple[tuple[WidthUnit, int, int, int], ...] = (
-        ("kv_group", there.kv_groups, costs.kv_group, multiples.kv_groups),
-        ("channel", there.channels, costs.channel, multiples.channels),
-    )
     return [
-        (kind, count, each, legal_counts(count, multiple)) for kind, count, each, multiple in kinds if each
+        (kind, there.of(kind), costs.of(kind), legal_counts(there.of(kind), multiples.of(kind)))
+        for kind in KINDS
+        if costs.of(kind)
     ]
 
 
@@ -169,7 +172,7 @@ def _read(known: WidthBlock, numbers: Tensor, with_means: bool) -> tuple[ByUnit,
     means: dict[WidthUnit, Tensor] = {}
     rest = numbers
     for kind, (_, width) in known.readers.items():
-        units = known.there.kv_groups if kind == "kv_group" else known.there.channels
+        units = known.units(kind)
         scores[kind], rest = rest[:units], rest[units:]
         if with_means:
             means[kind], rest = rest[:width], rest[width:]

@@ -131,9 +131,10 @@ def padded(model: Model, found: Sequence[WidthBlock], shares: Mapping[int, Share
         QualityError: Some block lost nothing, so that no tensor would become smaller.
     """
     there, stay = found[0].there, [one.stay for one in shares.values()]
-    room = UnitCounts(max(one.kv_groups for one in stay), max(one.channels for one in stay))
+    room = UnitCounts(*(max(one.of(kind) for one in stay) for kind in ("kv_group", "channel", "head")))
     if CONFIG_KEY in patch_of(model, found, [first_units(one.sizes, room) for one in found]):
-        room = replace(room, kv_groups=there.kv_groups)  # a number of heads that the family cannot say
+        # The family cannot say that number of heads.
+        room = replace(room, kv_groups=there.kv_groups, heads=there.heads)
     if room == there:
         raise QualityError(
             "native: pad: some block lost nothing, and all others are to be as wide",

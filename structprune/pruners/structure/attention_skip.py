@@ -77,7 +77,7 @@ class AttentionSkip(DepthPruner):
             check_bypass(model)
 
     def measure(self, model: Model, block: Block, seen: Seen) -> Tensor:
-        """Return how far the block's output moves without its attention, relative to what the block adds."""
+        """Return how far the output moves without the attention, for what the block adds, shape []."""
         return added_share(model, block)
 
     def choose(

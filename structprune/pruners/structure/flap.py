@@ -49,4 +49,6 @@ class Flap(ColumnPruner):
 
     def unit_scores(self, kind: WidthUnit, columns: Tensor, sizes: BlockSizes) -> Tensor:
         """Return the mean over the columns of a key-value group's heads, shape [units]."""
-        return columns.view(sizes.kv_heads, -1).mean(dim=1) if kind == "kv_group" else columns
+        if kind == "channel":
+            return columns
+        return columns.view(sizes.heads if kind == "head" else sizes.kv_heads, -1).mean(dim=1)

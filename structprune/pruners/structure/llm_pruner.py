@@ -65,7 +65,8 @@ class LlmPruner(WidthPruner):
                 terms = self.terms(linear.weight.float(), found[linear.label])
                 axis = 1 - place.axis if linear.transposed else place.axis
                 lines = terms.sum(dim=1 - axis, dtype=torch.float64).cpu()
-                total.index_add_(0, place.indices, lines)
+                mine = place.indices >= 0
+                total.index_add_(0, place.indices[mine], lines[mine])
             scores[kind] = total.abs()
         return scores
 

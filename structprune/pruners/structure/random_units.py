@@ -40,8 +40,7 @@ class RandomUnits(WidthPruner):
             readers: The matrix that reads the units of each kind; its name is part of the seed.
             seen: Not looked at.
         """
-        counts = {"kv_group": known.there.kv_groups, "channel": known.there.channels}
-        return {kind: self._draw(linear, counts[kind]) for kind, linear in readers.items()}
+        return {kind: self._draw(linear, known.units(kind)) for kind, linear in readers.items()}
 
     def _draw(self, linear: Linear, count: int) -> Tensor:
         digest = hashlib.sha256(linear.label.encode()).digest()
