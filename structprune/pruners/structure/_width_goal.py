@@ -12,6 +12,7 @@ from structprune.decide.budgets.unit_table import UnitTable
 from structprune.decide.sparsity import share_below
 from structprune.decide.unit_counts import (
     KINDS,
+    KINDS,
     Multiples,
     UnitCounts,
     WidthUnit,
@@ -125,10 +126,9 @@ class WidthGoal:
         before = self.shares_before(found)
         if isinstance(self.budget, UnitTable):  # these very sizes were asked for
             return
-        floor = UnitCounts(self.multiples.kv_groups, self.multiples.channels)
-        most = sum(one.removable(floor) for one in found)
-        units = [each for one in found for _, _, each, legal in _kinds(one, self.multiples) if legal]
-        if units and self.share * of > most + Fraction(min(units), 2):
+        most = sum(one.removable(UnitCounts(1, 1)) for one in found)
+        largest = max(one.costs.of(kind) for one in found for kind in KINDS)
+        if self.share * of > most + Fraction(largest, 2):
             raise UsageError(
                 f"{self.asked_by} is more than may leave, at least one unit of a kind stays in every block",
                 hint=f"ask for at most {share_below(most, of)}, or skip fewer blocks",
