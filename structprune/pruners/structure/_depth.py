@@ -42,7 +42,13 @@ from structprune.plan.promise import Gone, Listed, Promises, Reshaped
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import Seen
 from structprune.pruners.structure._bypass import biased_paths
-from structprune.pruners.structure._family import StructurePruner, bias_key, check_named_once, left_shapes
+from structprune.pruners.structure._family import (
+    StructurePruner,
+    bias_key,
+    check_named_once,
+    check_untied,
+    left_shapes,
+)
 
 Kinds = Annotated[tuple[DepthKind, ...], BeforeValidator(split_words)]
 NAMES: Mapping[DepthKind, str] = {"block": "blocks", "attention": "attentions", "mlp": "feed-forwards"}
@@ -164,6 +170,8 @@ class DepthPruner(StructurePruner):
         goal, listed = self._goal(model, units), self._listed(units)
         if not self.removes_something:
             return
+        for index in sorted({one.block for one in (listed if self.drop else units)}):
+            check_untied(model, index)
         if missing := sorted(block_numbers(self.drop) - {one.block for one in listed}):
             raise UsageError(
                 f"drop: block {missing[0]} has no {kinds} that may leave",

@@ -38,7 +38,7 @@ from structprune.pruners.structure._experts_block import (
     global_stay,
     uniform_stay,
 )
-from structprune.pruners.structure._family import StructurePruner, left_lists, left_shapes
+from structprune.pruners.structure._family import StructurePruner, check_untied, left_lists, left_shapes
 
 # What may differ between the run that kept the scores and the one that uses them: no score depends on it.
 FREE = frozenset({"sparsity", "keep_scores", "budget"})
@@ -120,7 +120,11 @@ class ExpertPruner(StructurePruner):
             UsageError: It cannot.
         """
         self.check_skipped(len(blocks(model)))
-        check_share(self._blocks(model), self.sparsity, pooled=self.budget == "global")
+        found = self._blocks(model)
+        check_share(found, self.sparsity, pooled=self.budget == "global")
+        for index, one in enumerate(found):
+            if one.experts:
+                check_untied(model, index)
 
     def _blocks(self, model: Model) -> list[ExpertBlock]:
         return expert_blocks(model, [self.skips(index) for index in range(len(blocks(model)))])

@@ -49,7 +49,7 @@ def check_named_once(units: Sequence[str]) -> None:
 
 
 def check_untied(model: Model, index: int) -> None:
-    """Check that no tensor of a block is also one of something else: a cut would change that, too.
+    """Check that no tensor of a block is also one of something else, which would change with it.
 
     Args:
         model: In memory, streamed, or a twin.
@@ -62,7 +62,7 @@ def check_untied(model: Model, index: int) -> None:
     for alias, main in names_of(model).aliases.items():
         if alias.startswith(f"{prefix}.") or main.startswith(f"{prefix}."):
             raise UsageError(
-                f"{alias}: is the same tensor as {main}, so it cannot become smaller alone",
+                f"{alias}: is the same tensor as {main}, so it cannot leave or become smaller alone",
                 hint=f"leave block {index} as it is (skip), or store the tensors apart",
             )
 

@@ -130,7 +130,7 @@ class WidthGoal:
             largest = max(one.costs.of(kind) for one in found for kind in KINDS)
             if self.share * of > most + Fraction(largest, 2):
                 raise UsageError(
-                    f"{self.asked_by} is more than may leave, at least one unit of a kind stays in every block",
+                    f"{self.asked_by} is more than may leave: of a block at least one unit of a kind stays",
                     hint=f"ask for at most {share_below(most, of)}, or skip fewer blocks",
                 )
             return
