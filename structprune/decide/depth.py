@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from structprune.calibration.states import angular_distance
-from structprune.errors import QualityError
+from structprune.decide.sparsity import share_below
+from structprune.errors import QualityError, UsageError
 from structprune.models.arch import Arch
 from structprune.models.groups import BlockKeep, BlockSizes, block_sizes
 
@@ -49,6 +50,27 @@ class DepthGoal:
     target: Fraction
     counted: bool
     most: int
+
+    def check(self, asked: str, units: Sequence[DepthUnit]) -> None:
+        """Check that whole units can leave, and as many as the target asks for.
+
+        Args:
+            asked: What was asked for, behind its key.
+            units: Those that may leave.
+
+        Raises:
+            UsageError: They cannot; names a share that can.
+        """
+        sizes = sorted(1 if self.counted else unit.parameters for unit in units)
+        most, whole = sum(sizes[-self.most :]), sum(sizes)
+        if not any(self.wants([], unit) for unit in units):
+            near = ", ".join(f"{sum(sizes[:few]) / whole:.3g}" for few in range(1, min(self.most, 3) + 1))
+            raise UsageError(f"{asked} rounds to none", hint=f"ask for {near} or more, or for count: 1")
+        if self.target > most + Fraction(sizes[0], 2):
+            raise UsageError(
+                f"{asked} rounds to all of them, and one has to stay",
+                hint=f"ask for at most {share_below(most, whole)}",
+            )
 
     def miss(self, gone: Sequence[DepthUnit]) -> Fraction:
         """Return how far from the target a model without some units is."""

@@ -3,6 +3,7 @@
 import re
 from decimal import Decimal
 from fractions import Fraction
+from math import floor
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
@@ -36,6 +37,11 @@ def parse_sparsity(value: object) -> float | str:
 
 Sparsity = Annotated[float | str, BeforeValidator(parse_sparsity)]
 """A pydantic field type: the fraction removed, in [0, 1), or "N:M", N of every M consecutive inputs kept."""
+
+
+def share_below(part: int, of: int) -> str:
+    """Return a share as a number that may be asked for: four digits, rounded down."""
+    return f"{floor(Fraction(part, of) * 10000) / 10000:g}"
 
 
 def _needs_groups(value: float | str) -> float | str:

@@ -213,7 +213,8 @@ def uneven_counts(
 def _nearest(wanted: Fraction, there: int, multiple: int) -> int:
     """Return the multiple in [1, there] that is nearest; `there` itself always counts as one."""
     steps = wanted / multiple
-    low = steps.numerator // steps.denominator
+    # Where groups cannot leave as asked, less than no channel may be wanted.
+    low = max(steps.numerator // steps.denominator, 0)
     legal = {low * multiple, (low + 1) * multiple, there}
     return min((one for one in legal if 0 < one <= there), key=lambda one: (abs(one - wanted), -one))
 

@@ -164,9 +164,11 @@ class Stage:
                     after[key.name][key.axis] = block.shapes[key][0]
                 elif key.edit == "drop":
                     after.pop(key.name, None)
+                elif key.edit == "value":  # it may create its tensor, which a later stage may take away
+                    after.setdefault(key.name, list(block.shapes[key]))
         stays = {name: called for name in after if (called := self.called(name)) is not None}
         lost = sum(math.prod(shape) - math.prod(after.get(name, (0,))) for name, shape in shapes.items())
-        lost += sum(math.prod(after[name]) for name in after.keys() - stays.keys())
+        lost += sum(math.prod(after[name]) for name in (after.keys() & shapes.keys()) - stays.keys())
         return {called: tuple(after[name]) for name, called in stays.items()}, lost
 
     def _now(self, name: str) -> str:

@@ -42,7 +42,7 @@ from structprune.plan.promise import Gone, Listed, Promises, Reshaped
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import Seen
 from structprune.pruners.structure._bypass import biased_paths
-from structprune.pruners.structure._family import StructurePruner, bias_key, left_shapes
+from structprune.pruners.structure._family import StructurePruner, bias_key, check_named_once, left_shapes
 
 Kinds = Annotated[tuple[DepthKind, ...], BeforeValidator(split_words)]
 NAMES: Mapping[DepthKind, str] = {"block": "blocks", "attention": "attentions", "mlp": "feed-forwards"}
@@ -65,8 +65,7 @@ class DepthPruner(StructurePruner):
 
     @model_validator(mode="after")
     def _one_goal(self) -> Self:
-        if len({*self.units}) < len(self.units):
-            raise ValueError(f"units: {', '.join(self.units)} names one twice")
+        check_named_once(self.units)
         if "block" in self.units and len(self.units) > 1:
             raise ValueError(
                 "units: a block cannot leave beside its own parts; choose block, or attention and mlp"
@@ -179,17 +178,8 @@ class DepthPruner(StructurePruner):
                 f"{field}: {asked} {several} are to leave, at most {goal.most} can",
                 hint="one has to stay; remove fewer, or skip fewer blocks",
             )
-        if not self.drop and not any(goal.wants([], one) for one in units):
-            near = ", ".join(f"{share:.3g}" for share in self._legal(units, goal))
-            raise UsageError(
-                f"sparsity: {self.sparsity} of {len(units)} {self._several} rounds to none",
-                hint=f"ask for {near} or more, or for count: 1",
-            )
-
-    def _legal(self, units: Sequence[DepthUnit], goal: DepthGoal) -> list[float]:
-        """Return the first shares that whole units reach, of units in the order of their sizes."""
-        whole, sizes = sum(one.parameters for one in units), sorted(one.parameters for one in units)
-        return [sum(sizes[:number]) / whole for number in range(1, min(goal.most, 3) + 1)]
+        if not self.drop:
+            goal.check(f"sparsity: {self.sparsity} of {len(units)} {self._several}", units)
 
     @final
     def forecast(self, model: Model) -> Forecast:

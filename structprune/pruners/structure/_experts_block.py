@@ -8,7 +8,7 @@ from math import floor, prod
 import torch
 from torch import Tensor, nn
 
-from structprune.decide.sparsity import fraction_of
+from structprune.decide.sparsity import fraction_of, share_below
 from structprune.errors import UsageError
 from structprune.models.arch import TABLE, Arch, arch_of, blocks
 from structprune.models.groups import BlockKeep, BlockSizes, block_sizes, cuts
@@ -102,7 +102,7 @@ def check_share(found: Sequence[ExpertBlock], sparsity: float, *, pooled: bool) 
             raise UsageError(
                 f"sparsity: {sparsity} would leave {count} of the {experts} experts of {where}, and a token "
                 f"is routed to {least}",
-                hint=f"ask for at most {floor(most * 10000) / 10000:g}",
+                hint=f"ask for at most {share_below(*most.as_integer_ratio())}",
             )
     if all(_nearest(experts, sparsity) == experts for _, experts, _ in pools):
         where, experts, least = max(pools, key=lambda pool: pool[1])

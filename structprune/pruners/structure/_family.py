@@ -1,5 +1,6 @@
 """Pruners after which a model is smaller: a share of its units leaves, and some blocks are protected."""
 
+from collections.abc import Sequence
 from typing import Self
 
 from structprune.decide.sparsity import Share
@@ -35,6 +36,16 @@ class StructurePruner(SkippedBlocks, BlockwisePruner):
             UsageError: It cannot be this one.
         """
         return self.with_field("sparsity", goal)
+
+
+def check_named_once(units: Sequence[str]) -> None:
+    """Check that no kind of unit is named twice.
+
+    Raises:
+        ValueError: One is.
+    """
+    if len({*units}) < len(units):
+        raise ValueError(f"units: {', '.join(units)} names one twice")
 
 
 def check_untied(model: Model, index: int) -> None:

@@ -31,7 +31,7 @@ from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Promises, Reshaped
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import UNMEASURED, Seen
-from structprune.pruners.structure._family import bias_key, check_untied, left_shapes
+from structprune.pruners.structure._family import bias_key, check_named_once, check_untied, left_shapes
 from structprune.pruners.structure._goal import GoalPruner
 from structprune.pruners.structure._width_block import ATTENTION, NotedMean, WidthBlock, width_block
 from structprune.pruners.structure._width_goal import Share, WidthGoal
@@ -92,6 +92,7 @@ class WidthPruner(GoalPruner):
 
     @model_validator(mode="after")
     def _can_be_native(self) -> Self:
+        check_named_once(self.units)
         if set(ATTENTION) <= set(self.units):
             raise ValueError("units: kv_group takes a head's whole group; choose one of the two")
         if self.native == "uniform" and self.looks_first:

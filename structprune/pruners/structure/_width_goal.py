@@ -9,7 +9,9 @@ from torch import Tensor
 
 from structprune.decide.budgets.sigmoid import SigmoidBudget
 from structprune.decide.budgets.unit_table import UnitTable
+from structprune.decide.sparsity import share_below
 from structprune.decide.unit_counts import (
+    KINDS,
     KINDS,
     Multiples,
     UnitCounts,
@@ -124,6 +126,13 @@ class WidthGoal:
         before = self.shares_before(found)
         if isinstance(self.budget, UnitTable):  # these very sizes were asked for
             return
+        most = sum(one.removable(UnitCounts(1, 1)) for one in found)
+        largest = max(one.costs.of(kind) for one in found for kind in KINDS)
+        if self.share * of > most + Fraction(largest, 2):
+            raise UsageError(
+                f"{self.asked_by} is more than may leave, at least one unit of a kind stays in every block",
+                hint=f"ask for at most {share_below(most, of)}, or skip fewer blocks",
+            )
         if any(before[index].stay != one.there for index, one in enumerate(found)):
             return
         # Where all of a model compete, a single unit may leave that is too much for its block alone.

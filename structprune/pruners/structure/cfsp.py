@@ -8,15 +8,16 @@ channels, as the paper means it; `compat` ranks as the code does. Hardware likes
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from structprune.calibration.statistics import Parts
 from structprune.decide.budgets.sigmoid import SigmoidBudget
 from structprune.decide.budgets.width_union import AnyWidthBudget
+from structprune.decide.targets import split_words
 from structprune.decide.unit_counts import WidthUnit, unit_places
 from structprune.models.arch import Linear
 from structprune.pruners.seen import Seen
@@ -33,7 +34,7 @@ class Cfsp(WidthPruner):
         compat: Rank by the norm of the activation alone, as the released code does.
     """
 
-    units: tuple[Literal["channel"], ...] = Field(default=("channel",), min_length=1)
+    units: Annotated[tuple[Literal["channel"], ...], BeforeValidator(split_words)] = ("channel",)
     budget: AnyWidthBudget = Field(default_factory=SigmoidBudget)
     compat: bool = False
 
