@@ -95,7 +95,7 @@ def sparsities_of(found: Found) -> list[float]:
 
 def figures_of(kept: Mapping[str, Any], row: str, cell: Cell) -> dict[str, str]:
     """Return a line of a table by its columns."""
-    speeds = {name: f"{cell[name][0]:.2f}" for name in ("prefill", "decode") if name in cell}
+    speeds: dict[str, str] = {name: f"{cell[name][0]:.2f}" for name in ("prefill", "decode") if name in cell}
     return {
         "row": f"{row} (paper)" if ROWS[row].paper else row,
         "perplexity": f"{cell['perplexity']:.4g}",
@@ -178,6 +178,9 @@ def section(kept: Mapping[str, Any]) -> str:
     )
     for sparsity in sparsities_of(found):
         parts += [f"At {sparsity}:", table_at(kept, found, sparsity)]
+    measured = {row for row, _ in found}
+    if missing := [row for row in ROWS if row not in measured]:
+        parts.append(f"Not measured: {'; '.join(missing)}.")
     table, errors = refits(found)
     if errors:
         better, sure = (sum(one > least for one in errors) for least in (0, SURE))
