@@ -12,7 +12,6 @@ from structprune.decide.budgets.unit_table import UnitTable
 from structprune.decide.sparsity import share_below
 from structprune.decide.unit_counts import (
     KINDS,
-    KINDS,
     Multiples,
     UnitCounts,
     WidthUnit,
