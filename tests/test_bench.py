@@ -215,7 +215,12 @@ class TestRefusals:
         ):
             measure_speed([found], Workload(4, 2, (1,), 1))
 
-    def test_a_fresh_process_holds_the_weights_and_grows_with_the_batch(self, llama: Path) -> None:
+    def test_a_fresh_process_holds_the_weights_and_grows_with_the_batch(
+        self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # A file of the user's that is called as a module of some library must not be taken for it.
+        (tmp_path / "transformers.py").write_text("raise RuntimeError\n")
+        monkeypatch.chdir(tmp_path)
         found, load = contender("llama", llama, Opening(stream=False)), Workload(64, 2, (1, 16), 1)
         small, large = footprint.in_fresh_process(found.subject, load)
         assert found.as_json()["parameters"] * 4 < small < large < 2**29

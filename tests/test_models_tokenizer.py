@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from structprune.errors import InputError
 from structprune.models.opening import Opening
+from structprune.models.shipped import SHIPPED_CLASSES, SHIPPED_TYPE
 from structprune.models.streamed import open_model
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
 from tests.tiny import VOCABULARY, save_tiny, tokenizer
@@ -56,3 +57,18 @@ def test_a_tokenizer_with_its_own_code_is_refused_unless_trusted(folder: Path, t
     with pytest.raises(InputError, match="--trust-remote-code"):
         open_tokenizer(folder)
     assert not marker.exists()
+
+
+def test_a_modelling_file_of_ours_is_neither_run_nor_warned_of(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = json.loads((folder / "config.json").read_text())
+    names = dict(zip(("AutoConfig", "AutoModelForCausalLM"), SHIPPED_CLASSES, strict=True))
+    said |= {"model_type": f"{SHIPPED_TYPE}llama", "auto_map": names}
+    (folder / "config.json").write_text(json.dumps(said))
+    (folder / "modeling_pruned.py").write_text("raise SystemExit(9)\n")
+    for trust in (False, True):
+        opened = open_tokenizer(folder, Opening(trust_remote_code=trust))
+        assert opened is not None
+        assert opened("a cat")["input_ids"] == tokenizer()("a cat")["input_ids"]
+    assert "to instantiate a model of type" not in capfd.readouterr().err

@@ -240,11 +240,13 @@ def protocol_of(options: argparse.Namespace, bench: Bench) -> str:
     versions, text = environment()["versions"], options.text.name if options.text else "demo"
     choose = f"the second half of {options.valid.name}" if options.valid else "demo, tuning"
     source = f"the first half of {options.valid.name}" if options.valid else "demo"
+    timed = f"timed {bench.load.length} + {DECODED} tokens, {options.rounds} rounds"
+    timed = timed if options.rounds else "not timed"
     return (
         f"{options.windows} windows of {options.length} tokens of {text}; compositions chosen on "
         f"{options.choose_windows} of {choose}; {options.samples} calibration samples of {options.length} "
-        f"tokens of {source}; {options.prompts} prompts of {PROMPT} tokens, continued by {WRITTEN}; timed "
-        f"{bench.load.length} + {DECODED} tokens, {options.rounds} rounds; float32, torch "
+        f"tokens of {source}; {options.prompts} prompts of {PROMPT} tokens, continued by {WRITTEN}; "
+        f"{timed}; float32, torch "
         f"{versions['torch']}, transformers {versions['transformers']}"
     )
 

@@ -8,7 +8,7 @@ the papers, on the text to report.
 import argparse
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -93,41 +93,26 @@ def sparsities_of(found: Found) -> list[float]:
     return sorted({sparsity for _, sparsity in found})
 
 
-def times(spread: Sequence[float] | None) -> str:
-    """Return a speed-up."""
-    return "" if spread is None else f"{spread[0]:.2f}"
+def figures_of(kept: Mapping[str, Any], row: str, cell: Cell) -> dict[str, str]:
+    """Return a line of a table by its columns."""
+    speeds: dict[str, str] = {name: f"{cell[name][0]:.2f}" for name in ("prefill", "decode") if name in cell}
+    return {
+        "row": f"{row} (paper)" if ROWS[row].paper else row,
+        "perplexity": f"{cell['perplexity']:.4g}",
+        "KL": with_error(*divergence_of([cell])),
+        "M parameters": f"{cell['parameters'] / 1e6:.2f}",
+        "of the blocks gone": f"{1 - cell['blocks']:.1%}",
+        "MB": f"{cell['parameters'] * kept['itemsize'] / 1e6:.1f}",
+        **speeds,
+        "agrees": f"{fmean(cell['agreement']):.1f}",
+        "repeats": f"{cell['repetition']:.0%}",
+    }
 
 
-def rows_at(kept: Mapping[str, Any], found: Found, sparsity: float) -> Iterator[list[str]]:
-    """Yield the lines of a table of one sparsity."""
-    for (row, at), cell in found.items():
-        if at == sparsity:
-            yield [
-                f"{row} (paper)" if ROWS[row].paper else row,
-                f"{cell['perplexity']:.4g}",
-                with_error(*divergence_of([cell])),
-                f"{cell['parameters'] / 1e6:.2f}",
-                f"{1 - cell['blocks']:.1%}",
-                f"{cell['parameters'] * kept['itemsize'] / 1e6:.1f}",
-                times(cell.get("prefill")),
-                times(cell.get("decode")),
-                f"{fmean(cell['agreement']):.1f}",
-                f"{cell['repetition']:.0%}",
-            ]
-
-
-HEADER = (
-    "row",
-    "perplexity",
-    "KL",
-    "M parameters",
-    "of the blocks gone",
-    "MB",
-    "prefill",
-    "decode",
-    "agrees",
-    "repeats",
-)
+def table_at(kept: Mapping[str, Any], found: Found, sparsity: float) -> str:
+    """Return the table of one sparsity; without speeds where nothing was timed."""
+    lines = [figures_of(kept, row, cell) for (row, at), cell in found.items() if at == sparsity]
+    return markdown([*lines[0]], [[*line.values()] for line in lines])
 
 
 def compared(worse: Cell, better: Cell) -> tuple[float, float]:
@@ -192,7 +177,10 @@ def section(kept: Mapping[str, Any]) -> str:
         f"{kept['repetition']:.0%}."
     )
     for sparsity in sparsities_of(found):
-        parts += [f"At {sparsity}:", markdown(HEADER, [*rows_at(kept, found, sparsity)])]
+        parts += [f"At {sparsity}:", table_at(kept, found, sparsity)]
+    measured = {row for row, _ in found}
+    if missing := [row for row in ROWS if row not in measured]:
+        parts.append(f"Not measured: {'; '.join(missing)}.")
     table, errors = refits(found)
     if errors:
         better, sure = (sum(one > least for one in errors) for least in (0, SURE))

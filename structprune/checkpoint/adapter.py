@@ -4,21 +4,25 @@ The mask is the base weight itself: a change touches a weight only where the wei
 merging and loading share this arithmetic, so that none can disagree with another about a single weight.
 
 The folder carries a `peft_type` that PEFT does not know, and tensor names that it would not match. That is on
-purpose: PEFT would add the change to every weight, also to the removed ones, and say nothing.
+purpose: PEFT would add the change to every weight, also to the removed ones, and say nothing. Where every
+changed tensor belongs to a linear layer and holds no zero, as after a cut of whole units, nothing can be
+revived: the folder is then PEFT's own, with the base's hash in the notes of its tensor file.
 """
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from structprune.errors import InputError
+from structprune.storage.header import read_header
 from structprune.storage.strict_json import read_json
 from structprune.storage.tensor_file import read_tensors, save_tensors
 
@@ -69,12 +73,14 @@ class Adapter:
         base: The folder of the pruned model.
         base_weights: The sha256 of its weights; the adapter fits no other ones.
         masks: Where the masks came from: the folder's plans, or its weights that are not zero.
+        plain: Whether PEFT may add it, too: see `can_be_plain`.
     """
 
     factors: Mapping[str, LowRankChange]
     base: str
     base_weights: str
     masks: Literal["plans", "nonzero"]
+    plain: bool = False
 
 
 class AdapterConfig(BaseModel):
@@ -88,6 +94,40 @@ class AdapterConfig(BaseModel):
     masks: Literal["plans", "nonzero"]
     format: Literal[1] = 1
     scaling: dict[str, float]
+
+
+class PlainConfig(BaseModel):
+    """`adapter_config.json` of a kept adapter that is PEFT's own; all names are those that PEFT reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    peft_type: Literal["LORA"] = "LORA"
+    base_model_name_or_path: str
+    target_modules: list[str]
+    r: int = Field(ge=1)
+    lora_alpha: int | float
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]]
+    alpha_pattern: dict[str, int | float]
+    inference_mode: Literal[True] = True
+
+    def scaling(self, module: str) -> float:
+        """Return what the change of a module is multiplied with."""
+        pattern = re.escape(module)
+        return self.alpha_pattern.get(pattern, self.lora_alpha) / self.rank_pattern.get(pattern, self.r)
+
+
+def can_be_plain(model: nn.Module, names: Iterable[str]) -> bool:
+    """Tell whether plain LoRA says the same of some tensors: weights of linear layers without a zero.
+
+    Args:
+        model: In memory.
+        names: The tensors that a change touches.
+    """
+    return all(
+        isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
+        and bool((model.get_parameter(name) != 0).all())
+        for name in names
+    )
 
 
 def add_masked(weight: Tensor, delta: Tensor) -> Tensor:
@@ -172,17 +212,52 @@ def save_adapter(folder: Path, adapter: Adapter) -> None:
     """
     tensors = {}
     for name, factors in adapter.factors.items():
-        tensors[f"{name}.left"] = factors.left.detach().float().cpu().contiguous()
-        tensors[f"{name}.right"] = factors.right.detach().float().cpu().contiguous()
-    config = AdapterConfig(
-        base_model_name_or_path=adapter.base,
-        base_weights=adapter.base_weights,
-        masks=adapter.masks,
-        scaling={name: adapter.factors[name].scaling for name in sorted(adapter.factors)},
-    )
-    save_tensors(folder / TENSOR_FILE, tensors, {"format": "pt"})
+        left, right = _sides(name, plain=adapter.plain)
+        tensors[left] = factors.left.detach().float().cpu().contiguous()
+        tensors[right] = factors.right.detach().float().cpu().contiguous()
+    notes = {"format": "pt"}
+    config: BaseModel
+    if adapter.plain:
+        config = _plain_config(adapter)
+        notes |= {"base_weights": adapter.base_weights, "masks": adapter.masks}
+    else:
+        config = AdapterConfig(
+            base_model_name_or_path=adapter.base,
+            base_weights=adapter.base_weights,
+            masks=adapter.masks,
+            scaling={name: adapter.factors[name].scaling for name in sorted(adapter.factors)},
+        )
+    save_tensors(folder / TENSOR_FILE, tensors, notes)
     text = json.dumps(config.model_dump(), indent=2) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def _sides(name: str, *, plain: bool) -> tuple[str, str]:
+    """Return what the two factors of a tensor are called in the file."""
+    module = f"base_model.model.{name.removesuffix('.weight')}"
+    sides = (f"{module}.lora_B.weight", f"{module}.lora_A.weight")
+    return sides if plain else (f"{name}.left", f"{name}.right")
+
+
+def _plain_config(adapter: Adapter) -> PlainConfig:
+    modules = {name.removesuffix(".weight"): adapter.factors[name] for name in sorted(adapter.factors)}
+    # Whoever makes room for a rank beforehand looks at `r`.
+    largest = max(modules.values(), key=lambda factors: factors.rank)
+    alphas = {re.escape(name): _alpha(one) for name, one in modules.items()}
+    alpha = _alpha(largest)
+    return PlainConfig(
+        base_model_name_or_path=adapter.base,
+        target_modules=list(modules),
+        r=largest.rank,
+        lora_alpha=alpha,
+        rank_pattern={re.escape(name): one.rank for name, one in modules.items() if one.rank != largest.rank},
+        alpha_pattern={name: one for name, one in alphas.items() if one != alpha},
+    )
+
+
+def _alpha(factors: LowRankChange) -> int | float:
+    alpha = factors.scaling * factors.rank
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -198,31 +273,42 @@ def read_adapter(folder: Path) -> Adapter:
     path = folder / CONFIG_FILE
     raw = read_json(path, limit_bytes=CONFIG_LIMIT)
     kind = raw.get("peft_type") if isinstance(raw, dict) else None
-    if kind != PEFT_TYPE:
+    notes = read_header(folder / TENSOR_FILE).metadata if kind == "LORA" else {}
+    plain = notes.keys() >= {"base_weights", "masks"}
+    if kind != PEFT_TYPE and not plain:
         raise InputError(
             f"{path}: an adapter of type {kind!r}, expected {PEFT_TYPE!r}",
             hint="merge it into its base model with the library that made it",
         )
     try:
+        if plain:
+            return _plain_adapter(folder, PlainConfig.model_validate(raw), notes)
         config = AdapterConfig.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{path}: {key}: {first['msg']}", hint=BROKEN) from error
-    factors = _pair(folder / TENSOR_FILE, config.scaling)
+    factors = _pair(folder / TENSOR_FILE, config.scaling, plain=False)
     return Adapter(factors, config.base_model_name_or_path, config.base_weights, config.masks)
 
 
-def _pair(path: Path, scaling: Mapping[str, float]) -> dict[str, LowRankChange]:
+def _plain_adapter(folder: Path, config: PlainConfig, notes: Mapping[str, Any]) -> Adapter:
+    scaling = {f"{module}.weight": config.scaling(module) for module in config.target_modules}
+    factors = _pair(folder / TENSOR_FILE, scaling, plain=True)
+    masks: Literal["plans", "nonzero"] = "plans" if notes["masks"] == "plans" else "nonzero"
+    return Adapter(factors, config.base_model_name_or_path, notes["base_weights"], masks, plain=True)
+
+
+def _pair(path: Path, scaling: Mapping[str, float], *, plain: bool) -> dict[str, LowRankChange]:
     """Read the two factors of every tensor that has a scaling, and nothing besides them."""
     tensors = read_tensors(path)
-    wanted = {f"{name}.{side}" for name in scaling for side in ("left", "right")}
+    wanted = {side for name in scaling for side in _sides(name, plain=plain)}
     for name in sorted(wanted ^ tensors.keys()):
         problem = "missing" if name in wanted else f"not announced in {CONFIG_FILE}"
         raise InputError(f"{path}: tensor {name} is {problem}", hint=BROKEN)
     pairs = {}
     for name, factor in scaling.items():
-        left, right = tensors[f"{name}.left"], tensors[f"{name}.right"]
+        left, right = (tensors[side] for side in _sides(name, plain=plain))
         if left.ndim < 2 or left.shape[:-2] != right.shape[:-2] or left.shape[-1] != right.shape[-2]:
             raise InputError(
                 f"{path}: {name}: factors {list(left.shape)} and {list(right.shape)} do not multiply",

@@ -42,6 +42,9 @@ def recovery_lines(result: Result) -> str:
     training = result["recovery"]
     loss = f"{number(training['start_loss'])} -> {number(training['best_loss'])}"
     rows = [("held-out loss", f"{loss} after step {training['best_step']}")]
+    if training.get("ranks"):
+        ranks = training["ranks"].values()
+        rows += [("ranks", f"{min(ranks)} to {max(ranks)}")]
     if training.get("steps_resumed"):
         rows += [("resumed", f"after {counted(training['steps_resumed'], 'step')}")]
     if "adapter" in result:

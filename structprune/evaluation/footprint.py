@@ -146,7 +146,7 @@ def in_fresh_process(subject: Subject, workload: Workload) -> list[int]:
         file = Path(name) / "job.json"
         file.write_bytes(TypeAdapter(_Job).dump_json(job))
         child = subprocess.run(
-            [sys.executable, "-m", __name__, str(file)],
+            [sys.executable, "-P", "-m", __name__, str(file)],
             env=child_environment(ours=True),
             capture_output=True,
             text=True,

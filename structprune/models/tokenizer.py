@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from structprune.errors import InputError
 from structprune.models.arch import HasSkeleton
 from structprune.models.opening import Opening
+from structprune.models.shipped import is_shipped, own_config
 from structprune.storage.strict_json import read_json
 
 # Settings with a chat template for every occasion stay far below.
@@ -51,7 +52,10 @@ def open_tokenizer(path: Path, opening: Opening = Opening()) -> PreTrainedTokeni
     _check_settings(path, opening)
     try:
         tokenizer = factory.from_pretrained(
-            path, trust_remote_code=opening.trust_remote_code, local_files_only=True
+            path,
+            trust_remote_code=opening.trust_remote_code,
+            local_files_only=True,
+            **_dense_config(path, opening),
         )
     except Exception as error:
         # The library that reads tokenizer.json raises nothing more special than this.
@@ -67,6 +71,18 @@ def open_tokenizer(path: Path, opening: Opening = Opening()) -> PreTrainedTokeni
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def _dense_config(path: Path, opening: Opening) -> dict[str, PreTrainedConfig]:
+    """Return the configuration that a tokenizer is chosen by, where the folder's own names a file of ours.
+
+    Transformers would warn of a type that it does not know, or run that file.
+    """
+    file = path / "config.json"
+    said = read_json(file, limit_bytes=SETTINGS_BYTES, root=opening.root(path)) if file.exists() else None
+    if not isinstance(said, dict) or not is_shipped(said):
+        return {}
+    return {"config": AutoConfig.for_model(**own_config(said))}
 
 
 def _check_settings(path: Path, opening: Opening) -> None:

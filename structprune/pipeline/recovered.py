@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from structprune.checkpoint.adapter import Adapter, save_adapter
+from structprune.checkpoint.adapter import Adapter, can_be_plain, save_adapter
 from structprune.checkpoint.delivery import Delivery
 from structprune.checkpoint.export import export
 from structprune.checkpoint.plans import save_plans, stages
@@ -85,7 +85,11 @@ def publish_adapter(work: Delivery, task: Task, recovery: Recovery) -> dict[str,
     """Write the change beside its base instead of merging it; return the report."""
     source = task.source
     adapter = Adapter(
-        recovery.factors, str(source.folder.resolve()), source.scan.weights, _origin(task.plans)
+        recovery.factors,
+        str(source.folder.resolve()),
+        source.scan.weights,
+        _origin(task.plans),
+        plain=can_be_plain(source.resident, recovery.factors),
     )
     with task.clock.phase("write"):
         save_adapter(work.folder, adapter)
@@ -101,7 +105,7 @@ def publish_adapter(work: Delivery, task: Task, recovery: Recovery) -> dict[str,
         "recovery": _facts(recovery, task),
         "evaluation": evaluation.as_json(),
         "seconds": round(task.clock.seconds, 3),
-        "loads_in": ["structprune"],
+        "loads_in": ["structprune", *(["peft"] if adapter.plain else [])],
     }
     report.write_report(work.folder, made)
     work.publish(stages=[], facts={"adapter_of": source.scan.weights})
@@ -118,6 +122,7 @@ def _facts(recovery: Recovery, task: Task) -> dict[str, Any]:
         "history": [check._asdict() for check in recovery.history],
         "data": task.windows.facts,
         "masks": _origin(task.plans),
+        "ranks": task.options.ranks,
     }
 
 

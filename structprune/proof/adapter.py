@@ -64,7 +64,7 @@ def verify_adapter(
     result.sparsity, result.pattern, result.blocks = base.sparsity, base.pattern, base.blocks
     result.parameters, result.nonzero, result.stages = base.parameters, base.nonzero, base.stages
     result.bytes = weight_bytes(folder)
-    result.loads_in = [loader()]
+    result.loads_in = [loader(), *(["peft"] if adapter.plain else [])]
     return result
 
 

@@ -143,10 +143,10 @@ def _run(jobs: Sequence[dict[str, Any]], scratch: Path, *, stream: bool) -> list
     listed = scratch / "jobs.json"
     with blame(listed):
         listed.write_text(json.dumps(jobs), encoding="utf-8")
-    # -P keeps the script's folder off the module path, where load.py or verify.py could hide other modules.
-    program = ["-m", STREAMED] if stream else ["-P", str(PLAIN)]
+    # -P keeps the script's and the user's folder off the module path, where a load.py or h2.py hides others.
+    program = ["-m", STREAMED] if stream else [str(PLAIN)]
     child = subprocess.run(
-        [sys.executable, *program, str(listed)],
+        [sys.executable, "-P", *program, str(listed)],
         env=child_environment(ours=stream),
         capture_output=True,
         text=True,
