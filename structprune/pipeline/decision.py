@@ -30,13 +30,15 @@ from structprune.recipe.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 
-def open_recipe_model(recipe: Recipe, folder: Path, stages: Sequence[Pruner], opening: Opening) -> Source:
+def open_recipe_model(
+    recipe: Recipe, folder: Path, ways: Sequence[Sequence[Pruner]], opening: Opening
+) -> Source:
     """Check the files of a recipe's model, open it and ask every stage whether it can prune it.
 
     Args:
         recipe: Which model, in which dtype and on which device.
         folder: Where it is.
-        stages: What will prune it.
+        ways: What will prune it, each time as it is now: stages, one after another.
         opening: How to open it otherwise.
 
     Raises:
@@ -47,7 +49,8 @@ def open_recipe_model(recipe: Recipe, folder: Path, stages: Sequence[Pruner], op
     source = open_source(recipe.model, folder, recipe.opening(opening))
     prior = prior_of(source.model, source.reader, source.scan.zeros, opening)
     tell_prior(prior, folder, opening)
-    forecast_all(stages, source.model)
+    for stages in ways:
+        forecast_all(stages, source.model)
     return replace(source, prior=prior.as_json())
 
 

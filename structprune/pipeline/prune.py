@@ -95,7 +95,7 @@ def prune_recipe(
         if recipe.recover is not None:  # which makes the output from a pruned model beside it
             pruned = recipe.output.with_name(f"{recipe.output.name}.pruned")
             final = check_output(inputs, pruned, overwrite=True, needed_bytes=needed)
-        source = open_recipe_model(recipe, folder, recipe.prune, opening)
+        source = open_recipe_model(recipe, folder, [recipe.prune], opening)
         if recipe.recover is not None:
             check_recovery(recipe.recover, source)
         kept = read_scores(Path(scores), recipe.prune, source) if scores else None

@@ -150,8 +150,7 @@ def sweep(
             )
             for name, one in recipes.items()
         }
-        stages = [only_stage(one) for one in recipes.values()]
-        source = open_recipe_model(recipe, folder, stages, opening)
+        source = open_recipe_model(recipe, folder, [one.prune for one in recipes.values()], opening)
         calibration = calibrate_on(recipe, source)
         exam = prepare_exam(recipe.evaluate, source, calibration.left if calibration else None)
         exam = with_bench(exam, recipe.bench, source)

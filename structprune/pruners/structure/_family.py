@@ -1,7 +1,9 @@
 """Pruners after which a model is smaller: a share of its units leaves, and some blocks are protected."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
+
+from pydantic import model_validator
 
 from structprune.decide.sparsity import Share
 from structprune.decide.targets import SkippedBlocks
@@ -23,6 +25,14 @@ class StructurePruner(SkippedBlocks, BlockwisePruner):
     """
 
     sparsity: Share = 0.2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _know_scores(cls, data: object) -> object:
+        """Refuse to keep scores where none would serve another goal."""
+        if isinstance(data, Mapping) and data.get("keep_scores") and "keep_scores" not in cls.model_fields:
+            raise ValueError(f"keep_scores: {cls.method()} decides on all units together and keeps no scores")
+        return data
 
     @property
     def removes_something(self) -> bool:

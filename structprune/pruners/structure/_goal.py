@@ -12,9 +12,15 @@ from structprune.decide.budgets.width_union import AnyWidthBudget
 from structprune.decide.sparsity import fraction_of
 from structprune.decide.unit_counts import UnitCounts
 from structprune.errors import UsageError
+from structprune.models.arch import blocks
 from structprune.models.cost import parameters_of
 from structprune.models.identity import names_of, skeleton, stored_dtypes, stored_layout
 from structprune.models.streamed import Model
+from structprune.models.walk import walk_weights
+from structprune.plan.key import Key
+from structprune.plan.plan import Plan, PlanWriter
+from structprune.pruners.kept_scores import check_kept_scores
+from structprune.pruners.seen import UNMEASURED, Seen
 from structprune.pruners.structure._family import StructurePruner
 from structprune.pruners.structure._width_block import WidthBlock
 from structprune.storage.tensor_file import nbytes_of
@@ -44,6 +50,18 @@ Bytes = Annotated[
 ]
 
 
+# What may differ between the run that kept the scores and the one that uses them: no score depends on it.
+FREE = frozenset(
+    {"sparsity", "target_params", "target_memory", "keep_scores", "multiple", "kv_multiple", "native"}
+)
+ALONE = "scores alone do not decide with propagate: pruned, nor with repair: least_squares"
+
+
+def score_key(prefix: str) -> Key:
+    """Return the key of what is kept of a block, by its path."""
+    return Key(prefix, "score")
+
+
 class GoalPruner(StructurePruner):
     """A pruner that is told how much leaves, or how large what is left shall be, and how blocks share it.
 
@@ -53,11 +71,13 @@ class GoalPruner(StructurePruner):
         budget: "uniform": every block loses the same share; "global": all units of the model compete;
             "sigmoid": blocks that turn the states less lose more; "table": sizes that blocks are to have, as
             `name:` with its fields, instead of a sparsity.
+        keep_scores: Keep the scores in the plan, so that another size needs no calibration.
     """
 
     target_params: Parameters = None
     target_memory: Bytes = None
     budget: AnyWidthBudget = "uniform"
+    keep_scores: bool = False
 
     @model_validator(mode="after")
     def _one_goal(self) -> Self:
@@ -68,7 +88,36 @@ class GoalPruner(StructurePruner):
             raise ValueError(
                 f"{said[0]}: given beside {said[1]}; each says how much leaves, give one of them"
             )
+        if self.keep_scores and not self.reusable:
+            raise ValueError(f"keep_scores: {ALONE}")
         return self
+
+    @property
+    @final
+    def reusable(self) -> bool:
+        """Tell whether kept scores are all that another size needs."""
+        return self.propagate == "dense" and "gram" not in self.solving
+
+    @final
+    def check_scores(self, plan: Plan) -> None:
+        """Refuse a plan that this pruner cannot decide from: no scores, or made with other settings."""
+        if not self.reusable:
+            raise UsageError(ALONE, hint="calibrate again")
+        check_kept_scores(self, plan, FREE)
+
+    @final
+    def reuse(self, plan: Plan, model: Model, writer: PlanWriter) -> Plan:
+        """Decide from the scores that a run with another size kept; needs no data."""
+        self.check_scores(plan)
+        self.check_sizes(model)
+        facts = {"scores_of": plan.id}
+        if not self.removes_something:
+            return self.finish(writer, model, {}, facts)
+        keys = [score_key(prefix) for prefix, _ in blocks(skeleton(model))]
+        leaving = self.decide(model, [plan.get(key, UNMEASURED) for key in keys])
+        for block in walk_weights(model, writer.finished):
+            writer.write(*self.solve_block(model, block, Seen(), leaving))
+        return self.finish(writer, model, leaving, facts)
 
     @property
     @final

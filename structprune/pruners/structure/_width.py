@@ -32,9 +32,9 @@ from structprune.plan.promise import Promises, Reshaped
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import UNMEASURED, Seen
 from structprune.pruners.structure._family import bias_key, check_named_once, check_untied, left_shapes
-from structprune.pruners.structure._goal import GoalPruner
+from structprune.pruners.structure._goal import GoalPruner, score_key
 from structprune.pruners.structure._width_block import ATTENTION, NotedMean, WidthBlock, width_block
-from structprune.pruners.structure._width_goal import Share, WidthGoal
+from structprune.pruners.structure._width_goal import UNEQUAL, Share, WidthGoal
 from structprune.pruners.structure._width_left import (
     Columns,
     check_native,
@@ -45,10 +45,6 @@ from structprune.pruners.structure._width_left import (
 )
 from structprune.solvers.columns import AnyColumnRepair
 
-UNEQUAL = (
-    "{method} leaves blocks of unequal width: structprune opens them, and transformers with "
-    "trust_remote_code; --uniform or --pad leave equal ones"
-)
 READ: Mapping[str, Sequence[WidthUnit]] = {"heads": ATTENTION, "channels": ("channel",)}
 
 
@@ -79,7 +75,6 @@ class WidthPruner(GoalPruner):
     kv_multiple: Annotated[int, Field(ge=1, le=1024)] = 1
     native: Literal["uniform", "pad"] | None = None
     propagate: Literal["pruned", "dense"] = "dense"
-
     parts: ClassVar[Parts] = NOTHING
     per_parameter: ClassVar[bool] = True
 
@@ -95,7 +90,7 @@ class WidthPruner(GoalPruner):
         check_named_once(self.units)
         if set(ATTENTION) <= set(self.units):
             raise ValueError("units: kv_group takes a head's whole group; choose one of the two")
-        if self.native == "uniform" and self.looks_first:
+        if self.native == "uniform" and self.unequal:
             raise ValueError(f"native: uniform does not go with budget {self.budget}; pad does")
         if self.native == "pad" and self.skip:
             raise ValueError("native: pad makes every block as wide as those that skip leaves whole")
@@ -117,7 +112,7 @@ class WidthPruner(GoalPruner):
 
     @property
     def needs(self) -> Parts:
-        """Return what the score reads, with the fields as they are."""
+        """Return what the score reads."""
         return self.parts
 
     @property
@@ -136,8 +131,7 @@ class WidthPruner(GoalPruner):
     @final
     def solving(self) -> Parts:
         """Return what is read block by block: only a Gram matrix is too large to be noted at a first look."""
-        gram: Parts = frozenset({"gram"})
-        return self._read & gram if self.looks_first else self._read
+        return self._read & {"gram"} if self.looks_first else self._read
 
     @property
     @final
@@ -147,9 +141,15 @@ class WidthPruner(GoalPruner):
 
     @property
     @final
-    def looks_first(self) -> bool:
+    def unequal(self) -> bool:
         """Tell whether the budget compares the blocks."""
         return self.budget == "global" or isinstance(self.budget, SigmoidBudget)
+
+    @property
+    @final
+    def looks_first(self) -> bool:
+        """Tell whether all blocks are measured before one is decided."""
+        return self.unequal or self.keep_scores
 
     def _goal(self, model: Model, found: Sequence[WidthBlock]) -> WidthGoal:
         """Return how much leaves of the units of a model.
@@ -220,10 +220,7 @@ class WidthPruner(GoalPruner):
 
     @final
     def measure(self, model: Model, block: Block, seen: Seen) -> Tensor:
-        """Return of each kind of unit the scores, and the means of what their matrix reads for a bias.
-
-        Before them stands how far the block turns the states, where the budget asks for it.
-        """
+        """Return how far a block turns the states, if asked for, and of each kind scores and means."""
         readers, rows = self.readers(block), []
         if seen.states is not None:
             rows.append(torch.tensor([mean_distance(seen.states)], dtype=torch.float64))
@@ -238,12 +235,12 @@ class WidthPruner(GoalPruner):
     def decide(self, model: Model, measured: Sequence[Tensor]) -> dict[int, Share]:
         """Return how many units of each block stay, with what the first look saw of them."""
         found = self._blocks(model)
-        if not self.looks_first or not any(one.ndim for one in measured):
+        if not any(one.ndim for one in measured):
             return self._before(model, found)
         shares = self._goal(model, found).shares(
             found, measured, means=self._adds_bias, per_parameter=self.per_parameter
         )
-        return padded(model, found, shares) if self.native == "pad" else shares
+        return padded(model, found, shares) if self.native == "pad" and self.unequal else shares
 
     @final
     def forecast(self, model: Model) -> Forecast:
@@ -263,7 +260,7 @@ class WidthPruner(GoalPruner):
                 for path in cut_readers(one, keep):
                     stored = names_of(model).stored_of[f"{one.prefix}.{path}.weight"][0]
                     shapes[bias_key(stored)] = (skeleton(model).config.get_text_config().hidden_size,)
-        exact = not self.looks_first
+        exact = not self.unequal
         left = left_of(
             model,
             Outline(shapes),
@@ -293,6 +290,8 @@ class WidthPruner(GoalPruner):
                 one = seen.of(linear) if noted is None else NotedMean(noted=noted)
                 columns = Columns(kept, known.columns(kind, keep))
                 tensors |= repaired_tensors(model, linear, columns, self.repair, one)
+        if self.keep_scores and share.measured.ndim:
+            tensors[score_key(block.prefix)] = share.measured
         left = share.stay
         numbers = {"kv_groups": left.kv_groups, "heads": left.heads * left.kv_groups}
         return tensors, {"kept": numbers | {"channels": left.channels}}
@@ -314,6 +313,8 @@ class WidthPruner(GoalPruner):
         stored = tuple(Reshaped(tensors=tuple(names), shape=shape) for shape, names in shapes.items())
         promises = Promises(unit="parameters", asked=self.asked, removed=removed, of=of, stored=stored)
         kept = [one.facts.get("kept") for one in writer.blocks]
-        weights = [leaving[index].importance for index in range(len(found))]
-        known = {} if weights[0] is None else {"importance": weights}
-        return writer.finish({"kept": kept, **known}, promises=promises, patch=patch)
+        # Without what was measured: that is as much as the model is wide.
+        known = {name: value for name, value in facts.items() if name != "measured"} | {"kept": kept}
+        if leaving[0].importance is not None:
+            known["importance"] = [leaving[index].importance for index in range(len(found))]
+        return writer.finish(known, promises=promises, patch=patch)

@@ -21,6 +21,7 @@ from structprune.decide.unit_counts import (
     uniform_counts,
 )
 from structprune.errors import UsageError
+from structprune.pruners.seen import UNMEASURED
 from structprune.pruners.structure._width_block import WidthBlock
 
 ByUnit = Mapping[WidthUnit, Tensor]
@@ -30,6 +31,11 @@ WORDS: Mapping[WidthUnit, str] = {
     "head": "query heads of a key-value head",
     "channel": "channels",
 }
+
+UNEQUAL = (
+    "{method} leaves blocks of unequal width: structprune opens them, and transformers with "
+    "trust_remote_code; --uniform or --pad leave equal ones"
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Share:
         means: Means of what the matrices read, where a first look has them.
         importance: Of the block as a whole, where the budget knows it.
         room: For how many units its tensors have room, where some of them are to be zeros.
+        measured: What the first look noted of the block.
     """
 
     stay: UnitCounts
@@ -49,6 +56,7 @@ class Share:
     means: ByUnit = field(default_factory=dict)
     importance: float | None = None
     room: UnitCounts | None = None
+    measured: Tensor = UNMEASURED
 
     @property
     def stored(self) -> UnitCounts:
@@ -94,6 +102,7 @@ class WidthGoal:
         """
         there, costs = [one.there for one in found], [one.costs for one in found]
         importance: list[float] | None = None
+        rows = measured
         if isinstance(self.budget, SigmoidBudget):
             importance = self.budget.importance([float(numbers[0]) for numbers in measured])
             measured = [numbers[1:] for numbers in measured]
@@ -101,7 +110,7 @@ class WidthGoal:
             shares = self.budget.shares(importance, sizes, float(self.share))
             stay = uneven_counts(shares, there, costs, self.multiples)
         noted = [_read(one, numbers.float(), means) for one, numbers in zip(found, measured, strict=True)]
-        if importance is None:
+        if self.budget == "global":
             ranked = [
                 {
                     kind: one / known.costs.of(kind) if per_parameter else one
@@ -110,8 +119,10 @@ class WidthGoal:
                 for known, (scores, _) in zip(found, noted, strict=True)
             ]
             stay = global_counts(ranked, there, costs, self.share, self.multiples)
+        elif importance is None:
+            stay = [one.stay for one in self.shares_before(found).values()]
         return {
-            index: Share(one, *notes, importance[index] if importance else None)
+            index: Share(one, *notes, importance[index] if importance else None, measured=rows[index])
             for index, (one, notes) in enumerate(zip(stay, noted, strict=True))
         }
 
