@@ -198,9 +198,13 @@ def _nests(values: Sequence[object]) -> bool:
 
 def _plain(value: object, key: str = "") -> str:
     """Return a value in words; `key` tells what is a number of bytes."""
+    if value is None and key == "reachable":
+        return "the data decides"
     if value is None or value == [] or value == ():
         return "none"
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
         return bytes_text(value) if key.endswith("bytes") else f"{value:,}"
     if isinstance(value, list | tuple):
         return ", ".join(str(part) for part in value)

@@ -120,7 +120,9 @@ def finish(
 
 
 def draw(work: Delivery, made: Mapping[str, Any]) -> None:
-    """Draw the report's plot where matplotlib is installed; a report without pictures is still whole."""
+    """Draw the zeros of each block where there are any, and matplotlib is installed."""
+    if not made["sparsity"]:
+        return
     try:
         plots.sparsity_per_block(work.folder / "structprune" / "plots" / "sparsity.png", made)
     except EnvironmentFailure as missing:

@@ -50,6 +50,8 @@ class Prior:
 
     def __str__(self) -> str:
         """Return what was found, as the end of a sentence about the model."""
+        if not self.zeros and self.method:
+            return f"by structprune with {self.method}; no weight of its linears is zero"
         lost = f"{self.sparsity * 100:.4g}% of the weights of its linears are zero"
         shape = "" if self.pattern == "dense" else f" ({self.pattern})"
         return lost + shape + (f", by structprune with {self.method}" if self.method else "")

@@ -170,7 +170,8 @@ def _check_plans(result: Verification, model: StreamedModel, stages: list[Stage]
     if stages:
         named = ", ".join(stage.name for stage in stages)
         masks = sum(len(stage.masked) for stage in stages)
-        result.row("plans", problems, f"{named}: {masks} masks fit the files")
+        fitting = f"{masks} masks" if masks else "names and shapes"
+        result.row("plans", problems, f"{named}: {fitting} fit the files")
 
 
 def _measure(
@@ -279,7 +280,8 @@ def _check_weights(result: Verification, held: Held, allow_nonfinite: bool) -> N
         if one.revived
     ]
     removed = sum(int(one.removed.sum()) for rows in held.rows for one in rows.values())
-    result.row("masks", revived, f"all {removed:,} removed weights are zero in the files")
+    all_zero = f"all {removed:,} removed weights are zero in the files"
+    result.row("masks", revived, all_zero if removed else "no weight was to become zero")
     problems, said = [], []
     for number, (stage, rows) in enumerate(zip(held.stages, held.rows, strict=True)):
         cut = {name for later in held.stages[number + 1 :] for name in later.reshaped}

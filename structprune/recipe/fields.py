@@ -112,11 +112,19 @@ def keys_of(owner: type[BaseModel]) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "type": _type_text(field.annotation),
-                "default": list(default) if isinstance(default, tuple) else default,
+                "default": _written(default),
                 "about": about.get(name, ""),
             }
         )
     return rows
+
+
+def _written(value: Any) -> Any:
+    """Return a value as a recipe may say it: by its name alone where nothing else of it was chosen."""
+    if isinstance(value, BaseModel):
+        said = value.model_dump(mode="json", exclude_defaults=True) | {"name": getattr(value, "name", None)}
+        return said["name"] if said["name"] and len(said) == 1 else value.model_dump(mode="json")
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _about(owner: type[BaseModel]) -> dict[str, str]:

@@ -103,7 +103,8 @@ def _sections(folder: Path, report: Mapping[str, Any], name: str, base: str, rec
         if "unit" in stage
     ]
     yield _markdown(("stage", "removed", "asked", "reachable", "measured from the files"), goals)
-    yield f"Zeros in the pruned matrices: {fraction(report['sparsity'])}, pattern {pattern}."
+    if report["sparsity"]:
+        yield f"Zeros in the pruned matrices: {fraction(report['sparsity'])}, pattern {pattern}."
     yield from (
         f"![{path.stem.replace('_', ' ')}]({path.relative_to(folder).as_posix()})"
         for path in sorted(folder.glob("structprune/plots/*.png"))

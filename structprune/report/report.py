@@ -139,16 +139,12 @@ def table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return (what, dense, pruned) for people: sizes, then quality where evaluated; "-" if not measured."""
     parameters, size = report["parameters"], report["bytes"]
     before = report.get("found") or {"pruned": False}
-    rows = [
-        ("Parameters", f"{parameters['dense']:,}", f"{parameters['pruned']:,}"),
-        ("Parameters that are not zero", "-", f"{parameters['nonzero']:,}"),
-        (
-            "Zeros in the pruned matrices",
-            fraction(before["sparsity"]) if before["pruned"] else "-",
-            fraction(report["sparsity"]),
-        ),
-        ("Bytes of the weight files", f"{size['dense']:,}", f"{size['pruned']:,}"),
-    ]
+    rows = [("Parameters", f"{parameters['dense']:,}", f"{parameters['pruned']:,}")]
+    if report["sparsity"]:  # where whole units left, there are no zeros to tell of
+        zeros = fraction(before["sparsity"]) if before["pruned"] else "-"
+        rows.append(("Parameters that are not zero", "-", f"{parameters['nonzero']:,}"))
+        rows.append(("Zeros in the pruned matrices", zeros, fraction(report["sparsity"])))
+    rows.append(("Bytes of the weight files", f"{size['dense']:,}", f"{size['pruned']:,}"))
     found = report.get("evaluation") or {}
     for name, figures in found.get("perplexity", {}).items():
         rows.append((f"Perplexity, {name}", number(figures["dense"]), number(figures["model"])))

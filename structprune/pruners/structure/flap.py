@@ -24,7 +24,7 @@ class Flap(ColumnPruner):
 
     Args:
         budget: The paper lets all units of the model compete.
-        repair: The paper adds the mean of what left to a bias.
+        repair: The paper adds the mean of what left to a bias; or "none", or "least_squares".
     """
 
     budget: AnyWidthBudget = "global"
