@@ -102,6 +102,7 @@ class PlainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     peft_type: Literal["LORA"] = "LORA"
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     base_model_name_or_path: str
     target_modules: list[str]
     r: int = Field(ge=1)
@@ -228,8 +229,7 @@ def save_adapter(folder: Path, adapter: Adapter) -> None:
             scaling={name: adapter.factors[name].scaling for name in sorted(adapter.factors)},
         )
     save_tensors(folder / TENSOR_FILE, tensors, notes)
-    text = json.dumps(config.model_dump(), indent=2) + "\n"
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(json.dumps(config.model_dump(), indent=2) + "\n", encoding="utf-8")
 
 
 def _sides(name: str, *, plain: bool) -> tuple[str, str]:
