@@ -90,9 +90,10 @@ def test_streamed_resident_and_killed_runs_give_one_result_which_recovers_and_op
     resident = made["--resident"][1]
     assert made["--stream"][1] == resident
 
-    ended, lines = made["--stream"][0], made["--stream"][0].err.splitlines()
-    for number, stage in enumerate(stages.prune):
-        said = [at for at, line in enumerate(lines, 1) if _tells_of(line, stage["method"])]
+    told = [line.partition(":")[0] for line in made["--stream"][0].err.splitlines()]
+    walks = [one for one in dict.fromkeys(told) if one.startswith(("calibrate ", "decide "))]
+    for number, walk in enumerate(walks):
+        said = [at for at, one in enumerate(told, 1) if one == walk]
         (place := tmp_path / f"killed{number}").mkdir()
         killed = parent.run([*words, "--stream"], place, Stop("line", said[1]))
         assert killed.code == -9, killed.err
@@ -101,6 +102,7 @@ def test_streamed_resident_and_killed_runs_give_one_result_which_recovers_and_op
         assert json.loads(finished.out)["blocks_resumed"] > number * DEPTH
         assert result_of(place) == resident
 
+    assert len(walks) == len(stages.prune)
     out, recovered = tmp_path / "--stream" / "out", tmp_path / "recovered"
     check(out, home / "model", len(stages.prune))
     trained = ["recover", out, recovered, "--data", home / "text.txt", *TRAINING, *CHECKS, "--steps", 2]
@@ -108,10 +110,6 @@ def test_streamed_resident_and_killed_runs_give_one_result_which_recovers_and_op
         done = run(*trained, "--json")
     assert done.code == 0, done.err
     check(recovered, home / "model", len(stages.prune))
-
-
-def _tells_of(line: str, method: str) -> bool:
-    return any(f"{verb} {method}" in line for verb in ("calibrate", "decide"))
 
 
 def check(out: Path, source: Path, stages: int) -> None:
