@@ -181,7 +181,7 @@ def section(kept: Mapping[str, Any]) -> str:
     measured = {row for row, _ in found}
     if missing := [row for row in ROWS if row not in measured]:
         named = "; ".join(missing) if len(missing) < len(measured) else f"the other {len(missing)} rows"
-        parts.append(f"Not measured, for want of time: {named}.")
+        parts.append(f"Not measured: {named}.")
     table, errors = refits(found)
     if errors:
         better, sure = (sum(one > least for one in errors) for least in (0, SURE))
@@ -194,8 +194,8 @@ def section(kept: Mapping[str, Any]) -> str:
         table, errors = rivals(found, best)
         sure = sum(one > SURE for one in errors)
         parts.append(
-            f"Chosen: **{best}**. On the other text it beats {sure} of {len(errors)} rows of papers that are as small "
-            f"by {SURE} standard errors."
+            f"Chosen: **{best}**. On the other text it beats {sure} of {len(errors)} rows of papers "
+            f"that are as small by {SURE} standard errors."
         )
         parts.append(table)
     return "\n\n".join(parts)
