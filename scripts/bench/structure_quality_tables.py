@@ -142,14 +142,14 @@ def refits(found: Found) -> tuple[str, list[float]]:
 
 
 def chosen(found: Found) -> str | None:
-    """Return the composition that does best on the text to choose on; none where none was measured."""
+    """Return the composition that does best on the text to choose on; none where there was no choice."""
     everywhere = sparsities_of(found)
     means = {
         row: fmean(math.log(found[row, sparsity]["choose"]["kl"]) for sparsity in everywhere)
         for row, one in ROWS.items()
         if one.composition and all((row, sparsity) in found for sparsity in everywhere)
     }
-    return min(means, key=means.__getitem__, default=None)
+    return min(means, key=means.__getitem__) if len(means) > 1 else None
 
 
 def rivals(found: Found, best: str) -> tuple[str, list[float]]:
@@ -180,7 +180,8 @@ def section(kept: Mapping[str, Any]) -> str:
         parts += [f"At {sparsity}:", table_at(kept, found, sparsity)]
     measured = {row for row, _ in found}
     if missing := [row for row in ROWS if row not in measured]:
-        parts.append(f"Not measured: {'; '.join(missing)}.")
+        named = "; ".join(missing) if len(missing) < len(measured) else f"the other {len(missing)} rows"
+        parts.append(f"Not measured: {named}.")
     table, errors = refits(found)
     if errors:
         better, sure = (sum(one > least for one in errors) for least in (0, SURE))
@@ -193,8 +194,8 @@ def section(kept: Mapping[str, Any]) -> str:
         table, errors = rivals(found, best)
         sure = sum(one > SURE for one in errors)
         parts.append(
-            f"Chosen: **{best}**. It beats {sure} of {len(errors)} rows of papers that are as small "
-            f"by {SURE} standard errors."
+            f"Chosen: **{best}**. On the other text it beats {sure} of {len(errors)} rows of papers "
+            f"that are as small by {SURE} standard errors."
         )
         parts.append(table)
     return "\n\n".join(parts)

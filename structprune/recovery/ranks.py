@@ -9,7 +9,7 @@ sparsity, and alpha / rank is the same everywhere, so that no block learns at a 
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from math import isfinite
+from math import inf
 
 from transformers import PreTrainedModel
 
@@ -101,10 +101,7 @@ def block_importance(model: PreTrainedModel, plans: Sequence[Plan]) -> dict[str,
 def _checked(plan: Plan) -> list[Fraction]:
     """Return the importance that a plan tells."""
     told = plan.facts["importance"]
-    numbers = isinstance(told, list) and all(
-        isinstance(one, int | float) and isfinite(one) and one >= 0 for one in told
-    )
-    if not numbers:
+    if not (isinstance(told, list) and all(isinstance(one, int | float) and 0 <= one < inf for one in told)):
         raise _unfit(plan)
     return [Fraction(one) for one in told]
 
