@@ -66,7 +66,9 @@ def test_it_is_listed_and_described_like_any_other(command: Command) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["resident", "streamed"])
-@pytest.mark.parametrize("second", [False, True], ids=["first", "after wanda"])
+@pytest.mark.parametrize(
+    "second", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["first", "after wanda"]
+)
 class TestRuns:
     def test_prune_apply_verify_report_card_and_plain_transformers(
         self, stream: bool, second: bool, source: Path, tmp_path: Path, command: Command

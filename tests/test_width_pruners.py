@@ -294,6 +294,7 @@ def test_a_run_stopped_anywhere_resumes_with_the_bytes_of_the_streamed_and_the_r
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "streamed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "second", [{"method": "sparsegpt", "sparsity": 0.5}, {"method": "wanda", "sparsity": "2:4"}], ids=str
 )
