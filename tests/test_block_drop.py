@@ -206,11 +206,11 @@ def test_it_opens_in_plain_transformers_and_generates_with_a_cache(
             assert (config["mlp_only_layers"], config["decoder_sparse_step"]) == ([1], 1)
     with masked(model, {0: BlockKeep(**dict.fromkeys(units, False))}):
         assert torch.allclose(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
-    _check_cache(loaded)
+    check_cache(loaded)
 
 
 @torch.no_grad()
-def _check_cache(model: PreTrainedModel) -> None:
+def check_cache(model: PreTrainedModel, beams: int = 1) -> None:
     """Check that left-padded prompts are continued alike with a cache and without."""
     prompt = tokens(model, length=10)
     mask = torch.ones_like(prompt["input_ids"])
@@ -221,6 +221,7 @@ def _check_cache(model: PreTrainedModel) -> None:
             attention_mask=mask,
             max_new_tokens=8,
             do_sample=False,
+            num_beams=beams,
             use_cache=cached,
             output_logits=True,
             return_dict_in_generate=True,

@@ -2,8 +2,9 @@
 
 Source: Wang et al. 2024, CFSP, https://arxiv.org/abs/2409.13199
 
-The released code has no recovery. Here ranks are in proportion to the importance that shared out the
-sparsity, and alpha / rank is the same everywhere, so that no block learns at a pace of its own.
+A reconstruction: the paper speaks of ranks by importance, its released code has no recovery, and its formula
+was not at hand. Here ranks are in proportion to the importance that shared out the sparsity, and alpha / rank
+is the same everywhere, so that no block learns at a pace of its own.
 """
 
 import re
