@@ -49,6 +49,8 @@ from structprune.pruners.pruner import Pruner
 
 # The row whose units all rows of width are held against.
 ALL_UNITS = "random_units"
+# Tokens that are scored in one forward, to bound the memory of logits.
+TOGETHER = 2048
 # Tokens of a prompt, and of what is written after it; a repetition is a group of so many tokens.
 PROMPT, WRITTEN, GROUP = 32, 48, 4
 DECODED = 16
@@ -223,13 +225,14 @@ def bench_of(options: argparse.Namespace) -> Bench:
         found = data.load(
             TextSource(source), tokenizer, samples=options.samples, length=options.length, batch_size=4
         )
-    counts = (options.choose_windows, options.windows)
+    counts, window = (options.choose_windows, options.windows), options.window or options.length
     choose, report = (
-        Judged(dense, held_out_of([one], tokenizer, count, options.length), 4)
+        Judged(dense, held_out_of([one], tokenizer, count, window), max(1, TOGETHER // window))
         for one, count in zip(texts, counts, strict=True)
     )
     begun = held_out_of([texts[1]], tokenizer, options.prompts, PROMPT).inputs
-    room = min(options.length, data.positions(dense.config) or options.length) - DECODED
+    timed = options.timed or options.length
+    room = min(timed, data.positions(dense.config) or timed) - DECODED
     load = Workload(room, DECODED, (1,), options.rounds)
     said = written(dense, begun)
     return Bench(folder, dense, found.batches, choose, report, begun, said, load)
@@ -242,8 +245,9 @@ def protocol_of(options: argparse.Namespace, bench: Bench) -> str:
     source = f"the first half of {options.valid.name}" if options.valid else "demo"
     timed = f"timed {bench.load.length} + {DECODED} tokens, {options.rounds} rounds"
     timed = timed if options.rounds else "not timed"
+    window = options.window or options.length
     return (
-        f"{options.windows} windows of {options.length} tokens of {text}; compositions chosen on "
+        f"{options.windows} windows of {window} tokens of {text}; compositions chosen on "
         f"{options.choose_windows} of {choose}; {options.samples} calibration samples of {options.length} "
         f"tokens of {source}; {options.prompts} prompts of {PROMPT} tokens, continued by {WRITTEN}; "
         f"{timed}; float32, torch "
@@ -262,6 +266,8 @@ def main() -> None:
     numbers = {"samples": 16, "windows": 16, "choose-windows": 16, "length": 512, "prompts": 8, "rounds": 5}
     for name, number in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=number)
+    parser.add_argument("--window", type=int, help="tokens of a scored window; --length unless given")
+    parser.add_argument("--timed", type=int, help="tokens of a timed round; --length unless given")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
