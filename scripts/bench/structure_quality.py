@@ -14,20 +14,21 @@ of the groups of four tokens stood there before. Everything happens in memory, i
 The JSON is rewritten after every cell; a second call with the same file measures only what it lacks.
 """
 
-import argparse
 import json
 import math
 import time
+from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from cells import Cell, held_out_of, kept_cells
-from structure_quality_tables import ROWS
+from structure_rows import ROWS
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -74,6 +75,10 @@ class Judged:
         """Return how a model does on the windows."""
         return score(model, self._windows, dense=self._dense, say=self._say, batch_size=self._batch_size)
 
+    def of(self, dense: PreTrainedModel) -> "Judged":
+        """Return the same windows with what another model says of them."""
+        return Judged(dense, self._windows, self._batch_size)
+
     def _say(self, dense: Model, batches: Sequence[Batch]) -> Iterator[Output]:
         assert len(batches) == len(self._said)
         yield from self._said
@@ -119,8 +124,8 @@ class Bench:
         share = sparsity * everything / pruner.forecast(self.dense).of
         return pruner.with_goal(round(share, 6))
 
-    def measure(self, row: str, sparsities: Sequence[float]) -> Iterator[Cell]:
-        """Look at the model once, then yield the cell of every sparsity."""
+    def prune(self, row: str, sparsities: Sequence[float]) -> Iterator[tuple[PreTrainedModel, Cell]]:
+        """Look at the model once, then yield it pruned to every sparsity, with what is known of it so far."""
         model = self.open()
         stages = [self.stage(row, sparsity) for sparsity in sparsities]
         weights = weights_of(model)
@@ -136,6 +141,11 @@ class Bench:
             if ROWS[row].composition:
                 choose = self.choose.score(pruned)
                 cell["choose"] = {"windows": choose.kl, "tokens": choose.tokens, "kl": choose.mean(choose.kl)}
+            yield pruned, cell
+
+    def measure(self, row: str, sparsities: Sequence[float]) -> Iterator[Cell]:
+        """Yield the cell of every sparsity."""
+        for pruned, cell in self.prune(row, sparsities):
             yield cell | self.facts(pruned)
 
     def facts(self, pruned: PreTrainedModel) -> Cell:
@@ -200,7 +210,7 @@ def repetition(tokens: Sequence[int]) -> float:
     return 1 - len({*groups}) / len(groups)
 
 
-def texts_of(options: argparse.Namespace, folder: Path) -> tuple[str, str, str]:
+def texts_of(options: Namespace, folder: Path) -> tuple[str, str, str]:
     """Return what is calibrated on, as a source, and the texts to choose on and to report.
 
     A text file serves both: its first half is calibrated on, the second one is chosen on.
@@ -213,7 +223,7 @@ def texts_of(options: argparse.Namespace, folder: Path) -> tuple[str, str, str]:
     return str(first), "".join(lines[len(lines) // 2 :]), options.text.read_text(encoding="utf-8")
 
 
-def bench_of(options: argparse.Namespace) -> Bench:
+def bench_of(options: Namespace) -> Bench:
     """Open the model and ask it about the texts."""
     folder = resolve(options.model)
     tokenizer = open_tokenizer(folder)
@@ -238,7 +248,7 @@ def bench_of(options: argparse.Namespace) -> Bench:
     return Bench(folder, dense, found.batches, choose, report, begun, said, load)
 
 
-def protocol_of(options: argparse.Namespace, bench: Bench) -> str:
+def protocol_of(options: Namespace, bench: Bench) -> str:
     """Return all that decides what a cell holds, but for its row and sparsity."""
     versions, text = environment()["versions"], options.text.name if options.text else "demo"
     choose = f"the second half of {options.valid.name}" if options.valid else "demo, tuning"
@@ -255,29 +265,41 @@ def protocol_of(options: argparse.Namespace, bench: Bench) -> str:
     )
 
 
-def main() -> None:
-    """Measure what the JSON lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def parser_of(description: str | None, rows: Sequence[str], sparsities: Sequence[float]) -> ArgumentParser:
+    """Return what reads the arguments: a model, its texts, what is measured of which rows, and the file."""
+    parser = ArgumentParser(description=description, formatter_class=RawTextHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--valid", type=Path, help="text file to calibrate and to choose on; else the demo's")
     parser.add_argument("--text", type=Path, help="held-out text file; the demo's own unless given")
-    parser.add_argument("--rows", nargs="+", choices=[*ROWS], default=[*ROWS], metavar="ROW")
-    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.2, 0.3, 0.5])
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS], default=[*rows], metavar="ROW")
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[*sparsities])
     numbers = {"samples": 16, "windows": 16, "choose-windows": 16, "length": 512, "prompts": 8, "rounds": 5}
     for name, number in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--window", type=int, help="tokens of a scored window; --length unless given")
     parser.add_argument("--timed", type=int, help="tokens of a timed round; --length unless given")
     parser.add_argument("--json", type=Path, required=True)
-    options = parser.parse_args()
+    return parser
+
+
+def facts_of(model: str, bench: Bench) -> dict[str, Any]:
+    """Return what is known of the dense model and the machine."""
+    return {
+        "model": Path(model).name,
+        "processor": environment()["machine"]["processor"],
+        "parameters": parameters_of(bench.dense),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "itemsize": max(dtype.itemsize for dtype in stored_dtypes(bench.dense).values()),
+        "repetition": fmean(map(repetition, bench.written)),
+    }
+
+
+def main() -> None:
+    """Measure what the JSON lacks."""
+    options = parser_of(__doc__, [*ROWS], (0.2, 0.3, 0.5)).parse_args()
     torch.set_num_threads(1)
     bench = bench_of(options)
-    kept = kept_cells(options.json, protocol_of(options, bench))
-    here = environment()["machine"]
-    kept |= {"model": Path(options.model).name, "processor": here["processor"]}
-    kept |= {"parameters": parameters_of(bench.dense), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
-    kept["itemsize"] = max(dtype.itemsize for dtype in stored_dtypes(bench.dense).values())
-    kept["repetition"] = fmean(map(repetition, bench.written))
+    kept = kept_cells(options.json, protocol_of(options, bench)) | facts_of(options.model, bench)
     for row in options.rows:
         done = {cell["sparsity"] for cell in kept["cells"] if cell["row"] == row}
         if missing := [one for one in options.sparsities if one not in done]:

@@ -7,17 +7,15 @@ the papers, on the text to report.
 
 import argparse
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from cells import Cell, difference, divergence_of, with_error
-from figures import markdown, write_section
-
-from structprune.report.plots import PALETTE
+from figures import README, markdown, write_section
+from structure_plots import draw, file_of, panels_of
+from structure_rows import ROWS, SCORES, Found, chosen, found_of, shown, sparsities_of
 
 # A row that has this much more of the blocks left is not compared as an equal.
 AS_SMALL = 0.02
@@ -25,79 +23,11 @@ AS_SMALL = 0.02
 SURE = 2
 
 
-@dataclass(frozen=True)
-class Row:
-    """A score with a budget and a repair.
-
-    Attributes:
-        method: Its file.
-        fields: Those that are not the method's defaults.
-        width: Whether key-value groups or channels leave.
-        paper: Whether a paper has put it together so.
-    """
-
-    method: str
-    fields: dict[str, Any] = field(default_factory=dict)
-    width: bool = True
-    paper: bool = False
-
-    @property
-    def composition(self) -> bool:
-        """Tell whether it may be chosen: what no paper has put together, and no baseline."""
-        return self.width and not self.paper and self.method != "random_units"
-
-
-# Scores of units, each with a budget: the method, its fields, and the repair that its paper has.
-SCORES: dict[str, tuple[str, dict[str, Any], str | None]] = {
-    "random_units": ("random_units", {}, None),
-    "magnitude_units": ("magnitude_units", {}, "none"),
-    "wanda_sp": ("wanda_sp", {}, "none"),
-    "wanda_sp, global": ("wanda_sp", {"budget": "global"}, None),
-    "flap": ("flap", {}, "bias"),
-    "cfsp": ("cfsp", {}, "none"),
-    "cfsp, compat": ("cfsp", {"compat": True}, "none"),
-    "llm_pruner, vector": ("llm_pruner", {"score": "vector"}, "none"),
-    "llm_pruner, element2": ("llm_pruner", {"score": "element2"}, "none"),
-    "llm_pruner, mixed": ("llm_pruner", {"score": "mixed"}, "none"),
-    "llm_pruner, element2, global": ("llm_pruner", {"score": "element2", "budget": "global"}, None),
-}
-REPAIRS = ("none", "bias", "least_squares")
-DEPTH = {
-    "attention_skip": Row("attention_skip", {"adapter": False, "refit": False}, width=False),
-    "attention_skip + adapter + refit": Row("attention_skip", width=False, paper=True),
-    "block_drop, random": Row("block_drop", {"score": "random"}, width=False),
-    "block_drop, influence": Row("block_drop", width=False, paper=True),
-    "block_drop, loss of sub-blocks": Row(
-        "block_drop", {"score": "loss", "units": ["attention", "mlp"]}, width=False, paper=True
-    ),
-}
-ROWS: dict[str, Row] = {
-    f"{name} + {repair}" if repair != "none" else name: Row(
-        method, fields | {"repair": repair}, paper=repair == own
-    )
-    for name, (method, fields, own) in SCORES.items()
-    for repair in REPAIRS
-} | DEPTH
-
-Found = dict[tuple[str, float], Cell]
-
-
-def found_of(kept: Mapping[str, Any]) -> Found:
-    """Return cells by row and sparsity, in the order of the rows."""
-    cells = {(cell["row"], cell["sparsity"]): cell for cell in kept["cells"]}
-    return {key: cells[key] for key in sorted(cells, key=lambda key: ([*ROWS].index(key[0]), key[1]))}
-
-
-def sparsities_of(found: Found) -> list[float]:
-    """Return what was measured, ascending."""
-    return sorted({sparsity for _, sparsity in found})
-
-
 def figures_of(kept: Mapping[str, Any], row: str, cell: Cell) -> dict[str, str]:
     """Return a line of a table by its columns."""
     speeds: dict[str, str] = {name: f"{cell[name][0]:.2f}" for name in ("prefill", "decode") if name in cell}
     return {
-        "row": f"{row} (paper)" if ROWS[row].paper else row,
+        "row": shown(row),
         "perplexity": f"{cell['perplexity']:.4g}",
         "KL": with_error(*divergence_of([cell])),
         "M parameters": f"{cell['parameters'] / 1e6:.2f}",
@@ -141,17 +71,6 @@ def refits(found: Found) -> tuple[str, list[float]]:
     return markdown(("score", "at", "none - least_squares", "bias - least_squares"), lines), errors
 
 
-def chosen(found: Found) -> str | None:
-    """Return the composition that does best on the text to choose on; none where there was no choice."""
-    everywhere = sparsities_of(found)
-    means = {
-        row: fmean(math.log(found[row, sparsity]["choose"]["kl"]) for sparsity in everywhere)
-        for row, one in ROWS.items()
-        if one.composition and all((row, sparsity) in found for sparsity in everywhere)
-    }
-    return min(means, key=means.__getitem__) if len(means) > 1 else None
-
-
 def rivals(found: Found, best: str) -> tuple[str, list[float]]:
     """Return the table of every paper's row against a composition, and in errors those that are as small."""
     lines, errors = [], []
@@ -171,6 +90,9 @@ def section(kept: Mapping[str, Any]) -> str:
     found = found_of(kept)
     any_cell = next(iter(found.values()))
     parts = [f"### {kept['model']}"]
+    if panels_of(kept):
+        said = "KL from the dense model against measured time and bytes"
+        parts.append(f"![{said}]({file_of(kept)})")
     parts.append(
         f"{kept['protocol']}. {kept['processor']}, 1 thread, {kept['date']}. Dense: perplexity "
         f"{any_cell['dense_perplexity']:.4g}, {kept['parameters'] / 1e6:.2f} M parameters, repeats "
@@ -201,37 +123,6 @@ def section(kept: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def draw(kept: Mapping[str, Any], path: Path) -> None:
-    """Draw KL against measured time of prefill and decode, and against bytes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 5), layout="constrained")
-    panels = (
-        ("prefill time / dense", lambda cell: 1 / cell["prefill"][0]),
-        ("decode time / dense", lambda cell: 1 / cell["decode"][0]),
-        ("MB", lambda cell: cell["parameters"] * kept["itemsize"] / 1e6),
-    )
-    found = {key: cell for key, cell in found_of(kept).items() if "prefill" in cell}
-    for number, (label, value) in enumerate(panels):
-        axes = figure.add_subplot(1, 3, number + 1)
-        for place, row in enumerate(ROWS):
-            cells = [found[key] for key in found if key[0] == row]
-            style: dict[str, Any] = {
-                "color": PALETTE[place // 3 % 8],
-                "marker": "osD^vP*X<"[place % 3 + place // 24 * 3],
-            }
-            if cells:
-                axes.plot(
-                    [*map(value, cells)], [one["kl"] for one in cells], **style, label=row, linewidth=0.6
-                )
-        axes.set(yscale="log", xlabel=label, ylabel="KL(dense || pruned), nats per token")
-        axes.grid(color="#DDDDDD", linewidth=0.6)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
-    figure.suptitle(kept["model"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-
-
 LEGEND = """
 Rows marked (paper) are put together as a paper has them, without its training: FLAP, CFSP (and its released
 code), LLM-Pruner, ShortGPT, BlockPruner, EAS in its static form. KL: mean nats per token ± standard error
@@ -242,19 +133,21 @@ before."""
 
 
 def main() -> None:
-    """Print the tables of several models."""
+    """Print the tables of several models; with --write, put them and their plots where they are read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--write", action="store_true", help="put them into README.md, too")
-    parser.add_argument("--plots", type=Path)
+    parser.add_argument("--write", action="store_true", help="put them into README.md, the plots beside it")
+    parser.add_argument("--plots", type=Path, help="a folder to put the plots into")
     options = parser.parse_args()
     kept = [json.loads(path.read_text()) for path in options.files]
     said = "\n\n".join([LEGEND.strip().replace("\n", " "), *map(section, kept)])
     print(said)
     if options.write:
         write_section("structure_quality.py", said)
-    for one in kept if options.plots else ():
-        draw(one, options.plots / f"{one['model']}-structure.png")
+    folders = [options.plots] if options.plots else []
+    for folder in [*folders, README.parent] if options.write else folders:
+        for one in filter(panels_of, kept):
+            draw(one, folder / file_of(one))
 
 
 if __name__ == "__main__":
