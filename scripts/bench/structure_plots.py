@@ -33,6 +33,8 @@ WIDTH, HEIGHT, DPI, COLOURS_KEPT = 5.6, 4.6, 110, 64
 SMALL: dict[str, Any] = {"fontsize": 7.5, "color": INK, "ha": "center"}
 RIGHT: dict[str, Any] = {"fontsize": 8, "color": INK, "ha": "right", "va": "top"}
 LEGEND: dict[str, Any] = {"fontsize": 8, "title_fontsize": 8, "frameon": False, "alignment": "left"}
+# Lines of this size that fit below the legends.
+MOST = 20
 
 Value = Callable[[Cell], list[float]]
 Key = tuple[str, float]
@@ -138,16 +140,22 @@ def _signs(axes: "Axes", found: Found, numbers: Mapping[Key, int]) -> None:
     def sign(label: str, **style: Any) -> Line2D:
         return Line2D([], [], linestyle="", markersize=6, label=label, **style)
 
-    measured = {ROWS[name].method for name, _ in found}
-    signs = [sign(name, marker="o", color=colour) for name, colour in COLOURS.items() if name in measured]
-    signs += [sign("at random", marker="x", color=GREY)]
+    measured = {"at random" if ROWS[name].baseline else ROWS[name].method for name, _ in found}
+    known = {name: ("o", colour) for name, colour in COLOURS.items()} | {"at random": ("x", GREY)}
+    signs = [
+        sign(name, marker=marker, color=colour)
+        for name, (marker, colour) in known.items()
+        if name in measured
+    ]
     shapes = [sign(name, marker=marker, color=INK, mfc="white") for name, marker in MARKERS.items()]
     shapes += [sign("filled: as a paper has it", marker="o", color=INK)]
     axes.axis("off")
-    axes.add_artist(axes.legend(handles=signs, loc="upper left", title="score", **LEGEND))
+    axes.add_artist(axes.legend(handles=signs, loc="upper left", title="score", ncols=2, **LEGEND))
     axes.legend(handles=shapes, loc="upper right", title="repair", **LEGEND)
     fronts = [f"{number:2d}  {shown(name)}, {at}" for (name, at), number in numbers.items()]
-    axes.text(0, 0, "\n".join(["on a front (line), by KL:", *fronts]), fontsize=8, color=INK, va="bottom")
+    size = min(8.0, 8.0 * MOST / len(fronts))
+    said = "\n".join(["on a front (line), by KL:", *fronts])
+    axes.text(0, 0, said, fontsize=size, color=INK, va="bottom")
 
 
 def _listed(sparsities: Sequence[float]) -> str:

@@ -15,12 +15,7 @@ from typing import Any
 from cells import Cell, difference, divergence_of, with_error
 from figures import README, markdown, write_section
 from structure_plots import draw, file_of, panels_of
-from structure_rows import ROWS, SCORES, Found, chosen, found_of, shown, sparsities_of
-
-# A row that has this much more of the blocks left is not compared as an equal.
-AS_SMALL = 0.02
-# What counts as better, in standard errors.
-SURE = 2
+from structure_rows import AS_SMALL, ROWS, SCORES, SURE, Found, chosen, found_of, shown, sparsities_of
 
 
 def figures_of(kept: Mapping[str, Any], row: str, cell: Cell) -> dict[str, str]:
@@ -90,9 +85,7 @@ def section(kept: Mapping[str, Any]) -> str:
     found = found_of(kept)
     any_cell = next(iter(found.values()))
     parts = [f"### {kept['model']}"]
-    if panels_of(kept):
-        said = "KL from the dense model against measured time and bytes"
-        parts.append(f"![{said}]({file_of(kept)})")
+    parts.append(f"![KL from the dense model against {', '.join(panels_of(kept))}]({file_of(kept)})")
     parts.append(
         f"{kept['protocol']}. {kept['processor']}, 1 thread, {kept['date']}. Dense: perplexity "
         f"{any_cell['dense_perplexity']:.4g}, {kept['parameters'] / 1e6:.2f} M parameters, repeats "
@@ -129,7 +122,7 @@ code), LLM-Pruner, ShortGPT, BlockPruner, EAS in its static form. KL: mean nats 
 over windows. MB: the weights in the dtype of the model's files. prefill, decode: times faster than dense,
 medians of rounds that alternate, in the processor's seconds. agrees: tokens of greedy continuations before
 the first that is not the dense model's. repeats: groups of four tokens that stood in the continuation
-before."""
+before. Plots: the grey line of a point spans its rounds, the black one joins those that no other beats."""
 
 
 def main() -> None:
@@ -144,9 +137,8 @@ def main() -> None:
     print(said)
     if options.write:
         write_section("structure_quality.py", said)
-    folders = [options.plots] if options.plots else []
-    for folder in [*folders, README.parent] if options.write else folders:
-        for one in filter(panels_of, kept):
+    for folder in filter(None, (options.plots, README.parent if options.write else None)):
+        for one in kept:
             draw(one, folder / file_of(one))
 
 

@@ -43,6 +43,7 @@ HEALED = (
     "cfsp, compat",
     "llm_pruner, vector",
     "llm_pruner, mixed",
+    "llm_pruner, element2, global + least_squares",
     "attention_skip + adapter + refit",
     "block_drop, influence",
 )

@@ -8,6 +8,11 @@ from typing import Any
 
 from cells import Cell
 
+# A row that has this much more of the blocks left is not compared as an equal.
+AS_SMALL = 0.02
+# What counts as better, in standard errors.
+SURE = 2
+
 
 @dataclass(frozen=True)
 class Row:
