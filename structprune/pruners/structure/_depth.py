@@ -14,11 +14,11 @@ from torch import Tensor
 from structprune.calibration.masked_loss import MaskedLoss
 from structprune.calibration.statistics import NOTHING, Parts
 from structprune.decide.depth import DepthGoal, DepthUnit, keeps_without, sizes_without
-from structprune.decide.units import block_members, unit_tensors
+from structprune.decide.units import block_members, unit_blocks, unit_tensors
 from structprune.decide.verdicts import Verdict, Verdicts, blocks_left, gone_units
 from structprune.models.arch import Arch, Linear, arch_of, blocks
 from structprune.models.edit import left_of
-from structprune.models.groups import BlockKeep, block_sizes
+from structprune.models.groups import BlockKeep
 from structprune.models.identity import names_of, skeleton
 from structprune.models.native import depth_patch, sizes_patch
 from structprune.models.streamed import Model
@@ -150,17 +150,16 @@ class DepthPruner(DepthGoalPruner):
     def _tensors(self, model: Model, gone: Sequence[DepthUnit], index: int) -> dict[Key, Tensor]:
         """Return what a plan says with the decision on one block."""
         module, names = skeleton(model), names_of(model)
-        arch = arch_of(module)
-        found = blocks(module, arch)
+        found = blocks(module)
         if "block" in self.units:
             return {} if index else block_members(torch.tensor(blocks_left(gone, len(found))), found, names)
         keep = keeps_without(gone).get(index)
-        return {} if keep is None else unit_tensors(*found[index], arch, keep, names)
+        return {} if keep is None else unit_tensors(unit_blocks(model)[index], keep, names)
 
     def _patch(self, model: Model, gone: Sequence[DepthUnit]) -> dict[str, Any]:
         module = skeleton(model)
         arch = arch_of(module)
-        sizes = [block_sizes(block, arch) for _, block in blocks(module, arch)]
+        sizes = [one.sizes for one in unit_blocks(model)]
         if "block" in self.units:
             return depth_patch(module.config, blocks_left(gone, len(sizes)), sizes)
         keeps = keeps_without(gone)

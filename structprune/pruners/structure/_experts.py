@@ -165,7 +165,7 @@ class ExpertPruner(StructurePruner):
         keeps = [_first(one, shares[index].stay) for index, one in enumerate(found)]
         shapes: dict[Key, tuple[int, ...]] = {}
         for one, keep in zip(found, keeps, strict=True):
-            tensors = unit_tensors(one.prefix, one.module, one.arch, keep, names)
+            tensors = unit_tensors(one, keep, names)
             shapes |= {key: tuple(value.shape) for key, value in tensors.items()}
         exact = self.budget == "uniform"
         left = left_of(model, Outline(shapes), self._patch(model, found, shares))
@@ -201,7 +201,7 @@ class ExpertPruner(StructurePruner):
     ) -> tuple[dict[Key, Tensor], dict[str, Any]]:
         """Return the tensors and facts of a plan that leaves of a block the experts of the highest scores."""
         keep = BlockKeep(experts=highest(scores, stay)) if stay < one.experts else BlockKeep()
-        tensors = unit_tensors(one.prefix, one.module, one.arch, keep, names_of(model))
+        tensors = unit_tensors(one, keep, names_of(model))
         if self.keep_scores and one.experts:
             tensors[Key(one.router, "score")] = scores
         return tensors, {"kept": {"experts": stay if one.experts else one.sizes.experts}}
