@@ -19,7 +19,7 @@ from structprune.models.streamed import Batch, Model
 from structprune.plan.origin import Origin
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.progress import Progress, silent
-from structprune.pruners.forecast import Forecast
+from structprune.pruners.forecast import Forecast, WholeUnits
 
 
 class Pruner(BaseModel, ABC):
@@ -89,6 +89,14 @@ class Pruner(BaseModel, ABC):
     def remembered_bytes(self, model: Model) -> int:
         """Return at most how many bytes calibration remembers of one block, beside the activations."""
         return 0
+
+    def whole_units(self, model: Model) -> WholeUnits | None:
+        """Return how many whole units can leave where they are few; None where nearly any share can.
+
+        Raises:
+            UsageError: The model has no such units.
+        """
+        return None
 
     def writer(
         self, folder: Path | None, model: Model, weights: str, progress: Progress = silent

@@ -13,6 +13,7 @@ from structprune.errors import UsageError
 from structprune.models.arch import arch_of, blocks
 from structprune.models.identity import skeleton
 from structprune.models.streamed import Model
+from structprune.pruners.forecast import WholeUnits
 from structprune.pruners.structure._family import StructurePruner, check_named_once, check_untied
 
 Kinds = Annotated[tuple[DepthKind, ...], BeforeValidator(split_words)]
@@ -105,6 +106,12 @@ class DepthGoalPruner(StructurePruner):
         numbers = block_numbers(self.drop)
         return [one for one in units if one.block in numbers]
 
+    @final
+    def whole_units(self, model: Model) -> WholeUnits:
+        """Return how many blocks or parts of blocks can leave."""
+        units = self.candidates(model)
+        return WholeUnits(self.several, self._goal(model, units).most, len(units))
+
     def check_sizes(self, model: Model) -> None:
         """Check that as much can leave as was asked for.
 
@@ -123,6 +130,11 @@ class DepthGoalPruner(StructurePruner):
             raise UsageError(
                 f"drop: block {missing[0]} has no {kinds} that may leave",
                 hint="it is skipped, or gone already",
+            )
+        if len(self._all_units(model)) < 2 and goal.most < 1:
+            raise UsageError(
+                f"{self.method()}: the model has {len(units)} {kinds} left, and one has to stay",
+                hint="make it narrower instead, with a method whose units are channels",
             )
         if goal.most < 1:
             raise UsageError(f"skip: no {kinds} may leave", hint="skip fewer blocks; one has to stay")

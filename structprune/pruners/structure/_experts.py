@@ -28,7 +28,7 @@ from structprune.models.walk import Block
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Promises, Reshaped
-from structprune.pruners.forecast import Forecast
+from structprune.pruners.forecast import Forecast, WholeUnits
 from structprune.pruners.kept_scores import check_kept_scores
 from structprune.pruners.seen import UNMEASURED, Seen
 from structprune.pruners.structure._experts_block import (
@@ -37,6 +37,7 @@ from structprune.pruners.structure._experts_block import (
     expert_blocks,
     global_stay,
     uniform_stay,
+    whole_experts,
 )
 from structprune.pruners.structure._family import StructurePruner, check_untied, left_lists, left_shapes
 
@@ -125,6 +126,11 @@ class ExpertPruner(StructurePruner):
         for index, one in enumerate(found):
             if one.experts:
                 check_untied(model, index)
+
+    @final
+    def whole_units(self, model: Model) -> WholeUnits:
+        """Return how many experts can leave, of a block or of the model."""
+        return whole_experts(self._blocks(model), pooled=self.budget == "global")
 
     def _blocks(self, model: Model) -> list[ExpertBlock]:
         return expert_blocks(model, [self.skips(index) for index in range(len(blocks(model)))])

@@ -15,6 +15,7 @@ from structprune.models.arch import TABLE, arch_of
 from structprune.models.groups import BlockKeep, cuts
 from structprune.models.identity import names_of, skeleton
 from structprune.models.streamed import Model
+from structprune.pruners.forecast import WholeUnits
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,22 @@ def _expert_block(model: Model, found: UnitBlock, *, skip: bool) -> ExpertBlock:
     least = int(skeleton(model).config.get_text_config().num_experts_per_tok)
     (router,) = names_of(model).stored_of[f"{prefix}.{arch.routers[0]}.weight"]
     return ExpertBlock(prefix, block, arch, sizes, sizes.experts, cost, least, router)
+
+
+def whole_experts(found: Sequence[ExpertBlock], *, pooled: bool) -> WholeUnits:
+    """Return how many experts can leave.
+
+    Args:
+        found: The blocks.
+        pooled: Whether blocks may lose unequal numbers, so that all experts of the model are one pool.
+    """
+    if pooled:
+        every = sum(one.experts for one in found)
+        return WholeUnits("experts", every - sum(one.least for one in found), every)
+    # Every block loses the same share: the one that can lose the smallest tells how much.
+    pools = [one for one in found if one.experts] or [found[0]]
+    tight = max(pools, key=lambda one: Fraction(one.least, one.experts or 1))
+    return WholeUnits("experts of a block", tight.experts - tight.least, tight.experts)
 
 
 def check_share(found: Sequence[ExpertBlock], sparsity: float, *, pooled: bool) -> None:

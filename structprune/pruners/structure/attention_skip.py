@@ -11,12 +11,13 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from structprune.calibration.masked_loss import MaskedLoss
 from structprune.decide.bandit import COMPETING, Search, subset_preferences
 from structprune.decide.depth import DepthGoal, DepthUnit, keeps_without, lowest_units, random_scores
+from structprune.decide.targets import split_words
 from structprune.decide.verdicts import Verdict, Verdicts
 from structprune.models.streamed import Model
 from structprune.models.walk import Block
@@ -39,7 +40,9 @@ class AttentionSkip(DepthPruner):
         seed: Draws subsets and random scores; a recipe's seed unless given.
     """
 
-    units: tuple[Literal["attention"], ...] = ("attention",)
+    units: Annotated[tuple[Literal["attention"], ...], BeforeValidator(split_words)] = Field(
+        default=("attention",), min_length=1
+    )
     score: Literal["change", "search", "random"] = "change"
     adapter: bool = True
     refit: bool = True
