@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import structprune
 from structprune.calibration.collect import collect_inputs
 from structprune.calibration.statistics import InputSums, Parts
+from structprune.checkpoint.export import export
 from structprune.checkpoint.manifest import write_manifest
 from structprune.checkpoint.plans import plans_of
 from structprune.errors import EnvironmentFailure, InputError, UsageError
@@ -27,11 +28,13 @@ from structprune.models.opening import Opening
 from structprune.models.outputs import logits
 from structprune.models.streamed import open_model
 from structprune.models.walk import Walk
+from structprune.progress import silent
 from structprune.proof import fresh_process as fresh
 from structprune.proof.verify import verify
 from structprune.pruners.weight.armor import Armor
 from structprune.pruners.weight.sparsegpt import Sparsegpt
 from structprune.pruners.weight.wanda import Wanda
+from structprune.storage.reader import CheckpointReader
 from tests.methods import QUICK, short_runs
 from tests.tiny import save_tiny, tiny, tokens
 
@@ -174,6 +177,34 @@ class TestTrust:
         structprune.inspect(str(folder))
         assert not sentinel.exists()
         assert not any(code.stem in name for name in set(sys.modules) - modules)
+
+    @pytest.mark.parametrize("former", [False, True], ids=["text", "names"])
+    def test_what_an_earlier_version_wrote_is_told_and_every_run_renews_it(
+        self, former: bool, written: dict[str, tuple[Path, Path, dict[str, Any]]], tmp_path: Path
+    ) -> None:
+        source, good, _ = written["llama"]
+        folder, out = shutil.copytree(good, tmp_path / "old"), tmp_path / "new"
+        (code,) = folder.glob("*.py")
+        text, config = code.read_text(), (folder / "config.json").read_text()
+        code.write_text(f"# of an earlier version\n{text}")
+        if former:  # what folders of products were called before blocks could be cut
+            code = code.rename(folder / "modeling_factored.py")
+            config = config.replace("modeling_pruned.Pruned", "modeling_factored.Factored")
+            (folder / "config.json").write_text(config.replace('"pruned_llama"', '"factored_llama"'))
+        _sign(folder)
+        found = verify(folder, source)
+        (failed,) = found.failed if not former else [row for row in found.failed if row.name != "side files"]
+        assert failed.name == "modelling file"
+        assert failed.detail.startswith(f"{code.name}: is not the file")
+        assert f"`structprune apply DENSE NEW --plan {folder}`" in failed.detail
+        assert any(check.name == "reload" and check.ok for check in found.checks)
+
+        out.mkdir()
+        export(CheckpointReader(folder), out, silent)
+        assert (out / "modeling_pruned.py").read_text() == text
+        assert json.loads((out / "config.json").read_text()) == json.loads((good / "config.json").read_text())
+        if not former:
+            assert (out / "config.json").read_bytes() == (good / "config.json").read_bytes()
 
     def test_the_file_is_ours_to_the_letter(
         self, written: dict[str, tuple[Path, Path, dict[str, Any]]]

@@ -127,9 +127,18 @@ CASES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         ("no other number of 2 key-value",),
     ),
     "no kind": ("llama", "wanda_sp", ("--set", "units=layer"), ("found 'layer', expected 'kv_group'",)),
+    "no kinds": ("llama", "block_drop", ("--set", "units=[]"), ("units: found nothing", "at least one")),
+    "an empty key": ("llama", "flap", ("--set", "units="), ("units: found nothing", "at least one")),
+    "no attentions": ("llama", "attention_skip", ("--set", "units=[]"), ("units: found nothing", "at least")),
+    "only one may": (
+        "llama",
+        "block_drop",
+        ("--set", "skip=1", "--sparsity=0.1"),
+        ("0.1 of 1 blocks rounds to none", "hint: ask for count: 1\n"),
+    ),
     "a kind twice": ("llama", "wanda_sp", ("--set", "units=kv_group,kv_group"), ("names one twice",)),
     "a block and its part": ("llama", "block_drop", ("--set", "units=block,mlp"), ("beside its own parts",)),
-    "no room for a bias": ("mistral", "wanda_sp", BIASED, ("no place for the biases", "least_squares")),
+    "no room for a bias": ("mistral", "wanda_sp", BIASED, ("no place for the bias of", "least_squares")),
     "no room for heads": ("gpt2", "wanda_sp", ("--set", "native=uniform"), ("cannot say the heads", "pad")),
     "two ways": ("llama", "flap", ("--uniform", "--pad"), ("--uniform and --pad", "give one of them")),
     # Families that a method does not know.
@@ -137,6 +146,13 @@ CASES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "no channels": ("mixtral", "cfsp", ("--sparsity=0.3",), ("no block that is not skipped has channel",)),
     "another family": ("gpt2", "attention_skip", ("--sparsity=0.5",), ("gpt2", "llama")),
 }
+
+
+def test_of_one_block_none_can_leave() -> None:
+    model = tiny("llama", depth=1)
+    with pytest.raises(UsageError, match="the model has 1 block left, and one has to stay") as said:
+        find("block_drop")().forecast(model)
+    assert "narrower" in str(said.value.hint)
 
 
 @pytest.fixture

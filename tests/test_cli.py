@@ -41,6 +41,8 @@ DONE = {
     "evaluation": {"perplexity": {"demo": {"model": float("inf"), "dense": 10.0}}},
 }
 
+TAKEN = {"name": "", "needs_data": False, "reason": None, "fractions": False, "whole": None, "patterns": []}
+
 FOUND = {
     "model": "demo",
     "model_type": "llama",
@@ -65,8 +67,9 @@ FOUND = {
     "vocabulary": 32000,
     "patterns": ["2:4"],
     "methods": [
-        {"name": "one", "needs_data": True, "reason": None, "fractions": True, "patterns": ["2:4"]},
-        {"name": "two", "needs_data": False, "reason": "no such matrix", "fractions": False, "patterns": []},
+        TAKEN | {"name": "one", "needs_data": True, "fractions": True, "patterns": ["2:4"]},
+        TAKEN | {"name": "few", "fractions": True, "whole": {"units": "blocks", "most": 4, "of": 5}},
+        TAKEN | {"name": "two", "reason": "no such matrix"},
     ],
     "architecture": "21aa",
     "weights": "6944",
@@ -254,7 +257,11 @@ def test_what_a_model_is_stands_in_words_and_units_and_its_hashes_in_json_alone(
     assert "constant    1 matrix of one value only: model.layers.0.mlp.up_proj.weight" in lines
     assert "text        32,000 tokens in the vocabulary, no limit of positions" in lines
     assert "cost        4.4 MFLOP per token at length 2,048, 1.92 kB of cache per token" in lines
-    assert lines[-2:] == ["one  needs text  any fraction, 2:4", "two  no data     no: no such matrix"]
+    assert lines[-3:] == [
+        "one  needs text  any fraction, 2:4",
+        "few  no data     1 to 4 of 5 blocks",
+        "two  no data     no: no such matrix",
+    ]
     assert not any("6944" in line or "21aa" in line for line in lines)
     assert command("inspect", "demo", "--json").json["weights"] == "6944"
 

@@ -20,6 +20,30 @@ def test_every_method_says_what_it_can_do_with_a_model(llama):
     assert not rows["armor"]["fractions"]  # its core holds a pattern
 
 
+@pytest.mark.parametrize(
+    ("family", "method", "whole", "said"),
+    [
+        ("llama", "block_drop", {"units": "blocks", "most": 1, "of": 2}, "1 of 2 blocks"),
+        ("llama", "attention_skip", {"units": "attentions", "most": 1, "of": 2}, "1 of 2 attentions"),
+        (
+            "mixtral",
+            "expert_drop",
+            {"units": "experts of a block", "most": 2, "of": 4},
+            "1 to 2 of 4 experts of a block",
+        ),
+        ("llama", "flap", None, "any fraction"),
+    ],
+)
+def test_units_that_are_few_are_told_by_their_number(family, method, whole, said, tmp_path, command):
+    folder = save_tiny(family, tmp_path / family)
+    rows = {row["name"]: row for row in structprune.inspect(str(folder))["methods"]}
+
+    assert rows[method]["whole"] == whole
+    assert (rows[method]["reason"], rows[method]["unit"]) == (None, "parameters")
+    row = next(line for line in command("inspect", folder).out.splitlines() if line.startswith(method))
+    assert row.split("  ")[-1].strip() == said
+
+
 def test_a_method_that_cannot_prune_a_model_says_why(tmp_path, command):
     folder = save_tiny("gpt2", tmp_path / "gpt2")
     rows = {row["name"]: row for row in structprune.inspect(str(folder))["methods"]}

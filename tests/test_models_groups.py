@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from structprune.decide.units import unit_tensors
+from structprune.decide.units import unit_blocks, unit_tensors
 from structprune.models.arch import arch_of, blocks
 from structprune.models.edit import carry_out
 from structprune.models.groups import (
@@ -18,7 +18,8 @@ from structprune.models.groups import (
 )
 from structprune.models.identity import architecture_of, names_of
 from structprune.models.masking import masked
-from structprune.plan.plan import Origin, PlanWriter
+from structprune.plan.origin import Origin
+from structprune.plan.plan import PlanWriter
 from tests.tiny import FAMILIES, tiny, tokens
 
 
@@ -64,11 +65,10 @@ def test_masking_changes_what_a_model_says_and_restores_every_bit(family: str) -
 
 def cut(model: PreTrainedModel, keeps: dict[int, BlockKeep]) -> PreTrainedModel:
     """Remove for good, from a copy, what `masked` switches off."""
-    names, arch = names_of(model), arch_of(model)
+    names = names_of(model)
     writer = PlanWriter(None, Origin("cut", {}, architecture_of(model), ""))
-    for index, (prefix, block) in enumerate(blocks(model, arch)):
-        keep = keeps.get(index, BlockKeep())
-        writer.write(unit_tensors(prefix, block, arch, keep, names), {})
+    for index, one in enumerate(unit_blocks(model)):
+        writer.write(unit_tensors(one, keeps.get(index, BlockKeep()), names), {})
     copied = copy.deepcopy(model)
     carry_out(copied, writer.finish({}))
     return copied

@@ -15,29 +15,28 @@ from transformers import (
 )
 
 from structprune.checkpoint.export import export
-from structprune.decide.units import block_members, unit_tensors
+from structprune.decide.units import block_members, unit_blocks, unit_tensors
 from structprune.models.arch import arch_of, blocks
 from structprune.models.edit import carry_out
 from structprune.models.edited_reader import EditedReader
 from structprune.models.groups import BlockKeep, block_sizes, kv_groups
-from structprune.models.identity import architecture_of, names_of, skeleton
+from structprune.models.identity import architecture_of, names_of
 from structprune.models.masking import masked
 from structprune.models.native import CONFIG_KEY, depth_patch, sizes_patch
 from structprune.models.opening import Opening
 from structprune.models.streamed import StreamedModel, open_model
-from structprune.plan.plan import Origin, Plan, PlanWriter
+from structprune.plan.origin import Origin
+from structprune.plan.plan import Plan, PlanWriter
 from structprune.progress import silent
 from tests.test_models_groups import keep_of, logits
 from tests.tiny import FAMILIES, save_tiny, tokens
 
 
 def plan_of(model: PreTrainedModel | StreamedModel, keeps: list[BlockKeep]) -> Plan:
-    names, module = names_of(model), skeleton(model)
-    arch = arch_of(module)
+    names = names_of(model)
     writer = PlanWriter(None, Origin("cut", {}, architecture_of(model), ""))
-    found = blocks(module, arch)
-    for (prefix, block), keep in zip(found, keeps, strict=True):
-        writer.write(unit_tensors(prefix, block, arch, keep, names), {})
+    for one, keep in zip(unit_blocks(model), keeps, strict=True):
+        writer.write(unit_tensors(one, keep, names), {})
     return writer.finish({})
 
 

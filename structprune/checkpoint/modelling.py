@@ -101,7 +101,8 @@ def write_config(folder: Path, patch: Mapping[str, Any]) -> dict[str, str]:
 def patched_files(path: Path, patch: Mapping[str, Any]) -> dict[str, bytes]:
     """Return what config.json and the modelling file hold once they are changed, by file name.
 
-    Nothing where there is nothing to change: such a config.json stays as it is, byte for byte.
+    A config.json in which there is nothing to change stays as it is, byte for byte; a modelling file is
+    always today's, whichever text an earlier version put there.
 
     Args:
         path: The config.json before the patch.
@@ -109,11 +110,9 @@ def patched_files(path: Path, patch: Mapping[str, Any]) -> dict[str, bytes]:
     """
     read = read_json(path, limit_bytes=MAX_CONFIG_BYTES)
     kept = without_ignored(read)
-    if not patch and kept == read:
-        return {}
     config = merge_patch(own_config(kept), patch)
     if not needs_code(config):
-        return {"config.json": _encode(config)}
+        return {} if config == read else {"config.json": _encode(config)}
     vision = "ForConditionalGeneration" in config["architectures"][0]
     factory = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
     config["model_type"] = f"{SHIPPED_TYPE}{config['model_type']}"
@@ -121,7 +120,8 @@ def patched_files(path: Path, patch: Mapping[str, Any]) -> dict[str, bytes]:
     listed = {key: config.pop(key) for key in KEYS if key in config}
     config["auto_map"] = dict(zip(("AutoConfig", factory), SHIPPED_CLASSES, strict=True))
     config |= listed
-    return {"config.json": _encode(config), FILE: modelling_file(config)}
+    changed = {} if config == read else {"config.json": _encode(config)}
+    return changed | {FILE: modelling_file(config)}
 
 
 def needs_code(config: Mapping[str, Any] | PreTrainedConfig) -> bool:
@@ -131,19 +131,20 @@ def needs_code(config: Mapping[str, Any] | PreTrainedConfig) -> bool:
 
 
 def modelling_file(config: Mapping[str, Any]) -> bytes:
-    """Return the modelling file of a folder whose config.json names it.
+    """Return the modelling file of a folder whose config.json names it, or its name of an earlier version.
 
     Raises:
         InputError: config.json names no class or type that transformers knows.
     """
     base = str((config.get("architectures") or [""])[0])
-    dense = str(config.get("model_type")).removeprefix(SHIPPED_TYPE)
+    own = own_config(config)
+    dense = str(own.get("model_type"))
     if dense not in CONFIG_MAPPING or not base.isidentifier():
         raise InputError(
             f"config.json: architectures {base!r} and model_type {dense!r} are not known",
             hint="put back the config.json that was written with these weights",
         )
-    row = row_of(CONFIG_MAPPING[dense].from_dict(own_config(config)))
+    row = row_of(CONFIG_MAPPING[dense].from_dict(own))
     # One file: the second text is put behind the first without its own heading of imports.
     texts = [inspect.getsource(one) for one in (modules, shapes)]
     text = texts[0] + _without_imports(texts[1])

@@ -64,6 +64,13 @@ def _abilities(methods: Sequence[Result]) -> list[tuple[str, str, str]]:
     rows = []
     for row in methods:
         data = "needs text" if row["needs_data"] else "no data"
-        goals = ["any fraction"] * row["fractions"] + row["patterns"]
+        goals = [_numbers(row["whole"]) if row["whole"] else "any fraction"] * row["fractions"]
+        goals += row["patterns"]
         rows.append((row["name"], data, f"no: {row['reason']}" if row["reason"] else ", ".join(goals)))
     return rows
+
+
+def _numbers(whole: Result) -> str:
+    """Return the numbers that a share comes down to: "1 to 4 of 5 blocks"."""
+    numbers = "1" if whole["most"] == 1 else f"1 to {whole['most']}"
+    return f"{numbers} of {whole['of']} {whole['units']}"

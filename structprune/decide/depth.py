@@ -64,8 +64,11 @@ class DepthGoal:
         sizes = sorted(1 if self.counted else unit.parameters for unit in units)
         most, whole = sum(sizes[-self.most :]), sum(sizes)
         if not any(self.wants([], unit) for unit in units):
-            near = ", ".join(f"{sum(sizes[:few]) / whole:.3g}" for few in range(1, min(self.most, 3) + 1))
-            raise UsageError(f"{asked} rounds to none", hint=f"ask for {near} or more, or for count: 1")
+            # Once all that may leave do, a count says it, but no share can.
+            shares = [sum(sizes[:few]) / whole for few in range(1, min(self.most, 3) + 1)]
+            near = ", ".join(f"{share:.3g}" for share in shares if share < 1)
+            hint = f"ask for {near} or more, or for count: 1" if near else "ask for count: 1"
+            raise UsageError(f"{asked} rounds to none", hint=hint)
         if self.target > most + Fraction(sizes[0], 2):
             raise UsageError(
                 f"{asked} rounds to all of them, and one has to stay",

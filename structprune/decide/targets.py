@@ -53,7 +53,9 @@ Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
 
 
 def split_words(value: object) -> object:
-    """Read "attention,mlp" as a list; what is no text is left to whoever knows what it must be."""
+    """Read "attention,mlp" as a list, and an empty key as an empty one; leave what is neither as it is."""
+    if value is None:
+        return ()
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 

@@ -2,16 +2,49 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from structprune.decide.unit_counts import UnitCounts, WidthUnit
-from structprune.models.arch import Arch
-from structprune.models.groups import BlockKeep, BlockSizes, cuts, kv_groups
+from structprune.models.arch import Arch, arch_of, blocks
+from structprune.models.groups import BlockKeep, BlockSizes, block_sizes, cuts, kv_groups
+from structprune.models.identity import skeleton
 from structprune.models.names import Names
+from structprune.models.streamed import Model
 from structprune.plan.key import Key
+
+
+@dataclass(frozen=True)
+class UnitBlock:
+    """A block of which units may leave.
+
+    Attributes:
+        prefix: Its path in the model.
+        module: The block; its parameters may be on the meta device.
+        arch: Its family's row.
+        sizes: What it has.
+    """
+
+    prefix: str
+    module: nn.Module
+    arch: Arch
+    sizes: BlockSizes
+
+
+def unit_blocks(model: Model) -> list[UnitBlock]:
+    """Return the blocks of a model, first to last.
+
+    Args:
+        model: In memory, streamed, or a twin.
+
+    Raises:
+        UsageError: The family's parts are not known.
+    """
+    module = skeleton(model)
+    arch = arch_of(module)
+    return [UnitBlock(*one, arch, block_sizes(one[1], arch)) for one in blocks(module, arch)]
 
 
 def highest(scores: Tensor, count: int) -> Tensor:
@@ -66,18 +99,15 @@ def sizes_left(sizes: BlockSizes, keep: BlockKeep) -> BlockSizes:
     )
 
 
-def unit_tensors(
-    prefix: str, block: nn.Module, arch: Arch, keep: BlockKeep, names: Names
-) -> dict[Key, Tensor]:
+def unit_tensors(one: UnitBlock, keep: BlockKeep, names: Names) -> dict[Key, Tensor]:
     """Return the tensors of a plan that leaves of one block what is to be kept.
 
     Args:
-        prefix: The block's path.
-        block: The block as it is; its parameters may be on the meta device.
-        arch: Its family's row.
+        one: The block as it is.
         keep: What stays; the block itself does.
         names: The model's.
     """
+    prefix, block, arch = one.prefix, one.module, one.arch
     gone = [] if keep.attention else [arch.attention]
     gone += [] if keep.mlp else [arch.mlp] if arch.mlp else [arch.up, arch.down]
     found: dict[Key, Tensor] = {}

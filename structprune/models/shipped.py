@@ -19,6 +19,11 @@ def is_shipped(config: Mapping[str, Any]) -> bool:
     return _prefix_of(config) is not None
 
 
+def shipped_file(config: Mapping[str, Any]) -> str:
+    """Return the name of the modelling file that a configuration of ours names."""
+    return f"{next(iter(config['auto_map'].values())).partition('.')[0]}.py"
+
+
 def own_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration without what is added to it for plain transformers: our type and classes."""
     found = dict(config)

@@ -1,5 +1,6 @@
 """What a model is, from its files and a skeleton without weights."""
 
+from dataclasses import asdict
 from typing import Any
 
 from structprune.calibration.data import positions
@@ -84,16 +85,23 @@ def abilities(name: str, model: StreamedModel) -> dict[str, Any]:
 
     Returns:
         "name", "needs_data", "reason" (why it cannot prune this model; None where it can), "unit",
-        "fractions" (whether it takes a fraction) and "patterns" (N:M that fit every matrix).
+        "fractions" (whether it takes a fraction), "whole" ("units", at "most" how many "of" how many leave,
+        where they are few and leave whole; else None) and "patterns" (N:M that fit every matrix).
     """
     pruner = find(name)()
     found: dict[str, Any] = {"name": name, "needs_data": pruner.looks_at_data, "reason": None}
+    found |= {"unit": None, "fractions": False, "whole": None, "patterns": []}
     try:
+        whole = pruner.whole_units(model)
+        if whole is not None and whole.most:  # the share that is one of them, which no default need be
+            pruner = pruner.with_goal(1 / whole.of)
         unit = pruner.forecast(model).unit
     except UsageError as error:
-        return found | {"reason": error.message, "unit": None, "fractions": False, "patterns": []}
+        return found | {"reason": error.message}
     patterns = [text for kept, of in PATTERNS if _reaches(pruner, text := f"{kept}:{of}", model)]
-    return found | {"unit": unit, "fractions": _reaches(pruner, 0.5, model), "patterns": patterns}
+    fractions = whole is not None or _reaches(pruner, 0.5, model)
+    told = asdict(whole) if whole else None
+    return found | {"unit": unit, "fractions": fractions, "whole": told, "patterns": patterns}
 
 
 def _reaches(pruner: Pruner, goal: float | str, model: StreamedModel) -> bool:

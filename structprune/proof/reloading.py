@@ -9,10 +9,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from structprune.checkpoint.modelling import FILE, modelling_file
+from structprune.checkpoint.modelling import modelling_file, patched_files
 from structprune.models.opening import Opening
 from structprune.models.outputs import logits
-from structprune.models.shipped import is_shipped
+from structprune.models.shipped import is_shipped, shipped_file
 from structprune.models.streamed import Model, StreamedModel
 from structprune.proof import fresh_process
 from structprune.proof.reload_streamed import loader
@@ -25,14 +25,17 @@ def check_modelling(result: Verification, reader: StoredTensors) -> None:
     """Add a row where a folder carries our modelling file: whether it is the one that we would write."""
     if not is_shipped(reader.config):
         return
-    path = reader.folder / FILE
+    path = reader.folder / shipped_file(reader.config)
     if not path.is_file():
-        problems = [f"{FILE}: missing, config.json names it"]
+        problems = [f"{path.name}: missing, config.json names it"]
     elif path.read_bytes() != modelling_file(reader.config):
-        problems = [f"{FILE}: is not the file that structprune writes; do not run it"]
+        # Whose text it is cannot be told from it: what an earlier version wrote looks like what anybody did.
+        how = f"`structprune apply DENSE NEW --plan {reader.folder}`, or any run that starts from the folder"
+        said = f"{path.name}: is not the file that this structprune writes; do not run it"
+        problems = [f"{said}. If an earlier one wrote it: {how}, writes today's"]
     else:
         problems = []
-    result.row("modelling file", problems, f"{FILE} is the one that structprune writes")
+    result.row("modelling file", problems, f"{path.name} is the one that structprune writes")
 
 
 def check_reload(
@@ -91,8 +94,10 @@ def _runnable(reader: StoredTensors) -> Iterator[tuple[Path, bool]]:
         return
     with scratch_folder("copy") as name:
         copy = Path(name)
+        ours = patched_files(reader.folder / "config.json", {})
         for file in reader.folder.resolve().iterdir():
-            if file.is_file() and file.suffix != ".py":
+            if file.is_file() and file.suffix != ".py" and file.name not in ours:
                 (copy / file.name).symlink_to(file)
-        (copy / FILE).write_bytes(modelling_file(reader.config))
+        for name, content in ours.items():
+            (copy / name).write_bytes(content)
         yield copy, True

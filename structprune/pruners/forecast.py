@@ -20,6 +20,21 @@ ENOUGH = Fraction(9, 10)
 
 
 @dataclass(frozen=True)
+class WholeUnits:
+    """Units that are few and leave whole, so that a share of them is a number.
+
+    Attributes:
+        units: What they are, in words.
+        most: At most so many leave.
+        of: How many there are.
+    """
+
+    units: str
+    most: int
+    of: int
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What one stage was asked for, what rounding lets it reach, and what it leaves.
 

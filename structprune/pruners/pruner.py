@@ -14,11 +14,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from structprune.errors import UsageError
 from structprune.models.arch import blocks
 from structprune.models.edit import carry_out
-from structprune.models.identity import architecture_of
+from structprune.models.identity import describe
 from structprune.models.streamed import Batch, Model
-from structprune.plan.plan import Origin, Plan, PlanWriter
+from structprune.plan.origin import Origin
+from structprune.plan.plan import Plan, PlanWriter
 from structprune.progress import Progress, silent
-from structprune.pruners.forecast import Forecast
+from structprune.pruners.forecast import Forecast, WholeUnits
 
 
 class Pruner(BaseModel, ABC):
@@ -89,6 +90,14 @@ class Pruner(BaseModel, ABC):
         """Return at most how many bytes calibration remembers of one block, beside the activations."""
         return 0
 
+    def whole_units(self, model: Model) -> WholeUnits | None:
+        """Return how many whole units can leave where they are few; None where nearly any share can.
+
+        Raises:
+            UsageError: The model has no such units.
+        """
+        return None
+
     def writer(
         self, folder: Path | None, model: Model, weights: str, progress: Progress = silent
     ) -> PlanWriter:
@@ -102,7 +111,8 @@ class Pruner(BaseModel, ABC):
         """
         verb = "calibrate" if self.looks_at_data else "decide"
         total, stage = len(blocks(model)), f"{verb} {self.method()}"
-        origin = Origin(self.method(), self.model_dump(mode="json"), architecture_of(model), weights)
+        before = describe(model)
+        origin = Origin(self.method(), self.model_dump(mode="json"), before.hash, weights, before)
         writer = PlanWriter(folder, origin, decided=lambda done: progress(stage, done, total))
         # The first block may take minutes, and nothing would be said before it is done.
         progress(stage, writer.finished, total)

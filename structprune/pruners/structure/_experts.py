@@ -28,7 +28,7 @@ from structprune.models.walk import Block
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Promises, Reshaped
-from structprune.pruners.forecast import Forecast
+from structprune.pruners.forecast import Forecast, WholeUnits
 from structprune.pruners.kept_scores import check_kept_scores
 from structprune.pruners.seen import UNMEASURED, Seen
 from structprune.pruners.structure._experts_block import (
@@ -37,6 +37,7 @@ from structprune.pruners.structure._experts_block import (
     expert_blocks,
     global_stay,
     uniform_stay,
+    whole_experts,
 )
 from structprune.pruners.structure._family import StructurePruner, check_untied, left_lists, left_shapes
 
@@ -126,6 +127,11 @@ class ExpertPruner(StructurePruner):
             if one.experts:
                 check_untied(model, index)
 
+    @final
+    def whole_units(self, model: Model) -> WholeUnits:
+        """Return how many experts can leave, of a block or of the model."""
+        return whole_experts(self._blocks(model), pooled=self.budget == "global")
+
     def _blocks(self, model: Model) -> list[ExpertBlock]:
         return expert_blocks(model, [self.skips(index) for index in range(len(blocks(model)))])
 
@@ -165,7 +171,7 @@ class ExpertPruner(StructurePruner):
         keeps = [_first(one, shares[index].stay) for index, one in enumerate(found)]
         shapes: dict[Key, tuple[int, ...]] = {}
         for one, keep in zip(found, keeps, strict=True):
-            tensors = unit_tensors(one.prefix, one.module, one.arch, keep, names)
+            tensors = unit_tensors(one, keep, names)
             shapes |= {key: tuple(value.shape) for key, value in tensors.items()}
         exact = self.budget == "uniform"
         left = left_of(model, Outline(shapes), self._patch(model, found, shares))
@@ -201,7 +207,7 @@ class ExpertPruner(StructurePruner):
     ) -> tuple[dict[Key, Tensor], dict[str, Any]]:
         """Return the tensors and facts of a plan that leaves of a block the experts of the highest scores."""
         keep = BlockKeep(experts=highest(scores, stay)) if stay < one.experts else BlockKeep()
-        tensors = unit_tensors(one.prefix, one.module, one.arch, keep, names_of(model))
+        tensors = unit_tensors(one, keep, names_of(model))
         if self.keep_scores and one.experts:
             tensors[Key(one.router, "score")] = scores
         return tensors, {"kept": {"experts": stay if one.experts else one.sizes.experts}}

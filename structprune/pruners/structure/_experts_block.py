@@ -6,25 +6,23 @@ from fractions import Fraction
 from math import floor, prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from structprune.decide.sparsity import fraction_of, share_below
+from structprune.decide.units import UnitBlock, unit_blocks
 from structprune.errors import UsageError
-from structprune.models.arch import TABLE, Arch, arch_of, blocks
-from structprune.models.groups import BlockKeep, BlockSizes, block_sizes, cuts
+from structprune.models.arch import TABLE, arch_of
+from structprune.models.groups import BlockKeep, cuts
 from structprune.models.identity import names_of, skeleton
 from structprune.models.streamed import Model
+from structprune.pruners.forecast import WholeUnits
 
 
 @dataclass(frozen=True)
-class ExpertBlock:
+class ExpertBlock(UnitBlock):
     """One block.
 
     Attributes:
-        prefix: Its path in the model.
-        module: The block; its parameters may be on the meta device.
-        arch: Its family's row.
-        sizes: What it has.
         experts: How many experts may leave but for the least: all of the block's, or 0 in one that is skipped
             or has no mixture.
         cost: Parameters of one expert and its part of the router.
@@ -32,10 +30,6 @@ class ExpertBlock:
         router: Name of the router's weight in the files.
     """
 
-    prefix: str
-    module: nn.Module
-    arch: Arch
-    sizes: BlockSizes
     experts: int = 0
     cost: int = 0
     least: int = 0
@@ -53,21 +47,18 @@ def expert_blocks(model: Model, skipped: Sequence[bool]) -> list[ExpertBlock]:
         UsageError: The family has no mixture of experts that is known.
     """
     module = skeleton(model)
-    arch = arch_of(module)
-    if not arch.experts:
+    if not arch_of(module).experts:
         known = ", ".join(sorted(kind for row in TABLE if row.experts for kind in row.model_types))
         raise UsageError(
             f"model type {module.config.model_type!r} has no mixture of experts that is known",
             hint=f"experts leave from {known}; from other models heads, channels or blocks can",
         )
-    return [
-        _expert_block(model, prefix, block, arch, skip=skip)
-        for (prefix, block), skip in zip(blocks(module, arch), skipped, strict=True)
-    ]
+    pairs = zip(unit_blocks(model), skipped, strict=True)
+    return [_expert_block(model, one, skip=skip) for one, skip in pairs]
 
 
-def _expert_block(model: Model, prefix: str, block: nn.Module, arch: Arch, *, skip: bool) -> ExpertBlock:
-    sizes = block_sizes(block, arch)
+def _expert_block(model: Model, found: UnitBlock, *, skip: bool) -> ExpertBlock:
+    prefix, block, arch, sizes = found.prefix, found.module, found.arch, found.sizes
     if skip or not sizes.experts:
         return ExpertBlock(prefix, block, arch, sizes)
     shapes = {name: one.shape for name, one in block.named_parameters()}
@@ -76,6 +67,22 @@ def _expert_block(model: Model, prefix: str, block: nn.Module, arch: Arch, *, sk
     least = int(skeleton(model).config.get_text_config().num_experts_per_tok)
     (router,) = names_of(model).stored_of[f"{prefix}.{arch.routers[0]}.weight"]
     return ExpertBlock(prefix, block, arch, sizes, sizes.experts, cost, least, router)
+
+
+def whole_experts(found: Sequence[ExpertBlock], *, pooled: bool) -> WholeUnits:
+    """Return how many experts can leave.
+
+    Args:
+        found: The blocks.
+        pooled: Whether blocks may lose unequal numbers, so that all experts of the model are one pool.
+    """
+    if pooled:
+        every = sum(one.experts for one in found)
+        return WholeUnits("experts", every - sum(one.least for one in found), every)
+    # Every block loses the same share: the one that can lose the smallest tells how much.
+    pools = [one for one in found if one.experts] or [found[0]]
+    tight = max(pools, key=lambda one: Fraction(one.least, one.experts or 1))
+    return WholeUnits("experts of a block", tight.experts - tight.least, tight.experts)
 
 
 def check_share(found: Sequence[ExpertBlock], sparsity: float, *, pooled: bool) -> None:

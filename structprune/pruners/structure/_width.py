@@ -7,22 +7,18 @@ chosen beside it.
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self, final
+from typing import Any, final
 
 import torch
-from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from structprune.calibration.states import Reduce, token_cosines
-from structprune.calibration.statistics import NOTHING, Parts
-from structprune.decide.budgets.sigmoid import SigmoidBudget, mean_distance
-from structprune.decide.targets import split_words
+from structprune.decide.budgets.sigmoid import mean_distance
 from structprune.decide.unit_counts import Multiples, UnitCounts, WidthUnit
-from structprune.decide.units import chosen_units, first_units, unit_tensors
+from structprune.decide.units import UnitBlock, chosen_units, first_units, unit_blocks, unit_tensors
 from structprune.errors import UsageError
 from structprune.models.arch import Linear, blocks
 from structprune.models.edit import left_of
-from structprune.models.identity import names_of, skeleton
+from structprune.models.identity import names_of
 from structprune.models.streamed import Model
 from structprune.models.tensor_edit import Outline
 from structprune.models.walk import Block
@@ -31,70 +27,25 @@ from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Promises, Reshaped
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import UNMEASURED, Seen
-from structprune.pruners.structure._family import bias_key, check_named_once, check_untied, left_shapes
-from structprune.pruners.structure._goal import GoalPruner, score_key
-from structprune.pruners.structure._width_block import ATTENTION, NotedMean, WidthBlock, width_block
+from structprune.pruners.structure._family import check_untied, left_shapes
+from structprune.pruners.structure._goal import score_key
+from structprune.pruners.structure._width_block import NotedMean, WidthBlock, width_block
+from structprune.pruners.structure._width_fields import WidthFields
 from structprune.pruners.structure._width_goal import UNEQUAL, Share, WidthGoal
 from structprune.pruners.structure._width_left import (
     Columns,
     check_native,
-    cut_readers,
+    created_biases,
     padded,
     patch_of,
     repaired_tensors,
+    with_biases,
+    with_new_biases,
 )
-from structprune.solvers.columns import AnyColumnRepair
-
-READ: Mapping[str, Sequence[WidthUnit]] = {"heads": ATTENTION, "channels": ("channel",)}
 
 
-class WidthPruner(GoalPruner):
-    """A pruner that removes whole key-value groups and channels.
-
-    Args:
-        units: Kinds of unit that leave: "kv_group", a key-value head with its query heads; "head", one query
-            head of every key-value head; "channel" of the
-            feed-forward.
-        repair: What makes up for removed units: "none"; "bias", the mean of what they added; "least_squares",
-            a refit of the columns that stay.
-        multiple: Of what the number of channels that stay is a multiple; a block that has fewer stays whole.
-        kv_multiple: Of what the number of key-value groups that stay is one.
-        native: How all blocks become equally wide, so that the family's own configuration says it: "uniform",
-            they lose the same share; "pad", zeros fill them up to the widest.
-
-    Attributes:
-        parts: What the score reads, whatever the fields.
-        per_parameter: Whether competing units are ranked by score per parameter, as sums over weights are.
-    """
-
-    units: Annotated[tuple[WidthUnit, ...], BeforeValidator(split_words)] = Field(
-        default=("kv_group", "channel"), min_length=1
-    )
-    repair: AnyColumnRepair = None
-    multiple: Annotated[int, Field(ge=1, le=65536)] = 1
-    kv_multiple: Annotated[int, Field(ge=1, le=1024)] = 1
-    native: Literal["uniform", "pad"] | None = None
-    propagate: Literal["pruned", "dense"] = "dense"
-    parts: ClassVar[Parts] = NOTHING
-    per_parameter: ClassVar[bool] = True
-
-    @model_validator(mode="before")
-    @classmethod
-    def _equal_shares(cls, data: Any) -> Any:
-        """Let native: uniform choose the budget of a method whose own is another."""
-        equal = isinstance(data, dict) and data.get("native") == "uniform"
-        return {"budget": "uniform"} | data if equal else data
-
-    @model_validator(mode="after")
-    def _can_be_native(self) -> Self:
-        check_named_once(self.units)
-        if set(ATTENTION) <= set(self.units):
-            raise ValueError("units: kv_group takes a head's whole group; choose one of the two")
-        if self.native == "uniform" and self.unequal:
-            raise ValueError(f"native: uniform does not go with budget {self.budget}; pad does")
-        if self.native == "pad" and self.skip:
-            raise ValueError("native: pad makes every block as wide as those that skip leaves whole")
-        return self
+class WidthPruner(WidthFields):
+    """A pruner that removes whole key-value groups and channels."""
 
     @abstractmethod
     def score_units(
@@ -110,47 +61,6 @@ class WidthPruner(GoalPruner):
             seen: Holds the parts that the method declares.
         """
 
-    @property
-    def needs(self) -> Parts:
-        """Return what the score reads."""
-        return self.parts
-
-    @property
-    @final
-    def measuring(self) -> Parts:
-        """Return what a budget for the whole model must see of every block first."""
-        return self._read if self.looks_first else NOTHING
-
-    @property
-    @final
-    def watching(self) -> Reduce | None:
-        """Return what a budget reads of the states at both ends of a block."""
-        return token_cosines if isinstance(self.budget, SigmoidBudget) else None
-
-    @property
-    @final
-    def solving(self) -> Parts:
-        """Return what is read block by block: only a Gram matrix is too large to be noted at a first look."""
-        return self._read & {"gram"} if self.looks_first else self._read
-
-    @property
-    @final
-    def weighs_blocks(self) -> bool:
-        """Tell whether the budget finds what each block is worth."""
-        return self.removes_something and isinstance(self.budget, SigmoidBudget)
-
-    @property
-    @final
-    def unequal(self) -> bool:
-        """Tell whether the budget compares the blocks."""
-        return self.budget == "global" or isinstance(self.budget, SigmoidBudget)
-
-    @property
-    @final
-    def looks_first(self) -> bool:
-        """Tell whether all blocks are measured before one is decided."""
-        return self.unequal or self.keep_scores
-
     def _goal(self, model: Model, found: Sequence[WidthBlock]) -> WidthGoal:
         """Return how much leaves of the units of a model.
 
@@ -158,27 +68,10 @@ class WidthPruner(GoalPruner):
             UsageError: What is to be left cannot be reached.
         """
         least = UnitCounts(self.kv_multiple, self.multiple)
-        share = self.share_of(model, found, least, bias=self._adds_bias)
+        if self.adds_bias:
+            found = with_new_biases(model, found, native=self.native is not None)
+        share = self.share_of(model, found, least)
         return WidthGoal(self.asked_by, share, self.budget, Multiples(self.kv_multiple, self.multiple))
-
-    @property
-    def _read(self) -> Parts:
-        return self.needs | (NOTHING if self.repair is None else self.repair.parts)
-
-    @property
-    def _adds_bias(self) -> bool:
-        return self.repair is not None and bool(self.repair.adds_bias)
-
-    @final
-    def target_linears(self, index: int, found: Sequence[Linear]) -> list[Linear]:
-        """Return the matrices of block `index` that read units which may leave."""
-        if self.skips(index):
-            return []
-        return [linear for linear in found if self._read_by(linear)]
-
-    def _read_by(self, linear: Linear) -> list[WidthUnit]:
-        """Return the kind of unit that a matrix reads and that may leave, or none."""
-        return [kind for kind in READ.get(linear.reads, ()) if kind in self.units]
 
     @final
     def check_sizes(self, model: Model) -> None:
@@ -201,22 +94,16 @@ class WidthPruner(GoalPruner):
         if self.removes_something:
             self._goal(model, found).check(found)
             if self.native is not None:
-                check_native(model, found, self._before(model, found), self.native, bias=self._adds_bias)
+                check_native(model, found, self._before(model, found), self.native, bias=self.adds_bias)
 
     def _before(self, model: Model, found: Sequence[WidthBlock]) -> dict[int, Share]:
-        return self._goal(model, found).shares_before(found)
+        return self._biased(model, found, self._goal(model, found).shares_before(found))
 
     def _blocks(self, model: Model) -> list[WidthBlock]:
-        return [self._known(model, index) for index in range(len(blocks(model)))]
+        return [self._known(one, index) for index, one in enumerate(unit_blocks(model))]
 
-    def _known(self, model: Model, index: int) -> WidthBlock:
-        return width_block(model, index, () if self.skips(index) else self.units)
-
-    @final
-    def readers(self, block: Block) -> dict[WidthUnit, Linear]:
-        """Return the matrices of a block that read its units, by kind; none of one that is skipped."""
-        targets = self.target_linears(block.index, block.linears)
-        return {kind: one for one in targets for kind in self._read_by(one)}
+    def _known(self, one: UnitBlock, index: int) -> WidthBlock:
+        return width_block(one, () if self.skips(index) else self.units)
 
     @final
     def measure(self, model: Model, block: Block, seen: Seen) -> Tensor:
@@ -224,10 +111,10 @@ class WidthPruner(GoalPruner):
         readers, rows = self.readers(block), []
         if seen.states is not None:
             rows.append(torch.tensor([mean_distance(seen.states)], dtype=torch.float64))
-        scores = self.score_units(self._known(model, block.index), readers, seen)
+        scores = self.score_units(self._known(unit_blocks(model)[block.index], block.index), readers, seen)
         for kind, linear in readers.items():
             rows.append(scores[kind].double().cpu())
-            if self._adds_bias:
+            if self.adds_bias:
                 rows.append(seen.of(linear).mean.double().cpu())
         return torch.cat(rows)
 
@@ -238,9 +125,16 @@ class WidthPruner(GoalPruner):
         if not any(one.ndim for one in measured):
             return self._before(model, found)
         shares = self._goal(model, found).shares(
-            found, measured, means=self._adds_bias, per_parameter=self.per_parameter
+            found, measured, means=self.adds_bias, per_parameter=self.per_parameter
         )
+        shares = self._biased(model, found, shares)
         return padded(model, found, shares) if self.native == "pad" and self.unequal else shares
+
+    def _biased(
+        self, model: Model, found: Sequence[WidthBlock], shares: dict[int, Share]
+    ) -> dict[int, Share]:
+        native = self.native is not None
+        return with_biases(model, found, shares, native=native) if self.adds_bias else shares
 
     @final
     def forecast(self, model: Model) -> Forecast:
@@ -253,18 +147,16 @@ class WidthPruner(GoalPruner):
         shares = self.decide(model, [UNMEASURED] * len(found))
         keeps = [first_units(one.sizes, shares[index].stored) for index, one in enumerate(found)]
         shapes: dict[Key, tuple[int, ...]] = {}
-        for one, keep in zip(found, keeps, strict=True):
-            tensors = unit_tensors(one.prefix, one.module, one.arch, keep, names_of(model))
+        for index, (one, keep) in enumerate(zip(found, keeps, strict=True)):
+            tensors = unit_tensors(one, keep, names_of(model))
             shapes |= {key: tuple(value.shape) for key, value in tensors.items()}
-            if self._adds_bias:
-                for path in cut_readers(one, keep):
-                    stored = names_of(model).stored_of[f"{one.prefix}.{path}.weight"][0]
-                    shapes[bias_key(stored)] = (skeleton(model).config.get_text_config().hidden_size,)
+            new = created_biases(model, one, shares[index], keep)
+            shapes |= {key: (rows,) for key, (_, rows) in new.items()}
         exact = not self.unequal
         left = left_of(
             model,
             Outline(shapes),
-            patch_of(model, found, keeps, bias=self._adds_bias, listed=not (exact or self.native)),
+            patch_of(model, found, keeps, shares, listed=not (exact or self.native)),
         )
         removed = sum(self._removed(one, shares[index]) for index, one in enumerate(found))
         notes = () if exact or self.native else (UNEQUAL.format(method=self.method()),)
@@ -278,11 +170,11 @@ class WidthPruner(GoalPruner):
         self, model: Model, block: Block, seen: Seen, leaving: Mapping[int, Share]
     ) -> tuple[dict[Key, Tensor], dict[str, Any]]:
         """Return which units of a block stay, and what makes up for the others."""
-        known, share = self._known(model, block.index), leaving[block.index]
+        known, share = self._known(unit_blocks(model)[block.index], block.index), leaving[block.index]
         targets = self.readers(block)
         scores = share.scores or self.score_units(known, targets, seen)
         keep, stay = (chosen_units(known.sizes, one, scores) for one in (share.stored, share.stay))
-        tensors = unit_tensors(block.prefix, block.module, known.arch, keep, names_of(model))
+        tensors = unit_tensors(known, keep, names_of(model))
         for kind, linear in targets.items():
             kept = known.columns(kind, stay)
             if kept is not None and (self.repair is not None or share.room):
@@ -290,6 +182,8 @@ class WidthPruner(GoalPruner):
                 one = seen.of(linear) if noted is None else NotedMean(noted=noted)
                 columns = Columns(kept, known.columns(kind, keep))
                 tensors |= repaired_tensors(model, linear, columns, self.repair, one)
+        for key, (dtype, rows) in created_biases(model, known, share, keep).items():
+            tensors.setdefault(key, torch.zeros(rows, dtype=dtype))
         if self.keep_scores and share.measured.ndim:
             tensors[score_key(block.prefix)] = share.measured
         left = share.stay
@@ -308,7 +202,7 @@ class WidthPruner(GoalPruner):
             return writer.finish({}, promises=nothing)
         removed = sum(self._removed(one, leaving[index]) for index, one in enumerate(found))
         keeps = [first_units(one.sizes, leaving[index].stored) for index, one in enumerate(found)]
-        patch = patch_of(model, found, keeps, bias=self._adds_bias)
+        patch = patch_of(model, found, keeps, leaving)
         shapes = left_shapes(writer, model)
         stored = tuple(Reshaped(tensors=tuple(names), shape=shape) for shape, names in shapes.items())
         promises = Promises(unit="parameters", asked=self.asked, removed=removed, of=of, stored=stored)

@@ -1,38 +1,30 @@
 """What is known of a block before any data: its units, what they cost, which matrices read them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from structprune.calibration.statistics import Statistics
-from structprune.decide.unit_counts import UnitCosts, UnitCounts, WidthUnit, counts_of, unit_costs
-from structprune.models.arch import Arch, arch_of, blocks
-from structprune.models.groups import BlockKeep, BlockSizes, block_sizes, spread
-from structprune.models.identity import skeleton
-from structprune.models.streamed import Model
+from structprune.decide.unit_counts import KINDS, UnitCosts, UnitCounts, WidthUnit, counts_of, unit_costs
+from structprune.decide.units import UnitBlock
+from structprune.models.groups import BlockKeep, spread
 
 ATTENTION: tuple[WidthUnit, ...] = ("kv_group", "head")
 
 
 @dataclass(frozen=True)
-class WidthBlock:
+class WidthBlock(UnitBlock):
     """One block.
 
     Attributes:
-        prefix: Its path in the model.
-        module: The block; its parameters may be on the meta device.
-        arch: Its family's row.
-        sizes: What it has.
         costs: Parameters of its units; none of those that do not leave.
+        biases: Linears that are counted with a bias though they have none, by their path.
     """
 
-    prefix: str
-    module: nn.Module
-    arch: Arch
-    sizes: BlockSizes
     costs: UnitCosts
+    biases: Sequence[str] = ()
 
     @property
     def there(self) -> UnitCounts:
@@ -57,12 +49,13 @@ class WidthBlock:
 
     @property
     def new_biases(self) -> int:
-        """Return how many parameters it gets where every matrix that reads units gets a bias."""
-        return sum(
-            self.module.get_submodule(path).get_parameter("weight").numel() // width
-            for path, width in self.readers.values()
-            if self.lacks_bias(path)
-        )
+        """Return how many parameters it gets with its biases, before any unit leaves."""
+        return sum(len(self.module.get_parameter(f"{path}.weight")) for path in self.biases)
+
+    def count_biases(self, paths: Sequence[str]) -> "WidthBlock":
+        """Return the block with what its units cost once these linears have a bias."""
+        kinds = [kind for kind in KINDS if self.costs.of(kind)]
+        return replace(self, biases=paths, costs=unit_costs(self.module, self.arch, kinds, paths))
 
     def lacks_bias(self, path: str) -> bool:
         """Tell whether the linear at a path has no bias."""
@@ -104,18 +97,12 @@ class NotedMean(Statistics):
         return self.noted
 
 
-def width_block(model: Model, index: int, kinds: Sequence[WidthUnit]) -> WidthBlock:
+def width_block(one: UnitBlock, kinds: Sequence[WidthUnit]) -> WidthBlock:
     """Return what is known of one block.
 
     Args:
-        model: In memory, streamed, or a twin.
-        index: Which block.
+        one: The block.
         kinds: What may leave.
-
-    Raises:
-        UsageError: The family's parts are not known.
     """
-    module = skeleton(model)
-    arch = arch_of(module)
-    prefix, block = blocks(module, arch)[index]
-    return WidthBlock(prefix, block, arch, block_sizes(block, arch), unit_costs(block, arch, kinds))
+    costs = unit_costs(one.module, one.arch, kinds)
+    return WidthBlock(one.prefix, one.module, one.arch, one.sizes, costs)

@@ -11,18 +11,18 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from structprune.calibration.masked_loss import MaskedLoss
 from structprune.decide.bandit import COMPETING, Search, subset_preferences
 from structprune.decide.depth import DepthGoal, DepthUnit, keeps_without, lowest_units, random_scores
+from structprune.decide.targets import split_words
 from structprune.decide.verdicts import Verdict, Verdicts
 from structprune.models.streamed import Model
 from structprune.models.walk import Block
-from structprune.plan.key import Key
 from structprune.pruners.seen import Seen
-from structprune.pruners.structure._bypass import added_share, bypass, check_bypass
+from structprune.pruners.structure._bypass import added_share, check_bypass
 from structprune.pruners.structure._depth import DepthPruner
 from structprune.solvers.bypass import Bypass
 
@@ -40,7 +40,9 @@ class AttentionSkip(DepthPruner):
         seed: Draws subsets and random scores; a recipe's seed unless given.
     """
 
-    units: tuple[Literal["attention"], ...] = ("attention",)
+    units: Annotated[tuple[Literal["attention"], ...], BeforeValidator(split_words)] = Field(
+        default=("attention",), min_length=1
+    )
     score: Literal["change", "search", "random"] = "change"
     adapter: bool = True
     refit: bool = True
@@ -57,9 +59,10 @@ class AttentionSkip(DepthPruner):
         return self.score == "change" and not self.drop
 
     @property
-    def solves_passes(self) -> bool:
-        """Tell whether something makes up for what leaves."""
-        return self.adapter or self.refit
+    def bypass(self) -> Bypass | None:
+        """Return what makes up for an attention, in the feed-forward behind it."""
+        wanted = Bypass(self.adapter, self.refit, self.damping)
+        return wanted if self.adapter or self.refit else None
 
     @property
     def searches(self) -> bool:
@@ -107,12 +110,3 @@ class AttentionSkip(DepthPruner):
     def trials(self, units: int, gone: int) -> int:
         """Return how many subsets are tried, each on one batch."""
         return COMPETING * self.steps
-
-    def repaired(self, model: Model, block: Block) -> dict[Key, Tensor]:
-        """Return new values of a block's feed-forward that make up for its attention."""
-        return bypass(model, block, Bypass(self.adapter, self.refit, self.damping))
-
-    @property
-    def biased(self) -> bool:
-        """Tell whether gate and up get a bias with that."""
-        return self.adapter
