@@ -160,6 +160,7 @@ def test_r7_a_hub_that_refuses_is_one_line_and_the_token_is_never_told(tmp_path:
     assert _wrong_with_hub(said, tmp_path) == []
 
 
+@pytest.mark.slow
 def test_r7_a_hub_that_is_asked_too_often_is_told_as_that(tmp_path: Path) -> None:
     assert _wrong_with_hub({"busy": "429|too many|later"}, tmp_path) == []
 

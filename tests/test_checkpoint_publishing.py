@@ -114,6 +114,7 @@ def test_wherever_a_run_is_killed_the_old_result_or_the_whole_new_one_is_there(t
     assert outcomes == ["old"] * outcomes.count("old") + ["new"] * outcomes.count("new")
 
 
+@pytest.mark.slow
 def test_a_first_result_that_is_killed_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     source = write(tmp_path / "source")
     final = tmp_path / "out"
@@ -126,6 +127,7 @@ def test_a_first_result_that_is_killed_leaves_nothing_that_looks_whole(tmp_path:
     assert number > 30
 
 
+@pytest.mark.slow
 def test_wherever_a_run_that_settles_is_killed_the_next_one_settles_the_rest(tmp_path: Path) -> None:
     final = tmp_path / "out"
     build(write(tmp_path / "old"), tmp_path / "former")

@@ -59,7 +59,13 @@ def kill_everywhere(
 
 
 @pytest.mark.parametrize(
-    "name", ["prune", "prune in place of a former result", "recover", "prune and recover"]
+    "name",
+    [
+        "prune",
+        "prune in place of a former result",
+        pytest.param("recover", marks=pytest.mark.slow),
+        pytest.param("prune and recover", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_loses_nothing(name: str, parent: Parent, specimens: Path, tmp_path: Path) -> None:
     wrong, _ = kill_everywhere(name, parent, specimens, tmp_path, lines=False, calls=2, seconds=0)

@@ -190,6 +190,7 @@ def test_a_damaged_state_is_refused_until_it_is_forgotten(pruned: Path, tmp_path
     assert recover(pruned, tmp_path / "out", restart=True)["recovery"]["steps_resumed"] == 0
 
 
+@pytest.mark.slow
 def test_a_recovery_killed_for_good_resumes_from_the_command_line(pruned: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "structprune", "recover", str(pruned / "pruned"), str(tmp_path / "out")]
     command += ["--data", str(pruned / "text.txt"), "--device", "cpu", "--json", "--steps", "60"]

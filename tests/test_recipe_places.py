@@ -22,7 +22,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("several", [False, True], ids=["one", "sweep"])
+@pytest.mark.parametrize("several", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one", "sweep"])
 def test_a_saved_recipe_runs_again_from_another_folder(
     several: bool, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,6 +44,7 @@ def test_a_saved_recipe_runs_again_from_another_folder(
     assert command("verify", "new").code == 0
 
 
+@pytest.mark.slow
 def test_two_runs_of_a_recipe_in_two_folders_have_the_same_manifest(
     place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +103,9 @@ def test_what_was_applied_is_applied_again_from_another_folder(
     assert other.code == 2 and f"structprune apply {saved}" in other.err
 
 
-@pytest.mark.parametrize("more", [(), ("--keep-adapter",)], ids=["merged", "adapter"])
+@pytest.mark.parametrize(
+    "more", [(), pytest.param(("--keep-adapter",), marks=pytest.mark.slow)], ids=["merged", "adapter"]
+)
 def test_a_recovery_runs_again_from_another_folder(
     more: tuple[str, ...], pruned: Path, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +124,7 @@ def test_a_recovery_runs_again_from_another_folder(
     assert other.code == 2 and f"structprune recover {saved}" in other.err
 
 
+@pytest.mark.slow
 def test_a_run_with_a_recovery_keeps_the_recipe_of_the_whole(
     place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
