@@ -21,6 +21,8 @@ from structprune.models.opening import Opening
 from structprune.models.streamed import open_model
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
+from structprune.pruners.catalogue import find
+from structprune.pruners.forecast import forecast_all
 from structprune.pruners.structure.attention_skip import AttentionSkip
 from structprune.recipe.recipe import Recipe
 from structprune.solvers.bypass import FeedForward, RidgeSums
@@ -46,6 +48,18 @@ def real_states(model: PreTrainedModel, data: list[dict[str, Tensor]], index: in
 def skipped(block: Any, before: Tensor) -> Tensor:
     """Return what a block of a Llama makes of states without its attention."""
     return before + block.mlp(block.post_attention_layernorm(before))
+
+
+def test_a_feed_forward_that_is_a_product_or_gone_makes_up_for_nothing() -> None:
+    products = find("armor")(wrapper_size=8, rounds=1)
+    for first in (products, find("block_drop")(units=["mlp"], drop="0")):
+        with pytest.raises(UsageError, match=r"layers\.0\.mlp\.gate_proj: gone, or stored as a product"):
+            forecast_all([first, AttentionSkip(count=1)], tiny("llama", depth=3))
+        plain = AttentionSkip(count=1, adapter=False, refit=False)
+        assert forecast_all([first, plain], tiny("llama", depth=3))[-1].exact
+    forecast_all(
+        [find("block_drop")(units=["mlp"], drop="0"), AttentionSkip(drop="1")], tiny("llama", depth=3)
+    )
 
 
 class LiveTensors(TorchDispatchMode):

@@ -8,6 +8,7 @@ import torch
 from structprune.calibration.collect import collect_inputs
 from structprune.decide.budgets.sigmoid import CAP, SigmoidBudget, mean_distance
 from structprune.decide.unit_counts import Multiples, UnitCosts, UnitCounts, uneven_counts
+from structprune.decide.units import unit_blocks
 from structprune.errors import UsageError
 from structprune.models.arch import blocks
 from structprune.models.outputs import logits
@@ -68,7 +69,7 @@ def test_the_score_by_hand() -> None:
 def score(model: torch.nn.Module, *, compat: bool) -> torch.Tensor:
     """Return the scores of the first block's channels."""
     pruner = find("cfsp")(compat=compat)
-    known = width_block(model, 0, ("channel",))
+    known = width_block(unit_blocks(model)[0], ("channel",))
     block = next(iter(Walk(model, [tokens(model, seed=3)])))
     readers = pruner.readers(block)
     sums = collect_inputs(block, list(readers.values()), frozenset({"norm"}), advance=False)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from structprune.calibration.collect import collect_inputs
+from structprune.decide.units import unit_blocks
 from structprune.models.arch import arch_of, blocks
 from structprune.models.outputs import logits
 from structprune.models.walk import Walk
@@ -46,7 +47,7 @@ def test_scores_are_exact_variances_over_all_real_tokens_standardised_within_a_m
     for block in Walk(model, data):
         readers = pruner.readers(block)
         sums = collect_inputs(block, list(readers.values()), frozenset({"moments"}), advance=True)
-        known = width_block(model, block.index, ("kv_group", "channel"))
+        known = width_block(unit_blocks(model)[block.index], ("kv_group", "channel"))
         found = pruner.score_units(known, readers, Seen(sums))
         for kind, linear in readers.items():
             variance = reads(model, linear.label, data).var(dim=0, correction=0)

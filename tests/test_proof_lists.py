@@ -107,8 +107,9 @@ class Folder:
         save_tensors(
             self.path / "model.safetensors", {n: t.clone() for n, t in tensors.items()}, {"format": "pt"}
         )
-        config = patched_files(self.source / "config.json", {"num_hidden_layers": len(self.holds)})
-        (self.path / "config.json").write_bytes(config["config.json"])
+        patch = {"num_hidden_layers": len(self.holds)}
+        for name, content in patched_files(self.source / "config.json", patch).items():
+            (self.path / name).write_bytes(content)
         write_manifest(self.path, {}, version="0", stages=[])
         return verify(self.path, self.source if self.knows_source else None, reload=False)
 

@@ -13,7 +13,7 @@ from structprune.errors import InputError
 from structprune.models.identity import names_of, skeleton
 from structprune.models.opening import Opening
 from structprune.models.remembered import remembered
-from structprune.models.streamed import Model, build_model, open_reader
+from structprune.models.streamed import Model, StreamedModel, build_model, open_reader, open_skeleton
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
 from structprune.storage.reader import CheckpointReader
 from structprune.storage.scan import Scan
@@ -105,6 +105,25 @@ def open_source(name: str, folder: Path, opening: Opening) -> Source:
         sum(parameter.numel() for parameter in skeleton(model).parameters()),
         opening,
     )
+
+
+def open_outline(folder: Path, opening: Opening) -> tuple[StreamedModel, Scan]:
+    """Open a model folder after every check of its files, but hold no weight of it.
+
+    Args:
+        folder: Where it is.
+        opening: How.
+
+    Raises:
+        InputError: The folder is damaged, or is one of ours and no longer holds what was written.
+    """
+    manifest = intact_manifest(folder, opening)
+    model = open_skeleton(folder, opening)
+    assert isinstance(model.reader, CheckpointReader)
+    scan = model.reader.scan(model.names.ignored)
+    remembered(model).zeros = scan.zeros
+    check_weights(manifest, model.reader, scan.hashes)
+    return model, scan
 
 
 def open_adapted(name: str, folder: Path, opening: Opening) -> Source:

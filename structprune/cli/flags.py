@@ -11,7 +11,7 @@ import typer
 import structprune
 from structprune.cli.terminal import Report
 from structprune.errors import UsageError
-from structprune.recipe.options import Where
+from structprune.recipe.options import Where, sparsity_of
 
 if TYPE_CHECKING:
     from structprune.checkpoint.writing import Writing
@@ -158,6 +158,62 @@ class WritingFlags:
         if output is None:
             raise UsageError("OUT is missing", hint="give the folder to write after MODEL, or as -o OUT")
         return output
+
+
+@dataclass(frozen=True)
+class MethodFlags:
+    """Which method prunes, and how much it removes."""
+
+    method: Annotated[
+        str | None,
+        typer.Option("--method", "--prune-method", help="A method; `structprune methods` lists them."),
+    ] = None
+    sparsity: Annotated[
+        str | None, typer.Option(help="Removed: 0.5 or 50%; or N of M kept: 2:4; several: 0.3,0.5.")
+    ] = None
+    sparsity_ratio: Annotated[float | None, typer.Option(help="The fraction, in Wanda's words.")] = None
+    sparsity_type: Annotated[str | None, typer.Option(help="unstructured or N:M, in Wanda's words.")] = None
+
+    def keys(self) -> dict[str, object]:
+        """Return the keys of a recipe that they are."""
+        first = self.sparsity.split(",")[0] if self.sparsity else None
+        share = sparsity_of(first, ratio=self.sparsity_ratio, kind=self.sparsity_type)
+        return {"prune.method": self.method, "prune.sparsity": share}
+
+    def goals(self) -> list[float | str]:
+        """Return the sparsities of which each gets a run of its own; none where there is only one."""
+        several = self.sparsity.split(",") if self.sparsity else []
+        return [] if len(several) < 2 else [sparsity_of(text) or 0.0 for text in several]
+
+
+@dataclass(frozen=True)
+class DetailFlags:
+    """Which linears a method looks at, and how what it leaves is stored."""
+
+    include: Annotated[list[str] | None, typer.Option(help="Prune only linears whose name matches.")] = None
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave linears dense whose name matches.")] = None
+    fold: Annotated[bool, typer.Option("--fold", help="Write products as dense matrices.")] = False
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="All blocks equally wide: the family's own class opens it.")
+    ] = False
+    pad: Annotated[bool, typer.Option("--pad", help="So, too, with zeros up to the widest block.")] = False
+    keep_scores: Annotated[bool, typer.Option("--keep-scores", help="Keep scores in the plan.")] = False
+
+    def keys(self) -> dict[str, object]:
+        """Return the keys of a recipe that they are.
+
+        Raises:
+            UsageError: Two exclude each other.
+        """
+        if self.uniform and self.pad:
+            raise UsageError("--uniform and --pad are two ways to the same", hint="give one of them")
+        return {
+            "prune.fold": self.fold or None,
+            "prune.native": "pad" if self.pad else "uniform" if self.uniform else None,
+            "prune.keep_scores": self.keep_scores or None,
+            "prune.include": self.include or None,
+            "prune.exclude": self.exclude or None,
+        }
 
 
 def command(function: Callable[..., Job]) -> Callable[..., Job]:

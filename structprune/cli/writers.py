@@ -1,5 +1,6 @@
 """The commands that write a model: which key of a recipe, or argument of the pipeline, each flag is."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,11 +12,13 @@ from structprune.cli.flags import (
     Batch,
     Column,
     Config,
+    DetailFlags,
     Device,
     Dtype,
     Job,
     Length,
     MaxRatio,
+    MethodFlags,
     ModelOrRecipe,
     OpeningFlags,
     Output,
@@ -31,10 +34,10 @@ from structprune.cli.flags import (
 from structprune.errors import UsageError
 from structprune.recipe.changes import APPLY, RECOVER
 from structprune.recipe.draft import ApplyRun, RecoverRun
-from structprune.recipe.options import sparsity_of
-from structprune.recipe.request import choose_run, request_recipe
+from structprune.recipe.request import Request, choose_run, request_recipe
 
 if TYPE_CHECKING:
+    from structprune.checkpoint.writing import Writing
     from structprune.models.opening import Opening
 
 
@@ -44,15 +47,8 @@ def prune(
         str | None, typer.Argument(metavar="MODEL|RECIPE.yaml", help="A model, or a whole recipe.")
     ] = None,
     output: Output = None,
-    method: Annotated[
-        str | None,
-        typer.Option("--method", "--prune-method", help="A method; `structprune methods` lists them."),
-    ] = None,
-    sparsity: Annotated[
-        str | None, typer.Option(help="Removed: 0.5 or 50%; or N of M kept: 2:4; several: 0.3,0.5.")
-    ] = None,
-    sparsity_ratio: Annotated[float | None, typer.Option(help="The fraction, in Wanda's words.")] = None,
-    sparsity_type: Annotated[str | None, typer.Option(help="unstructured or N:M, in Wanda's words.")] = None,
+    *,
+    asks: MethodFlags,
     calibration: Annotated[str | None, typer.Option(help="A text file, a data set's name, or demo.")] = None,
     samples: Samples = None,
     length: Length = None,
@@ -63,14 +59,7 @@ def prune(
     stream: Stream = None,
     config: Config = None,
     sets: Sets = None,
-    include: Annotated[list[str] | None, typer.Option(help="Prune only linears whose name matches.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Leave linears dense whose name matches.")] = None,
-    fold: Annotated[bool, typer.Option("--fold", help="Write products as dense matrices.")] = False,
-    uniform: Annotated[
-        bool, typer.Option("--uniform", help="All blocks equally wide: the family's own class opens it.")
-    ] = False,
-    pad: Annotated[bool, typer.Option("--pad", help="So, too, with zeros up to the widest block.")] = False,
-    keep_scores: Annotated[bool, typer.Option("--keep-scores", help="Keep scores in the plan.")] = False,
+    leaves: DetailFlags,
     scores: Annotated[Path | None, typer.Option(metavar="DIR", help="Decide from kept scores.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     from_dense: Annotated[
@@ -80,14 +69,10 @@ def prune(
     revision: Revision = None,
     max_ppl_ratio: MaxRatio = None,
     no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="Measure nothing.")] = False,
-    *,
     writes: WritingFlags,
     opens: OpeningFlags,
 ) -> Job:
     """Prune a model, prove the result and report on it."""
-    several = sparsity.split(",") if sparsity else [None]
-    if uniform and pad:
-        raise UsageError("--uniform and --pad are two ways to the same", hint="give one of them")
     flags = {
         "output": writes.output(output),
         "seed": seed,
@@ -95,13 +80,8 @@ def prune(
         "dtype": dtype,
         "revision": revision,
         "tokenizer": tokenizer,
-        "prune.method": method,
-        "prune.sparsity": sparsity_of(several[0], ratio=sparsity_ratio, kind=sparsity_type),
-        "prune.fold": fold or None,
-        "prune.native": "pad" if pad else "uniform" if uniform else None,
-        "prune.keep_scores": keep_scores or None,
-        "prune.include": include or None,
-        "prune.exclude": exclude or None,
+        **asks.keys(),
+        **leaves.keys(),
         "calibration.source": calibration,
         "calibration.samples": samples,
         "calibration.length": length,
@@ -110,29 +90,34 @@ def prune(
         "evaluate.skip": no_evaluate or None,
     }
     request = request_recipe(model, config=config, sets=sets or (), flags=flags)
-    wanted = [] if len(several) == 1 else [sparsity_of(text) or 0.0 for text in several]
 
     def opening() -> "Opening":
         return opens.opening(stream=stream, writes=True, from_dense=from_dense)
 
+    return _pruning(request, asks.goals(), opening, writes.writing(), scores, dry_run=dry_run)
+
+
+def _pruning(
+    request: Request,
+    goals: list[float | str],
+    opening: Callable[[], "Opening"],
+    writing: "Writing",
+    scores: Path | None,
+    *,
+    dry_run: bool,
+) -> Job:
+    """Return what is to be done: say what would be, prune for each of several goals, or prune once."""
     if dry_run:
         return Job(
             lambda _: structprune.dry_run(
-                structprune.Recipe.of(request),
-                wanted,
-                opening=opening(),
-                writing=writes.writing(),
+                structprune.Recipe.of(request), goals, opening=opening(), writing=writing
             ),
             summary.key_lines,
         )
-    if wanted:
+    if goals:
         return Job(
             lambda progress: structprune.prune_each(
-                structprune.Recipe.of(request),
-                wanted,
-                opening=opening(),
-                writing=writes.writing(),
-                progress=progress,
+                structprune.Recipe.of(request), goals, opening=opening(), writing=writing, progress=progress
             ),
             summary.runs_lines,
         )
@@ -140,7 +125,7 @@ def prune(
         lambda progress: structprune.prune(
             structprune.Recipe.of(request),
             opening=opening(),
-            writing=writes.writing(),
+            writing=writing,
             scores=scores,
             progress=progress,
         ),

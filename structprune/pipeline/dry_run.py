@@ -8,11 +8,11 @@ from transformers import PreTrainedModel
 
 from structprune.calibration.data import positions, window_length
 from structprune.calibration.texts import check_text
-from structprune.checkpoint.integrity import check_weights, intact_manifest
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.modelling import needs_code
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.side_files import check_side_files
+from structprune.checkpoint.source import open_outline
 from structprune.checkpoint.writing import Writing
 from structprune.evaluation.exam import read_exam
 from structprune.evaluation.footprint import bytes_needed, check_room
@@ -21,8 +21,7 @@ from structprune.models.arch import blocks
 from structprune.models.cost import file_bytes, parameters_of, weight_bytes
 from structprune.models.identity import stored_layout
 from structprune.models.opening import RESIDENT_COPIES, Opening
-from structprune.models.remembered import remembered
-from structprune.models.streamed import StreamedModel, open_skeleton
+from structprune.models.streamed import StreamedModel
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
 from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import may_stand
@@ -64,25 +63,17 @@ def dry_run(
     size = weight_bytes(folder)
     inputs = inputs_of_recipe(recipe, folder)
     check_output(inputs, recipe.output, overwrite=may_stand(recipe.output, writing), needed_bytes=size)
-    manifest = intact_manifest(folder, opening)
-    opened = open_skeleton(folder, opening)
+    opened, scan = open_outline(folder, opening)
     assert isinstance(opened.reader, CheckpointReader)
-    scan = opened.reader.scan(opened.names.ignored)
-    check_weights(manifest, opened.reader, scan.hashes)
-    remembered(opened).zeros = scan.zeros
-    prior = prior_of(opened, opened.reader, remembered(opened).zeros, opening)
+    prior = prior_of(opened, opened.reader, scan.zeros, opening)
     tell_prior(prior, folder, opening)
     forecasts = forecast_all(recipe.prune, opened)
     resolved = recipe.opening(opening).resolve(folder, opened.reader.nbytes)
     streamed = bool(resolved.stream)
-    length = window_length(recipe.calibration.length, positions(opened.config))
     _check_inputs(recipe, opened, recipe.opening(opening), streamed)
     left = forecasts[-1].left
-    memory = _memory(opened, recipe, length, streamed)
     load = _workload(recipe, opened, left, resolved.device)
-    if load is not None:
-        held = 0 if streamed else opened.reader.nbytes
-        memory = max(memory, RUNTIME_BYTES + held + bytes_needed([opened.skeleton, left], load))
+    memory = max(_memory(opened, recipe, streamed), _timing_memory(opened, left, load, streamed))
     return {
         "output": str(recipe.output),
         "recipe": recipe.text(),
@@ -142,8 +133,19 @@ def _workload(recipe: Recipe, opened: StreamedModel, left: PreTrainedModel, devi
     return load
 
 
-def _memory(opened: StreamedModel, recipe: Recipe, length: int, streamed: bool) -> int:
+def _timing_memory(
+    opened: StreamedModel, left: PreTrainedModel, load: Workload | None, streamed: bool
+) -> int:
+    """Return the peak that timing the result is expected to need; 0 where it is not timed."""
+    if load is None:
+        return 0
+    held = 0 if streamed else opened.reader.nbytes
+    return RUNTIME_BYTES + held + bytes_needed([opened.skeleton, left], load)
+
+
+def _memory(opened: StreamedModel, recipe: Recipe, streamed: bool) -> int:
     """Return the peak that a run is expected to need: runtime, weights held at once, activations."""
+    length = window_length(recipe.calibration.length, positions(opened.config))
     item = opened.dtype.itemsize
     largest = max(info.nbytes for info in opened.reader.tensors.values())
     one = [sum(p.numel() for p in block.parameters()) * item for _, block in blocks(opened)]

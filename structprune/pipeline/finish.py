@@ -15,6 +15,7 @@ from structprune.models.cost import weight_bytes
 from structprune.pipeline.bench import measure_speed, written_contenders
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress
+from structprune.proof.verification import Verification
 from structprune.proof.verify import verify
 from structprune.recipe.recipe import Recipe
 from structprune.report import card, plots, report
@@ -73,19 +74,7 @@ def finish(
     with clock.phase("evaluate"):
         evaluation = measure(source, compared, exam, memory)
     with clock.phase("prove"):
-        verification = verify(
-            work.folder,
-            source.folder,
-            opening=source.opening,
-            written=work.digests,
-            reload=work.writing.reload,
-            revalued=record.revalued,
-            reference=source.model if source.opening.dtype == "auto" else None,
-            progress=progress,
-        )
-    if not verification.ok:
-        check = verification.failed[0]
-        raise VerificationError(f"{work.folder}: {check.name}: {check.detail}", hint="nothing was published")
+        verification = prove(work, source, record, progress)
     if exam.workload is not None:
         with clock.phase("bench"):
             pair = written_contenders(work.folder, work.final, compared)
@@ -117,6 +106,28 @@ def finish(
     }
     work.publish(stages=[str(stage["folder"]) for stage in record.stages], facts=facts)
     return made
+
+
+def prove(work: Delivery, source: Source, record: RunRecord, progress: Progress) -> Verification:
+    """Return what was measured of a written folder, in which every check holds.
+
+    Raises:
+        VerificationError: One does not.
+    """
+    verification = verify(
+        work.folder,
+        source.folder,
+        opening=source.opening,
+        written=work.digests,
+        reload=work.writing.reload,
+        revalued=record.revalued,
+        reference=source.model if source.opening.dtype == "auto" else None,
+        progress=progress,
+    )
+    if not verification.ok:
+        check = verification.failed[0]
+        raise VerificationError(f"{work.folder}: {check.name}: {check.detail}", hint="nothing was published")
+    return verification
 
 
 def draw(work: Delivery, made: Mapping[str, Any]) -> None:

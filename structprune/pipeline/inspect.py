@@ -4,14 +4,14 @@ from dataclasses import asdict
 from typing import Any
 
 from structprune.calibration.data import positions
-from structprune.checkpoint.integrity import check_weights, intact_manifest
 from structprune.checkpoint.locate import resolve
+from structprune.checkpoint.source import open_outline
 from structprune.errors import UsageError
 from structprune.models.arch import arch_of, blocks, linears
 from structprune.models.cost import count, weight_bytes
 from structprune.models.identity import architecture_of
 from structprune.models.opening import Opening
-from structprune.models.streamed import StreamedModel, open_skeleton
+from structprune.models.streamed import StreamedModel
 from structprune.models.tokenizer import open_tokenizer
 from structprune.proof.prior import prior_of
 from structprune.pruners.catalogue import find, names
@@ -31,13 +31,10 @@ def inspect(model: str, opening: Opening = Opening(), *, revision: str | None = 
         revision: Branch, tag or commit of a hub model.
     """
     folder = resolve(model, revision=revision)
-    manifest = intact_manifest(folder, opening)
-    opened = open_skeleton(folder, opening)
+    opened, scan = open_outline(folder, opening)
     arch = arch_of(opened.skeleton)
     found = [linear for prefix, block in blocks(opened, arch) for linear in linears(prefix, block, arch)]
     assert isinstance(opened.reader, CheckpointReader)
-    scan = opened.reader.scan(opened.names.ignored)
-    check_weights(manifest, opened.reader, scan.hashes)
     stored = {part for linear in found for part in opened.names.stored_of[linear.name]}
     zeros = sum(scan.zeros[name] for name in stored)
     weights = sum(linear.weight.numel() for linear in found)

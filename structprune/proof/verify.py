@@ -5,52 +5,28 @@ holds the files to the promises. Each check is a row with a name, a verdict and 
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
 
 from structprune.checkpoint.manifest import MANIFEST, read_manifest
 from structprune.checkpoint.packed import SOURCE, changed_files, is_packed
 from structprune.checkpoint.packed_reader import PackedReader
 from structprune.checkpoint.plans import plans_of
 from structprune.errors import InputError, counted
-from structprune.machine import give_back_memory
 from structprune.models.identity import architecture_of
 from structprune.models.opening import Opening
 from structprune.models.streamed import Model, StreamedModel, build_model, open_reader
 from structprune.progress import Progress, silent, step
 from structprune.proof import against, counts, reloading
-from structprune.proof.measure import Inputs, Measured, Place, Rows, measure, places, rows_of
-from structprune.proof.stage import Shapes, Stage, read_stages
+from structprune.proof.held import Held, measure_files
+from structprune.proof.stage import Stage, read_stages
 from structprune.proof.trace import trace
 from structprune.proof.verification import Verification
 from structprune.proof.written import WrittenTensors, check_files
 from structprune.storage.reader import StoredTensors
-from structprune.storage.tensor_file import Entry, hash_of
+from structprune.storage.tensor_file import Entry
 
 PLANS = "structprune/plans"
-
-
-@dataclass(frozen=True)
-class Held:
-    """What was measured of a folder.
-
-    Attributes:
-        stages: Its plans, in order.
-        found: What every tensor of its files holds.
-        where: Where the linears stand.
-        rows: Per stage what its masks remove, by stored tensor, also of those that the files no longer hold.
-        hashes: sha256 of every tensor's bytes; empty where nothing is known that they could be compared with.
-        removed: Per stage how many of its units it removed; None where the source would have to tell.
-    """
-
-    stages: Sequence[Stage]
-    found: Mapping[str, Measured]
-    where: Mapping[str, Place]
-    rows: Sequence[Mapping[str, Rows]]
-    hashes: Mapping[str, str]
-    removed: Sequence[int | None]
 
 
 def verify(
@@ -106,12 +82,8 @@ def verify(
     reader = model.reader
     tensors, files = counted(len(reader.tensors), "tensor"), counted(len(reader.shards), "file")
     result.row("files", [], f"{tensors} in {files} as config.json says")
-    traced, misled = trace(stages, before.shapes if before else None, reader.shapes)
-    _check_plans(result, model, stages, misled)
     known = WrittenTensors.of_manifest(manifest) if written is None else WrittenTensors.of_run(written)
-    held = _measure(model, stages, before, progress, traced, hashed=known.weights is not None)
-    known.check(result, reader, held.hashes)
-    _summarise(result, model, reader, held)
+    held = _measure(result, model, stages, before, known, progress)
     _check_weights(result, held, opening.allow_nonfinite)
     trained = {*(manifest.facts.get("revalued", ()) if manifest else ()), *revalued}
     _check_values(result, held, trained)
@@ -142,6 +114,23 @@ def _open(result: Verification, folder: Path, opening: Opening, progress: Progre
     model = build_model(reader, replace(opening, dtype="auto", stream=True, device="cpu"))
     assert isinstance(model, StreamedModel)
     return model
+
+
+def _measure(
+    result: Verification,
+    model: StreamedModel,
+    stages: list[Stage],
+    source: StoredTensors | None,
+    known: WrittenTensors,
+    progress: Progress,
+) -> Held:
+    """Measure what the files hold, once it is known which plans fit them; add a row on their bytes."""
+    traced, misled = trace(stages, source.shapes if source else None, model.reader.shapes)
+    _check_plans(result, model, stages, misled)
+    held = measure_files(model, stages, source, progress, traced, hashed=known.weights is not None)
+    known.check(result, model.reader, held.hashes)
+    _summarise(result, model, held)
+    return held
 
 
 def _check_plans(
@@ -179,73 +168,8 @@ def _check_plans(
         result.row("plans", problems, f"{named}: {fitting} fit the files")
 
 
-def _measure(
-    model: StreamedModel,
-    stages: list[Stage],
-    source: StoredTensors | None,
-    progress: Progress,
-    traced: Sequence[Shapes | None],
-    *,
-    hashed: bool,
-) -> Held:
-    """Measure every tensor in the order of the files; one is in memory, with its masks and its source."""
-    reader = model.reader
-    where = places(model)
-    promised = {of for stage in stages for _, of in stage.patterns}
-    # M -> whether masks are counted in such groups too; the common ones are looked for in the weights alone.
-    groups = {of: of in promised for of in {*counts.COMMON, *promised}}
-    found: dict[str, Measured] = {}
-    hashes: dict[str, str] = {}
-    rows: list[dict[str, Rows]] = [{} for _ in stages]
-    sources = against.Before(source, stages)
-    for name in (name for names in reader.shards.values() for name in names):
-        tensor = reader.read(name)
-        masks = [_mask_now(stages, number, name) for number in range(len(stages))]
-        before = sources.read(name)
-        if before is not None and (before.shape, before.dtype) != (tensor.shape, tensor.dtype):
-            before = None
-        place = where.get(name)
-        counted = any(name in stage.prunable for stage in stages)
-        inputs = _inputs(place.transposed if place else any(name in stage.transposed for stage in stages))
-        found[name] = measure(tensor, inputs if place or counted else None, masks, before, groups)
-        if hashed:
-            hashes[name] = hash_of(tensor, name)
-        for number, one in enumerate(found[name].rows):
-            if one is not None:
-                rows[number][name] = one
-        # A later mask or cut changes the bytes: such a value has no hash to be held to, and is not counted.
-        touching = [one for one in stages if name in {*one.written, *one.masked, *one.reshaped}]
-        if touching and name in touching[-1].written:
-            found[name].foreign = not touching[-1].holds(name, tensor)
-        # Before the next one is read: the two largest are often neighbours in the file.
-        del tensor, masks, before
-        give_back_memory()
-        progress("verify", len(found), len(reader.tensors))
-    # What a later stage took away or cut is counted in the stage's own mask.
-    for number, stage in enumerate(stages):
-        cut = {name for one in stages[number + 1 :] for name in one.reshaped}
-        for name in stage.masked:
-            if name not in found or name in cut:
-                rows[number][name] = rows_of(stage.mask(name), _inputs(name in stage.transposed), groups)
-    return Held(stages, found, where, rows, hashes, counts.removed(stages, rows, traced))
-
-
-def _mask_now(stages: Sequence[Stage], number: int, name: str) -> Tensor | None:
-    """Return what a stage keeps of a tensor, in the shape that the stages after it leave of it."""
-    if name not in stages[number].masked:
-        return None
-    mask = stages[number].mask(name)
-    for later in stages[number + 1 :]:
-        mask = later.cut(name, mask)
-    return mask
-
-
-def _inputs(transposed: bool) -> Inputs:
-    return "first" if transposed else "last"
-
-
-def _summarise(result: Verification, model: StreamedModel, reader: StoredTensors, held: Held) -> None:
-    names, found = model.names, held.found
+def _summarise(result: Verification, model: StreamedModel, held: Held) -> None:
+    reader, names, found = model.reader, model.names, held.found
     real = {name for name, _ in model.skeleton.named_parameters(remove_duplicate=False)}
     # Buffers are no parameters, and a tied tensor that is stored twice is one.
     counted = [name for name in found if name not in names.duplicates and names.module_of.get(name) in real]

@@ -1,5 +1,6 @@
 """How a block of two steps, attention and then feed-forward, does without the first."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,27 @@ def check_bypass(model: Model) -> None:
         "gated feed-forward, which is to make up for it",
         hint=f"take one of {known}, or skip attentions with block_drop and units: [attention]",
     )
+
+
+def check_feed_forwards(model: Model, indices: Sequence[int]) -> None:
+    """Check that the feed-forwards of blocks are there, as plain matrices that can make up for an attention.
+
+    Args:
+        model: In memory, streamed, or a twin.
+        indices: The blocks.
+
+    Raises:
+        UsageError: One has not; names it.
+    """
+    arch, found = arch_of(skeleton(model)), blocks(model)
+    for prefix, block in (found[index] for index in indices):
+        there = dict(block.named_parameters())
+        for path in (arch.gate, arch.up, arch.down):
+            if f"{path}.weight" not in there:
+                raise UsageError(
+                    f"{prefix}.{path}: gone, or stored as a product, so it cannot make up for the attention",
+                    hint="skip this block, or choose adapter: false and refit: false",
+                )
 
 
 def biased_paths(arch: Arch) -> list[str]:

@@ -22,7 +22,7 @@ from structprune.decide.verdicts import Verdict, Verdicts
 from structprune.models.streamed import Model
 from structprune.models.walk import Block
 from structprune.pruners.seen import Seen
-from structprune.pruners.structure._bypass import added_share, check_bypass
+from structprune.pruners.structure._bypass import added_share, check_bypass, check_feed_forwards
 from structprune.pruners.structure._depth import DepthPruner
 from structprune.solvers.bypass import Bypass
 
@@ -78,6 +78,9 @@ class AttentionSkip(DepthPruner):
         super().check_sizes(model)
         if self.solves_passes or self.measures_passes:
             check_bypass(model)
+        if self.solves_passes:
+            may = self.candidates(model)
+            check_feed_forwards(model, [one.block for one in (self._listed(may) if self.drop else may)])
 
     def measure(self, model: Model, block: Block, seen: Seen) -> Tensor:
         """Return how far the output moves without the attention, for what the block adds, shape []."""
