@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 from cells import Cell, kept_cells
 from structure_quality import Bench, Judged, bench_of, facts_of, parser_of, protocol_of, texts_of
+from structure_rows import TRAINED
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -30,23 +31,6 @@ from structprune.recipe.options import RecoverOptions
 from structprune.recovery.masks import nonzero_masks
 from structprune.recovery.training import train
 from structprune.recovery.windows import draw
-
-HEALED = (
-    "random_units",
-    "magnitude_units",
-    "wanda_sp",
-    "wanda_sp, global + least_squares",
-    "flap + bias",
-    "flap + least_squares",
-    "cfsp",
-    "cfsp + least_squares",
-    "cfsp, compat",
-    "llm_pruner, vector",
-    "llm_pruner, mixed",
-    "llm_pruner, element2, global + least_squares",
-    "attention_skip + adapter + refit",
-    "block_drop, influence",
-)
 
 
 def budget_of(options: Namespace) -> RecoverOptions:
@@ -85,7 +69,7 @@ def compared(model: PreTrainedModel, tuned: Judged) -> Cell:
 
 def main() -> None:
     """Measure what the JSON lacks."""
-    parser = parser_of(__doc__, HEALED, (0.5,))
+    parser = parser_of(__doc__, TRAINED, (0.5,))
     parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
     options.rounds = 0  # A change that is merged costs no time.

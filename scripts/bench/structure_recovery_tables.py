@@ -13,7 +13,7 @@ from typing import Any
 
 from cells import Cell, difference, divergence_of, with_error
 from figures import markdown, write_section
-from structure_rows import AS_SMALL, ROWS, SURE, Found, chosen, found_of, shown, sparsities_of
+from structure_rows import AS_SMALL, ROWS, SURE, TRAINED, Found, chosen, found_of, shown, sparsities_of
 
 HEADER = ("row", "of the blocks gone", "perplexity", "KL from dense", "from dense trained alike")
 WRITTEN = ("agrees", "repeats")
@@ -87,6 +87,8 @@ def section(kept: Mapping[str, Any]) -> str:
     for sparsity in sparsities_of(found):
         cells = {key: cell for key, cell in found.items() if key[1] == sparsity}
         parts += [f"At {sparsity}:", *table_at(kept, cells)]
+        if missing := [row for row in TRAINED if (row, sparsity) not in cells]:
+            parts.append(f"Not measured: {'; '.join(missing)}.")
     return "\n\n".join(parts)
 
 

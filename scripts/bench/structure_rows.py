@@ -73,6 +73,24 @@ ROWS: dict[str, Row] = {
     for repair in REPAIRS
 } | DEPTH
 
+# Those that `structure_recovery.py` trains.
+TRAINED = (
+    "random_units",
+    "magnitude_units",
+    "wanda_sp",
+    "wanda_sp, global + least_squares",
+    "flap + bias",
+    "flap + least_squares",
+    "cfsp",
+    "cfsp + least_squares",
+    "cfsp, compat",
+    "llm_pruner, vector",
+    "llm_pruner, mixed",
+    "llm_pruner, element2, global + least_squares",
+    "attention_skip + adapter + refit",
+    "block_drop, influence",
+)
+
 Found = dict[tuple[str, float], Cell]
 
 
