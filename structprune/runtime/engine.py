@@ -1,0 +1,387 @@
+"""Runs a model with fewer tokens: hooks that gather what each block computes, and put it back at the end.
+
+The model makes masks and rotary tables for all tokens, once; every block gets those of the tokens that it
+computes. Between forwards the cache alone knows what was dropped; what belongs to one forward is kept per
+thread. No class is changed and nothing is registered.
+
+    prompt -> blocks before: all tokens -> stage: choose, gather -> blocks after: kept tokens -> scatter
+"""
+
+import inspect
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from structprune.errors import QualityError, UsageError
+from structprune.models.arch import arch_of, blocks
+from structprune.runtime.attention import AttentionInput
+from structprune.runtime.forward import Forward
+from structprune.runtime.images import find_images, with_newlines
+from structprune.runtime.keep_set import KeepSet
+from structprune.runtime.refusals import Guarded, check_runs
+from structprune.runtime.view import View
+
+_ATTRIBUTE = "_structprune_engine"
+
+
+class Chooser(Protocol):
+    """What the engine asks of a method."""
+
+    @property
+    def newlines(self) -> Literal["protect", "compete"]:
+        """Return whether tokens that only end a line of an image may be dropped."""
+        ...
+
+    @classmethod
+    def method(cls) -> str:
+        """Return the method's name."""
+        ...
+
+    def choose(self, seen: View, keep: Tensor) -> Tensor:
+        """Return which tokens of each image stay, bool [images, tokens]: as many as `keep` says, [images]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One place where tokens are dropped.
+
+    Attributes:
+        block: Number of the block, counted from 0.
+        within: Whether they go between its attention and its feed-forward; else before it.
+        tokens: How many tokens of an image are left: an integer says how many, a float which share of those
+            that the image had at first; None leaves it to who chooses.
+        chooser: Who chooses.
+        compact: Whether positions are counted anew.
+    """
+
+    block: int
+    within: bool
+    tokens: Tensor | None
+    chooser: Chooser
+    compact: bool = False
+
+    def keep(self, sizes: Tensor) -> Tensor:
+        """Return how many tokens stay of images with so many at first, at least one each; shape [images]."""
+        if self.tokens is None:
+            return sizes
+        if self.tokens.is_floating_point():
+            # Half up, after a rounding that takes 0.29 * 100 for 29.
+            wanted = torch.floor(
+                (sizes.double() * self.tokens.to(sizes.device)).round(decimals=9) + 0.5
+            ).long()
+        else:
+            wanted = self.tokens.to(sizes.device).expand_as(sizes)
+        return wanted.clamp(min=1).minimum(sizes)
+
+
+class _Local(threading.local):
+    """What belongs to one forward of one thread; a copy has nothing of it."""
+
+    run: Forward | None = None
+    sizes: Sequence[int] = ()
+    ids: Tensor | None = None
+    labels: Tensor | None = None
+    paused: int = 0
+
+    def __reduce__(self) -> tuple[type["_Local"], tuple[()]]:
+        return type(self), ()
+
+
+class _ImageFeatures:
+    """`get_image_features` of one model, which notes how many tokens each image has.
+
+    Args:
+        model: Whose method it stands for.
+        local: Where it notes.
+    """
+
+    def __init__(self, model: nn.Module, local: _Local) -> None:
+        kind: Any = type(model)
+        self._method, self._model, self._local = kind.get_image_features, model, local
+        # `generate` asks for the names of its parameters.
+        self.__signature__ = inspect.signature(kind.get_image_features.__get__(model))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = self._method(self._model, *args, **kwargs)
+        features = found.pooler_output if hasattr(found, "pooler_output") else found[0]
+        self._local.sizes = [len(one) for one in features]
+        return found
+
+
+class Engine:
+    """The hooks of one model, and what its forwards have in common.
+
+    Args:
+        model: A vision-language model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        check_runs(model)
+        arch = arch_of(model)
+        self.stages: dict[str, list[Stage]] = {}
+        self._local = _Local()
+        self._handles: list[Any] = []
+        self._replaced: list[tuple[nn.Module, str]] = []
+        self._root = model
+        self._base = model.base_model
+        self._language: Any = model.get_submodule(arch.blocks.rpartition(".")[0])
+        self._blocks = [block for _, block in blocks(model, arch)]
+        self._attention, self._mlp = arch.attention, arch.mlp
+
+    # What is put on the model, and taken off it again.
+
+    def install(self) -> None:
+        """Put the hooks on the model."""
+        hook = partial(self._hook, with_kwargs=True)
+        hook(self._root, before=self._begin_loss)
+        hook(self._base, before=self._begin, after=self._end)
+        hook(self._language, before=self._begin_language, after=self._end_language)
+        for index, block in enumerate(self._blocks):
+            hook(block, before=partial(self._enter_block, index))
+            hook(block.get_submodule(self._attention), before=partial(self._note_attention, index))
+            mlp = block.get_submodule(self._mlp)
+            hook(mlp, before=partial(self._enter_mlp, index), after=partial(self._leave_mlp, index))
+        self._replace(self._base, "get_image_features", _ImageFeatures(self._base, self._local))
+        self._replace(self._root, "generate", Guarded(self._root))
+        if hasattr(self._language, "_deepstack_process"):
+            self._replace(self._language, "_deepstack_process", self._deepstack)
+
+    def remove(self) -> None:
+        """Take everything off the model again."""
+        for handle in self._handles:
+            handle.remove()
+        for module, name in self._replaced:
+            delattr(module, name)
+        self._handles.clear()
+        self._replaced.clear()
+
+    def _hook(self, module: nn.Module, before: Any, after: Any = None, *, with_kwargs: bool) -> None:
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=with_kwargs))
+        if after is not None:
+            # Also after an exception: nothing of a forward that failed may meet the next one.
+            self._handles.append(
+                module.register_forward_hook(after, with_kwargs=with_kwargs, always_call=True)
+            )
+
+    def _replace(self, module: nn.Module, name: str, by: object) -> None:
+        setattr(module, name, by)
+        self._replaced.append((module, name))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Drop nothing in this thread, for the length of a `with`."""
+        self._local.paused += 1
+        try:
+            yield
+        finally:
+            self._local.paused -= 1
+
+    # One forward, from outside to inside.
+
+    def _begin_loss(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._local.labels = None
+        if kwargs.get("labels") is None:
+            return None
+        # Which labels nobody predicts is known only after the blocks: the loss gets a copy, changed then.
+        self._local.labels = kwargs["labels"].clone()
+        return args, {**kwargs, "labels": self._local.labels}
+
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        local = self._local
+        local.ids = kwargs.get("input_ids", args[0] if args else None)
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        local.sizes = [] if encoded is None else [len(one) for one in encoded.pooler_output]
+        if local.ids is None and not local.paused and kwargs["inputs_embeds"].shape[1] > 1:
+            raise UsageError(
+                "inputs_embeds without input_ids: which of the tokens are visual is not known",
+                hint="pass input_ids, or run the model under structprune.paused(model)",
+            )
+
+    def _end(self, *_: object) -> None:
+        self._local.ids, self._local.sizes, self._local.labels = None, (), None
+
+    def _begin_language(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        local = self._local
+        states, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        local.run = Forward(states.shape[0], states.shape[1], past, states.device)
+        if local.paused or local.ids is None or states.shape[1] == 1:
+            return
+        mask, real = kwargs.get("attention_mask"), None
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            real = mask[:, -states.shape[1] :].bool()
+        found = find_images(local.ids, self._root.config, local.sizes, real)
+        if found is not None and isinstance(mask, Tensor | dict) and real is None:
+            raise UsageError(
+                "an attention mask that is not [batch, tokens]: which tokens are padding is not known",
+                hint="pass the processor's attention_mask",
+            )
+        newline = getattr(self._base, "image_newline", None)
+        local.run.images = None if found is None else with_newlines(found, states, newline)
+
+    def _enter_block(
+        self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        run = self._local.run
+        if run is None:
+            return None
+        states, cache = args[0], kwargs.get("past_key_values")
+        for stage in self._stages(index, within=False):
+            self._choose(run, stage, states)
+        if run.pending is not None:
+            states = run.move_to(run.pending, states)
+        changed = run.narrowed(index, len(self._blocks), cache, kwargs, self._language)
+        return None if changed is None else ((states, *args[1:]), changed)
+
+    def _note_attention(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        run = self._local.run
+        if run is None or run.images is None:
+            return
+        if not self._stages(index, within=True) and not self._stages(index + 1, within=False):
+            run.read = None
+            return
+        cache = kwargs.get("past_key_values")
+        states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        layer = None if cache is None else cache.layers[index]
+        run.read = AttentionInput(
+            module, states, kwargs["position_embeddings"], kwargs.get("attention_mask"), layer
+        )
+
+    def _enter_mlp(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = self._local.run
+        if run is None:
+            return None
+        for stage in self._stages(index, within=True):
+            self._choose(run, stage, args[0])
+        return None if run.pending is None else ((run.part_of(run.pending, args[0]), *args[1:]), kwargs)
+
+    def _leave_mlp(self, index: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        run = self._local.run
+        return None if run is None or run.pending is None or output is None else run.back(run.pending, output)
+
+    def _deepstack(self, states: Tensor, visual: Tensor, features: Tensor) -> Any:
+        """Add features of the vision tower to the states of those tokens that are still there."""
+        run = self._local.run
+        if run is None or run.kept is None:
+            return type(self._language)._deepstack_process(self._language, states, visual, features)
+        whole = states.new_zeros(*visual.shape, states.shape[-1])
+        whole[visual.to(states.device)] = features.to(states)
+        return states + run.kept.gather(whole)
+
+    def _end_language(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        run, self._local.run = self._local.run, None
+        if run is None or output is None or (run.kept is None and run.pending is None):
+            return None
+        states = output[0]
+        if run.pending is not None:
+            states = run.move_to(run.pending, states)
+        assert run.kept is not None
+        states = run.kept.scatter(states, run.length)
+        if self._local.labels is not None:
+            run.forget_labels(self._local.labels)
+        if isinstance(output, tuple):
+            return (states, *output[1:])
+        output["last_hidden_state"] = states
+        return output
+
+    # Choosing.
+
+    def _stages(self, index: int, *, within: bool) -> list[Stage]:
+        every = (stage for stages in self.stages.values() for stage in stages)
+        return [stage for stage in every if stage.block == index and stage.within == within]
+
+    def _choose(self, run: Forward, stage: Stage, states: Tensor) -> None:
+        """Let a stage choose what goes on, if not all does."""
+        images = run.images
+        if images is None:
+            return
+        current = run.pending or run.kept
+        there = images.real if current is None else current.mask(run.length)
+        free = images.visual & there
+        if stage.chooser.newlines == "protect":
+            free = free & ~images.newline
+        if not bool(free.any()):
+            return
+        seen = View(images, run.kept, states, free, run.read)
+        keep = stage.keep(images.sizes)[seen.number].minimum(seen.left)
+        if stage.tokens is not None and bool((keep == seen.left).all()):
+            return
+        chosen = stage.chooser.choose(seen, keep)
+        if stage.tokens is not None:
+            self._check(stage, seen, chosen, keep)
+        elif bool(chosen[seen.real].all()):
+            return
+        run.pending = KeepSet.of(there & (~free | seen.marked(chosen)))
+        run.compact = stage.compact
+
+    def _check(self, stage: Stage, seen: View, chosen: Tensor, keep: Tensor) -> None:
+        counts = (chosen & seen.real).sum(1)
+        if not torch.equal(counts, keep):
+            raise QualityError(
+                f"{stage.chooser.method()} kept {counts.tolist()} tokens of images, not {keep.tolist()}",
+                hint="its score is not finite: look whether the model computes NaN on this input",
+            )
+
+
+def attach(model: PreTrainedModel, key: str, stages: Sequence[Stage]) -> None:
+    """Let a model run with fewer tokens from now on; the same key again changes nothing.
+
+    Args:
+        model: In memory.
+        key: What names the decision, such as a plan's id.
+        stages: Where tokens are dropped.
+
+    Raises:
+        UsageError: Tokens of this model cannot be dropped; says why.
+    """
+    engine = engine_of(model)
+    if engine is None:
+        engine = Engine(model)
+        engine.install()
+        object.__setattr__(model, _ATTRIBUTE, engine)
+    engine.stages.setdefault(key, [*stages])
+
+
+def detach(model: PreTrainedModel, key: str | None = None) -> None:
+    """Let a model run with all tokens again.
+
+    Args:
+        model: In memory.
+        key: Only this decision is undone; None for every one.
+    """
+    engine = engine_of(model)
+    if engine is None:
+        return
+    if key is not None:
+        engine.stages.pop(key, None)
+    if key is None or not engine.stages:
+        engine.remove()
+        object.__delattr__(model, _ATTRIBUTE)
+
+
+def engine_of(model: object) -> Engine | None:
+    """Return what runs a model with fewer tokens; None where nothing does."""
+    found = vars(model).get(_ATTRIBUTE)
+    assert found is None or isinstance(found, Engine)
+    return found
+
+
+@contextmanager
+def paused(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Let this thread run a model with all its tokens, for the length of a `with`."""
+    engine = engine_of(model)
+    if engine is None:
+        yield model
+        return
+    with engine.paused():
+        yield model
