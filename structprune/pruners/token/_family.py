@@ -24,9 +24,10 @@ from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.pruner import Pruner
-from structprune.runtime.engine import Stage, attach
+from structprune.runtime.engine import attach
 from structprune.runtime.flops import BlockCost, image_tokens, visual_operations
 from structprune.runtime.refusals import check_runs
+from structprune.runtime.stage import Stage
 from structprune.runtime.view import View
 
 # Rotary tables of several axes say where in an image a token is: counted anew, that would be lost.

@@ -22,8 +22,9 @@ from structprune.models.streamed import Batch, Model
 from structprune.models.tensor_edit import Outline
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.token._family import ScoredTokens
-from structprune.runtime.engine import Stage, attach, detach
+from structprune.runtime.engine import attach, detach
 from structprune.runtime.flops import BlockCost
+from structprune.runtime.stage import Stage
 from structprune.runtime.view import View
 from structprune.solvers.token_fit import Fit, Walked, fit_shares
 
