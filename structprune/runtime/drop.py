@@ -28,7 +28,7 @@ class Chooser(Protocol):
 
 
 @dataclass(frozen=True)
-class Stage:
+class Drop:
     """One place where tokens are dropped.
 
     Attributes:
