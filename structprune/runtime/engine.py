@@ -7,13 +7,11 @@ thread. No class is changed and nothing is registered.
     prompt -> blocks before: all tokens -> stage: choose, gather -> blocks after: kept tokens -> scatter
 """
 
-import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,64 +20,14 @@ from transformers import PreTrainedModel
 from structprune.errors import QualityError, UsageError
 from structprune.models.arch import arch_of, blocks
 from structprune.runtime.attention import AttentionInput
+from structprune.runtime.drop import Drop
 from structprune.runtime.forward import Forward
-from structprune.runtime.images import find_images, with_newlines
+from structprune.runtime.images import ImageFeatures, find_images, with_newlines
 from structprune.runtime.keep_set import KeepSet
 from structprune.runtime.refusals import Guarded, check_runs
 from structprune.runtime.view import View
 
 _ATTRIBUTE = "_structprune_engine"
-
-
-class Chooser(Protocol):
-    """What the engine asks of a method."""
-
-    @property
-    def newlines(self) -> Literal["protect", "compete"]:
-        """Return whether tokens that only end a line of an image may be dropped."""
-        ...
-
-    @classmethod
-    def method(cls) -> str:
-        """Return the method's name."""
-        ...
-
-    def choose(self, seen: View, keep: Tensor) -> Tensor:
-        """Return which tokens of each image stay, bool [images, tokens]: as many as `keep` says, [images]."""
-        ...
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One place where tokens are dropped.
-
-    Attributes:
-        block: Number of the block, counted from 0.
-        within: Whether they go between its attention and its feed-forward; else before it.
-        tokens: How many tokens of an image are left: an integer says how many, a float which share of those
-            that the image had at first; None leaves it to who chooses.
-        chooser: Who chooses.
-        compact: Whether positions are counted anew.
-    """
-
-    block: int
-    within: bool
-    tokens: Tensor | None
-    chooser: Chooser
-    compact: bool = False
-
-    def keep(self, sizes: Tensor) -> Tensor:
-        """Return how many tokens stay of images with so many at first, at least one each; shape [images]."""
-        if self.tokens is None:
-            return sizes
-        if self.tokens.is_floating_point():
-            # Half up, after a rounding that takes 0.29 * 100 for 29.
-            wanted = torch.floor(
-                (sizes.double() * self.tokens.to(sizes.device)).round(decimals=9) + 0.5
-            ).long()
-        else:
-            wanted = self.tokens.to(sizes.device).expand_as(sizes)
-        return wanted.clamp(min=1).minimum(sizes)
 
 
 class _Local(threading.local):
@@ -95,27 +43,6 @@ class _Local(threading.local):
         return type(self), ()
 
 
-class _ImageFeatures:
-    """`get_image_features` of one model, which notes how many tokens each image has.
-
-    Args:
-        model: Whose method it stands for.
-        local: Where it notes.
-    """
-
-    def __init__(self, model: nn.Module, local: _Local) -> None:
-        kind: Any = type(model)
-        self._method, self._model, self._local = kind.get_image_features, model, local
-        # `generate` asks for the names of its parameters.
-        self.__signature__ = inspect.signature(kind.get_image_features.__get__(model))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        found = self._method(self._model, *args, **kwargs)
-        features = found.pooler_output if hasattr(found, "pooler_output") else found[0]
-        self._local.sizes = [len(one) for one in features]
-        return found
-
-
 class Engine:
     """The hooks of one model, and what its forwards have in common.
 
@@ -126,7 +53,7 @@ class Engine:
     def __init__(self, model: PreTrainedModel) -> None:
         check_runs(model)
         arch = arch_of(model)
-        self.stages: dict[str, list[Stage]] = {}
+        self.drops: dict[str, list[Drop]] = {}
         self._local = _Local()
         self._handles: list[Any] = []
         self._replaced: list[tuple[nn.Module, str]] = []
@@ -149,7 +76,7 @@ class Engine:
             hook(block.get_submodule(self._attention), before=partial(self._note_attention, index))
             mlp = block.get_submodule(self._mlp)
             hook(mlp, before=partial(self._enter_mlp, index), after=partial(self._leave_mlp, index))
-        self._replace(self._base, "get_image_features", _ImageFeatures(self._base, self._local))
+        self._replace(self._base, "get_image_features", ImageFeatures(self._base, self._note_sizes))
         self._replace(self._root, "generate", Guarded(self._root))
         if hasattr(self._language, "_deepstack_process"):
             self._replace(self._language, "_deepstack_process", self._deepstack)
@@ -208,6 +135,9 @@ class Engine:
     def _end(self, *_: object) -> None:
         self._local.ids, self._local.sizes, self._local.labels = None, (), None
 
+    def _note_sizes(self, sizes: Sequence[int]) -> None:
+        self._local.sizes = sizes
+
     def _begin_language(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         local = self._local
         states, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
@@ -234,8 +164,8 @@ class Engine:
         if run is None:
             return None
         states, cache = args[0], kwargs.get("past_key_values")
-        for stage in self._stages(index, within=False):
-            self._choose(run, stage, states)
+        for drop in self._drops(index, within=False):
+            self._choose(run, drop, states)
         if run.pending is not None:
             states = run.move_to(run.pending, states)
         changed = run.narrowed(index, len(self._blocks), cache, kwargs, self._language)
@@ -247,7 +177,7 @@ class Engine:
         run = self._local.run
         if run is None or run.images is None:
             return
-        if not self._stages(index, within=True) and not self._stages(index + 1, within=False):
+        if not self._drops(index, within=True) and not self._drops(index + 1, within=False):
             run.read = None
             return
         cache = kwargs.get("past_key_values")
@@ -261,8 +191,8 @@ class Engine:
         run = self._local.run
         if run is None:
             return None
-        for stage in self._stages(index, within=True):
-            self._choose(run, stage, args[0])
+        for drop in self._drops(index, within=True):
+            self._choose(run, drop, args[0])
         return None if run.pending is None else ((run.part_of(run.pending, args[0]), *args[1:]), kwargs)
 
     def _leave_mlp(self, index: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -296,50 +226,50 @@ class Engine:
 
     # Choosing.
 
-    def _stages(self, index: int, *, within: bool) -> list[Stage]:
-        every = (stage for stages in self.stages.values() for stage in stages)
-        return [stage for stage in every if stage.block == index and stage.within == within]
+    def _drops(self, index: int, *, within: bool) -> list[Drop]:
+        every = (drop for drops in self.drops.values() for drop in drops)
+        return [drop for drop in every if drop.block == index and drop.within == within]
 
-    def _choose(self, run: Forward, stage: Stage, states: Tensor) -> None:
-        """Let a stage choose what goes on, if not all does."""
+    def _choose(self, run: Forward, drop: Drop, states: Tensor) -> None:
+        """Let a method choose what goes on, if not all does."""
         images = run.images
         if images is None:
             return
         current = run.pending or run.kept
         there = images.real if current is None else current.mask(run.length)
         free = images.visual & there
-        if stage.chooser.newlines == "protect":
+        if drop.chooser.newlines == "protect":
             free = free & ~images.newline
         if not bool(free.any()):
             return
         seen = View(images, run.kept, states, free, run.read)
-        keep = stage.keep(images.sizes)[seen.number].minimum(seen.left)
-        if stage.tokens is not None and bool((keep == seen.left).all()):
+        keep = drop.keep(images.sizes)[seen.number].minimum(seen.left)
+        if drop.tokens is not None and bool((keep == seen.left).all()):
             return
-        chosen = stage.chooser.choose(seen, keep)
-        if stage.tokens is not None:
-            self._check(stage, seen, chosen, keep)
+        chosen = drop.chooser.choose(seen, keep)
+        if drop.tokens is not None:
+            self._check(drop, seen, chosen, keep)
         elif bool(chosen[seen.real].all()):
             return
         run.pending = KeepSet.of(there & (~free | seen.marked(chosen)))
-        run.compact = stage.compact
+        run.compact = drop.compact
 
-    def _check(self, stage: Stage, seen: View, chosen: Tensor, keep: Tensor) -> None:
+    def _check(self, drop: Drop, seen: View, chosen: Tensor, keep: Tensor) -> None:
         counts = (chosen & seen.real).sum(1)
         if not torch.equal(counts, keep):
             raise QualityError(
-                f"{stage.chooser.method()} kept {counts.tolist()} tokens of images, not {keep.tolist()}",
+                f"{drop.chooser.method()} kept {counts.tolist()} tokens of images, not {keep.tolist()}",
                 hint="its score is not finite: look whether the model computes NaN on this input",
             )
 
 
-def attach(model: PreTrainedModel, key: str, stages: Sequence[Stage]) -> None:
+def attach(model: PreTrainedModel, key: str, drops: Sequence[Drop]) -> None:
     """Let a model run with fewer tokens from now on; the same key again changes nothing.
 
     Args:
         model: In memory.
         key: What names the decision, such as a plan's id.
-        stages: Where tokens are dropped.
+        drops: Where tokens are dropped.
 
     Raises:
         UsageError: Tokens of this model cannot be dropped; says why.
@@ -349,7 +279,7 @@ def attach(model: PreTrainedModel, key: str, stages: Sequence[Stage]) -> None:
         engine = Engine(model)
         engine.install()
         object.__setattr__(model, _ATTRIBUTE, engine)
-    engine.stages.setdefault(key, [*stages])
+    engine.drops.setdefault(key, [*drops])
 
 
 def detach(model: PreTrainedModel, key: str | None = None) -> None:
@@ -363,8 +293,8 @@ def detach(model: PreTrainedModel, key: str | None = None) -> None:
     if engine is None:
         return
     if key is not None:
-        engine.stages.pop(key, None)
-    if key is None or not engine.stages:
+        engine.drops.pop(key, None)
+    if key is None or not engine.drops:
         engine.remove()
         object.__delattr__(model, _ATTRIBUTE)
 

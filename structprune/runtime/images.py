@@ -1,11 +1,13 @@
 """Where the images of a forward are among its tokens."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from structprune.errors import UsageError
@@ -99,3 +101,25 @@ def placeholder(config: PreTrainedConfig) -> int:
             hint="token pruners take vision-language models, such as LLaVA or Qwen2.5-VL",
         )
     return int(found)
+
+
+class ImageFeatures:
+    """`get_image_features` of one model, which tells how many tokens each image has.
+
+    Args:
+        model: Whose method it stands for.
+        note: Told the sizes, in order.
+    """
+
+    def __init__(self, model: nn.Module, note: Callable[[Sequence[int]], None]) -> None:
+        kind: Any = type(model)
+        self._method, self._model, self._note = kind.get_image_features, model, note
+        # `generate` asks for the names of its parameters.
+        self.__signature__ = inspect.signature(kind.get_image_features.__get__(model))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the method returns."""
+        found = self._method(self._model, *args, **kwargs)
+        features = found.pooler_output if hasattr(found, "pooler_output") else found[0]
+        self._note([len(one) for one in features])
+        return found

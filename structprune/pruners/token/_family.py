@@ -24,7 +24,8 @@ from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.pruner import Pruner
-from structprune.runtime.engine import Stage, attach
+from structprune.runtime.drop import Drop
+from structprune.runtime.engine import attach
 from structprune.runtime.flops import BlockCost, image_tokens, visual_operations
 from structprune.runtime.refusals import check_runs
 from structprune.runtime.view import View
@@ -178,13 +179,13 @@ class TokenPruner(Pruner):
         }
 
     def _left(self, tokens: Tensor, size: int) -> int:
-        return int(Stage(0, self.within, tokens, self).keep(torch.tensor([size])))
+        return int(Drop(0, self.within, tokens, self).keep(torch.tensor([size])))
 
-    def stages(self, plan: Plan, model: Model) -> list[Stage]:
+    def drops(self, plan: Plan, model: Model) -> list[Drop]:
         """Return what the engine carries out on a model."""
         compact = (self.positions or self.paper_positions) == "compact" and not _several_axes(model)
         numbered = ((int(key.name.rpartition(".")[2]), plan[key]) for key in plan if key.kind == "tokens")
-        return [Stage(block, self.within, tokens, self, compact) for block, tokens in numbered]
+        return [Drop(block, self.within, tokens, self, compact) for block, tokens in numbered]
 
     def apply(self, model: Model, plan: Plan) -> Model:
         """Let a model run with fewer tokens; returns the same model. Its parameters stay as they are.
@@ -205,8 +206,8 @@ class TokenPruner(Pruner):
                 f"{self.method()} works while a model runs, and a streamed one is never whole",
                 hint="leave --stream out",
             )
-        if stages := self.stages(plan, model):
-            attach(model, plan.id, stages)
+        if drops := self.drops(plan, model):
+            attach(model, plan.id, drops)
         applied(model).append(plan.id)
         return model
 

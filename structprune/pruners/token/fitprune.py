@@ -22,7 +22,8 @@ from structprune.models.streamed import Batch, Model
 from structprune.models.tensor_edit import Outline
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.token._family import ScoredTokens
-from structprune.runtime.engine import Stage, attach, detach
+from structprune.runtime.drop import Drop
+from structprune.runtime.engine import attach, detach
 from structprune.runtime.flops import BlockCost
 from structprune.runtime.view import View
 from structprune.solvers.token_fit import Fit, Walked, fit_shares
@@ -58,7 +59,7 @@ class FitPrune(ScoredTokens):
         assert isinstance(model, PreTrainedModel)
         blocks = len(block_prefixes(model))
         fit = Fit(blocks, *self._costs(model, blocks), newlines=self.newlines)
-        attach(model, "fit", [Stage(index, True, None, fit) for index in range(blocks)])
+        attach(model, "fit", [Drop(index, True, None, fit) for index in range(blocks)])
 
         @torch.no_grad()
         def walk() -> None:
