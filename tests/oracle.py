@@ -1,4 +1,4 @@
-"""What a run with fewer tokens is held against: every token computed, without a cache, dropped columns hidden."""
+"""What runs with fewer tokens are held against: all tokens computed, no cache, dropped columns hidden."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -44,7 +44,9 @@ def token_pruner(method: str, **fields: Any) -> TokenPruner:
 
 
 @contextmanager
-def pruned(model: PreTrainedModel, pruner: TokenPruner, batch: dict[str, Tensor]) -> Iterator[PreTrainedModel]:
+def pruned(
+    model: PreTrainedModel, pruner: TokenPruner, batch: dict[str, Tensor]
+) -> Iterator[PreTrainedModel]:
     """Let a model run with fewer tokens, as decided on a batch, for the length of a `with`."""
     plan = pruner.calibrate(model, [batch])
     pruner.apply(model, plan)
@@ -126,7 +128,9 @@ def worst(found: Tensor, expected: Tensor) -> float:
 
 def dropped_columns(cache: Cache) -> int:
     """Return how many columns the layers of a cache lack."""
-    return sum(layer.get_seq_length() - layer.keys.shape[-2] for layer in cache.layers if layer.keys is not None)
+    return sum(
+        layer.get_seq_length() - layer.keys.shape[-2] for layer in cache.layers if layer.keys is not None
+    )
 
 
 @torch.no_grad()

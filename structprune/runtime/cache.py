@@ -142,7 +142,8 @@ def pruned_layer(cache: Cache, index: int, count: int) -> PrunedLayer:
     Raises:
         UsageError: The cache keeps its rows in a way that cannot lose some.
     """
-    while len(cache.layers) < count and cache.layer_class_to_replicate is DynamicLayer:
+    growing = cache.layer_class_to_replicate is DynamicLayer and not cache.offloading
+    while len(cache.layers) < count and growing:
         cache.layers.append(PrunedLayer())
     layer = cache.layers[index] if index < len(cache.layers) else None
     if isinstance(layer, PrunedLayer):

@@ -13,19 +13,16 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from structprune.errors import QualityError, UsageError
+from structprune.errors import UsageError
 from structprune.models.arch import arch_of, blocks
 from structprune.runtime.attention import AttentionInput
 from structprune.runtime.drop import Drop
 from structprune.runtime.forward import Forward
 from structprune.runtime.images import ImageFeatures, find_images, with_newlines
-from structprune.runtime.keep_set import KeepSet
-from structprune.runtime.refusals import Guarded, check_runs
-from structprune.runtime.view import View
+from structprune.runtime.refusals import Guarded, check_computed_once, check_runs
 
 _ATTRIBUTE = "_structprune_engine"
 
@@ -77,7 +74,7 @@ class Engine:
             mlp = block.get_submodule(self._mlp)
             hook(mlp, before=partial(self._enter_mlp, index), after=partial(self._leave_mlp, index))
         self._replace(self._base, "get_image_features", ImageFeatures(self._base, self._note_sizes))
-        self._replace(self._root, "generate", Guarded(self._root))
+        self._replace(self._root, "generate", Guarded(self._root, self._is_paused))
         if hasattr(self._language, "_deepstack_process"):
             self._replace(self._language, "_deepstack_process", self._deepstack)
 
@@ -110,6 +107,9 @@ class Engine:
             yield
         finally:
             self._local.paused -= 1
+
+    def _is_paused(self) -> bool:
+        return self._local.paused > 0
 
     # One forward, from outside to inside.
 
@@ -154,6 +154,8 @@ class Engine:
                 "an attention mask that is not [batch, tokens]: which tokens are padding is not known",
                 hint="pass the processor's attention_mask",
             )
+        if found is not None:
+            check_computed_once(self._blocks)
         newline = getattr(self._base, "image_newline", None)
         local.run.images = None if found is None else with_newlines(found, states, newline)
 
@@ -165,7 +167,7 @@ class Engine:
             return None
         states, cache = args[0], kwargs.get("past_key_values")
         for drop in self._drops(index, within=False):
-            self._choose(run, drop, states)
+            run.choose(drop, states)
         if run.pending is not None:
             states = run.move_to(run.pending, states)
         changed = run.narrowed(index, len(self._blocks), cache, kwargs, self._language)
@@ -182,7 +184,8 @@ class Engine:
             return
         cache = kwargs.get("past_key_values")
         states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        layer = None if cache is None else cache.layers[index]
+        # A cache that was not told how many blocks there are grows with them.
+        layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
         run.read = AttentionInput(
             module, states, kwargs["position_embeddings"], kwargs.get("attention_mask"), layer
         )
@@ -192,7 +195,7 @@ class Engine:
         if run is None:
             return None
         for drop in self._drops(index, within=True):
-            self._choose(run, drop, args[0])
+            run.choose(drop, args[0])
         return None if run.pending is None else ((run.part_of(run.pending, args[0]), *args[1:]), kwargs)
 
     def _leave_mlp(self, index: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -224,43 +227,9 @@ class Engine:
         output["last_hidden_state"] = states
         return output
 
-    # Choosing.
-
     def _drops(self, index: int, *, within: bool) -> list[Drop]:
         every = (drop for drops in self.drops.values() for drop in drops)
         return [drop for drop in every if drop.block == index and drop.within == within]
-
-    def _choose(self, run: Forward, drop: Drop, states: Tensor) -> None:
-        """Let a method choose what goes on, if not all does."""
-        images = run.images
-        if images is None:
-            return
-        current = run.pending or run.kept
-        there = images.real if current is None else current.mask(run.length)
-        free = images.visual & there
-        if drop.chooser.newlines == "protect":
-            free = free & ~images.newline
-        if not bool(free.any()):
-            return
-        seen = View(images, run.kept, states, free, run.read)
-        keep = drop.keep(images.sizes)[seen.number].minimum(seen.left)
-        if drop.tokens is not None and bool((keep == seen.left).all()):
-            return
-        chosen = drop.chooser.choose(seen, keep)
-        if drop.tokens is not None:
-            self._check(drop, seen, chosen, keep)
-        elif bool(chosen[seen.real].all()):
-            return
-        run.pending = KeepSet.of(there & (~free | seen.marked(chosen)))
-        run.compact = drop.compact
-
-    def _check(self, drop: Drop, seen: View, chosen: Tensor, keep: Tensor) -> None:
-        counts = (chosen & seen.real).sum(1)
-        if not torch.equal(counts, keep):
-            raise QualityError(
-                f"{drop.chooser.method()} kept {counts.tolist()} tokens of images, not {keep.tolist()}",
-                hint="its score is not finite: look whether the model computes NaN on this input",
-            )
 
 
 def attach(model: PreTrainedModel, key: str, drops: Sequence[Drop]) -> None:

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from structprune.errors import QualityError
 from structprune.runtime.attention import AttentionInput
 from structprune.runtime.cache import PrunedLayer, pruned_layer
+from structprune.runtime.drop import Drop
 from structprune.runtime.images import Images
 from structprune.runtime.keep_set import KeepSet, gather
 from structprune.runtime.masks import narrow
+from structprune.runtime.view import View
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +94,42 @@ class Forward:
         assert self.kept is not None and self.images is not None
         gone = self.images.real & ~self.kept.mask(self.length)
         return gone.cumsum(1)
+
+    def choose(self, drop: Drop, states: Tensor) -> None:
+        """Let a method choose what goes on from one place, if not all does.
+
+        Args:
+            drop: The place.
+            states: Of the tokens that are computed there, shape [batch, slots, hidden].
+
+        Raises:
+            QualityError: It chose more or fewer than it was asked for.
+        """
+        images = self.images
+        if images is None:
+            return
+        current = self.pending or self.kept
+        there = images.real if current is None else current.mask(self.length)
+        free = images.visual & there & ~images.last
+        if drop.chooser.newlines == "protect":
+            free = free & ~images.newline
+        if not bool(free.any()):
+            return
+        seen = View(images, self.kept, states, there, free, self.read)
+        # What may not be dropped counts as kept, so that a count is what is computed.
+        keep = (drop.keep(seen.sizes) - seen.protected).clamp(min=1).minimum(seen.left)
+        if drop.tokens is not None and bool((keep == seen.left).all()):
+            return
+        chosen = drop.chooser.choose(seen, keep)
+        counts = (chosen & seen.real).sum(1)
+        if drop.tokens is not None and not torch.equal(counts, keep):
+            raise QualityError(
+                f"{drop.chooser.method()} kept {counts.tolist()} tokens of images, not {keep.tolist()}",
+                hint="its score is not finite: look whether the model computes NaN on this input",
+            )
+        if not torch.equal(counts, seen.left):
+            self.pending = KeepSet.of(there & (~free | seen.marked(chosen)))
+            self.compact = drop.compact
 
     def narrowed(
         self, index: int, count: int, cache: Cache | None, given: dict[str, Any], language: Any

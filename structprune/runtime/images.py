@@ -41,9 +41,9 @@ class Images:
 
     @cached_property
     def last(self) -> Tensor:
-        """Return the place of the last real token of every row, shape [batch]."""
-        places = torch.arange(self.real.shape[1], device=self.real.device)
-        return torch.where(self.real, places, -1).amax(1)
+        """Return which token is the last real one of its row, bool [batch, tokens]."""
+        later = self.real.flip(1).cumsum(1).flip(1)
+        return self.real & (later == 1)
 
 
 def find_images(

@@ -69,8 +69,8 @@ class KeepSet:
         """
         full = states.new_zeros(len(states), length, states.shape[-1])
         here = states.masked_fill(~self.valid[..., None], 0)
-        # Empty slots add zeros to tokens that nothing else writes to.
-        return full.scatter(1, self.index[..., None].expand_as(here), here)
+        # Added: an empty slot may name the place of a kept token, and of two writers either might win.
+        return full.scatter_add(1, self.index[..., None].expand_as(here), here)
 
     def mask(self, length: int) -> Tensor:
         """Return whether each token of the forward is kept, bool [batch, tokens]."""

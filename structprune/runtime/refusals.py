@@ -1,7 +1,10 @@
 """What cannot be right with fewer tokens, refused by name before anything runs."""
 
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -23,10 +26,11 @@ class Guarded:
 
     Args:
         model: Whose `generate` it stands for.
+        paused: Tells whether nothing is dropped now, so that every way is right.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+    def __init__(self, model: PreTrainedModel, paused: Callable[[], bool]) -> None:
+        self._model, self._paused = model, paused
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate; arguments are those of transformers' `generate`.
@@ -34,20 +38,39 @@ class Guarded:
         Raises:
             UsageError: The prompt would be read in a way in which tokens cannot be dropped.
         """
-        config = kwargs.get("generation_config") or self._model.generation_config
+        kind: Any = type(self._model)
+        if not self._paused():
+            self._check(inspect.signature(kind.generate).bind(self._model, *args, **kwargs).arguments)
+        return kind.generate(self._model, *args, **kwargs)
+
+    def _check(self, given: dict[str, Any]) -> None:
+        """Check the arguments of `generate`, those without a name of their own under "kwargs"."""
+        config = given.get("generation_config") or self._model.generation_config
+        said = {**given, **given.get("kwargs", {})}
         for name, why in REFUSED.items():
-            if (kwargs.get(name) if name in kwargs else getattr(config, name, None)) is not None:
+            if said.get(name, getattr(config, name, None)) is not None:
                 raise UsageError(
                     f"{name}: {why}", hint="generate without it, or under structprune.paused(model)"
                 )
-        cache = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
+        cache = said.get("cache_implementation", getattr(config, "cache_implementation", None))
         if cache not in CACHES:
             raise UsageError(
                 f"cache_implementation={cache!r}: such a cache cannot lose tokens",
                 hint="use the default cache: leave cache_implementation out",
             )
-        kind: Any = type(self._model)
-        return kind.generate(self._model, *args, **kwargs)
+
+
+def check_computed_once(blocks: Sequence[nn.Module]) -> None:
+    """Check that no block is computed a second time for its gradients, when what it dropped is forgotten.
+
+    Raises:
+        UsageError: One is.
+    """
+    if any(block.training and getattr(block, "gradient_checkpointing", False) for block in blocks):
+        raise UsageError(
+            "gradient checkpointing computes blocks twice, the second time without knowing what was dropped",
+            hint="train without gradient checkpointing, or under structprune.paused(model)",
+        )
 
 
 def check_runs(model: PreTrainedModel) -> None:

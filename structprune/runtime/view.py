@@ -26,6 +26,7 @@ class View:
         images: Where they were at first.
         kept: The tokens that are computed here; None for all.
         states: Of those, shape [batch, slots, hidden].
+        there: Which tokens of the forward go on so far, bool [batch, tokens].
         candidates: Which tokens of the forward may be dropped here, bool [batch, tokens].
         read: What the attention of the block read that decides; None where none ran yet.
     """
@@ -33,6 +34,7 @@ class View:
     images: Images
     kept: KeepSet | None
     states: Tensor
+    there: Tensor
     candidates: Tensor
     read: AttentionInput | None
 
@@ -48,6 +50,17 @@ class View:
         """Return the number that each image seen has among all of the forward, shape [images]."""
         found: Tensor = torch.unique(self.images.number[self.candidates])
         return found
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Return how many tokens each image had at first, shape [images]."""
+        return self.images.sizes[self.number]
+
+    @cached_property
+    def protected(self) -> Tensor:
+        """Return how many tokens of each image go on whatever is chosen, shape [images]."""
+        staying = self.images.number[self.images.visual & self.there & ~self.candidates]
+        return torch.bincount(staying, minlength=len(self.images.sizes))[self.number]
 
     @cached_property
     def left(self) -> Tensor:
@@ -97,9 +110,7 @@ class View:
 
     def paid_by_last(self) -> Tensor:
         """Return the attention that the last real token pays, mean over heads, float32 [images, tokens]."""
-        last = self.images.last[:, None]
-        if self.kept is not None:
-            last = self._slots.gather(1, last)
+        last = self._here(self.images.last).int().argmax(1, keepdim=True)
         rows = self._own(self._attention().rows(last))
         return self.spread(rows.mean(1)[:, 0])
 

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from structprune.errors import UsageError
 from structprune.runtime.view import View
 
 # Width of the interval of alpha at which the bisection ends: seven rounds from [0, 1].
@@ -105,7 +106,7 @@ class Fit:
     def choose(self, seen: View, keep: Tensor) -> Tensor:
         """Return what stays in the block that runs now, bool [images, tokens]."""
         if self._block == 0:
-            sizes = keep.tolist()
+            sizes = seen.sizes.tolist()
             if self.alpha is None:
                 self.images += [Walked(size) for size in sizes]
             self._batch = self.images[self._next : self._next + len(sizes)]
@@ -122,7 +123,7 @@ class Fit:
                 gone = deletable(own[:left], image.own[self._block], self.alpha)
                 gone &= deletable(text[:left], image.text[self._block], self.alpha)
             chosen[number, :left] = ~gone
-            self._note(image, left, int(gone.sum()))
+            self._note(image, left + int(seen.protected[number]), int(gone.sum()))
         self._block += 1
         return chosen
 
@@ -135,9 +136,9 @@ class Fit:
         image.done = image.done or self._demand(image) <= 1
 
     @property
-    def reached(self) -> bool:
-        """Tell whether the images, as a mean, cost no more than they may in the present walk."""
-        return fmean(map(self._demand, self.images)) <= 1
+    def needs(self) -> float:
+        """Return how much of what is allowed the images need in the present walk, as a mean; 1: all of it."""
+        return fmean(map(self._demand, self.images))
 
     def shares(self) -> list[float]:
         """Return which share of an image's tokens leaves each block, from the deletions of the present walk.
@@ -166,6 +167,9 @@ def fit_shares(fit: Fit, walk: Callable[[], None], told: Callable[[int], None]) 
         fit: Its images are measured already.
         walk: Runs all calibration batches.
         told: Told the number of walks that are done.
+
+    Raises:
+        UsageError: No alpha is enough; says how much must be allowed.
     """
     low, high, walks = 0.0, 1.0, 0
     best: Sequence[float] | None = None
@@ -175,8 +179,13 @@ def fit_shares(fit: Fit, walk: Callable[[], None], told: Callable[[int], None]) 
         walk()
         walks += 1
         told(walks)
-        if fit.reached or middle == high:
+        if fit.needs <= 1:
             best, high = fit.shares(), middle
+        elif middle == high:
+            raise UsageError(
+                f"the target cannot be reached: images need {fit.needs:.4g} of it when all goes that can go",
+                hint=f"ask for {fit.needs:.4g} times as much or more",
+            )
         else:
             low = middle
     return list(best)
