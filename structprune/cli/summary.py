@@ -136,6 +136,9 @@ def key_lines(result: Result) -> str:
 
 def _reached(stage: Result) -> str:
     """Return what a stage removed as measured, and what whole units allow where that is something else."""
+    if left := stage.get("while_running"):
+        tokens = f"{left['tokens']} of {left['visual_tokens']} visual tokens of an image left at the end"
+        return f"{tokens}, {_exact(left['visual_flops'])} of their operations, while structprune runs it"
     if stage["measured"] is None:  # the files that it was measured against are not those of this run
         return f"{_exact(stage['reachable'])} of the {stage['unit']} removed before"
     removed = f"{_exact(stage['measured'])} of the {stage['unit']} removed"

@@ -160,6 +160,16 @@ class Pruner(BaseModel, ABC):
         """
         raise self._no_reuse()
 
+    def undo(self, model: Model, plan: Plan) -> None:
+        """Let a model be as it was before a plan was applied.
+
+        Raises:
+            UsageError: What was applied changed the weights, which are kept nowhere else.
+        """
+        raise UsageError(
+            f"{self.method()} changes the weights, which cannot be undone", hint="open the model again"
+        )
+
     def _no_reuse(self) -> UsageError:
         return UsageError(f"scores alone do not decide in {self.method()}", hint="calibrate again")
 
