@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from structprune.checkpoint.writing import Writing as Writing
     from structprune.machine import environment as environment
     from structprune.models.opening import Opening as Opening
+    from structprune.models.processor import processor as processor
     from structprune.pipeline.apply import apply as apply
     from structprune.pipeline.bench import bench as bench
     from structprune.pipeline.dry_run import dry_run as dry_run
@@ -68,6 +69,7 @@ _HOMES = {
     "inspect": "pipeline.inspect",
     "load": "checkpoint.load",
     "methods": "pipeline.methods",
+    "processor": "models.processor",
     "prune": "pipeline.prune",
     "prune_each": "pipeline.sweep",
     "recover": "pipeline.recover",
@@ -102,6 +104,7 @@ __all__ = [
     "inspect",
     "load",
     "methods",
+    "processor",
     "prune",
     "prune_each",
     "recover",
