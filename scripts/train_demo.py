@@ -18,9 +18,9 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from train_demo_vision import PICTURES, QUESTIONS, VISION_STEPS, train_vision
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from train_demo_vision import PICTURES, QUESTIONS, VISION_STEPS, train_vision
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
