@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from structprune.checkpoint.writing import Writing as Writing
     from structprune.machine import environment as environment
     from structprune.models.opening import Opening as Opening
+    from structprune.models.processor import processor as processor
     from structprune.pipeline.apply import apply as apply
     from structprune.pipeline.bench import bench as bench
     from structprune.pipeline.dry_run import dry_run as dry_run
@@ -71,6 +72,7 @@ _HOMES = {
     "load": "checkpoint.load",
     "methods": "pipeline.methods",
     "paused": "runtime.engine",
+    "processor": "models.processor",
     "prune": "pipeline.prune",
     "prune_each": "pipeline.sweep",
     "pruning": "pruners.while_running",
@@ -107,6 +109,7 @@ __all__ = [
     "load",
     "methods",
     "paused",
+    "processor",
     "prune",
     "prune_each",
     "pruning",

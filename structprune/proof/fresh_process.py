@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from structprune.errors import EnvironmentFailure
 from structprune.models.opening import Opening
+from structprune.models.streamed import Batch
 from structprune.storage.durable import blame
 from structprune.storage.scratch import HINT, scratch_folder
 from structprune.storage.tensor_file import read_tensors, save_tensors
@@ -37,11 +38,13 @@ class ReloadJob:
         folder: The folder.
         ids: Token ids to run through it, shape [batch, tokens].
         opening: The dtype to compute in, which is not "auto", and what is allowed; it runs on the CPU.
+        image: A prompt with an image to run through it too; None for none.
     """
 
     folder: Path
     ids: Tensor
     opening: Opening
+    image: Batch | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Reloaded:
         error: Why the folder could not be opened; "" when it was.
         loader: What opened it, with its version.
         logits: Shape [batch, tokens, vocabulary]; None when there was an error.
+        image_logits: Those of the prompt with an image; None where there was none.
         missing: Tensors that the loader did not find, or found in another shape.
         same_with_cache: Whether greedy tokens are the same with and without a cache; None where not tried.
     """
@@ -61,6 +65,7 @@ class Reloaded:
     logits: Tensor | None = None
     missing: tuple[str, ...] = ()
     same_with_cache: bool | None = None
+    image_logits: Tensor | None = None
 
 
 def probe(config: PreTrainedConfig) -> Tensor:
@@ -125,7 +130,8 @@ def _special(value: object, key: str = "") -> list[object]:
 
 def _write(job: ReloadJob, scratch: Path, index: int) -> dict[str, Any]:
     asked = scratch / f"probe-{index}.safetensors"
-    save_tensors(asked, {"input_ids": job.ids.cpu().contiguous()})
+    image = {f"image.{name}": value.cpu().contiguous() for name, value in (job.image or {}).items()}
+    save_tensors(asked, {"input_ids": job.ids.cpu().contiguous(), **image})
     return {
         "folder": str(job.folder.resolve()),
         "probe": str(asked),
@@ -181,10 +187,12 @@ def _result(job: dict[str, Any], line: dict[str, Any]) -> Reloaded:
         return Reloaded(
             error="the child had structprune imported, so it proves nothing about plain transformers"
         )
+    said = read_tensors(Path(job["logits"]))
     return Reloaded(
         error="",
         loader=line["loader"],
-        logits=read_tensors(Path(job["logits"]))["logits"],
+        logits=said["logits"],
+        image_logits=said.get("image_logits"),
         missing=(*line.get("missing", ()), *line.get("mismatched", ())),
         same_with_cache=line.get("same_with_cache"),
     )
