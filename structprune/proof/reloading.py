@@ -20,6 +20,7 @@ from structprune.proof import fresh_process
 from structprune.proof.image_probe import image_probe
 from structprune.proof.reload_streamed import loader
 from structprune.proof.verification import Verification
+from structprune.runtime.engine import paused
 from structprune.storage.reader import StoredTensors
 from structprune.storage.scratch import scratch_folder
 
@@ -66,7 +67,8 @@ def check_reload(
     result.loads_in.append(loader())
     # An accelerator rounds differently from the processor that the folder is run on here.
     if reference is not None and reference.device.type == "cpu":
-        same, said = _compared([logits(reference, batch).cpu() for batch in asked], ours)
+        with paused(reference):  # what works while a model runs is no part of the files
+            same, said = _compared([logits(reference, batch).cpu() for batch in asked], ours)
         result.row("logits", [] if same else [f"this run's model: {said}"], f"this run's model: {said}")
     dtype = str(model.dtype).removeprefix("torch.")
     # A streamed reload is our own, which runs no file of ours.
@@ -74,7 +76,7 @@ def check_reload(
         trusted = opening.trust_remote_code or generated
         how = replace(opening, dtype=dtype, trust_remote_code=trusted)
         job = fresh_process.ReloadJob(folder, ids, how, image)
-        (child,) = fresh_process.reload([job], stream=stream)
+        (child,) = fresh_process.reload([job], how="streamed" if stream else "plain")
     if child.logits is None:
         result.row("reload", [f"a fresh process could not open the folder: {child.error}"], "")
         return

@@ -22,6 +22,7 @@ from structprune.models.streamed import Model, StreamedModel, build_model, open_
 from structprune.progress import Progress, silent, step
 from structprune.proof import against, counts, reloading
 from structprune.proof.measure import Inputs, Measured, Place, Rows, measure, places, rows_of
+from structprune.proof.running import check_running, works_while_running
 from structprune.proof.stage import Stage, read_stages
 from structprune.proof.verification import Verification
 from structprune.proof.written import WrittenTensors, check_files
@@ -124,6 +125,11 @@ def verify(
     elif reload:
         with step(progress, "reload in a fresh process"):
             reloading.check_reload(result, model, reader, opening, reference)
+            running = [stage for stage in stages if works_while_running(stage)]
+            if running:
+                dtype = str(model.dtype).removeprefix("torch.")
+                how = replace(opening, dtype=dtype)
+                check_running(result, folder, model.config, running, how, reference)
     return result
 
 
