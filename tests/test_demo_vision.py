@@ -89,9 +89,7 @@ def test_a_picture_is_drawn_as_its_scene_says():
     assert (picture.dtype, tuple(picture.shape)) == (torch.uint8, (3, SIDE, SIDE))
     assert tuple(picture[:, 16, 16]) == COLOURS["red"]
     assert tuple(picture[:, 16, 16 + 7]) == COLOURS["red"]
-    assert (
-        tuple(picture[:, 16 + 6, 16 + 6]) != COLOURS["red"]
-    )  # a corner, which a square would fill
+    assert tuple(picture[:, 16 + 6, 16 + 6]) != COLOURS["red"]  # a corner, which a square would fill
     # Four sixteenths of a stripe per pixel: four pixels dark, four bright.
     assert picture[0, 0, :9].tolist() == [40] * 4 + [50] * 4 + [40]
 
