@@ -157,8 +157,8 @@ def _protocol(report: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"Answers on {name}: {stamp.get('questions')} questions on images, decoding "
             f"{stamp.get('decoding')}, right with {stamp.get('right')}, computed in {stamp.get('dtype')}; "
-            f"sha256 of prompts and pixels `{str(stamp.get('sha256'))[:16]}`. McNemar's test asks whether the "
-            "questions that only one of the two models gets right could be either's by chance."
+            f"sha256 of prompts and pixels `{str(stamp.get('sha256'))[:16]}`. McNemar's test asks whether "
+            "the questions that only one of the two models gets right could be either's by chance."
         )
     for flag in protocol.get("flags", ()):
         yield f"Note: {flag}."
