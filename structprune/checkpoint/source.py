@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from structprune.checkpoint.adapter import Adapter, is_adapter, merge_adapter, read_adapter
 from structprune.checkpoint.integrity import check_weights, intact_manifest
 from structprune.errors import InputError
 from structprune.models.identity import names_of, skeleton
 from structprune.models.opening import Opening
+from structprune.models.processor import processor
 from structprune.models.remembered import remembered
 from structprune.models.streamed import Model, build_model, open_reader
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
@@ -76,6 +77,10 @@ class Source:
             )
         check_vocabulary(self.tokenizer, self.model)
         return self.tokenizer
+
+    def processor(self) -> ProcessorMixin:
+        """Return what makes batches of images and text; errors are those of `models.processor`."""
+        return processor(self.folder, self.opening)
 
 
 def open_source(name: str, folder: Path, opening: Opening) -> Source:

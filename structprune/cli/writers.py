@@ -53,7 +53,9 @@ def prune(
     ] = None,
     sparsity_ratio: Annotated[float | None, typer.Option(help="The fraction, in Wanda's words.")] = None,
     sparsity_type: Annotated[str | None, typer.Option(help="unstructured or N:M, in Wanda's words.")] = None,
-    calibration: Annotated[str | None, typer.Option(help="A text file, a data set's name, or demo.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="A file, a data set's name, demo or demo-vision.")
+    ] = None,
     samples: Samples = None,
     length: Length = None,
     column: Column = None,

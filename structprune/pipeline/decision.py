@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from structprune.calibration import data
+from structprune.calibration import data, images
+from structprune.calibration.image_questions import asks_on_images
+from structprune.calibration.text_source import DEMO
 from structprune.checkpoint.delivery import Delivery
 from structprune.checkpoint.export import export
 from structprune.checkpoint.plans import folder_of, plans_of, read_plans
@@ -59,7 +61,9 @@ def calibrate_on(recipe: Recipe, source: Source) -> data.Calibration | None:
     if not any(step.looks_at_data for step in recipe.prune):
         return None
     options = recipe.calibration
-    if options.source == "demo" and recipe.model != "demo":
+    if asks_on_images(options.text_source):
+        return _look_at_images(recipe, source)
+    if options.source == DEMO and recipe.model != DEMO:
         logger.warning(
             "calibrating on the built-in demo text; give --calibration text like what the model will read"
         )
@@ -72,6 +76,21 @@ def calibrate_on(recipe: Recipe, source: Source) -> data.Calibration | None:
         batch_size=options.batch_size,
         max_length=data.positions(source.model.config),
     )
+
+
+def _look_at_images(recipe: Recipe, source: Source) -> data.Calibration:
+    options, processor = recipe.calibration, source.processor()
+    images.check_no_length(options.length)
+    found = images.load_questions(
+        options.text_source,
+        processor,
+        samples=options.samples,
+        seed=recipe.seed,
+        batch_size=options.batch_size,
+        max_length=data.positions(source.model.config),
+    )
+    images.check_placeholders(source.model, found.batches[0])
+    return found
 
 
 def fingerprint(recipe: Recipe, source: Source, calibration: data.Calibration | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from structprune.calibration.data import positions, window_length
+from structprune.calibration.image_questions import asks_on_images, read_questions
 from structprune.calibration.texts import check_text
 from structprune.checkpoint.integrity import check_weights, intact_manifest
 from structprune.checkpoint.locate import resolve
@@ -21,6 +22,7 @@ from structprune.models.arch import blocks
 from structprune.models.cost import file_bytes, parameters_of, weight_bytes
 from structprune.models.identity import stored_layout
 from structprune.models.opening import RESIDENT_COPIES, Opening
+from structprune.models.processor import processor
 from structprune.models.remembered import remembered
 from structprune.models.streamed import StreamedModel, open_skeleton
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
@@ -118,8 +120,11 @@ def _check_inputs(recipe: Recipe, opened: StreamedModel, opening: Opening, strea
     folder, asked = opened.reader.folder, recipe.evaluate
     check_side_files(folder, opening)
     needs_data = any(pruner.looks_at_data for pruner in recipe.prune)
-    measures = asked is not None and not asked.skip and bool(asked.text or asked.tasks)
-    if needs_data:
+    measures = asked is not None and not asked.skip and asked.asks
+    if needs_data and asks_on_images(recipe.calibration.text_source):
+        read_questions(recipe.calibration.text_source)
+        processor(folder, opening)
+    elif needs_data:
         check_text(recipe.calibration.text_source)
     if recipe.recover is not None:
         check_text(recipe.recover.text_source)
@@ -130,7 +135,8 @@ def _check_inputs(recipe: Recipe, opened: StreamedModel, opening: Opening, strea
         check_vocabulary(tokenizer, opened)
         assert tokenizer is not None
         if asked is not None and measures:
-            read_exam(asked, tokenizer, opened.config, streamed=streamed)
+            sees = processor(folder, opening) if asked.questions else None
+            read_exam(asked, tokenizer, opened.config, streamed=streamed, processor=sees)
 
 
 def _workload(recipe: Recipe, opened: StreamedModel, left: PreTrainedModel, device: str) -> Workload | None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from structprune.errors import UsageError
 from structprune.models.arch import arch_of, blocks
+from structprune.models.streamed import Model
 from structprune.runtime.attention import AttentionInput
 from structprune.runtime.drop import Drop
 from structprune.runtime.forward import Forward
@@ -35,6 +36,7 @@ class _Local(threading.local):
     ids: Tensor | None = None
     labels: Tensor | None = None
     paused: int = 0
+    counts: dict[int, tuple[int, int]] | None = None
 
     def __reduce__(self) -> tuple[type["_Local"], tuple[()]]:
         return type(self), ()
@@ -111,6 +113,19 @@ class Engine:
     def _is_paused(self) -> bool:
         return self._local.paused > 0
 
+    @contextmanager
+    def counting(self) -> Iterator[dict[int, tuple[int, int]]]:
+        """Count the visual tokens of the last forward with an image, in this thread, inside a `with`.
+
+        Yields:
+            Number of the block -> how many its attention and its feed-forward computed.
+        """
+        self._local.counts = {}
+        try:
+            yield self._local.counts
+        finally:
+            self._local.counts = None
+
     # One forward, from outside to inside.
 
     def _begin_loss(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -170,6 +185,8 @@ class Engine:
             run.choose(drop, states)
         if run.pending is not None:
             states = run.move_to(run.pending, states)
+        if self._local.counts is not None:
+            self._local.counts[index] = (run.visual_tokens(),) * 2
         changed = run.narrowed(index, len(self._blocks), cache, kwargs, self._language)
         return None if changed is None else ((states, *args[1:]), changed)
 
@@ -196,6 +213,8 @@ class Engine:
             return None
         for drop in self._drops(index, within=True):
             run.choose(drop, args[0])
+        if self._local.counts is not None:
+            self._local.counts[index] = self._local.counts[index][0], run.visual_tokens()
         return None if run.pending is None else ((run.part_of(run.pending, args[0]), *args[1:]), kwargs)
 
     def _leave_mlp(self, index: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -276,7 +295,7 @@ def engine_of(model: object) -> Engine | None:
 
 
 @contextmanager
-def paused(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+def paused(model: Model) -> Iterator[Model]:
     """Let this thread run a model with all its tokens, for the length of a `with`."""
     engine = engine_of(model)
     if engine is None:

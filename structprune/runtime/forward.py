@@ -83,6 +83,14 @@ class Forward:
         self.kept, self.pending = narrower, None
         return states
 
+    def visual_tokens(self) -> int:
+        """Return how many visual tokens go on from here."""
+        if self.images is None:
+            return 0
+        kept = self.pending or self.kept
+        visual = self.images.visual
+        return int((visual if kept is None else visual & kept.mask(self.length)).sum())
+
     @property
     def rows(self) -> Tensor:
         """Return the places of the tokens that are computed, shape [batch, slots]."""

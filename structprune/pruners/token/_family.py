@@ -22,16 +22,19 @@ from structprune.models.streamed import Batch, Model, StreamedModel
 from structprune.models.tensor_edit import Outline
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
+from structprune.plan.promise import Computed, Promises
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.pruner import Pruner
 from structprune.runtime.drop import Drop
-from structprune.runtime.engine import attach
+from structprune.runtime.engine import attach, detach
 from structprune.runtime.flops import BlockCost, image_tokens, visual_operations
 from structprune.runtime.refusals import check_runs
 from structprune.runtime.view import View
 
 # Rotary tables of several axes say where in an image a token is: counted anew, that would be lost.
 AXES = "mrope_section"
+# Of every block: a token that half of the blocks compute counts half.
+UNIT = "visual tokens in the blocks"
 
 
 class TokenPruner(Pruner):
@@ -117,14 +120,11 @@ class TokenPruner(Pruner):
         left = left_of(model, Outline({}), {})
         if size is None:
             self._tokens(model)
-            return Forecast("visual tokens", f"{self.target}", None, 0, left)
+            return Forecast(UNIT, str(self.target), None, 0, left)
         counts = self.counts(model, size)
-        computed = sum(entering for entering, _ in counts)
+        computed = sum(leaving for _, leaving in counts)
         of = size * len(counts)
-        return Forecast("visual tokens", f"{self.target}", of - computed, of, left, notes=self._notes(model))
-
-    def _notes(self, model: Model) -> tuple[str, ...]:
-        return ()
+        return Forecast(UNIT, str(self.target), of - computed, of, left)
 
     def _tokens(self, model: Model) -> Tensor:
         """Return how many tokens are left, as a plan says it: a count, or a share of those of the image."""
@@ -155,28 +155,45 @@ class TokenPruner(Pruner):
         for index, path in enumerate(block_prefixes(model)[writer.finished :], start=writer.finished):
             tokens = {Key(path, "tokens"): found[index]} if index in found else {}
             writer.write(tokens, {})
-        return writer.finish(self.facts(model, found))
-
-    def facts(self, model: Model, found: dict[int, Tensor]) -> dict[str, Any]:
-        """Return what is left, in all the units that people ask in."""
-        size = image_tokens(model.config)
+        size = image_tokens(model.config) or self._usual(model, batches)
         if size is None or not found:
-            return {}
-        cost, blocks = BlockCost.of(model.config), len(block_prefixes(model))
+            return writer.finish({})
+        counts = self._counted(model, found, size)
+        return writer.finish(self._facts(model, counts, size), promises=self._promises(model, counts, size))
+
+    def _usual(self, model: Model, batches: Sequence[Batch]) -> int | None:
+        """Return the tokens of an image in the data, where all have as many."""
+        return None
+
+    def _counted(self, model: Model, found: dict[int, Tensor], size: int) -> list[tuple[int, int]]:
+        """Return of every block what its attention and its feed-forward compute of an image."""
         counts, now = [], size
-        for index in range(blocks):
+        for index in range(len(block_prefixes(model))):
             after = self._left(found[index], size) if index in found else now
             counts.append((now, after) if self.within else (after, after))
             now = after
-        full = visual_operations(cost, [(size, size)] * blocks)
+        return counts
+
+    def _facts(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> dict[str, Any]:
+        """Return what is left, in all the units that people ask in."""
+        cost, left = BlockCost.of(model.config), counts[-1][1]
+        full = visual_operations(cost, [(size, size)] * len(counts))
         return {
             "visual_tokens": size,
-            "keep_ratio": now / size,
-            "tokens": now,
-            "avg_tokens": sum(entering for entering, _ in counts) / blocks,
+            "keep_ratio": left / size,
+            "tokens": left,
+            "avg_tokens": sum(entering for entering, _ in counts) / len(counts),
             "visual_flops": visual_operations(cost, counts) / full,
             "counted": "visual tokens in the blocks of the language model, multiply and add as one",
         }
+
+    def _promises(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> Promises:
+        said = tuple(
+            Computed(block=path, attention=entering, feed_forward=leaving, of=size)
+            for path, (entering, leaving) in zip(block_prefixes(model), counts, strict=True)
+        )
+        of, computed = size * len(counts), sum(leaving for _, leaving in counts)
+        return Promises(unit=UNIT, asked=str(self.target), removed=of - computed, of=of, stored=said)
 
     def _left(self, tokens: Tensor, size: int) -> int:
         return int(Drop(0, self.within, tokens, self).keep(torch.tensor([size])))
@@ -210,6 +227,13 @@ class TokenPruner(Pruner):
             attach(model, plan.id, drops)
         applied(model).append(plan.id)
         return model
+
+    def undo(self, model: Model, plan: Plan) -> None:
+        """Let a model run with all tokens again, as far as this plan is concerned."""
+        assert not isinstance(model, StreamedModel)
+        detach(model, plan.id)
+        if plan.id in applied(model):
+            applied(model).remove(plan.id)
 
 
 def _several_axes(model: Model) -> bool:
