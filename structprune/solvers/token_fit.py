@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from structprune.errors import UsageError
+from structprune.errors import QualityError, UsageError
 from structprune.runtime.view import View
 
 # Width of the interval of alpha at which the bisection ends: seven rounds from [0, 1].
@@ -104,7 +104,11 @@ class Fit:
         self._block, self._batch = 0, []
 
     def choose(self, seen: View, keep: Tensor) -> Tensor:
-        """Return what stays in the block that runs now, bool [images, tokens]."""
+        """Return what stays in the block that runs now, bool [images, tokens].
+
+        Raises:
+            QualityError: Attention is not finite.
+        """
         if self._block == 0:
             sizes = seen.sizes.tolist()
             if self.alpha is None:
@@ -112,6 +116,11 @@ class Fit:
             self._batch = self.images[self._next : self._next + len(sizes)]
             self._next += len(sizes)
         chosen = seen.real.clone()
+        if not all(bool(one.isfinite().all()) for one in seen.received):
+            raise QualityError(
+                f"{self.method()}: the attention that a visual token receives is not finite",
+                hint="look whether the model computes NaN on the calibration images, in this dtype",
+            )
         for number, (own, text) in enumerate(zip(*seen.received, strict=True)):
             image, left = self._batch[number], int(seen.left[number])
             if self.alpha is None:
@@ -183,7 +192,7 @@ def fit_shares(fit: Fit, walk: Callable[[], None], told: Callable[[int], None]) 
             best, high = fit.shares(), middle
         elif middle == high:
             raise UsageError(
-                f"the target cannot be reached: images need {fit.needs:.4g} of it when all goes that can go",
+                f"target: images need {fit.needs:.4g} times as much when all tokens go that can go",
                 hint=f"ask for {fit.needs:.4g} times as much or more",
             )
         else:
