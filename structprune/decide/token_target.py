@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from fractions import Fraction
-from math import floor
+from math import ceil, floor
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -83,10 +83,11 @@ def count_at(target: Target, size: int, before: Fraction, operations: Callable[[
             if after < operations(1):
                 wanted = Fraction(0)
     if wanted < 1:
-        least = _least(target, size, before, operations)
+        # Rounded up, for what is said must be reachable.
+        least = _rounded_up(_least(target, size, before, operations))
         raise UsageError(
             f"target: {target} leaves less than one token of an image of {size}",
-            hint=f"{target.name} can be from {least:.4g} to {size if 'tokens' in target.name else 1}",
+            hint=f"{target.name} can be from {least:g} to {size if 'tokens' in target.name else 1}",
         )
     return min(half_up(wanted), size)
 
@@ -102,12 +103,17 @@ def _nearest(after: Fraction, size: int, operations: Callable[[int], int]) -> in
     return low
 
 
-def _least(target: Target, size: int, before: Fraction, operations: Callable[[int], int]) -> float:
+def _least(target: Target, size: int, before: Fraction, operations: Callable[[int], int]) -> Fraction:
     match target.name:
         case "keep_ratio":
-            return 1 / size
+            return Fraction(1, size)
         case "tokens":
-            return 1
+            return Fraction(1)
         case "avg_tokens":
-            return float(before * size + (1 - before))
-    return float(before + (1 - before) * Fraction(operations(1), operations(size)))
+            return before * size + (1 - before)
+    return before + (1 - before) * Fraction(operations(1), operations(size))
+
+
+def _rounded_up(value: Fraction) -> float:
+    """Return the next number of four digits after the point."""
+    return ceil(value * 10**4) / 10**4

@@ -135,25 +135,31 @@ def pruned_layer(cache: Cache, index: int, count: int) -> PrunedLayer:
     """Return a layer of a cache as one that can lose columns; a dense one is exchanged for its like.
 
     Args:
-        cache: Of a model with `count` blocks.
+        cache: Of a model with `count` blocks; one that `check_cache` is content with.
         index: Which layer.
         count: How many there must be.
+    """
+    while len(cache.layers) < count:
+        cache.layers.append(PrunedLayer())
+    layer = cache.layers[index]
+    if not isinstance(layer, PrunedLayer):
+        assert isinstance(layer, DynamicLayer)
+        layer = cache.layers[index] = PrunedLayer.adopt(layer)
+    return layer
+
+
+def check_cache(cache: Cache) -> None:
+    """Check that a cache can lose columns.
 
     Raises:
-        UsageError: The cache keeps its rows in a way that cannot lose some.
+        UsageError: It keeps its rows in a way that cannot lose some.
     """
-    growing = cache.layer_class_to_replicate is DynamicLayer and not cache.offloading
-    while len(cache.layers) < count and growing:
-        cache.layers.append(PrunedLayer())
-    layer = cache.layers[index] if index < len(cache.layers) else None
-    if isinstance(layer, PrunedLayer):
-        return layer
-    if type(layer) is not DynamicLayer or cache.offloading:
-        kind = "offloaded" if cache.offloading else type(layer).__name__
+    # A cache that was not told how many blocks there are grows with them, by layers of one kind.
+    kinds = [cache.layer_class_to_replicate or DynamicLayer, *map(type, cache.layers)]
+    wrong = ["offloaded"] * cache.offloading
+    wrong += [kind.__name__ for kind in kinds if kind not in (DynamicLayer, PrunedLayer)]
+    if wrong:
         raise UsageError(
-            f"a cache layer of kind {kind} cannot lose tokens",
+            f"a cache of kind {wrong[0]} cannot lose tokens",
             hint="use the default cache, DynamicCache, without cache_implementation",
         )
-    mine = PrunedLayer.adopt(layer)
-    cache.layers[index] = mine
-    return mine

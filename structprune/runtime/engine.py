@@ -20,6 +20,7 @@ from structprune.errors import UsageError
 from structprune.models.arch import arch_of, blocks
 from structprune.models.streamed import Model
 from structprune.runtime.attention import AttentionInput
+from structprune.runtime.cache import check_cache
 from structprune.runtime.drop import Drop
 from structprune.runtime.forward import Forward
 from structprune.runtime.images import ImageFeatures, find_images, with_newlines
@@ -171,6 +172,8 @@ class Engine:
             )
         if found is not None:
             check_computed_once(self._blocks)
+            if cache is not None:
+                check_cache(cache)
         newline = getattr(self._base, "image_newline", None)
         local.run.images = None if found is None else with_newlines(found, states, newline)
 

@@ -6,6 +6,7 @@ served too; operations are counted as they are run, the output projection with w
 """
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from structprune.decide.sparsity import fraction_of
-from structprune.decide.token_target import Target
+from structprune.decide.token_target import Target, count_at
 from structprune.errors import InputError
 from structprune.models.arch import block_prefixes
 from structprune.models.edit import left_of
@@ -47,7 +48,13 @@ class FitPrune(ScoredTokens):
         return Forecast(known.unit, known.asked, None, known.of, left_of(model, Outline({}), {}), exact=True)
 
     def counts(self, model: Model, size: int) -> list[tuple[int, int]]:
-        """Return what an image costs where nothing is known of the data yet: all of it, in every block."""
+        """Return what an image costs where nothing is known of the data yet: all of it, in every block.
+
+        Raises:
+            UsageError: Less than one token would be left.
+        """
+        # Nothing that is dropped later leaves more than what is dropped at once.
+        count_at(self.target, size, Fraction(0), BlockCost.of(model.config).operations)
         return [(size, size)] * len(block_prefixes(model))
 
     def decide(self, model: Model, batches: Sequence[Batch]) -> dict[int, Tensor]:
