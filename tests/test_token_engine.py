@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from structprune.errors import UsageError
 from structprune.runtime.engine import detach, engine_of, paused
 from structprune.runtime.keep_set import KeepSet
 from tests.oracle import (
@@ -371,3 +372,26 @@ def test_rows_without_any_token_pass() -> None:
         batch["attention_mask"][2] = 0
         found = model(**batch).logits
     assert worst(found[:2], expected[:2]) < CLOSE and bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("method", ["divprune", "fastv", "fitprune"])
+def test_states_of_all_blocks_have_the_length_of_the_prompt(method: str, family: str) -> None:
+    model, batch = vision_model(family), pictures(family).batch()
+    real = batch["attention_mask"].bool() & batch["input_ids"].ne(IMAGE)
+    with pruned(model, token_pruner(method), batch), torch.no_grad():
+        plain = model(**batch, use_cache=True)
+        found = model(**batch, output_hidden_states=True)
+        assert torch.equal(found.logits, plain.logits) and len(found.hidden_states) == 5
+        for states, layer in zip(found.hidden_states, plain.past_key_values.layers, strict=False):
+            assert states.shape[:2] == batch["input_ids"].shape
+            assert bool(states[real].any(-1).all())
+            there = states.any(-1).sum(1).max()
+            assert int(there) >= layer.keys.shape[-2]
+        assert torch.equal(model.lm_head(found.hidden_states[-1]), found.logits)
+        with pytest.raises(UsageError, match="output_attentions"):
+            model(**batch, output_attentions=True)
+        assert torch.equal(model(**batch).logits, plain.logits)
+        with paused(model):
+            assert model.set_attn_implementation("eager") is None
+            assert len(model(**batch, output_attentions=True).attentions) == 4

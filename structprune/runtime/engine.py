@@ -190,6 +190,7 @@ class Engine:
             states = run.move_to(run.pending, states)
         if self._local.counts is not None:
             self._local.counts[index] = (run.visual_tokens(),) * 2
+        run.entered.append(run.kept)
         changed = run.narrowed(index, len(self._blocks), cache, kwargs, self._language)
         return None if changed is None else ((states, *args[1:]), changed)
 
@@ -237,17 +238,9 @@ class Engine:
         run, self._local.run = self._local.run, None
         if run is None or output is None or (run.kept is None and run.pending is None):
             return None
-        states = output[0]
-        if run.pending is not None:
-            states = run.move_to(run.pending, states)
-        assert run.kept is not None
-        states = run.kept.scatter(states, run.length)
         if self._local.labels is not None:
             run.forget_labels(self._local.labels)
-        if isinstance(output, tuple):
-            return (states, *output[1:])
-        output["last_hidden_state"] = states
-        return output
+        return run.filled(output)
 
     def _drops(self, index: int, *, within: bool) -> list[Drop]:
         every = (drop for drops in self.drops.values() for drop in drops)

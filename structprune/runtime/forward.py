@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from structprune.errors import QualityError
+from structprune.errors import QualityError, UsageError
 from structprune.runtime.attention import AttentionInput
 from structprune.runtime.cache import PrunedLayer, pruned_layer
 from structprune.runtime.drop import Drop
@@ -57,6 +57,7 @@ class Forward:
         pending: Those that go on from the feed-forward that runs now; None where it is no narrower.
         compact: Whether who chose last counts positions anew.
         read: What the last attention read that a stage may look at.
+        entered: The tokens that each block computed so far.
     """
 
     def __init__(self, batch: int, length: int, past: int, device: torch.device) -> None:
@@ -66,6 +67,7 @@ class Forward:
         self.pending: KeepSet | None = None
         self.compact = False
         self.read: AttentionInput | None = None
+        self.entered: list[KeepSet | None] = []
         self._given: tuple[tuple[object, ...], _Given] | None = None
 
     def part_of(self, narrower: KeepSet, states: Tensor) -> Tensor:
@@ -209,10 +211,43 @@ class Forward:
         tables: tuple[Tensor, Tensor] = language.rotary_emb(cos, gather(places, self.rows).clamp(min=0))
         return tables
 
+    def filled(self, output: Any) -> Any:
+        """Return what the language model returns, with zeros where a token was not computed to the end.
+
+        Args:
+            output: As a tuple, of which only the last states are known; or by names.
+
+        Raises:
+            UsageError: Attention was asked for, which dropped tokens do not have.
+        """
+        states = output[0]
+        if self.pending is not None:
+            states = self.move_to(self.pending, states)
+        assert self.kept is not None
+        states = self.kept.scatter(states, self.length)
+        if isinstance(output, tuple):
+            return (states, *output[1:])
+        if output.get("attentions") is not None:
+            raise UsageError(
+                "output_attentions: tokens were dropped, which pay and receive no attention",
+                hint="ask for it under structprune.paused(model)",
+            )
+        output["last_hidden_state"] = states
+        if output.get("hidden_states") is not None:
+            # What enters the first block, then what leaves each of them; the last is the final one.
+            pairs = zip([self.entered[0], *self.entered[:-1]], output["hidden_states"], strict=False)
+            each = [
+                one if kept is None or one is None else kept.scatter(one, self.length) for kept, one in pairs
+            ]
+            last = output["hidden_states"][-1]
+            output["hidden_states"] = (*each, last if last is None else states)
+        return output
+
     def forget_labels(self, labels: Tensor) -> None:
         """Let no label count that a dropped token would predict."""
-        assert self.kept is not None
-        gone = ~self.kept.mask(self.length)
+        last = self.pending or self.kept
+        assert last is not None
+        gone = ~last.mask(self.length)
         lost = torch.zeros_like(gone)
         lost[:, 1:] = gone[:, :-1]
         lost = lost.to(labels.device) & (labels != IGNORED)
