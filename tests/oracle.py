@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from structprune.models.identity import applied
 from structprune.pruners import catalogue
 from structprune.pruners.token._family import TokenPruner
 from structprune.runtime.cache import PrunedLayer
-from structprune.runtime.engine import detach
 from tests.pictures import END, FAMILIES, IMAGE, START, VIDEO, Pictures, vision_model
 
 TOKEN_METHODS = sorted(name for name in catalogue.names() if issubclass(catalogue.find(name), TokenPruner))
@@ -53,8 +51,7 @@ def pruned(
     try:
         yield model
     finally:
-        detach(model, plan.id)
-        applied(model).clear()
+        pruner.undo(model, plan)
 
 
 def column_sets(layer: CacheLayerMixin, padding: Tensor) -> list[list[int]]:
@@ -87,20 +84,26 @@ def longer(batch: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def masked_dense(family: str, inputs: dict[str, Tensor], cache: Cache) -> Tensor:
+def masked_dense(family: str, inputs: dict[str, Tensor], cache: Cache, *, compact: bool = False) -> Tensor:
     """Return the logits of a model that computes all tokens, and whose blocks hide what a cache has not.
 
     Args:
         family: Of the model, whose weights are those of `vision_model(family)`.
         inputs: The whole conversation.
         cache: Of the run with fewer tokens.
+        compact: Whether every block counts the positions of what it has.
     """
     model = vision_model(family, attention="eager")
     batch, length = inputs["input_ids"].shape
     blocks = model.get_submodule("model.language_model.layers")
     with ExitStack() as hooks:
         for block, layer in zip(blocks.children(), cache.layers, strict=True):
-            hide = partial(_hide, ~_shown(layer, batch, length))
+            shown = _shown(layer, batch, length)
+            hide = partial(_hide, ~shown)
+            if compact:
+                places = (shown & inputs["attention_mask"].bool()).cumsum(1) - 1
+                turn = partial(_turn, model.model.language_model.rotary_emb, places.clamp(min=0))
+                hooks.callback(block.register_forward_pre_hook(turn, with_kwargs=True).remove)
             hooks.callback(block.register_forward_pre_hook(hide, with_kwargs=True).remove)
         return model(**inputs, use_cache=False).logits
 
@@ -119,6 +122,10 @@ def _hide(hidden: Tensor, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> An
     assert mask.dtype == torch.float32 and mask.shape[-1] == hidden.shape[1]
     least = torch.finfo(mask.dtype).min
     return args, kwargs | {"attention_mask": mask.masked_fill(hidden[:, None, None], least)}
+
+
+def _turn(rotary: nn.Module, places: Tensor, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    return args, kwargs | {"position_embeddings": rotary(args[0], places)}
 
 
 def worst(found: Tensor, expected: Tensor) -> float:

@@ -184,6 +184,29 @@ def test_counted_anew_a_model_runs_as_if_dropped_tokens_had_never_been(method: s
         assert worst(prompt.logits[row, columns], dense) < EXACT
 
 
+@pytest.mark.parametrize("family", ["llava", pytest.param("llava_next", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["divprune", "fastv", "fitprune"])
+def test_every_block_counts_what_it_has_anew_also_in_later_turns(method: str, family: str) -> None:
+    model, batch = vision_model(family), pictures(family, 1, 1).batch()
+    length = batch["input_ids"].shape[1]
+    with pruned(model, token_pruner(method, positions="compact"), batch), torch.no_grad():
+        found = generate(model, batch)
+        whole = longer(batch, found.sequences[:, length:])
+        expected = masked_dense(family, whole, found.past_key_values, compact=True)[:, length - 1 : -1]
+        assert worst(torch.stack(found.logits, 1), expected) < CLOSE
+        kept = masked_dense(family, whole, found.past_key_values)[:, length - 1 : -1]
+        assert worst(torch.stack(found.logits, 1), kept) > CLOSE
+        turn = _turn(model, family, batch)
+        # As `generate` counts them, not with the padding.
+        places = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        first = model(**batch, position_ids=places, use_cache=True).past_key_values
+        new = {name: turn["part"][name] for name in batch if name in ("pixel_values", "image_sizes")}
+        second = generate(model, turn["whole"] | new, past_key_values=first)
+    whole = longer(turn["whole"], second.sequences[:, turn["whole"]["input_ids"].shape[1] :])
+    expected = masked_dense(family, whole, second.past_key_values, compact=True)
+    assert worst(torch.stack(second.logits, 1), expected[:, -6:-1]) < CLOSE
+
+
 def test_positions_of_several_axes_are_not_counted_anew() -> None:
     for family in ("qwen2_5_vl", "qwen3_vl"):
         model, batch = vision_model(family), pictures(family).batch()
