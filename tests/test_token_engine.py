@@ -3,6 +3,7 @@
 import copy
 import logging
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from structprune.errors import UsageError
+from structprune.models.cost import count
+from structprune.plan.plan import Plan
 from structprune.runtime.engine import detach, engine_of, paused
 from structprune.runtime.keep_set import KeepSet
 from tests.oracle import (
     CASES,
+    TOKEN_METHODS,
     column_sets,
     dropped_columns,
     generate,
@@ -395,3 +399,19 @@ def test_states_of_all_blocks_have_the_length_of_the_prompt(method: str, family:
         with paused(model):
             assert model.set_attn_implementation("eager") is None
             assert len(model(**batch, output_attentions=True).attentions) == 4
+
+
+@pytest.mark.parametrize("method", TOKEN_METHODS)
+def test_a_model_with_hooks_can_be_counted_and_a_loaded_plan_runs_it(method: str, tmp_path: Path) -> None:
+    model, batch = vision_model("llava"), pictures("llava").batch()
+    pruner = token_pruner(method)
+    plan, cost, forecast = pruner.calibrate(model, [batch]), count(model), pruner.forecast(model)
+    pruner.apply(model, plan)
+    assert count(model) == cost
+    assert pruner.forecast(model).reachable == forecast.reachable
+    expected = _logits(model, batch)
+    assert not torch.equal(expected, _logits(vision_model("llava"), batch))
+    plan.save(tmp_path / "plan")
+    other, loaded = vision_model("llava"), Plan.load(tmp_path / "plan")
+    token_pruner(method).apply(other, loaded)
+    assert loaded.id == plan.id and torch.equal(_logits(other, batch), expected)
