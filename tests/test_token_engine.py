@@ -3,6 +3,7 @@
 import copy
 import logging
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,18 @@ def test_detaching_leaves_a_model_as_it_was() -> None:
     assert all(torch.equal(one, parameters[name]) for name, one in model.state_dict().items())
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, dense)
+
+
+def test_a_way_to_generate_of_a_models_own_is_put_back() -> None:
+    model, batch = vision_model("llava"), pictures("llava").batch()
+    with pruned(model, token_pruner("fastv"), batch):
+        expected = generate(model, batch).sequences
+    mine: Any = partial(type(model).generate, model)
+    model.generate = mine
+    with pruned(model, token_pruner("fastv"), batch):
+        assert model.generate is not mine
+        assert torch.equal(generate(model, batch).sequences, expected)
+    assert model.generate is mine
 
 
 def test_a_forward_that_fails_leaves_nothing_behind() -> None:

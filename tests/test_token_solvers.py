@@ -16,8 +16,8 @@ from structprune.runtime.engine import attach, detach
 from structprune.runtime.flops import BlockCost
 from structprune.solvers.farthest import farthest
 from structprune.solvers.token_fit import Fit, deletable, fit_shares
-from tests.oracle import pictures, token_pruner
-from tests.pictures import BLOCKS, vision_model
+from tests.oracle import column_sets, pictures, pruned, token_pruner
+from tests.pictures import BLOCKS, IMAGE, vision_model
 
 
 def _drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -236,6 +236,26 @@ def test_a_fit_takes_the_least_alpha_that_is_enough() -> None:
         assert rounds == [1, 2, 3, 4, 5, 6, 7]
         assert shares == sorted(shares, reverse=True) and len(shares) == BLOCKS
         assert all(share * 16 == round(share * 16) for share in shares)
+
+
+def test_tokens_that_may_not_go_count_in_a_fit() -> None:
+    model, batch = vision_model("llava_next"), pictures("llava_next").batch()
+    pruner = _fitprune(target={"keep_ratio": 0.5}, newlines="protect")
+    with _fit("llava_next", pruner, [batch]) as (fit, walk):
+        # The whole picture of 16 patches, and its tiles with a newline a line.
+        assert [image.size for image in fit.images] == [16 + 8 * 5, 16 + 8 * 9, 16 + 4 * 9]
+        fit.begin(1.0)
+        walk()
+        ends = [8, 8, 4]
+        assert all(image.left >= least for image, least in zip(fit.images, ends, strict=True))
+    with pruned(model, pruner, batch), torch.no_grad():
+        layer = model(**batch, use_cache=True).past_key_values.layers[-1]
+    kept = sum(
+        int(batch["input_ids"][row][there].eq(IMAGE).sum())
+        for row, there in enumerate(column_sets(layer, torch.zeros(3, dtype=torch.long)))
+    )
+    # Of what enters the last block, which may delete more.
+    assert 0.4 < kept / sum(image.size for image in fit.images) < 0.75
 
 
 def test_images_of_different_sizes_give_shares() -> None:

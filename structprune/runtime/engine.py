@@ -56,9 +56,9 @@ class Engine:
         self.drops: dict[str, list[Drop]] = {}
         self._local = _Local()
         self._handles: list[Any] = []
-        self._replaced: list[tuple[nn.Module, str]] = []
+        self._replaced: list[tuple[nn.Module, str, object]] = []
         self._root = model
-        self._base = model.base_model
+        self._base: Any = model.base_model
         self._language: Any = model.get_submodule(arch.blocks.rpartition(".")[0])
         self._blocks = [block for _, block in blocks(model, arch)]
         self._attention, self._mlp = arch.attention, arch.mlp
@@ -76,7 +76,8 @@ class Engine:
             hook(block.get_submodule(self._attention), before=partial(self._note_attention, index))
             mlp = block.get_submodule(self._mlp)
             hook(mlp, before=partial(self._enter_mlp, index), after=partial(self._leave_mlp, index))
-        self._replace(self._base, "get_image_features", ImageFeatures(self._base, self._note_sizes))
+        features = ImageFeatures(self._base.get_image_features, self._note_sizes)
+        self._replace(self._base, "get_image_features", features)
         self._replace(self._root, "generate", Guarded(self._root, self._is_paused))
         if hasattr(self._language, "_deepstack_process"):
             self._replace(self._language, "_deepstack_process", self._deepstack)
@@ -85,8 +86,10 @@ class Engine:
         """Take everything off the model again."""
         for handle in self._handles:
             handle.remove()
-        for module, name in self._replaced:
+        for module, name, before in self._replaced:
             delattr(module, name)
+            if before is not None:
+                setattr(module, name, before)
         self._handles.clear()
         self._replaced.clear()
 
@@ -99,8 +102,8 @@ class Engine:
             )
 
     def _replace(self, module: nn.Module, name: str, by: object) -> None:
+        self._replaced.append((module, name, vars(module).get(name)))
         setattr(module, name, by)
-        self._replaced.append((module, name))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

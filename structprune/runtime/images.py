@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from structprune.errors import UsageError
@@ -107,19 +107,18 @@ class ImageFeatures:
     """`get_image_features` of one model, which tells how many tokens each image has.
 
     Args:
-        model: Whose method it stands for.
+        method: What it stands for.
         note: Told the sizes, in order.
     """
 
-    def __init__(self, model: nn.Module, note: Callable[[Sequence[int]], None]) -> None:
-        kind: Any = type(model)
-        self._method, self._model, self._note = kind.get_image_features, model, note
+    def __init__(self, method: Callable[..., Any], note: Callable[[Sequence[int]], None]) -> None:
+        self._method, self._note = method, note
         # `generate` asks for the names of its parameters.
-        self.__signature__ = inspect.signature(kind.get_image_features.__get__(model))
+        self.__signature__ = inspect.signature(method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the method returns."""
-        found = self._method(self._model, *args, **kwargs)
+        found = self._method(*args, **kwargs)
         features = found.pooler_output if hasattr(found, "pooler_output") else found[0]
         self._note([len(one) for one in features])
         return found

@@ -30,7 +30,8 @@ class Guarded:
     """
 
     def __init__(self, model: PreTrainedModel, paused: Callable[[], bool]) -> None:
-        self._model, self._paused = model, paused
+        found: Any = model
+        self._model, self._paused, self._generate = model, paused, found.generate
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate; arguments are those of transformers' `generate`.
@@ -38,10 +39,9 @@ class Guarded:
         Raises:
             UsageError: The prompt would be read in a way in which tokens cannot be dropped.
         """
-        kind: Any = type(self._model)
         if not self._paused():
-            self._check(inspect.signature(kind.generate).bind(self._model, *args, **kwargs).arguments)
-        return kind.generate(self._model, *args, **kwargs)
+            self._check(inspect.signature(self._generate).bind(*args, **kwargs).arguments)
+        return self._generate(*args, **kwargs)
 
     def _check(self, given: dict[str, Any]) -> None:
         """Check the arguments of `generate`, those without a name of their own under "kwargs"."""
