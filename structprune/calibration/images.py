@@ -1,7 +1,7 @@
 """What calibration looks at where a model sees: batches of questions on images, made by its own processor.
 
-A batch holds whole prompts, padded on the side of the model's tokenizer, with an attention mask; the model
-itself puts the features of the images where the prompt has a placeholder.
+A batch holds whole prompts, padded in front, with an attention mask; the model itself puts the features of an
+image where a prompt has placeholders.
 """
 
 import hashlib
@@ -94,6 +94,8 @@ def batch_of(questions: Sequence[ImageQuestion], processor: ProcessorMixin) -> B
         images=[one.open_image() for one in questions],
         text=prompts,
         padding=True,
+        # Whatever the tokenizer's own side: an answer goes on where the prompt ends.
+        padding_side="left",
         return_tensors="pt",
         **({"add_special_tokens": False} if written else {}),
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from structprune.cli.tables import table, wrapped
 from structprune.errors import counted
-from structprune.report.figures import bytes_text, number, percent
+from structprune.report.figures import bytes_text, number, percent, question_rows
 from structprune.report.speed import speed_header, speed_notes, speed_rows
 
 Result = Mapping[str, Any]
@@ -78,6 +78,7 @@ def evaluation_lines(result: Result) -> str:
         kl = f"{number(figures['kl'])} +- {number(figures['kl_se'])}"
         rows.append((f"KL from dense, nats per token, {name}", "0", kl))
         rows.append((f"same first choice as dense, {name}", "100%", percent(figures["top1_agreement"])))
+    rows += question_rows(result.get("questions", {}))
     for task, metrics in result.get("tasks", {}).items():
         for metric, figures in metrics.items():
             rows.append((f"{task}, {metric}", number(figures.get("dense")), number(figures.get("model"))))
@@ -161,6 +162,10 @@ def _quality(evaluation: Result) -> list[str]:
         for name, figures in evaluation.get("perplexity", {}).items()
     ]
     found += [f"KL {number(figures['kl'])}" for figures in evaluation.get("divergence", {}).values()]
+    found += [
+        f"right answers on {name} {percent(one['accuracy']['dense'])} -> {percent(one['accuracy']['model'])}"
+        for name, one in evaluation.get("questions", {}).items()
+    ]
     return found + list(evaluation.get("protocol", {}).get("flags", ()))
 
 

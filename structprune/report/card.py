@@ -153,6 +153,13 @@ def _protocol(report: Mapping[str, Any]) -> Iterator[str]:
             f"computed in {stamp.get('dtype')}; sha256 of the {_hash_of(stamp)}. "
             "Divergence is the mean KL(dense || pruned) per token, ± one standard error over windows."
         )
+    for name, stamp in protocol.get("questions", {}).items():
+        yield (
+            f"Answers on {name}: {stamp.get('questions')} questions on images, decoding "
+            f"{stamp.get('decoding')}, right with {stamp.get('right')}, computed in {stamp.get('dtype')}; "
+            f"sha256 of prompts and pixels `{str(stamp.get('sha256'))[:16]}`. McNemar's test asks whether "
+            "the questions that only one of the two models gets right could be either's by chance."
+        )
     for flag in protocol.get("flags", ()):
         yield f"Note: {flag}."
 
@@ -166,6 +173,13 @@ def _hash_of(stamp: Mapping[str, Any]) -> str:
 def _calibration(facts: Mapping[str, Any] | None) -> str:
     if not facts:
         return "None: this method looks at the weights only."
+    if facts.get("images"):
+        return (
+            f"{facts.get('samples')} questions on images, prompts of at most {facts.get('length')} tokens, "
+            f"from `{facts.get('source')}` (seed {facts.get('seed')}; sha256 of prompts and pixels "
+            f"`{str(facts.get('sha256'))[:16]}`). What these do not show may have suffered more than these "
+            "figures say."
+        )
     return (
         f"{facts.get('samples')} samples of {facts.get('length')} tokens from `{facts.get('source')}` "
         f"(seed {facts.get('seed')}; sha256 of the token ids `{str(facts.get('sha256'))[:16]}`). What these "
