@@ -244,7 +244,7 @@ class TestLawsOfRunningDecisions:
         plan = Plan.load(tmp_path)
         paths = [path for path, _ in blocks(model)]
         assert plan.keys() and {str(key) for key in plan} <= {f"{path}:tokens" for path in paths}
-        assert len([*tmp_path.glob("block_*.safetensors")]) == len(plan.blocks) == len(paths)
+        assert len([*tmp_path.glob("block-*.safetensors")]) == len(plan.blocks) == len(paths)
         assert plan.promises is not None and 0 < plan.promises.removed < plan.promises.of
 
     def test_a_copy_of_an_attached_model_is_pruned_too_and_on_its_own(self, method: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self, final
 import torch
 from pydantic import Field
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from structprune.decide.token_target import Target, count_at
 from structprune.errors import InputError, QualityError, UsageError
@@ -148,8 +149,13 @@ class TokenPruner(Pruner):
 
     @final
     def calibrate(self, model: Model, batches: Sequence[Batch], plan: PlanWriter | None = None) -> Plan:
-        """Decide how many tokens are left where; the model stays as it is."""
+        """Decide how many tokens are left where; the model stays as it is.
+
+        Raises:
+            UsageError: As for `forecast`; or the model is streamed.
+        """
         self.forecast(model)
+        self._in_memory(model)
         writer = plan or self.writer(None, model, weights_of(model))
         found = {} if self.keeps_all else self.decide(model, batches)
         for index, path in enumerate(block_prefixes(model)[writer.finished :], start=writer.finished):
@@ -198,6 +204,19 @@ class TokenPruner(Pruner):
     def _left(self, tokens: Tensor, size: int) -> int:
         return int(Drop(0, self.within, tokens, self).keep(torch.tensor([size])))
 
+    def _in_memory(self, model: Model) -> PreTrainedModel:
+        """Return a model that is in memory as a whole.
+
+        Raises:
+            UsageError: It is streamed.
+        """
+        if isinstance(model, StreamedModel):
+            raise UsageError(
+                f"{self.method()} works while a model runs, and a streamed one is never whole",
+                hint="leave --stream out",
+            )
+        return model
+
     def drops(self, plan: Plan, model: Model) -> list[Drop]:
         """Return what the engine carries out on a model."""
         compact = (self.positions or self.paper_positions) == "compact" and not _several_axes(model)
@@ -218,20 +237,15 @@ class TokenPruner(Pruner):
                 f"the plan of {plan.method!r} is not for a {model.config.model_type} of this architecture",
                 hint="a plan fits only models with the same tensor names and shapes",
             )
-        if isinstance(model, StreamedModel):
-            raise UsageError(
-                f"{self.method()} works while a model runs, and a streamed one is never whole",
-                hint="leave --stream out",
-            )
+        whole = self._in_memory(model)
         if drops := self.drops(plan, model):
-            attach(model, plan.id, drops)
+            attach(whole, plan.id, drops)
         applied(model).append(plan.id)
         return model
 
     def undo(self, model: Model, plan: Plan) -> None:
         """Let a model run with all tokens again, as far as this plan is concerned."""
-        assert not isinstance(model, StreamedModel)
-        detach(model, plan.id)
+        detach(self._in_memory(model), plan.id)
         if plan.id in applied(model):
             applied(model).remove(plan.id)
 

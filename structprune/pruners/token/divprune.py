@@ -28,7 +28,7 @@ class DivPrune(TokenPruner):
     paper_positions: ClassVar = "compact"
 
     def choose(self, seen: View, keep: Tensor) -> Tensor:
-        """Return tokens that are far apart, bool [images, tokens].
+        """Return tokens that are far apart, bool, shape [images, tokens].
 
         Raises:
             QualityError: A feature is not finite.

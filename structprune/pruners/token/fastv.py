@@ -39,5 +39,5 @@ class FastV(ScoredTokens):
         return self.block
 
     def score(self, seen: View) -> Tensor:
-        """Return the last row of attention, mean over heads, float32 [images, tokens]."""
+        """Return the last row of attention, mean over heads, float32, shape [images, tokens]."""
         return seen.paid_by_last()

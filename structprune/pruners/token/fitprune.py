@@ -99,6 +99,6 @@ class FitPrune(ScoredTokens):
         return cost.operations, lambda one: one.left / wanted
 
     def score(self, seen: View) -> Tensor:
-        """Return attention from the image times attention from the text, float32 [images, tokens]."""
+        """Return attention from the image times attention from the text, float32, shape [images, tokens]."""
         own, text = seen.received
         return own * text
