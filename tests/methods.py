@@ -21,6 +21,7 @@ from structprune.pruners.pruner import Pruner
 from structprune.pruners.structure._family import StructurePruner
 from structprune.pruners.weight._family import WeightPruner
 from tests.pictures import Pictures
+from tests.seeing import save_processor, save_rows
 from tests.tiny import FAMILIES, save_tiny, tiny, tokens
 
 # Any text will do; a short one is tokenised at once.
@@ -56,8 +57,17 @@ class Home:
         return tiny(self.family, depth=self.depth, **options)
 
     def save(self, folder: Path, **options: Any) -> Path:
-        """Save the model and a tokenizer; options are those of `save_tiny`."""
-        return save_tiny(self.family, folder, depth=self.depth, **options)
+        """Save the model and what reads its prompts; options are those of `save_tiny`."""
+        save_tiny(self.family, folder, depth=self.depth, **options)
+        return save_processor(folder) if self.images else folder
+
+    def short_run(self, folder: Path) -> dict[str, Any]:
+        """Return options of `structprune.prune` with which it is soon done; data are put into a folder."""
+        if not self.images:
+            return QUICK
+        rows = str(save_rows(folder))
+        asked = {"questions": rows, "generations": False}
+        return QUICK | {"calibration": {"source": rows, "samples": 2}, "evaluate": asked}
 
     def batches(self, count: int = 3, seed: int = 0) -> list[Batch]:
         """Draw batches to decide on."""
