@@ -9,7 +9,8 @@ from torch import Tensor
 from structprune.checkpoint.manifest import write_manifest
 from structprune.checkpoint.side_files import copy_side_files
 from structprune.plan.key import Key
-from structprune.plan.plan import Origin, PlanWriter, architecture_hash
+from structprune.plan.origin import Architecture, Origin
+from structprune.plan.plan import PlanWriter
 from structprune.plan.promise import Promises, Removed
 from structprune.storage.reader import CheckpointReader
 from structprune.storage.tensor_file import save_tensors
@@ -75,7 +76,7 @@ class Pruned:
         for index in self.source.glob("*.index.json"):
             (self.folder / index.name).write_bytes(index.read_bytes())
         written = masks if masks is not None else self.masks
-        same = architecture or architecture_hash(self.model_type, self.shapes)
+        same = architecture or Architecture(model_type=self.model_type, shapes=self.shapes).hash
         writer = PlanWriter(self.folder / PLAN, Origin("magnitude", {"sparsity": 0.5}, same, "0" * 64))
         writer.write({Key(name, "mask"): mask for name, mask in written.items()}, {})
         removed = sum(int((~mask).sum()) for mask in self.masks.values())

@@ -1,11 +1,13 @@
 """Attention skip: which attentions leave, what makes up for them, and how the rest generates."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import structprune
@@ -44,6 +46,53 @@ def real_states(model: PreTrainedModel, data: list[dict[str, Tensor]], index: in
 def skipped(block: Any, before: Tensor) -> Tensor:
     """Return what a block of a Llama makes of states without its attention."""
     return before + block.mlp(block.post_attention_layernorm(before))
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, as long as they live, and remembers the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, tuple) else (made,):
+            if isinstance(one, Tensor) and one._base is None and one.data_ptr() not in map(_address, args):
+                self.now += one.nbytes
+                self.most = max(self.most, self.now)
+                weakref.finalize(one, self._forget, one.nbytes)
+        return made
+
+    def _forget(self, nbytes: int) -> None:
+        self.now -= nbytes
+
+
+def _address(value: object) -> int | None:
+    return value.data_ptr() if isinstance(value, Tensor) else None
+
+
+class TestTheMemoryOfTheFits:
+    @pytest.mark.parametrize(("inputs", "outputs"), [(400, 100), (200, 200)])
+    def test_is_at_most_what_is_said_and_not_much_less(self, inputs: int, outputs: int) -> None:
+        read, due = torch.randn(500, inputs), torch.randn(500, outputs)
+        with LiveTensors() as live:
+            sums = RidgeSums(inputs, outputs, torch.device("cpu"))
+            sums.add(read, due)
+            sums.fit(torch.zeros(outputs, inputs), 0.01, offset=True)
+        assert 0.6 * RidgeSums.nbytes(inputs, outputs) < live.most <= RidgeSums.nbytes(inputs, outputs)
+
+    def test_is_part_of_what_a_dry_run_says(self, tmp_path: Path) -> None:
+        model = save_tiny("llama", tmp_path / "llama")
+        needed = {}
+        for adapter, refit in REPAIRS:
+            fields = {"method": "attention_skip", "count": 1, "adapter": adapter, "refit": refit}
+            recipe = {"model": str(model), "output": str(tmp_path / "out"), "prune": fields}
+            needed[adapter, refit] = structprune.dry_run(Recipe.model_validate(recipe))["memory_bytes"]
+        nothing = needed[False, False]
+        assert needed[True, False] - nothing == RidgeSums.nbytes(64, 64) + 16 * 96 * 64
+        assert needed[False, True] - nothing == RidgeSums.nbytes(96, 64) + 8 * 96 * 64
+        assert needed[True, True] == max(needed[True, False], needed[False, True])
 
 
 class TestTheFits:

@@ -15,7 +15,8 @@ from structprune.models.identity import architecture_of, names_of
 from structprune.models.opening import Opening
 from structprune.models.streamed import StreamedModel, open_model
 from structprune.plan.key import EDITS, Key
-from structprune.plan.plan import Origin, Plan, PlanWriter
+from structprune.plan.origin import Origin
+from structprune.plan.plan import Plan, PlanWriter
 from structprune.storage.reader import CheckpointReader
 from tests.tiny import save_tiny
 

@@ -18,7 +18,8 @@ from structprune.models.groups import (
 )
 from structprune.models.identity import architecture_of, names_of
 from structprune.models.masking import masked
-from structprune.plan.plan import Origin, PlanWriter
+from structprune.plan.origin import Origin
+from structprune.plan.plan import PlanWriter
 from tests.tiny import FAMILIES, tiny, tokens
 
 

@@ -25,7 +25,8 @@ from structprune.models.masking import masked
 from structprune.models.native import CONFIG_KEY, depth_patch, sizes_patch
 from structprune.models.opening import Opening
 from structprune.models.streamed import StreamedModel, open_model
-from structprune.plan.plan import Origin, Plan, PlanWriter
+from structprune.plan.origin import Origin
+from structprune.plan.plan import Plan, PlanWriter
 from structprune.progress import silent
 from tests.test_models_groups import keep_of, logits
 from tests.tiny import FAMILIES, save_tiny, tokens

@@ -17,7 +17,8 @@ from structprune.checkpoint.manifest import write_manifest
 from structprune.checkpoint.modelling import patched_files
 from structprune.checkpoint.side_files import copy_side_files
 from structprune.plan.key import Key
-from structprune.plan.plan import Origin, PlanWriter, architecture_hash
+from structprune.plan.origin import Architecture, Origin
+from structprune.plan.plan import PlanWriter
 from structprune.plan.promise import Listed, Promises, Removed
 from structprune.proof.verification import Verification
 from structprune.proof.verify import verify
@@ -86,9 +87,10 @@ class Folder:
     stages: Sequence[Drop | Mask]
     holds: Sequence[int | None]
     edit: Callable[[Tensors], object] = lambda tensors: None
+    knows_source: bool = True
 
     def verified(self) -> Verification:
-        """Write the folder and verify it against its source."""
+        """Write the folder and verify it, against its source where that is known."""
         self.path.mkdir()
         reader = CheckpointReader(self.source)
         tensors = {name: reader.read(name) for name in reader.tensors}
@@ -108,11 +110,12 @@ class Folder:
         config = patched_files(self.source / "config.json", {"num_hidden_layers": len(self.holds)})
         (self.path / "config.json").write_bytes(config["config.json"])
         write_manifest(self.path, {}, version="0", stages=[])
-        return verify(self.path, self.source, reload=False)
+        return verify(self.path, self.source if self.knows_source else None, reload=False)
 
     def _plan(self, number: int, stage: Drop | Mask, before: Tensors) -> Tensors:
         shapes = {name: tuple(tensor.shape) for name, tensor in before.items()}
-        origin = Origin("magnitude", {}, architecture_hash("llama", shapes), "0" * 64)
+        found = Architecture(model_type="llama", shapes=shapes)
+        origin = Origin("magnitude", {}, found.hash, "0" * 64, found)
         writer = PlanWriter(self.path / f"structprune/plans/{number:02}-stage", origin)
         if isinstance(stage, Drop):
             writer.write({Key(LIST, "members"): torch.tensor(stage.kept)}, {})
@@ -161,6 +164,45 @@ def test_a_faithful_folder_passes(way: str, source: Path, tmp_path: Path) -> Non
     found = Folder(source, tmp_path / "out", stages, holds).verified()
     assert told(found) == {}
     assert json.loads((tmp_path / "out/config.json").read_text())["num_hidden_layers"] == len(holds)
+
+
+@AFTER_TWO
+def test_what_left_is_counted_without_the_source(way: str, source: Path, tmp_path: Path) -> None:
+    stages, holds = WAYS[way]
+    found = Folder(source, tmp_path / "out", stages, holds, knows_source=False).verified()
+    assert told(found) == {}
+    shares = [30848 / 10**6 if isinstance(stage, Drop) else 0.5 for stage in stages]
+    assert [*found.stages.values()] == shares
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_plan_that_says_it_found_other_shapes_is_refused(number: int, source: Path, tmp_path: Path) -> None:
+    folder = Folder(source, tmp_path / "out", TWO, [0, 2, 4], knows_source=False)
+    folder.verified()
+    path = tmp_path / f"out/structprune/plans/0{number}-stage/plan.json"
+    plan = json.loads(path.read_text())
+    plan["before"]["shapes"]["model.norm.weight"] = [65]
+    path.write_text(json.dumps(plan))
+    found = verify(tmp_path / "out", reload=False)
+    assert "before: not the architecture that it names" in told(found)["files"]
+
+
+@pytest.mark.parametrize(
+    ("number", "where", "said"),
+    [(1, "02-stage: before it, ", "[65, 64], [96, 64]"), (2, "02-stage: before it, ", "[96, 64], [65, 64]")],
+)
+def test_plans_of_another_model_are_noticed_without_the_source(
+    number: int, where: str, said: str, source: Path, tmp_path: Path
+) -> None:
+    gone = f"{LIST}.0.mlp.up_proj.weight"
+
+    class Other(Folder):
+        def _plan(self, at: int, stage: Drop | Mask, before: Tensors) -> Tensors:
+            super()._plan(at, stage, before | ({gone: torch.zeros(65, 64)} if at == number else {}))
+            return renumbered(before, stage.kept) if isinstance(stage, Drop) else before
+
+    found = Other(source, tmp_path / "out", TWO, [0, 2, 4], knows_source=False).verified()
+    assert f"{where}{gone}: shape {said} by the plans" in told(found)["plans"]
 
 
 @AFTER_TWO

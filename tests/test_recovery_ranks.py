@@ -266,3 +266,16 @@ def test_a_recipe_prunes_and_recovers_with_them(pruned: Path, tmp_path: Path) ->
     expected = proportional_ranks(block_importance(model, [plan]), RANK)
     assert list(report["recovery"]["ranks"].values()) == list(expected.values())
     assert "ranks: importance" in (tmp_path / "out" / "structprune" / "recipe.yaml").read_text()
+
+    (stage,) = report["stages"]
+    dense, left = (
+        sum(p.numel() for p in structprune.load(pruned / one)[0].parameters()) for one in ("dense", "pruned")
+    )
+    assert plan.promises is not None
+    assert stage["measured"] * plan.promises.of == pytest.approx(dense - left)
+    assert stage["measured"] == stage["reachable"]
+    said = next(line for line in recovery_lines(report).splitlines() if line.startswith("got"))
+    assert f"{stage['measured'] * 100:.6g}% of the parameters removed" in said
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| {stage['reachable']:.2%} | {stage['measured']:.2%} |" in card
+    assert structprune.verify(tmp_path / "out")["stages"] == {"01-cfsp": stage["measured"]}

@@ -109,6 +109,9 @@ def test_streamed_resident_and_killed_runs_give_one_result_which_recovers_and_op
     with no_fresh_process():
         done = run(*trained, "--json")
     assert done.code == 0, done.err
+    before, after = (json.loads(one.out)["stages"] for one in (made["--stream"][0], done))
+    assert [stage["measured"] for stage in after] == [stage["measured"] for stage in before]
+    assert all(stage["measured"] for stage in after)
     check(recovered, home / "model", len(stages.prune))
 
 

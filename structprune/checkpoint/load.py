@@ -51,7 +51,7 @@ def load(
     path = Path(folder).expanduser()
     if is_adapter(path):
         source = open_adapted(str(path), path, opening)
-        return _with_plans(source.model, source.folder), source.tokenizer
+        return with_plans(source.model, source.folder), source.tokenizer
     return _open(path, opening, check=check)
 
 
@@ -63,10 +63,10 @@ def _open(path: Path, opening: Opening, *, check: bool) -> Opened:
         if manifest is None or manifest.weights is None:
             logger.warning("%s: no %s says what its weights were: only their form is checked", path, MANIFEST)
         check_weights(manifest, reader, reader.scan(names_of(model).ignored).hashes)
-    return _with_plans(model, path), open_tokenizer(path, opening)
+    return with_plans(model, path), open_tokenizer(path, opening)
 
 
-def _with_plans(model: Model, folder: Path) -> Model:
+def with_plans(model: Model, folder: Path) -> Model:
     """Carry out the plans that work while the model runs, and note the ids of those in its weights."""
     if (folder / OURS).is_dir():
         for plan in plans_of(folder):

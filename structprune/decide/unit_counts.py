@@ -70,20 +70,25 @@ class Multiples:
         return {"kv_group": self.kv_groups, "channel": self.channels, "head": 1}[kind]
 
 
-def unit_costs(block: nn.Module, arch: Arch, kinds: Sequence[WidthUnit]) -> UnitCosts:
+def unit_costs(
+    block: nn.Module, arch: Arch, kinds: Sequence[WidthUnit], biases: Sequence[str] = ()
+) -> UnitCosts:
     """Return what one unit of each kind costs in parameters.
 
     Args:
         block: The block; its parameters may be on the meta device.
         arch: Its family's row.
         kinds: Those that may leave.
+        biases: Linears that are counted with a bias though they have none, by their path.
     """
     sizes, shapes = block_sizes(block, arch), {name: one.shape for name, one in block.named_parameters()}
     first = torch.zeros(1, dtype=torch.int64)
 
     def parameters(keep: BlockKeep) -> int:
         cut = cuts(block, arch, keep)
-        return sum(prod(shapes[one.path]) // shapes[one.path][one.axis] * len(one.indices) for one in cut)
+        rows = [one.indices for one in cut if one.axis == 0 and one.path.removesuffix(".weight") in biases]
+        each = [prod(shapes[one.path]) // shapes[one.path][one.axis] * len(one.indices) for one in cut]
+        return sum(each) + sum(map(len, rows))
 
     costs = UnitCosts()
     if sizes.attention and "kv_group" in kinds:

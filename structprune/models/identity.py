@@ -11,7 +11,7 @@ from structprune.models.names import Names
 from structprune.models.remembered import remembered
 from structprune.models.streamed import Model, StreamedModel
 from structprune.models.tensor_edit import Layout
-from structprune.plan.plan import architecture_hash
+from structprune.plan.origin import Architecture
 from structprune.storage.reader import CheckpointReader
 from structprune.storage.scan import combine
 from structprune.storage.tensor_file import Entry, hash_of
@@ -35,9 +35,14 @@ def names_of(model: Model) -> Names:
     return notes.names
 
 
+def describe(model: Model) -> Architecture:
+    """Return the model type, and the names and shapes of the stored tensors."""
+    return Architecture(model_type=model.config.model_type, shapes=names_of(model).expected())
+
+
 def architecture_of(model: Model) -> str:
     """Return the hash of the model type and the stored names and shapes."""
-    return architecture_hash(model.config.model_type, names_of(model).expected())
+    return describe(model).hash
 
 
 def weights_of(model: Model) -> str:

@@ -7,14 +7,14 @@ only a modelling file that travels with the model understands.
 What was tried: transformers 5.23, every family of the table.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, __version__
 
 from structprune.errors import InputError, UsageError
 from structprune.models import shapes
-from structprune.models.arch import arch_of, blocks
+from structprune.models.arch import arch_of, blocks, row_of
 from structprune.models.groups import BlockSizes, block_sizes
 
 CONFIG_KEY = "pruned_blocks"
@@ -38,6 +38,16 @@ _HINT = "the file was changed, or is of a later structprune: create the folder a
 _DEPTH = {"gpt2": "n_layer"}
 _EXPERTS = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts", "qwen3_moe": "num_local_experts"}
 
+# The keys that give linears a bias, and which ones: all of them or none, unlike what a repair needs.
+_BIASES: Mapping[str, Sequence[str]] = {
+    "attention_bias": ("q", "k", "v", "o"),
+    "mlp_bias": ("gate", "up", "down"),
+}
+_BIASED = {
+    "llama": ("attention_bias", "mlp_bias"),
+    **dict.fromkeys(("gemma2", "gemma3_text", "qwen3", "qwen3_moe"), ("attention_bias",)),
+}
+
 
 def sizes_patch(
     config: PreTrainedConfig,
@@ -60,7 +70,8 @@ def sizes_patch(
         sorted({*old.get("biases", ()), *new})
         for old, new in zip(before, biases or [()] * len(found), strict=True)
     ]
-    said = None if listed or any(got) else _native(text, found)
+    keys = _bias_keys(config, got)
+    said = None if listed or keys is None else _native(text, found, keys)
     if said is None:
         return {CONFIG_KEY: [entry_of(*pair) for pair in zip(found, got, strict=True)]}
     changed = {
@@ -68,6 +79,38 @@ def sizes_patch(
     }
     unlisted = {CONFIG_KEY: None} if getattr(config, CONFIG_KEY, None) else {}
     return unlisted | (_for_text(config, changed) if changed else {})
+
+
+def beside_biases(config: PreTrainedConfig, paths: Collection[str]) -> list[str] | None:
+    """Return which linears of a block have a bias where the family's configuration gives some one.
+
+    Args:
+        config: The model's.
+        paths: Linears that are to have one, by their path in a block.
+
+    Returns:
+        These, and those that it can only give one together with them; None where it cannot give it to all.
+    """
+    each = [one for one in _biased_paths(config).values() if not {*one}.isdisjoint(paths)]
+    found = [path for one in each for path in one]
+    return found if {*paths} <= {*found} else None
+
+
+def _biased_paths(config: PreTrainedConfig) -> dict[str, list[str]]:
+    """Return the keys of a family that give linears a bias, and the paths of those in a block."""
+    arch = row_of(config)
+    keys = _BIASED.get(config.get_text_config().model_type, ())
+    return {key: [getattr(arch, part) for part in _BIASES[key]] for key in keys}
+
+
+def _bias_keys(config: PreTrainedConfig, got: Sequence[Sequence[str]]) -> dict[str, Any] | None:
+    """Return the family's own keys for biases that blocks have got; None where it has none for just these."""
+    if not any(got):
+        return {}
+    paths = {*got[0]}
+    if any({*one} != paths for one in got) or {*(beside_biases(config, paths) or ())} != paths:
+        return None
+    return {key: True for key, one in _biased_paths(config).items() if {*one} <= paths}
 
 
 def depth_patch(config: PreTrainedConfig, kept: Sequence[int], found: Sequence[BlockSizes]) -> dict[str, Any]:
@@ -111,8 +154,10 @@ def entry_of(sizes: BlockSizes, biases: Sequence[str] = ()) -> dict[str, Any]:
     return entry | ({"biases": list(biases)} if biases else {})
 
 
-def _native(text: PreTrainedConfig, found: Sequence[BlockSizes]) -> dict[str, Any] | None:
-    """Return the family's own keys for these sizes; None where it has none."""
+def _native(
+    text: PreTrainedConfig, found: Sequence[BlockSizes], biases: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return the family's own keys for these sizes beside those for new biases; None where it has none."""
     if not all(sizes.attention and sizes.mlp for sizes in found):
         return None
     kind = text.model_type
@@ -122,10 +167,10 @@ def _native(text: PreTrainedConfig, found: Sequence[BlockSizes]) -> dict[str, An
     if len(heads) > 1 or len(widths) > 1 or len(experts) > 1:
         return None
     ((count, groups, size),) = heads
-    said: dict[str, Any] = {}
+    said: dict[str, Any] = {**biases}
     if (count, groups) != _heads_of(text):
         divides = kind in _DIVIDING_HEADS and int(text.hidden_size) % count == 0
-        if not divides and _is_plain_llama(text):
+        if not divides and not biases and _is_plain_llama(text):
             said |= _MISTRAL
         elif not divides and kind not in _FREE_HEADS:
             return None

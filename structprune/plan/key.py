@@ -34,6 +34,9 @@ EDITS: Mapping[str, Edit] = MappingProxyType(
 # Edits whose result is a tensor of the saved model, bit for bit: a finished folder keeps it only once.
 WRITTEN: frozenset[Edit] = frozenset({"value", "parts"})
 
+# Edits that leave tensors of other shapes, or fewer of them.
+RESHAPING: frozenset[Edit] = frozenset({"keep", "drop", "members"})
+
 
 @dataclass(frozen=True, order=True, slots=True)
 class Key:

@@ -11,7 +11,6 @@ survives renamings inside transformers and can be read without building a model.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from structprune.errors import InputError
 from structprune.plan.block import PlanBlock, Read, canonical
-from structprune.plan.key import WRITTEN, Key, check_key
+from structprune.plan.key import RESHAPING, WRITTEN, Key, check_key
+from structprune.plan.origin import Architecture, Origin
 from structprune.plan.promise import Promises
 from structprune.storage.durable import DurableFile
 from structprune.storage.strict_json import read_json
@@ -31,29 +31,6 @@ CHANGED = "the file was changed; prune again"
 FORMAT = 2
 # A plan.json holds a few facts per matrix; far below this even for a model with thousands of experts.
 PLAN_JSON_LIMIT = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Who decided, and on what.
-
-    Attributes:
-        method: The pruner's name.
-        config: The pruner's fields.
-        architecture: Hash of the model type and the stored names and shapes before the stage.
-        weights: Hash of the weights that the decision was made on.
-    """
-
-    method: str
-    config: Mapping[str, Any]
-    architecture: str
-    weights: str
-
-
-def architecture_hash(model_type: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Return the hash that ties a plan to an architecture: model type, stored tensor names and shapes."""
-    rows = [[name, list(shapes[name])] for name in sorted(shapes)]
-    return hashlib.sha256(canonical([model_type, rows]).encode()).hexdigest()
 
 
 class _Head(BaseModel):
@@ -71,6 +48,8 @@ class _Head(BaseModel):
     patch: dict[str, Any]
     blocks: Annotated[int, Field(ge=0)]
     id: str
+    # Not in the id: the architecture, which is, is their hash.
+    before: Architecture | None = None
 
 
 class Plan(Mapping[Key, Tensor]):
@@ -214,7 +193,9 @@ class Plan(Mapping[Key, Tensor]):
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
             raise InputError(f"{path}: {place}: {first['msg']}", hint=CHANGED) from None
-        origin = Origin(said.method, said.config, said.architecture, said.weights)
+        if said.before is not None and said.before.hash != said.architecture:
+            raise InputError(f"{path}: before: not the architecture that it names", hint=CHANGED)
+        origin = Origin(said.method, said.config, said.architecture, said.weights, said.before)
         blocks = [PlanBlock.load(folder / block_file(index)) for index in range(said.blocks)]
         plan = cls(origin, blocks, facts=said.facts, promises=said.promises, patch=said.patch)
         if plan.id != said.id:
@@ -298,6 +279,9 @@ class PlanWriter:
                 "blocks": len(plan.blocks),
                 "id": plan.id,
             }
+            # Once tensors are smaller or gone, nothing else tells what they were.
+            if self.origin.before is not None and any(key.edit in RESHAPING for key in plan):
+                head["before"] = self.origin.before.model_dump(mode="json")
             with DurableFile(self.folder / "plan.json") as file:
                 file.write((json.dumps(head, indent=1, sort_keys=True) + "\n").encode())
         return plan

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from structprune.plan.promise import Removed
@@ -78,23 +79,23 @@ def check_lists(stage: Stage, shapes: Shapes) -> list[str]:
 
 
 def removed(
-    stages: Sequence[Stage], rows: Sequence[Mapping[str, Rows]], source: Shapes | None
+    stages: Sequence[Stage], rows: Sequence[Mapping[str, Rows]], shapes: Sequence[Shapes | None]
 ) -> list[int | None]:
     """Return how many of its units each stage removed, as measured; None where the source would have to tell.
 
     Args:
         stages: All of them, in order.
         rows: Of each what its masks remove, by stored tensor.
-        source: Stored tensor -> its shape in what the folder was made from.
+        shapes: What was before each, and after the last; None where nobody tells.
     """
     found: list[int | None] = []
-    for stage, masked in zip(stages, rows, strict=True):
-        lost = None
-        if source is not None and not stage.in_source:
-            source, lost = stage.leaves(source)
-        if stage.counted or not stage.restructures:
-            lost = sum(int(one.removed.sum()) for one in masked.values())
-        found.append(lost)
+    for stage, masked, (before, after) in zip(stages, rows, pairwise(shapes), strict=True):
+        if stage.runs:  # nothing of it is in the files
+            found.append(None)
+        elif stage.counted or not stage.restructures:
+            found.append(sum(int(one.removed.sum()) for one in masked.values()))
+        else:
+            found.append(None if before is None or after is None else stage.lost(before, after))
     return found
 
 

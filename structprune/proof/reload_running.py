@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from structprune.checkpoint.load import load
+from structprune.checkpoint.load import with_plans
 from structprune.models.opening import Opening
+from structprune.models.streamed import open_model
 from structprune.runtime.engine import engine_of
 from structprune.storage.tensor_file import read_tensors, save_tensors
 from structprune.version import __version__
@@ -26,7 +27,9 @@ def main(jobs_file: str) -> None:
             opening = Opening(
                 dtype=job["dtype"], stream=False, device="cpu", allow_external_symlinks=job["links"]
             )
-            model, _ = load(Path(job["folder"]), opening)
+            # Not by `load`: before a folder is published it has no manifest yet.
+            folder = Path(job["folder"])
+            model = with_plans(open_model(folder, opening), folder)
             assert isinstance(model, PreTrainedModel)
             asked = read_tensors(Path(job["probe"]))
             found = {"logits": model(input_ids=asked.pop("input_ids"), use_cache=False).logits.contiguous()}

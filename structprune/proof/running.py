@@ -16,11 +16,6 @@ from structprune.proof.stage import Stage
 from structprune.proof.verification import Verification
 
 
-def works_while_running(stage: Stage) -> bool:
-    """Tell whether a stage changes how a model runs, and nothing that is stored."""
-    return any(key.kind == "tokens" for key in stage.plan)
-
-
 def check_running(
     result: Verification,
     folder: Path,

@@ -85,6 +85,11 @@ class Stage:
         return {*self.shapes, *self._kept}
 
     @property
+    def runs(self) -> bool:
+        """Tell whether the stage changes how the model runs, and nothing that is stored."""
+        return any(key.kind == "tokens" for key in self.plan)
+
+    @property
     def restructures(self) -> bool:
         """Tell whether the stage changes which tensors there are, or their shapes."""
         return bool(self.reshaped or self.gone or self.members)
@@ -151,8 +156,8 @@ class Stage:
             name = called
         return name
 
-    def leaves(self, shapes: Shapes) -> tuple[dict[str, tuple[int, ...]], int]:
-        """Return what shapes the stage leaves of all stored tensors, and how many elements left with that.
+    def leaves(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """Return what shapes the stage leaves of all stored tensors, by what they are called afterwards.
 
         Args:
             shapes: Stored tensor as it is called before the stage -> its shape.
@@ -164,12 +169,15 @@ class Stage:
                     after[key.name][key.axis] = block.shapes[key][0]
                 elif key.edit == "drop":
                     after.pop(key.name, None)
-                elif key.edit == "value":  # it may create its tensor, which a later stage may take away
+                elif key.edit in WRITTEN:  # it may create its tensor, which a later stage may take away
                     after.setdefault(key.name, list(block.shapes[key]))
         stays = {name: called for name in after if (called := self.called(name)) is not None}
-        lost = sum(math.prod(shape) - math.prod(after.get(name, (0,))) for name, shape in shapes.items())
-        lost += sum(math.prod(after[name]) for name in (after.keys() & shapes.keys()) - stays.keys())
-        return {called: tuple(after[name]) for name, called in stays.items()}, lost
+        return {called: tuple(after[name]) for name, called in stays.items()}
+
+    def lost(self, before: Shapes, after: Shapes) -> int:
+        """Return how many elements of the tensors before the stage are not in those after it."""
+        left = (after.get(called, (0,)) for name in before if (called := self.called(name)) is not None)
+        return sum(map(math.prod, before.values())) - sum(map(math.prod, left))
 
     def _now(self, name: str) -> str:
         """Return the name that the files use for what is called `name` before this stage."""

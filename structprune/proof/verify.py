@@ -22,8 +22,9 @@ from structprune.models.streamed import Model, StreamedModel, build_model, open_
 from structprune.progress import Progress, silent, step
 from structprune.proof import against, counts, reloading
 from structprune.proof.measure import Inputs, Measured, Place, Rows, measure, places, rows_of
-from structprune.proof.running import check_running, works_while_running
-from structprune.proof.stage import Stage, read_stages
+from structprune.proof.running import check_running
+from structprune.proof.stage import Shapes, Stage, read_stages
+from structprune.proof.trace import trace
 from structprune.proof.verification import Verification
 from structprune.proof.written import WrittenTensors, check_files
 from structprune.storage.reader import StoredTensors
@@ -106,9 +107,10 @@ def verify(
     reader = model.reader
     tensors, files = counted(len(reader.tensors), "tensor"), counted(len(reader.shards), "file")
     result.row("files", [], f"{tensors} in {files} as config.json says")
-    _check_plans(result, model, stages)
+    traced, misled = trace(stages, before.shapes if before else None, reader.shapes)
+    _check_plans(result, model, stages, misled)
     known = WrittenTensors.of_manifest(manifest) if written is None else WrittenTensors.of_run(written)
-    held = _measure(model, stages, before, progress, hashed=known.weights is not None)
+    held = _measure(model, stages, before, progress, traced, hashed=known.weights is not None)
     known.check(result, reader, held.hashes)
     _summarise(result, model, reader, held)
     _check_weights(result, held, opening.allow_nonfinite)
@@ -125,11 +127,10 @@ def verify(
     elif reload:
         with step(progress, "reload in a fresh process"):
             reloading.check_reload(result, model, reader, opening, reference)
-            running = [stage for stage in stages if works_while_running(stage)]
+            running = [stage for stage in stages if stage.runs]
             if running:
-                dtype = str(model.dtype).removeprefix("torch.")
-                how = replace(opening, dtype=dtype)
-                check_running(result, folder, model.config, running, how, reference)
+                as_stored = replace(opening, dtype=str(model.dtype).removeprefix("torch."))
+                check_running(result, folder, model.config, running, as_stored, reference)
     return result
 
 
@@ -148,7 +149,9 @@ def _open(result: Verification, folder: Path, opening: Opening, progress: Progre
     return model
 
 
-def _check_plans(result: Verification, model: StreamedModel, stages: list[Stage]) -> None:
+def _check_plans(
+    result: Verification, model: StreamedModel, stages: list[Stage], misled: Sequence[str]
+) -> None:
     """Check that masks and promises fit the files; a mask that does not is left out of what follows."""
     problems: list[str] = []
     shapes, gone = model.reader.shapes, set().union(*(stage.gone for stage in stages))
@@ -174,6 +177,7 @@ def _check_plans(result: Verification, model: StreamedModel, stages: list[Stage]
         problems += [f"{stage.name}: {problem}" for problem in counts.check_shapes(stage, shapes, later)]
         problems += [f"{stage.name}: {problem}" for problem in counts.check_lists(stage, shapes)]
     if stages:
+        problems += misled
         named = ", ".join(stage.name for stage in stages)
         masks = sum(len(stage.masked) for stage in stages)
         fitting = f"{masks} masks" if masks else "names and shapes"
@@ -185,6 +189,7 @@ def _measure(
     stages: list[Stage],
     source: StoredTensors | None,
     progress: Progress,
+    traced: Sequence[Shapes | None],
     *,
     hashed: bool,
 ) -> Held:
@@ -227,8 +232,7 @@ def _measure(
         for name in stage.masked:
             if name not in found or name in cut:
                 rows[number][name] = rows_of(stage.mask(name), _inputs(name in stage.transposed), groups)
-    removed = counts.removed(stages, rows, source.shapes if source else None)
-    return Held(stages, found, where, rows, hashes, removed)
+    return Held(stages, found, where, rows, hashes, counts.removed(stages, rows, traced))
 
 
 def _mask_now(stages: Sequence[Stage], number: int, name: str) -> Tensor | None:

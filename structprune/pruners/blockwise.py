@@ -177,10 +177,14 @@ class BlockwisePruner(Pruner):
 
     @final
     def remembered_bytes(self, model: Model) -> int:
-        """Return at most how many bytes the Gram matrices and gradients of one block take."""
+        """Return at most how many bytes the Gram matrices, gradients and fits of one block take."""
         parts = self.solving | self.measuring
         pairs = zip(self.all_targets(model), all_linears(model), strict=True)
-        return max(remembered_bytes(*pair, parts) for pair in pairs)
+        return max(remembered_bytes(*pair, parts) for pair in pairs) + self.solving_bytes(model)
+
+    def solving_bytes(self, model: Model) -> int:
+        """Return at most how many bytes `solve_block` takes beside the statistics that it is given."""
+        return 0
 
     @final
     def all_targets(self, model: Model) -> list[list[Linear]]:

@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from structprune.errors import UsageError
 from structprune.models.arch import blocks
 from structprune.models.edit import carry_out
-from structprune.models.identity import architecture_of
+from structprune.models.identity import describe
 from structprune.models.streamed import Batch, Model
-from structprune.plan.plan import Origin, Plan, PlanWriter
+from structprune.plan.origin import Origin
+from structprune.plan.plan import Plan, PlanWriter
 from structprune.progress import Progress, silent
 from structprune.pruners.forecast import Forecast
 
@@ -102,7 +103,8 @@ class Pruner(BaseModel, ABC):
         """
         verb = "calibrate" if self.looks_at_data else "decide"
         total, stage = len(blocks(model)), f"{verb} {self.method()}"
-        origin = Origin(self.method(), self.model_dump(mode="json"), architecture_of(model), weights)
+        before = describe(model)
+        origin = Origin(self.method(), self.model_dump(mode="json"), before.hash, weights, before)
         writer = PlanWriter(folder, origin, decided=lambda done: progress(stage, done, total))
         # The first block may take minutes, and nothing would be said before it is done.
         progress(stage, writer.finished, total)

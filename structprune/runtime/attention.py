@@ -37,10 +37,14 @@ class AttentionInput:
     @property
     def keys(self) -> Tensor:
         """Return all keys, rotated, float32 [batch, key-value heads, keys, size]."""
-        if self.layer is not None:
-            assert self.layer.keys is not None
-            return self.layer.keys.float()
-        return _rotated(_heads(self.module, "k", self.states), *self.rotary)
+        found = _rotated(_heads(self.module, "k", self.states), *self.rotary)
+        earlier = 0 if self.layer is None or self.layer.keys is None else self.layer.keys.shape[2]
+        if (earlier := earlier - self.states.shape[1]) <= 0:
+            return found
+        # Those of this forward are not taken from the cache, which rounds them: what is chosen shall not
+        # depend on whether there is one.
+        assert self.layer is not None and self.layer.keys is not None
+        return torch.cat([self.layer.keys[:, :, :earlier].float(), found], 2)
 
     def rows(self, queries: Tensor) -> Tensor:
         """Return how the attention of some tokens spreads over all keys.

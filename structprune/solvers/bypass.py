@@ -48,6 +48,12 @@ class RidgeSums:
         self._read = torch.zeros(inputs, dtype=torch.float64, device=device)
         self._due = torch.zeros(outputs, dtype=torch.float64, device=device)
 
+    @staticmethod
+    def nbytes(inputs: int, outputs: int) -> int:
+        """Return at most how many bytes sums and a fit take, the copies that are alive at once included."""
+        # Six matrices [inputs, inputs] and five [outputs, inputs] of float64: a twentieth more than measured.
+        return 8 * (6 * inputs**2 + 5 * outputs * inputs)
+
     def add(self, read: Tensor, due: Tensor) -> None:
         """Add tokens.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from structprune.errors import UsageError
-from structprune.models.arch import TABLE, Arch, arch_of
+from structprune.models.arch import TABLE, Arch, arch_of, blocks
 from structprune.models.identity import names_of, skeleton, stored_dtypes
 from structprune.models.streamed import Model
 from structprune.models.walk import Block
@@ -56,8 +56,26 @@ def added_share(model: Model, block: Block) -> Tensor:
     return moved / added.clamp_min(1e-30)
 
 
+def fit_bytes(model: Model, wanted: Bypass) -> int:
+    """Return at most how many bytes the fits of one block take, beside the states.
+
+    Args:
+        model: For its sizes.
+        wanted: What makes up for attentions.
+    """
+    arch = arch_of(skeleton(model))
+    every = [pair for _, block in blocks(model, arch) for pair in block.named_parameters()]
+    shapes = {one.shape for path, one in every if path == f"{arch.gate}.weight"}
+    # Gate and up as float32, twice where they are merged; one fit ends before the next begins.
+    adapter = max(
+        (RidgeSums.nbytes(hidden, hidden) + 16 * width * hidden for width, hidden in shapes), default=0
+    )
+    refit = max((RidgeSums.nbytes(width, hidden) + 8 * width * hidden for width, hidden in shapes), default=0)
+    return max(adapter if wanted.adapter else 0, refit if wanted.refit else 0)
+
+
 @torch.no_grad()
-def bypass(model: Model, block: Block, wanted: Bypass) -> dict[Key, Tensor]:
+def fit_bypass(model: Model, block: Block, wanted: Bypass) -> dict[Key, Tensor]:
     """Return new values of a block's feed-forward, for a block that is to lose its attention.
 
     Args:

@@ -165,16 +165,13 @@ class GoalPruner(StructurePruner):
     def _target(self) -> int | None:
         return self.target_memory if self.target_params is None else self.target_params
 
-    def share_of(
-        self, model: Model, found: Sequence[WidthBlock], least: UnitCounts, *, bias: bool
-    ) -> Fraction:
+    def share_of(self, model: Model, found: Sequence[WidthBlock], least: UnitCounts) -> Fraction:
         """Return the share of the units that leaves, exactly what was asked for.
 
         Args:
             model: For its size; its weights may not be in memory.
-            found: Its blocks.
+            found: Its blocks, counted with the biases that they get.
             least: How many units of a block stay at least.
-            bias: Whether the matrices that read units get a bias.
 
         Raises:
             UsageError: So much cannot be left; names the range.
@@ -187,7 +184,7 @@ class GoalPruner(StructurePruner):
             whole = sum(nbytes_of(dtype, shape) for entries in layout for _, dtype, shape in entries)
             each = [_bytes_of_one(one, model) for one in found]
         pairs = list(zip(found, each, strict=True))
-        whole += sum(one.new_biases * size for one, size in pairs) if bias else 0
+        whole += sum(one.new_biases * size for one, size in pairs)
         smallest = whole - sum(one.removable(least) * size for one, size in pairs)
         if not smallest <= self._target <= whole:
             raise UsageError(

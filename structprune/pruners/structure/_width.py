@@ -22,7 +22,7 @@ from structprune.decide.units import chosen_units, first_units, unit_tensors
 from structprune.errors import UsageError
 from structprune.models.arch import Linear, blocks
 from structprune.models.edit import left_of
-from structprune.models.identity import names_of, skeleton
+from structprune.models.identity import names_of
 from structprune.models.streamed import Model
 from structprune.models.tensor_edit import Outline
 from structprune.models.walk import Block
@@ -31,17 +31,19 @@ from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Promises, Reshaped
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import UNMEASURED, Seen
-from structprune.pruners.structure._family import bias_key, check_named_once, check_untied, left_shapes
+from structprune.pruners.structure._family import check_named_once, check_untied, left_shapes
 from structprune.pruners.structure._goal import GoalPruner, score_key
 from structprune.pruners.structure._width_block import ATTENTION, NotedMean, WidthBlock, width_block
 from structprune.pruners.structure._width_goal import UNEQUAL, Share, WidthGoal
 from structprune.pruners.structure._width_left import (
     Columns,
     check_native,
-    cut_readers,
+    created_biases,
     padded,
     patch_of,
     repaired_tensors,
+    with_biases,
+    with_new_biases,
 )
 from structprune.solvers.columns import AnyColumnRepair
 
@@ -158,7 +160,9 @@ class WidthPruner(GoalPruner):
             UsageError: What is to be left cannot be reached.
         """
         least = UnitCounts(self.kv_multiple, self.multiple)
-        share = self.share_of(model, found, least, bias=self._adds_bias)
+        if self._adds_bias:
+            found = with_new_biases(model, found, native=self.native is not None)
+        share = self.share_of(model, found, least)
         return WidthGoal(self.asked_by, share, self.budget, Multiples(self.kv_multiple, self.multiple))
 
     @property
@@ -204,7 +208,7 @@ class WidthPruner(GoalPruner):
                 check_native(model, found, self._before(model, found), self.native, bias=self._adds_bias)
 
     def _before(self, model: Model, found: Sequence[WidthBlock]) -> dict[int, Share]:
-        return self._goal(model, found).shares_before(found)
+        return self._biased(model, found, self._goal(model, found).shares_before(found))
 
     def _blocks(self, model: Model) -> list[WidthBlock]:
         return [self._known(model, index) for index in range(len(blocks(model)))]
@@ -240,7 +244,14 @@ class WidthPruner(GoalPruner):
         shares = self._goal(model, found).shares(
             found, measured, means=self._adds_bias, per_parameter=self.per_parameter
         )
+        shares = self._biased(model, found, shares)
         return padded(model, found, shares) if self.native == "pad" and self.unequal else shares
+
+    def _biased(
+        self, model: Model, found: Sequence[WidthBlock], shares: dict[int, Share]
+    ) -> dict[int, Share]:
+        native = self.native is not None
+        return with_biases(model, found, shares, native=native) if self._adds_bias else shares
 
     @final
     def forecast(self, model: Model) -> Forecast:
@@ -253,18 +264,16 @@ class WidthPruner(GoalPruner):
         shares = self.decide(model, [UNMEASURED] * len(found))
         keeps = [first_units(one.sizes, shares[index].stored) for index, one in enumerate(found)]
         shapes: dict[Key, tuple[int, ...]] = {}
-        for one, keep in zip(found, keeps, strict=True):
+        for index, (one, keep) in enumerate(zip(found, keeps, strict=True)):
             tensors = unit_tensors(one.prefix, one.module, one.arch, keep, names_of(model))
             shapes |= {key: tuple(value.shape) for key, value in tensors.items()}
-            if self._adds_bias:
-                for path in cut_readers(one, keep):
-                    stored = names_of(model).stored_of[f"{one.prefix}.{path}.weight"][0]
-                    shapes[bias_key(stored)] = (skeleton(model).config.get_text_config().hidden_size,)
+            new = created_biases(model, one, shares[index], keep)
+            shapes |= {key: (rows,) for key, (_, rows) in new.items()}
         exact = not self.unequal
         left = left_of(
             model,
             Outline(shapes),
-            patch_of(model, found, keeps, bias=self._adds_bias, listed=not (exact or self.native)),
+            patch_of(model, found, keeps, shares, listed=not (exact or self.native)),
         )
         removed = sum(self._removed(one, shares[index]) for index, one in enumerate(found))
         notes = () if exact or self.native else (UNEQUAL.format(method=self.method()),)
@@ -290,6 +299,8 @@ class WidthPruner(GoalPruner):
                 one = seen.of(linear) if noted is None else NotedMean(noted=noted)
                 columns = Columns(kept, known.columns(kind, keep))
                 tensors |= repaired_tensors(model, linear, columns, self.repair, one)
+        for key, (dtype, rows) in created_biases(model, known, share, keep).items():
+            tensors.setdefault(key, torch.zeros(rows, dtype=dtype))
         if self.keep_scores and share.measured.ndim:
             tensors[score_key(block.prefix)] = share.measured
         left = share.stay
@@ -308,7 +319,7 @@ class WidthPruner(GoalPruner):
             return writer.finish({}, promises=nothing)
         removed = sum(self._removed(one, leaving[index]) for index, one in enumerate(found))
         keeps = [first_units(one.sizes, leaving[index].stored) for index, one in enumerate(found)]
-        patch = patch_of(model, found, keeps, bias=self._adds_bias)
+        patch = patch_of(model, found, keeps, leaving)
         shapes = left_shapes(writer, model)
         stored = tuple(Reshaped(tensors=tuple(names), shape=shape) for shape, names in shapes.items())
         promises = Promises(unit="parameters", asked=self.asked, removed=removed, of=of, stored=stored)

@@ -1,13 +1,13 @@
 """What is known of a block before any data: its units, what they cost, which matrices read them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from structprune.calibration.statistics import Statistics
-from structprune.decide.unit_counts import UnitCosts, UnitCounts, WidthUnit, counts_of, unit_costs
+from structprune.decide.unit_counts import KINDS, UnitCosts, UnitCounts, WidthUnit, counts_of, unit_costs
 from structprune.models.arch import Arch, arch_of, blocks
 from structprune.models.groups import BlockKeep, BlockSizes, block_sizes, spread
 from structprune.models.identity import skeleton
@@ -26,6 +26,7 @@ class WidthBlock:
         arch: Its family's row.
         sizes: What it has.
         costs: Parameters of its units; none of those that do not leave.
+        biases: Linears that are counted with a bias though they have none, by their path.
     """
 
     prefix: str
@@ -33,6 +34,7 @@ class WidthBlock:
     arch: Arch
     sizes: BlockSizes
     costs: UnitCosts
+    biases: Sequence[str] = ()
 
     @property
     def there(self) -> UnitCounts:
@@ -57,12 +59,13 @@ class WidthBlock:
 
     @property
     def new_biases(self) -> int:
-        """Return how many parameters it gets where every matrix that reads units gets a bias."""
-        return sum(
-            self.module.get_submodule(path).get_parameter("weight").numel() // width
-            for path, width in self.readers.values()
-            if self.lacks_bias(path)
-        )
+        """Return how many parameters it gets with its biases, before any unit leaves."""
+        return sum(len(self.module.get_parameter(f"{path}.weight")) for path in self.biases)
+
+    def count_biases(self, paths: Sequence[str]) -> "WidthBlock":
+        """Return the block with what its units cost once these linears have a bias."""
+        kinds = [kind for kind in KINDS if self.costs.of(kind)]
+        return replace(self, biases=paths, costs=unit_costs(self.module, self.arch, kinds, paths))
 
     def lacks_bias(self, path: str) -> bool:
         """Tell whether the linear at a path has no bias."""

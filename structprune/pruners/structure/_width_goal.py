@@ -49,6 +49,7 @@ class Share:
         importance: Of the block as a whole, where the budget knows it.
         room: For how many units its tensors have room, where some of them are to be zeros.
         measured: What the first look noted of the block.
+        biases: Linears that get a bias, by their path in the block.
     """
 
     stay: UnitCounts
@@ -57,6 +58,7 @@ class Share:
     importance: float | None = None
     room: UnitCounts | None = None
     measured: Tensor = UNMEASURED
+    biases: Sequence[str] = ()
 
     @property
     def stored(self) -> UnitCounts:

@@ -20,9 +20,8 @@ from structprune.decide.depth import DepthGoal, DepthUnit, keeps_without, lowest
 from structprune.decide.verdicts import Verdict, Verdicts
 from structprune.models.streamed import Model
 from structprune.models.walk import Block
-from structprune.plan.key import Key
 from structprune.pruners.seen import Seen
-from structprune.pruners.structure._bypass import added_share, bypass, check_bypass
+from structprune.pruners.structure._bypass import added_share, check_bypass
 from structprune.pruners.structure._depth import DepthPruner
 from structprune.solvers.bypass import Bypass
 
@@ -57,9 +56,10 @@ class AttentionSkip(DepthPruner):
         return self.score == "change" and not self.drop
 
     @property
-    def solves_passes(self) -> bool:
-        """Tell whether something makes up for what leaves."""
-        return self.adapter or self.refit
+    def bypass(self) -> Bypass | None:
+        """Return what makes up for an attention, in the feed-forward behind it."""
+        wanted = Bypass(self.adapter, self.refit, self.damping)
+        return wanted if self.adapter or self.refit else None
 
     @property
     def searches(self) -> bool:
@@ -107,12 +107,3 @@ class AttentionSkip(DepthPruner):
     def trials(self, units: int, gone: int) -> int:
         """Return how many subsets are tried, each on one batch."""
         return COMPETING * self.steps
-
-    def repaired(self, model: Model, block: Block) -> dict[Key, Tensor]:
-        """Return new values of a block's feed-forward that make up for its attention."""
-        return bypass(model, block, Bypass(self.adapter, self.refit, self.damping))
-
-    @property
-    def biased(self) -> bool:
-        """Tell whether gate and up get a bias with that."""
-        return self.adapter
