@@ -59,7 +59,9 @@ def test_a_shipped_recipe_prunes_a_tiny_model(path, llama, tmp_path):
 
     assert report["verification"]["ok"]
     for told in report["stages"]:
-        assert told["measured"] == told["reachable"] > 0
+        # What a running model computes is counted by a fresh process, which there is none of here.
+        assert told["measured"] == (None if at.images else told["reachable"])
+        assert told["reachable"] > 0
     if len(recipe.prune) == 1 and told["unit"] == "weights":
         assert report["sparsity"] == told["measured"]
         assert told["measured"] == pytest.approx(float(fraction_of(told["asked"])), abs=0.01)
