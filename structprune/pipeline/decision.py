@@ -15,6 +15,7 @@ from structprune.calibration.text_source import DEMO
 from structprune.checkpoint.delivery import Delivery
 from structprune.checkpoint.export import export
 from structprune.checkpoint.plans import folder_of, plans_of, read_plans
+from structprune.checkpoint.running import check_stored
 from structprune.checkpoint.side_files import check_side_files
 from structprune.checkpoint.source import Source, open_source
 from structprune.errors import InputError, UsageError
@@ -48,6 +49,7 @@ def open_recipe_model(
         UsageError: A stage cannot prune it, or not nearly as much as was asked for.
     """
     check_side_files(folder, recipe.opening(opening))
+    check_stored(folder)
     source = open_source(recipe.model, folder, recipe.opening(opening))
     prior = prior_of(source.model, source.reader, source.scan.zeros, opening)
     tell_prior(prior, folder, opening)

@@ -13,6 +13,7 @@ from structprune.checkpoint.integrity import check_weights, intact_manifest
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.modelling import needs_code
 from structprune.checkpoint.output import check_output
+from structprune.checkpoint.running import check_stored
 from structprune.checkpoint.side_files import check_side_files
 from structprune.checkpoint.writing import Writing
 from structprune.evaluation.exam import read_exam
@@ -66,6 +67,7 @@ def dry_run(
     size = weight_bytes(folder)
     inputs = inputs_of_recipe(recipe, folder)
     check_output(inputs, recipe.output, overwrite=may_stand(recipe.output, writing), needed_bytes=size)
+    check_stored(folder)
     manifest = intact_manifest(folder, opening)
     opened = open_skeleton(folder, opening)
     assert isinstance(opened.reader, CheckpointReader)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from structprune.checkpoint.load import with_plans
+from structprune.checkpoint.running import carry_on
 from structprune.models.opening import Opening
 from structprune.models.streamed import open_model
 from structprune.runtime.engine import engine_of
@@ -29,7 +29,7 @@ def main(jobs_file: str) -> None:
             )
             # Not by `load`: before a folder is published it has no manifest yet.
             folder = Path(job["folder"])
-            model = with_plans(open_model(folder, opening), folder)
+            model = carry_on(open_model(folder, opening), folder)
             assert isinstance(model, PreTrainedModel)
             asked = read_tensors(Path(job["probe"]))
             found = {"logits": model(input_ids=asked.pop("input_ids"), use_cache=False).logits.contiguous()}
