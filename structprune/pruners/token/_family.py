@@ -42,7 +42,7 @@ class TokenPruner(Pruner):
     """A pruner of visual tokens at run time.
 
     Args:
-        target: How much is left: `keep_ratio`, `tokens`, `avg_tokens` or `visual_flops`.
+        target: How much is left: one of `keep_ratio`, `tokens`, `avg_tokens`, `visual_flops`.
         positions: Whether tokens keep the positions they had, or are counted anew; as in the paper unless
             given, and kept where positions have several axes.
         newlines: Whether tokens that only end a line of an image may be dropped, where a model has any.
@@ -127,6 +127,13 @@ class TokenPruner(Pruner):
         of = size * len(counts)
         return Forecast(UNIT, str(self.target), of - computed, of, left)
 
+    def reach(self, model: Model) -> str:
+        """Return which shares can be kept."""
+        size = image_tokens(model.config)
+        if size is None:
+            return "keep_ratio up to 1 of the visual tokens of an image, whose number depends on the image"
+        return f"keep_ratio {1 / size:.4g} to 1 of the {size} visual tokens of an image"
+
     def _tokens(self, model: Model) -> Tensor:
         """Return how many tokens are left, as a plan says it: a count, or a share of those of the image."""
         match self.target.name:
@@ -162,8 +169,10 @@ class TokenPruner(Pruner):
             tokens = {Key(path, "tokens"): found[index]} if index in found else {}
             writer.write(tokens, {})
         size = image_tokens(model.config) or self._usual(model, batches)
-        if size is None or not found:
+        if not found:
             return writer.finish({})
+        if size is None:
+            return writer.finish({"unit": UNIT, "asked": str(self.target)})
         counts = self._counted(model, found, size)
         return writer.finish(self._facts(model, counts, size), promises=self._promises(model, counts, size))
 

@@ -17,11 +17,7 @@ from structprune.solvers.farthest import farthest
 
 
 class DivPrune(TokenPruner):
-    """Maximise the least cosine distance between kept tokens, greedily.
-
-    Args:
-        target: How much is left.
-    """
+    """Maximise the least cosine distance between kept tokens, greedily."""
 
     target: Target = Field(default_factory=lambda: Target(keep_ratio=0.098))
 
