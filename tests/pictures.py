@@ -16,9 +16,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from tests.tiny import randomise
+from tests.tiny import VOCABULARY, randomise
 
-VOCABULARY = 120
 IMAGE, VIDEO, START, END = VOCABULARY - 1, VOCABULARY - 2, VOCABULARY - 3, VOCABULARY - 4
 BLOCKS = 4
 TEXT = {

@@ -15,9 +15,15 @@ ROWS = [
 ]
 
 
-def save_seeing(folder: Path, *, patch_size: int = VISION["patch_size"], **options: object) -> Path:
+def save_seeing(
+    folder: Path, *, patch_size: int = VISION["patch_size"], depth: int = 2, **options: object
+) -> Path:
     """Save a tiny LLaVA with a tokenizer that knows its image token, and a processor; return the folder."""
-    save_tiny("llava", folder)
+    return save_processor(save_tiny("llava", folder, depth=depth), patch_size=patch_size, **options)
+
+
+def save_processor(folder: Path, *, patch_size: int = VISION["patch_size"], **options: object) -> Path:
+    """Save beside a tiny LLaVA a processor, and a tokenizer that knows its image token; return the folder."""
     words = tokenizer()
     # The model's image token is the last of its vocabulary, behind unused ones.
     words.add_tokens([f"<unused{number}>" for number in range(VOCABULARY - 1 - len(words))])

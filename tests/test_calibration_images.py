@@ -45,9 +45,9 @@ def test_a_batch_is_what_the_processor_makes_of_the_plain_prompt(tmp_path, seein
     batch = batch_of(questions, processor)
     prompts = [f"USER: <image>\n{row['question']} ASSISTANT:" for row in ROWS]
     assert [prompt_of(one, processor) for one in questions] == prompts
-    # Four patches of 8 x 8 make an image; prompts are padded in front.
-    assert (batch["input_ids"] == VOCABULARY - 1).sum(1).tolist() == [4, 4, 4]
-    assert tuple(batch["pixel_values"].shape) == (3, 3, 16, 16)
+    # Sixteen patches of 8 x 8 make an image; prompts are padded in front.
+    assert (batch["input_ids"] == VOCABULARY - 1).sum(1).tolist() == [16, 16, 16]
+    assert tuple(batch["pixel_values"].shape) == (3, 3, 32, 32)
     lengths = batch["attention_mask"].sum(1)
     assert int(lengths.max()) == batch["input_ids"].shape[1] and int(lengths.min()) < int(lengths.max())
     assert batch["attention_mask"][2, 0] == 0 and batch["attention_mask"][2, -1] == 1
@@ -131,10 +131,10 @@ def test_a_placeholder_inside_a_question_is_refused(tmp_path, processor):
 
 
 def test_placeholders_that_do_not_match_the_model_are_refused(tmp_path):
-    # Patches of 4 where the model has patches of 8: 16 placeholders for 4 features.
+    # Patches of 4 where the model has patches of 8: 64 placeholders for 16 features.
     folder = save_seeing(tmp_path / "model", patch_size=4)
     batch = batch_of(read_questions(source(save_rows(tmp_path)))[:1], structprune.processor(folder))
-    with pytest.raises(InputError, match=r"writes 16 placeholders for 1 images, and the model refuses"):
+    with pytest.raises(InputError, match=r"writes 64 placeholders for 1 images, and the model refuses"):
         check_placeholders(open_model(folder), batch)
     with pytest.raises(InputError, match="no placeholder that the model knows"):
         check_placeholders(open_model(folder), {"input_ids": torch.ones(1, 4, dtype=torch.long)})

@@ -12,7 +12,6 @@ from structprune.models.members import new_names
 from structprune.plan.block import Read
 from structprune.plan.key import WRITTEN
 from structprune.plan.plan import Plan
-from structprune.plan.promise import Computed
 from structprune.storage.reader import CheckpointReader
 
 PLANS = Path("structprune") / "plans"
@@ -111,7 +110,8 @@ def stages(plans: Sequence[Plan]) -> list[dict[str, Any]]:
         if (promised := plan.promises) is not None:
             reachable = promised.removed / promised.of if promised.of else 0.0
             row |= {"unit": promised.unit, "asked": promised.asked, "reachable": reachable}
-            if any(isinstance(one, Computed) for one in promised.stored):
-                row["while_running"] = plan.facts
+        if any(key.kind == "tokens" for key in plan):
+            row |= {key: plan.facts[key] for key in ("unit", "asked") if key in plan.facts}
+            row["while_running"] = plan.facts
         rows.append(row | {key: value for key, value in odd.items() if value})
     return rows

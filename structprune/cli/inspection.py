@@ -63,7 +63,7 @@ def _abilities(methods: Sequence[Result]) -> list[tuple[str, str, str]]:
     """Return one row per method: what it takes of this model, or why it takes nothing."""
     rows = []
     for row in methods:
-        data = "needs text" if row["needs_data"] else "no data"
-        goals = ["any fraction"] * row["fractions"] + row["patterns"]
+        data = f"needs {row['reads']}" if row["needs_data"] else "no data"
+        goals = [row["range"]] if row["range"] else ["any fraction"] * row["fractions"] + row["patterns"]
         rows.append((row["name"], data, f"no: {row['reason']}" if row["reason"] else ", ".join(goals)))
     return rows

@@ -138,6 +138,8 @@ def key_lines(result: Result) -> str:
 def _reached(stage: Result) -> str:
     """Return what a stage removed as measured, and what whole units allow where that is something else."""
     if left := stage.get("while_running"):
+        if "tokens" not in left:  # how many that is depends on the image
+            return f"{stage['asked']} of the visual tokens, while structprune runs it"
         tokens = f"{left['tokens']} of {left['visual_tokens']} visual tokens of an image left at the end"
         return f"{tokens}, {_exact(left['visual_flops'])} of their operations, while structprune runs it"
     if stage["measured"] is None:  # the files that it was measured against are not those of this run
@@ -216,4 +218,6 @@ def _plain(value: object, key: str = "") -> str:
         return bytes_text(value) if key.endswith("bytes") else f"{value:,}"
     if isinstance(value, list | tuple):
         return ", ".join(str(part) for part in value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {part}" for name, part in value.items()) + "}"
     return str(value)

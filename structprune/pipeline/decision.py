@@ -58,10 +58,26 @@ def open_recipe_model(
     return replace(source, prior=prior.as_json())
 
 
+def check_kind(recipe: Recipe) -> None:
+    """Check that the data hold what every stage looks for in them.
+
+    Raises:
+        UsageError: A stage looks at images, and the data are text.
+    """
+    found = recipe.calibration.text_source
+    for step in recipe.prune:
+        if step.looks_at_data and step.reads == "images" and not asks_on_images(found):
+            raise UsageError(
+                f"calibration.source: {found.source} holds text, and {step.method()} looks at images",
+                hint="--calibration FILE.jsonl with rows of image and question",
+            )
+
+
 def calibrate_on(recipe: Recipe, source: Source) -> data.Calibration | None:
     """Return the data that a recipe calibrates on; None where no stage looks at any."""
     if not any(step.looks_at_data for step in recipe.prune):
         return None
+    check_kind(recipe)
     options = recipe.calibration
     if asks_on_images(options.text_source):
         return _look_at_images(recipe, source)

@@ -27,6 +27,7 @@ from structprune.models.processor import processor
 from structprune.models.remembered import remembered
 from structprune.models.streamed import StreamedModel, open_skeleton
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
+from structprune.pipeline.decision import check_kind
 from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import may_stand
 from structprune.pipeline.sweep import recipes_of
@@ -39,6 +40,7 @@ from structprune.storage.reader import CheckpointReader
 RUNTIME_BYTES = 450_000_000
 ZEROS = "zeros make neither the files smaller nor dense kernels faster"
 SMALLER = "the files are smaller, and whatever opens them has less to compute"
+RUNNING = "the saving of {} exists only while structprune runs the model: other programs compute all there is"
 
 
 def dry_run(
@@ -113,8 +115,16 @@ def dry_run(
             "structprune",
         ],
         "bench": asdict(load) if load is not None else None,
-        "note": SMALLER if parameters_of(left) < parameters_of(opened.skeleton) else ZEROS,
+        "note": _note(recipe, opened, left),
     }
+
+
+def _note(recipe: Recipe, opened: StreamedModel, left: PreTrainedModel) -> str:
+    """Return what the result is good for."""
+    smaller = parameters_of(left) < parameters_of(opened.skeleton)
+    running = [pruner.method() for pruner in recipe.prune if pruner.at_run_time]
+    stored = [] if len(running) == len(recipe.prune) else [SMALLER if smaller else ZEROS]
+    return "; ".join([*stored, *([RUNNING.format(" and ".join(running))] if running else [])])
 
 
 def _check_inputs(recipe: Recipe, opened: StreamedModel, opening: Opening, streamed: bool) -> None:
@@ -123,6 +133,7 @@ def _check_inputs(recipe: Recipe, opened: StreamedModel, opening: Opening, strea
     check_side_files(folder, opening)
     needs_data = any(pruner.looks_at_data for pruner in recipe.prune)
     measures = asked is not None and not asked.skip and asked.asks
+    check_kind(recipe)
     if needs_data and asks_on_images(recipe.calibration.text_source):
         read_questions(recipe.calibration.text_source)
         processor(folder, opening)

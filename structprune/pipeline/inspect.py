@@ -83,15 +83,19 @@ def abilities(name: str, model: StreamedModel) -> dict[str, Any]:
         model: Its skeleton.
 
     Returns:
-        "name", "needs_data", "reason" (why it cannot prune this model; None where it can), "unit",
-        "fractions" (whether it takes a fraction) and "patterns" (N:M that fit every matrix).
+        "name", "needs_data", "reads" (of the data: "text" or "images"), "reason" (why it cannot prune this
+        model; None where it can), "unit", "range" (what can be asked for, in words; None where that is a
+        share that leaves), "fractions" (whether it takes one) and "patterns" (N:M that fit every matrix).
     """
     pruner = find(name)()
-    found: dict[str, Any] = {"name": name, "needs_data": pruner.looks_at_data, "reason": None}
+    found: dict[str, Any] = {"name": name, "needs_data": pruner.looks_at_data, "reads": pruner.reads}
+    found |= {"reason": None, "unit": None, "range": None, "fractions": False, "patterns": []}
     try:
         unit = pruner.forecast(model).unit
     except UsageError as error:
-        return found | {"reason": error.message, "unit": None, "fractions": False, "patterns": []}
+        return found | {"reason": error.message}
+    if reach := pruner.reach(model):
+        return found | {"unit": unit, "range": reach}
     patterns = [text for kept, of in PATTERNS if _reaches(pruner, text := f"{kept}:{of}", model)]
     return found | {"unit": unit, "fractions": _reaches(pruner, 0.5, model), "patterns": patterns}
 

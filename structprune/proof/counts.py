@@ -33,7 +33,8 @@ def check(
     if lost is not None and lost != promised.removed:
         problems.append(f"{lost} of {promised.of} {promised.unit} removed, expected {promised.removed}")
     said = sorted({_sentence(promise) for promise in stage.counted})
-    shapes = f"{promised.removed} of {promised.of} {promised.unit} leave with their tensors"
+    how = "are not computed while the model runs" if stage.runs else "leave with their tensors"
+    shapes = f"{promised.removed} of {promised.of} {promised.unit} {how}"
     return problems, "; ".join(said) or (shapes if promised.removed else "nothing was to leave")
 
 

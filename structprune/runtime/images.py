@@ -57,6 +57,8 @@ def find_images(
         sizes: Tokens of every image in order, as far as the model told.
         real: Whether a token is no padding, shape [batch, tokens]; None where none is.
     """
+    if ids.is_meta:  # only sizes are asked for, and which tokens are visual nobody can read
+        return None
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
     visual = (ids == placeholder(config)) & real
     count = int(visual.sum())

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self, final
 import torch
 from pydantic import Field
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from structprune.decide.token_target import Target, count_at
 from structprune.errors import InputError, QualityError, UsageError
@@ -41,7 +42,7 @@ class TokenPruner(Pruner):
     """A pruner of visual tokens at run time.
 
     Args:
-        target: How much is left: `keep_ratio`, `tokens`, `avg_tokens` or `visual_flops`.
+        target: How much is left: one of `keep_ratio`, `tokens`, `avg_tokens`, `visual_flops`.
         positions: Whether tokens keep the positions they had, or are counted anew; as in the paper unless
             given, and kept where positions have several axes.
         newlines: Whether tokens that only end a line of an image may be dropped, where a model has any.
@@ -126,6 +127,13 @@ class TokenPruner(Pruner):
         of = size * len(counts)
         return Forecast(UNIT, str(self.target), of - computed, of, left)
 
+    def reach(self, model: Model) -> str:
+        """Return which shares can be kept."""
+        size = image_tokens(model.config)
+        if size is None:
+            return "keep_ratio up to 1 of the visual tokens of an image, whose number depends on the image"
+        return f"keep_ratio {1 / size:.4g} to 1 of the {size} visual tokens of an image"
+
     def _tokens(self, model: Model) -> Tensor:
         """Return how many tokens are left, as a plan says it: a count, or a share of those of the image."""
         match self.target.name:
@@ -148,16 +156,23 @@ class TokenPruner(Pruner):
 
     @final
     def calibrate(self, model: Model, batches: Sequence[Batch], plan: PlanWriter | None = None) -> Plan:
-        """Decide how many tokens are left where; the model stays as it is."""
+        """Decide how many tokens are left where; the model stays as it is.
+
+        Raises:
+            UsageError: As for `forecast`; or the model is streamed.
+        """
         self.forecast(model)
+        self._in_memory(model)
         writer = plan or self.writer(None, model, weights_of(model))
         found = {} if self.keeps_all else self.decide(model, batches)
         for index, path in enumerate(block_prefixes(model)[writer.finished :], start=writer.finished):
             tokens = {Key(path, "tokens"): found[index]} if index in found else {}
             writer.write(tokens, {})
         size = image_tokens(model.config) or self._usual(model, batches)
-        if size is None or not found:
+        if not found:
             return writer.finish({})
+        if size is None:
+            return writer.finish({"unit": UNIT, "asked": str(self.target)})
         counts = self._counted(model, found, size)
         return writer.finish(self._facts(model, counts, size), promises=self._promises(model, counts, size))
 
@@ -198,6 +213,19 @@ class TokenPruner(Pruner):
     def _left(self, tokens: Tensor, size: int) -> int:
         return int(Drop(0, self.within, tokens, self).keep(torch.tensor([size])))
 
+    def _in_memory(self, model: Model) -> PreTrainedModel:
+        """Return a model that is in memory as a whole.
+
+        Raises:
+            UsageError: It is streamed.
+        """
+        if isinstance(model, StreamedModel):
+            raise UsageError(
+                f"{self.method()} works while a model runs, and a streamed one is never whole",
+                hint="leave --stream out",
+            )
+        return model
+
     def drops(self, plan: Plan, model: Model) -> list[Drop]:
         """Return what the engine carries out on a model."""
         compact = (self.positions or self.paper_positions) == "compact" and not _several_axes(model)
@@ -218,20 +246,15 @@ class TokenPruner(Pruner):
                 f"the plan of {plan.method!r} is not for a {model.config.model_type} of this architecture",
                 hint="a plan fits only models with the same tensor names and shapes",
             )
-        if isinstance(model, StreamedModel):
-            raise UsageError(
-                f"{self.method()} works while a model runs, and a streamed one is never whole",
-                hint="leave --stream out",
-            )
+        whole = self._in_memory(model)
         if drops := self.drops(plan, model):
-            attach(model, plan.id, drops)
+            attach(whole, plan.id, drops)
         applied(model).append(plan.id)
         return model
 
     def undo(self, model: Model, plan: Plan) -> None:
         """Let a model run with all tokens again, as far as this plan is concerned."""
-        assert not isinstance(model, StreamedModel)
-        detach(model, plan.id)
+        detach(self._in_memory(model), plan.id)
         if plan.id in applied(model):
             applied(model).remove(plan.id)
 

@@ -17,18 +17,14 @@ from structprune.solvers.farthest import farthest
 
 
 class DivPrune(TokenPruner):
-    """Maximise the least cosine distance between kept tokens, greedily.
-
-    Args:
-        target: How much is left.
-    """
+    """Maximise the least cosine distance between kept tokens, greedily."""
 
     target: Target = Field(default_factory=lambda: Target(keep_ratio=0.098))
 
     paper_positions: ClassVar = "compact"
 
     def choose(self, seen: View, keep: Tensor) -> Tensor:
-        """Return tokens that are far apart, bool [images, tokens].
+        """Return tokens that are far apart, bool, shape [images, tokens].
 
         Raises:
             QualityError: A feature is not finite.

@@ -18,8 +18,7 @@ class FastV(ScoredTokens):
     """Score a token by the attention it gets from the last token of the prompt, in the block before.
 
     Args:
-        target: How much is left; the paper's R is 1 - keep_ratio.
-        block: Number of blocks that compute all tokens, the paper's K.
+        block: Number of blocks that compute all tokens, the paper's K; its R is 1 - `keep_ratio`.
     """
 
     target: Target = Field(default_factory=lambda: Target(keep_ratio=0.5))
@@ -39,5 +38,5 @@ class FastV(ScoredTokens):
         return self.block
 
     def score(self, seen: View) -> Tensor:
-        """Return the last row of attention, mean over heads, float32 [images, tokens]."""
+        """Return the last row of attention, mean over heads, float32, shape [images, tokens]."""
         return seen.paid_by_last()

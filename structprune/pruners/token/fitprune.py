@@ -31,15 +31,12 @@ from structprune.solvers.token_fit import Fit, Walked, fit_shares
 
 
 class FitPrune(ScoredTokens):
-    """Delete, between attention and feed-forward, the tokens that image and text look at least.
-
-    Args:
-        target: How much is left.
-    """
+    """Delete, between attention and feed-forward, the tokens that image and text look at least."""
 
     target: Target = Field(default_factory=lambda: Target(visual_flops=0.4))
 
     needs_data: ClassVar[bool] = True
+    reads: ClassVar = "images"
     within: ClassVar[bool] = True
 
     def forecast(self, model: Model) -> Forecast:
@@ -106,6 +103,6 @@ class FitPrune(ScoredTokens):
         return cost.operations, lambda one: one.left / wanted
 
     def score(self, seen: View) -> Tensor:
-        """Return attention from the image times attention from the text, float32 [images, tokens]."""
+        """Return attention from the image times attention from the text, float32, shape [images, tokens]."""
         own, text = seen.received
         return own * text

@@ -14,7 +14,7 @@ class GridTokens(TokenPruner):
     """Keep tokens at equal distances along the raster."""
 
     def choose(self, seen: View, keep: Tensor) -> Tensor:
-        """Return tokens floor((i + 1/2) * size / kept), bool [images, tokens]."""
+        """Return tokens floor((i + 1/2) * size / kept), bool, shape [images, tokens]."""
         chosen = torch.zeros_like(seen.real)
         for image, (size, kept) in enumerate(zip(seen.left.tolist(), keep.tolist(), strict=True)):
             places = torch.arange(kept, device=chosen.device)

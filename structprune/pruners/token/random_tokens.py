@@ -23,7 +23,7 @@ class RandomTokens(ScoredTokens):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def score(self, seen: View) -> Tensor:
-        """Return independent uniform numbers, float32 [images, tokens]."""
+        """Return independent uniform numbers, float32, shape [images, tokens]."""
         scores = torch.zeros(seen.real.shape)
         # By the image's own size, so that no other image of a batch has a say in it.
         for image, size in enumerate(seen.left.tolist()):
