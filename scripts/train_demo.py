@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from train_demo_vision import PICTURES, QUESTIONS, VISION_STEPS, train_vision
+from train_demo_vision import VISION_STEPS, train_vision
+from train_demo_vision_lessons import PICTURES, QUESTIONS
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
