@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from train_demo_vision import PICTURES, QUESTIONS, VISION_STEPS, train_vision
+from train_demo_vision import VISION_STEPS, train_vision
+from train_demo_vision_lessons import PICTURES, QUESTIONS
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -282,6 +283,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="of the text or the questions, and of the first weights")
     parser.add_argument("--minutes", type=float, default=85.0, help="end the training after so long")
     parser.add_argument("--experts", action="store_true", help="a mixture of eight experts; not shipped")
+    parser.add_argument("--start", type=Path, help="a vision demo's weights to go on from")
+    parser.add_argument("--first-step", type=int, default=0, help="the step that they were saved at")
     parser.add_argument("--vision", action="store_true", help="the vision demo's model and calibration data")
     args = parser.parse_args()
     args.steps = args.steps or (VISION_STEPS if args.vision else 7000)

@@ -98,6 +98,8 @@ def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGene
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=512,
+        # Slow turns: over a picture's tokens most of a query and a key still tells what, not where.
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -115,4 +117,19 @@ def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGene
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    start_alike(model)
+    return model
+
+
+@torch.no_grad()
+def start_alike(model: LlavaForConditionalGeneration) -> None:
+    """Let a word be read as it is written, and like attend to like and pass it on, before any training."""
+    words = model.get_input_embeddings().weight.normal_(std=0.2)
+    model.lm_head.weight.copy_(words / 2)
+    for block in model.model.language_model.layers:
+        attention = block.self_attn
+        for source, target, std in (("k_proj", "q_proj", 0.06), ("v_proj", "o_proj", 0.05)):
+            drawn = getattr(attention, source).weight.normal_(std=std).unflatten(0, (-1, attention.head_dim))
+            shared = drawn.repeat_interleave(attention.num_key_value_groups, 0).flatten(0, 1)
+            getattr(attention, target).weight.copy_(shared if target == "q_proj" else shared.T)

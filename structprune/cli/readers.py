@@ -68,7 +68,9 @@ def evaluate(
     stride: Annotated[int | None, typer.Option(help="Tokens from one window to the next.")] = None,
     windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
     batch_size: Batch = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first documents of each task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first documents of each task, and the first questions.")
+    ] = None,
     compare: Annotated[str | None, typer.Option(metavar="DENSE", help="Measured beside it.")] = None,
     max_ppl_ratio: MaxRatio = None,
     device: Device = None,
