@@ -162,8 +162,7 @@ class Engine:
         states, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
         local.run = Forward(states.shape[0], states.shape[1], past, states.device)
-        # On the meta device ids have no values; what is counted there is text.
-        if local.paused or local.ids is None or local.ids.is_meta or states.shape[1] == 1:
+        if local.paused or local.ids is None or states.shape[1] == 1:
             return
         mask, real = kwargs.get("attention_mask"), None
         if isinstance(mask, Tensor) and mask.ndim == 2:
