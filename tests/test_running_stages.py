@@ -21,6 +21,7 @@ from structprune.pipeline.inspect import abilities
 from structprune.plan.promise import Computed
 from structprune.proof import fresh_process as fresh
 from structprune.proof.image_probe import image_probe
+from structprune.proof.verify import verify
 from structprune.pruners import catalogue
 from structprune.recipe.recipe import assemble
 from tests.conftest import Command
@@ -262,7 +263,7 @@ class TestFolder:
         assert [stage["unit"] for stage in report["stages"]] == ["weights", "visual tokens in the blocks"]
         assert report["stages"][0]["measured"] == report["sparsity"] == 0.5
         assert report["calibration"]["images"]
-        assert structprune.verify(tmp_path / "out", str(seeing), opening=Opening())["ok"]
+        assert verify(tmp_path / "out", seeing, reload=False).ok
         model, _ = structprune.load(tmp_path / "out")
         said = logits(model, picture)
         with structprune.paused(model):
