@@ -3,6 +3,7 @@
     python scripts/train_demo.py --output structprune/demo/model      # what is in the package
     python scripts/train_demo.py --steps 20 --output /tmp/model       # does it still run?
     python scripts/train_demo.py --experts --minutes 20 --output out/mixture   # a mixture of experts
+    python scripts/train_demo.py --vision --output structprune/demo/vision     # the vision demo
 
 Progress goes to stderr; the last lines on stdout compare the held-out loss with the generator's own entropy.
 """
@@ -19,6 +20,8 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from train_demo_vision import VISION_STEPS, train_vision
+from train_demo_vision_lessons import PICTURES, QUESTIONS
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -28,6 +31,7 @@ from transformers import (
 )
 
 from structprune.demo.dice import Dice
+from structprune.demo.sights import TRAINING_SEED as VISION_SEED
 from structprune.demo.tasks import MULTIPLE_CHOICE, choices, questions
 from structprune.demo.world import (
     HELD_OUT_SEED,
@@ -271,14 +275,25 @@ def main() -> None:
     """Train, save, read back and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--steps", type=int, default=7000, help=f"of {BATCH * LENGTH} tokens each")
     parser.add_argument(
-        "--seed", type=int, default=TRAINING_SEED, help="of the text and of the first weights"
+        "--steps",
+        type=int,
+        help=f"of {BATCH * LENGTH} tokens (7000), or of {PICTURES * QUESTIONS} questions ({VISION_STEPS})",
     )
+    parser.add_argument("--seed", type=int, help="of the text or the questions, and of the first weights")
     parser.add_argument("--minutes", type=float, default=85.0, help="end the training after so long")
     parser.add_argument("--experts", action="store_true", help="a mixture of eight experts; not shipped")
+    parser.add_argument("--start", type=Path, help="a vision demo's weights to go on from")
+    parser.add_argument("--first-step", type=int, default=0, help="the step that they were saved at")
+    parser.add_argument("--vision", action="store_true", help="the vision demo's model and calibration data")
     args = parser.parse_args()
+    args.steps = args.steps or (VISION_STEPS if args.vision else 7000)
+    if args.seed is None:
+        args.seed = VISION_SEED if args.vision else TRAINING_SEED
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if args.vision:
+        train_vision(args)
+        return
     tokenizer = train_tokenizer(args.seed)
     model = build_model(tokenizer, args.seed, experts=args.experts)
     logger.info("%d parameters, %d tokens in the vocabulary", model.num_parameters(), len(tokenizer))

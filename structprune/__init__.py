@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from structprune.checkpoint.writing import Writing as Writing
     from structprune.machine import environment as environment
     from structprune.models.opening import Opening as Opening
+    from structprune.models.processor import processor as processor
     from structprune.pipeline.apply import apply as apply
     from structprune.pipeline.bench import bench as bench
     from structprune.pipeline.dry_run import dry_run as dry_run
@@ -41,11 +42,13 @@ if TYPE_CHECKING:
     from structprune.plan.plan import Plan as Plan
     from structprune.pruners.catalogue import find as find
     from structprune.pruners.pruner import Pruner as Pruner
+    from structprune.pruners.while_running import pruning as pruning
     from structprune.recipe.options import BenchOptions as BenchOptions
     from structprune.recipe.options import EvaluateOptions as EvaluateOptions
     from structprune.recipe.options import RecoverOptions as RecoverOptions
     from structprune.recipe.recipe import Recipe as Recipe
     from structprune.recipe.recipe import choose_recipe as choose_recipe
+    from structprune.runtime.engine import paused as paused
 
 # Found when they are first asked for: torch and transformers take seconds to import, `--help` should not.
 _HOMES = {
@@ -68,8 +71,11 @@ _HOMES = {
     "inspect": "pipeline.inspect",
     "load": "checkpoint.load",
     "methods": "pipeline.methods",
+    "paused": "runtime.engine",
+    "processor": "models.processor",
     "prune": "pipeline.prune",
     "prune_each": "pipeline.sweep",
+    "pruning": "pruners.while_running",
     "recover": "pipeline.recover",
     "verify": "pipeline.verify",
 }
@@ -102,8 +108,11 @@ __all__ = [
     "inspect",
     "load",
     "methods",
+    "paused",
+    "processor",
     "prune",
     "prune_each",
+    "pruning",
     "recover",
     "verify",
 ]

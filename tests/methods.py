@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -9,15 +10,19 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from transformers import PreTrainedModel
 
 from structprune.checkpoint.writing import Writing
 from structprune.errors import UsageError
+from structprune.models.streamed import Batch
 from structprune.pruners import catalogue
 from structprune.pruners.forecast import forecast_all
 from structprune.pruners.pruner import Pruner
 from structprune.pruners.structure._family import StructurePruner
 from structprune.pruners.weight._family import WeightPruner
-from tests.tiny import FAMILIES, tiny
+from tests.pictures import Pictures
+from tests.seeing import save_processor, save_rows
+from tests.tiny import FAMILIES, save_tiny, tiny, tokens
 
 # Any text will do; a short one is tokenised at once.
 TEXT = str(Path(__file__).with_name("words.txt"))
@@ -28,21 +33,67 @@ QUICK: dict[str, Any] = {"calibration": CALIBRATION, "evaluate": EVALUATION, "wr
 METHODS = sorted(catalogue.names())
 WEIGHT_METHODS = [name for name in METHODS if issubclass(catalogue.find(name), WeightPruner)]
 STRUCTURE_METHODS = [name for name in METHODS if issubclass(catalogue.find(name), StructurePruner)]
+# What they decide is carried out while the model runs; of all others it is stored.
+TOKEN_METHODS = [name for name in METHODS if catalogue.find(name).at_run_time]
+STORED_METHODS = [name for name in METHODS if name not in TOKEN_METHODS]
 
 
-def fits(pruner: Pruner, family: str) -> bool:
+@dataclass(frozen=True)
+class Home:
+    """On what the laws of a method are tried.
+
+    Attributes:
+        family: Whose tiny model.
+        depth: Its blocks.
+        images: Whether it is shown prompts with images, else text.
+    """
+
+    family: str
+    depth: int = 2
+    images: bool = False
+
+    def model(self, **options: Any) -> PreTrainedModel:
+        """Build the model; options are those of `tiny`."""
+        return tiny(self.family, depth=self.depth, **options)
+
+    def save(self, folder: Path, **options: Any) -> Path:
+        """Save the model and what reads its prompts; options are those of `save_tiny`."""
+        save_tiny(self.family, folder, depth=self.depth, **options)
+        return save_processor(folder) if self.images else folder
+
+    def short_run(self, folder: Path) -> dict[str, Any]:
+        """Return options of `structprune.prune` with which it is soon done; data are put into a folder."""
+        if not self.images:
+            return QUICK
+        rows = str(save_rows(folder))
+        asked = {"questions": rows, "generations": False}
+        return QUICK | {"calibration": {"source": rows, "samples": 2}, "evaluate": asked}
+
+    def batches(self, count: int = 3, seed: int = 0) -> list[Batch]:
+        """Draw batches to decide on."""
+        seeds = range(seed, seed + count)
+        if self.images:
+            return [Pictures(self.family, seed=one).batch() for one in seeds]
+        return [tokens(self.model(), length=24, seed=one) for one in seeds]
+
+
+def fits(pruner: Pruner, home: str | Home) -> bool:
     """Tell whether a pruner can prune the tiny model of a family."""
+    home = Home(home) if isinstance(home, str) else home
     try:
-        forecast_all([pruner], tiny(family))
+        forecast_all([pruner], home.model())
     except UsageError:
         return False
     return True
 
 
 @cache
-def home(method: str) -> str:
-    """Return the family on whose tiny model a method's laws are tried: the first one that it can prune."""
-    return next(family for family in FAMILIES if fits(quick(method), family))
+def home(method: str) -> Home:
+    """Return on what a method's laws are tried: the first family that it can prune."""
+    # Who drops tokens in some blocks needs more of them than two.
+    kind = {"depth": 4, "images": True} if method in TOKEN_METHODS else {}
+    homes = (Home(family, **kind) for family in FAMILIES)
+    return next(one for one in homes if fits(quick(method), one))
 
 
 def accepts(method: str, **fields: Any) -> bool:

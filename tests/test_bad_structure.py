@@ -19,7 +19,7 @@ TABLE = ("--set", "budget.name=table")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for family in {"llama", "mistral", "gpt2", "gemma2", *map(home, STRUCTURE_METHODS)}:
+    for family in {"llama", "mistral", "gpt2", "gemma2", *(home(one).family for one in STRUCTURE_METHODS)}:
         save_tiny(family, folder / family)
     return folder
 
@@ -47,7 +47,7 @@ def words(models: Path, family: str, method: str, *more: str) -> list[object]:
 def test_a_share_that_no_units_have(
     method: str, share: str, said: str, models: Path, command: Command, refused: None
 ) -> None:
-    done = command(*words(models, home(method), method, f"--sparsity={share}"))
+    done = command(*words(models, home(method).family, method, f"--sparsity={share}"))
     check(done, said, "hint: ")
 
 

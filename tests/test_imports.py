@@ -29,7 +29,7 @@ TIERS = [
     """.strip().splitlines()
 ]
 # Slow to import or not always installed.
-OPTIONAL = {"datasets", "lm_eval", "matplotlib", "peft", "pyarrow"}
+OPTIONAL = {"PIL", "datasets", "lm_eval", "matplotlib", "peft", "pyarrow"}
 NAMES_THAT_SAY_NOTHING = {"base", "common", "helpers", "misc", "utils"}
 HOOKS = {
     "register_forward_hook",

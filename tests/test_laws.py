@@ -11,21 +11,33 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+import structprune
 from structprune.calibration.notebook import Notebook
 from structprune.calibration.statistics import gradient_means
 from structprune.errors import InputError, Interrupted, UsageError
 from structprune.models.arch import all_linears, arch_of, blocks, linears
+from structprune.models.cost import count
 from structprune.models.opening import Opening
 from structprune.models.outputs import logits
-from structprune.models.streamed import open_model
+from structprune.models.streamed import Batch, open_model
 from structprune.plan.key import WRITTEN
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.pruners import catalogue
-from structprune.pruners.pruner import Pruner
 from structprune.pruners.weight._family import WeightPruner
 from structprune.pruners.weight._scored import ScorePruner
-from tests.methods import METHODS, WEIGHT_METHODS, accepts, home, quick, weigher
+from tests.methods import (
+    METHODS,
+    STORED_METHODS,
+    TOKEN_METHODS,
+    WEIGHT_METHODS,
+    Home,
+    accepts,
+    home,
+    quick,
+    weigher,
+)
 from tests.tiny import FAMILIES, save_tiny, tiny, tokens
 
 ROOT = Path(__file__).parents[1]
@@ -57,15 +69,20 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def hooks(model: nn.Module) -> int:
+    """Count hooks, and methods that an instance has of its own."""
     return sum(
-        len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))
+        len(module._forward_hooks)
+        + len(module._forward_pre_hooks)
+        + sum(callable(getattr(type(module), name, None)) for name in vars(module))
         for module in model.modules()
     )
 
 
-def removing_nothing(method: type[Pruner]) -> Pruner:
-    field = "sparsity" if "sparsity" in method.model_fields else "keep_ratio"
-    return method.model_validate({field: 0 if field == "sparsity" else 1.0})
+def warm(home: Home) -> tuple[PreTrainedModel, list[Batch]]:
+    """Return a model and batches; transformers installs hooks of its own before the first one."""
+    model, data = home.model(), home.batches(4)
+    logits(model, data[0])
+    return model, data
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -86,36 +103,36 @@ def broken_third_linear(model: nn.Module) -> Iterator[None]:
 @pytest.mark.parametrize("method", METHODS)
 class TestLaws:
     def test_1_calibrate_leaves_the_model_bit_identical_and_unhooked(self, method: str) -> None:
-        model = tiny(home(method))
-        before = state(model)
-        quick(method).calibrate(model, batches(model))
+        model, data = warm(home(method))
+        before, installed = state(model), hooks(model)
+        quick(method).calibrate(model, data)
         assert same(before, state(model))
-        assert hooks(model) == 0
+        assert hooks(model) == installed
 
     def test_1_also_when_it_raises(self, method: str) -> None:
         if not catalogue.find(method).needs_data:
             return  # nothing runs forward, so nothing can raise there
-        model = tiny(home(method))
+        model, data = warm(home(method))
         before = state(model)
         with broken_third_linear(model):
             installed = hooks(model)
             with pytest.raises(RuntimeError, match="broken"):
-                quick(method).calibrate(model, batches(model))
+                quick(method).calibrate(model, data)
             assert hooks(model) == installed
         assert same(before, state(model))
 
     def test_2_the_same_seed_gives_the_same_bytes(self, method: str, tmp_path: Path) -> None:
         for name in ("one", "two"):
-            model = tiny(home(method))
-            quick(method).calibrate(model, batches(model)).save(tmp_path / name)
+            quick(method).calibrate(home(method).model(), home(method).batches()).save(tmp_path / name)
         assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
 
     def test_3_and_4_a_plan_survives_the_disk_and_applying_it_twice_is_applying_it_once(
         self, method: str, tmp_path: Path
     ) -> None:
-        model = tiny(home(method))
+        model, (probe, *data) = home(method).model(), home(method).batches(4)
+        dense = logits(model, probe)
         pruner = quick(method)
-        plan = pruner.calibrate(model, batches(model))
+        plan = pruner.calibrate(model, data)
         plan.save(tmp_path)
         loaded = Plan.load(tmp_path)
         assert loaded.id == plan.id
@@ -124,50 +141,33 @@ class TestLaws:
         pruner.apply(model, plan)
         pruner.apply(other, loaded)
         assert same(state(model), state(other))
-        once = state(model)
+        once, installed, said = state(model), hooks(model), logits(model, probe)
+        assert torch.equal(said, logits(other, probe))
         pruner.apply(model, plan)
         assert same(once, state(model))
-        assert not same(once, state(tiny(home(method))))
+        assert hooks(model) == installed
+        assert torch.equal(said, logits(model, probe))
+        assert not torch.equal(said, dense)
 
     def test_6_removing_nothing_is_the_identity(self, method: str) -> None:
-        model = tiny(home(method))
-        before = state(model)
-        pruner = removing_nothing(catalogue.find(method))
-        plan = pruner.calibrate(model, batches(model))
+        model, (probe, *data) = home(method).model(), home(method).batches(4)
+        before, dense = state(model), logits(model, probe)
+        pruner = quick(method)
+        pruner = pruner.with_goal(1.0 if pruner.at_run_time else 0)  # what is kept there, here what goes
+        plan = pruner.calibrate(model, data)
         assert not plan.keys()
         assert same(before, state(pruner.apply(model, plan)))
+        assert torch.equal(dense, logits(model, probe))
 
     def test_7_a_plan_for_another_architecture_is_refused_and_changes_nothing(self, method: str) -> None:
         pruner = quick(method)
-        model = tiny(home(method))
-        plan = pruner.calibrate(model, batches(model))
-        other = tiny("qwen2" if home(method) != "qwen2" else "llama")
-        before = state(other)
+        plan = pruner.calibrate(home(method).model(), home(method).batches())
+        other = tiny("qwen2" if home(method).family != "qwen2" else "llama")
+        before, installed = state(other), hooks(other)
         with pytest.raises(InputError, match="architecture"):
             pruner.apply(other, plan)
         assert same(before, state(other))
-
-    def test_9_a_streamed_run_writes_the_plan_of_a_resident_run(self, method: str, tmp_path: Path) -> None:
-        folder = save_tiny(home(method), tmp_path / "model", shards=2, dtype=torch.bfloat16)
-        pruner = quick(method)
-        for name, stream in (("resident", False), ("streamed", True)):
-            model = open_model(folder, Opening(stream=stream))
-            data = batches(tiny(home(method)))
-            pruner.calibrate(model, data).save(tmp_path / name)
-            pruner.apply(model, Plan.load(tmp_path / name))
-        assert bytes_of(tmp_path / "resident") == bytes_of(tmp_path / "streamed")
-
-    def test_9_the_applied_models_agree(self, method: str, tmp_path: Path) -> None:
-        folder = save_tiny(home(method), tmp_path / "model")
-        pruner = quick(method)
-        probe = tokens(tiny(home(method)), seed=9)
-        results = []
-        for stream in (False, True):
-            model = open_model(folder, Opening(stream=stream))
-            plan = pruner.calibrate(model, batches(tiny(home(method))))
-            results.append(logits(pruner.apply(model, plan), probe))
-        assert torch.equal(*results)
-        assert not torch.equal(results[0], logits(open_model(folder), probe))
+        assert hooks(other) == installed
 
     def test_10_the_file_names_its_source_and_has_a_recipe(self, method: str) -> None:
         module = inspect.getmodule(catalogue.find(method))
@@ -177,21 +177,114 @@ class TestLaws:
         assert "shape [" in inspect.getsource(module).lower()
 
     def test_a_killed_run_resumes_with_the_same_bytes(self, method: str, tmp_path: Path) -> None:
-        model = tiny(home(method))
+        model, data = home(method).model(), home(method).batches()
         pruner = quick(method)
-        whole = pruner.calibrate(model, batches(model))
+        whole = pruner.calibrate(model, data)
         writer = PlanWriter(tmp_path, whole.origin)
         writer.write(dict(whole.blocks[0]), whole.blocks[0].facts)
         again = PlanWriter(tmp_path, whole.origin)
         assert again.finished == 1
-        assert pruner.calibrate(model, batches(model), again).id == whole.id
+        assert pruner.calibrate(model, data, again).id == whole.id
 
     def test_what_is_decided_leaves_memory_for_the_disk(self, method: str, tmp_path: Path) -> None:
-        model = tiny(home(method))
+        model, data = home(method).model(), home(method).batches()
         pruner = quick(method)
-        plan = pruner.calibrate(model, batches(model), pruner.writer(tmp_path, model, "0" * 64))
+        plan = pruner.calibrate(model, data, pruner.writer(tmp_path, model, "0" * 64))
         assert len(plan.blocks) == len(blocks(model))
         assert all(vars(block)["_packed"] is None for block in plan.blocks)
+
+
+@pytest.mark.parametrize("method", STORED_METHODS)
+class TestLawsOfStoredDecisions:
+    def test_4_applying_changes_what_is_stored(self, method: str) -> None:
+        model = home(method).model()
+        before = state(model)
+        pruner = quick(method)
+        pruner.apply(model, pruner.calibrate(model, home(method).batches()))
+        assert not same(before, state(model))
+
+    def test_9_a_streamed_run_writes_the_plan_of_a_resident_run(self, method: str, tmp_path: Path) -> None:
+        folder = home(method).save(tmp_path / "model", shards=2, dtype=torch.bfloat16)
+        pruner = quick(method)
+        for name, stream in (("resident", False), ("streamed", True)):
+            model = open_model(folder, Opening(stream=stream))
+            pruner.calibrate(model, home(method).batches()).save(tmp_path / name)
+            pruner.apply(model, Plan.load(tmp_path / name))
+        assert bytes_of(tmp_path / "resident") == bytes_of(tmp_path / "streamed")
+
+    def test_9_the_applied_models_agree(self, method: str, tmp_path: Path) -> None:
+        folder = home(method).save(tmp_path / "model")
+        pruner = quick(method)
+        probe, *data = home(method).batches(4)
+        results = []
+        for stream in (False, True):
+            model = open_model(folder, Opening(stream=stream))
+            results.append(logits(pruner.apply(model, pruner.calibrate(model, data)), probe))
+        assert torch.equal(*results)
+        assert not torch.equal(results[0], logits(open_model(folder), probe))
+
+
+@pytest.mark.parametrize("method", TOKEN_METHODS)
+class TestLawsOfRunningDecisions:
+    def test_4_attaching_changes_no_parameter_and_undoing_leaves_no_hook(self, method: str) -> None:
+        model, (probe, *data) = warm(home(method))
+        before, installed, dense = state(model), hooks(model), logits(model, probe)
+        pruner = quick(method)
+        plan = pruner.calibrate(model, data)
+        pruner.apply(model, plan)
+        assert same(before, state(model))
+        assert hooks(model) > installed
+        pruner.undo(model, plan)
+        assert hooks(model) == installed
+        assert torch.equal(dense, logits(model, probe))
+
+    def test_4_a_plan_says_what_runs_one_file_per_block(self, method: str, tmp_path: Path) -> None:
+        model, data = home(method).model(), home(method).batches()
+        quick(method).calibrate(model, data).save(tmp_path)
+        plan = Plan.load(tmp_path)
+        paths = [path for path, _ in blocks(model)]
+        assert plan.keys() and {str(key) for key in plan} <= {f"{path}:tokens" for path in paths}
+        assert len([*tmp_path.glob("block-*.safetensors")]) == len(plan.blocks) == len(paths)
+        assert plan.promises is not None and 0 < plan.promises.removed < plan.promises.of
+
+    def test_a_copy_of_an_attached_model_is_pruned_too_and_on_its_own(self, method: str) -> None:
+        model, (probe, *data) = home(method).model(), home(method).batches(4)
+        dense = logits(model, probe)
+        pruner = quick(method)
+        plan = pruner.calibrate(model, data)
+        said = logits(pruner.apply(model, plan), probe)
+        other = copy.deepcopy(model)
+        assert torch.equal(said, logits(other, probe))
+        pruner.undo(model, plan)
+        assert torch.equal(dense, logits(model, probe))
+        assert torch.equal(said, logits(other, probe))
+
+    def test_costs_of_an_attached_model_are_counted(self, method: str) -> None:
+        model, data = home(method).model(), home(method).batches()
+        before = count(model, zeros=0, prunable=0, bytes_on_disk=0)
+        pruner = quick(method)
+        pruner.apply(model, pruner.calibrate(model, data))
+        assert count(model, zeros=0, prunable=0, bytes_on_disk=0) == before
+
+    def test_a_paused_model_is_dense_bit_for_bit(self, method: str) -> None:
+        model, (probe, *data) = home(method).model(), home(method).batches(4)
+        dense = logits(model, probe)
+        with structprune.pruning(model, quick(method), data):
+            said = logits(model, probe)
+            with structprune.paused(model):
+                assert torch.equal(dense, logits(model, probe))
+            assert torch.equal(said, logits(model, probe))
+            assert not torch.equal(dense, said)
+        assert torch.equal(dense, logits(model, probe))
+
+    def test_9_a_streamed_model_is_refused_by_name(self, method: str, tmp_path: Path) -> None:
+        folder = home(method).save(tmp_path / "model")
+        pruner, data = quick(method), home(method).batches()
+        plan = pruner.calibrate(open_model(folder), data)
+        streamed = open_model(folder, Opening(stream=True))
+        for act in (lambda: pruner.calibrate(streamed, data), lambda: pruner.apply(streamed, plan)):
+            with pytest.raises(UsageError, match=f"^{method} .*streamed"):
+                act()
 
 
 # What looks at the whole model before it decides: outlier shares and gradients, each noted block by block.

@@ -15,8 +15,8 @@ from structprune.models.streamed import StreamedModel, open_model
 from structprune.pruners.forecast import forecast_all
 from structprune.storage.reader import CheckpointReader
 from tests.conftest import Command
-from tests.methods import METHODS, home, quick, short_runs
-from tests.tiny import save_tiny, tiny, tokens
+from tests.methods import STORED_METHODS, home, quick, short_runs
+from tests.tiny import save_tiny
 
 ARMOR = {"method": "armor", "sparsity": "2:4", "wrapper_size": 8, "rounds": 2}
 ON_ITS_CORES = [ARMOR, {"method": "magnitude", "sparsity": "1:4", "include": ["core"]}]
@@ -74,11 +74,11 @@ def test_the_second_stage_removes_what_it_finds_streamed_and_resident_alike(
     assert made["--resident"] == made["--stream"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STORED_METHODS)
 def test_law_11_the_forecast_counts_the_parameters_and_bytes_that_are_written(
     method: str, tmp_path: Path
 ) -> None:
-    folder = save_tiny(home(method), tmp_path / "model", shards=2, dtype=torch.bfloat16)
+    folder = home(method).save(tmp_path / "model", shards=2, dtype=torch.bfloat16)
     model = open_model(folder, Opening(stream=True))
     assert isinstance(model, StreamedModel)
     before = {name: parameter.shape for name, parameter in model.skeleton.named_parameters()}
@@ -86,7 +86,7 @@ def test_law_11_the_forecast_counts_the_parameters_and_bytes_that_are_written(
     (forecast,) = forecast_all([pruner], model)
     assert {name: parameter.shape for name, parameter in model.skeleton.named_parameters()} == before
     below = CheckpointReader(folder)
-    plan = pruner.calibrate(model, [tokens(tiny(home(method)), seed=seed) for seed in range(2)])
+    plan = pruner.calibrate(model, home(method).batches(2))
     written = EditedReader(below, plan)
     assert all(parameter.is_meta for parameter in forecast.left.parameters())
     assert plan.promises is not None

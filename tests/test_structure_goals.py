@@ -31,7 +31,7 @@ def short() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for family in {*map(home, STRUCTURE_METHODS)}:
+    for family in {home(one).family for one in STRUCTURE_METHODS}:
         save_tiny(family, folder / family, depth=DEPTH)
     return folder
 
@@ -65,7 +65,7 @@ def fields_of(method: str) -> dict[str, Any]:
 def test_two_sizes_take_one_look_and_are_two_runs(
     method: str, models: Path, looks: list[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    model, fields = models / home(method), fields_of(method)
+    model, fields = models / home(method).family, fields_of(method)
     assert quick(method, **fields).one_look
     recipe = structprune.Recipe.model_validate(
         {"model": str(model), "output": tmp_path / "all", "prune": {"method": method, **fields}}
@@ -103,7 +103,7 @@ KEPT: list[tuple[str, dict[str, Any]]] = [
 def test_kept_scores_decide_without_data_what_a_look_would(
     method: str, fields: dict[str, Any], models: Path, looks: list[str], tmp_path: Path
 ) -> None:
-    model = models / home(method)
+    model = models / home(method).family
     more = fields_of(method) | fields
     structprune.prune(model, tmp_path / "kept", method, sparsity=0.25, keep_scores=True, **more, **QUICK)
     plain = structprune.prune(model, tmp_path / "plain", method, sparsity=0.25, **more, **QUICK)

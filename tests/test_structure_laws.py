@@ -88,9 +88,9 @@ def test_it_leaves_what_it_promises_streamed_and_resident_alike_and_opens_everyw
 @pytest.mark.parametrize("method", STRUCTURE_METHODS)
 def test_it_prunes_what_it_has_pruned_itself(method: str, tmp_path: Path) -> None:
     """Law 9: also as the second stage after one that changed shapes."""
-    folder = save_tiny(home(method), tmp_path / "model")
+    folder = home(method).save(tmp_path / "model")
     pruner = quick(method, sparsity=0.3) if accepts(method, sparsity=0.3) else quick(method)
-    data = [tokens(tiny(home(method)), length=24, seed=seed) for seed in range(2)]
+    data = home(method).batches(2)
     made: list[tuple[str, torch.Tensor]] = []
     for stream in (False, True):
         model = open_model(folder, Opening(stream=stream))

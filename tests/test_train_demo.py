@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,6 +27,25 @@ def train(output: Path, steps: int, *more: str) -> tuple[float, float]:
     found = re.search(r"held-out loss ([\d.]+), entropy ([\d.]+)", done.stdout)
     assert found
     return float(found[1]), float(found[2])
+
+
+def test_the_vision_demo_trains_saves_and_reports(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts/train_demo.py"), "--vision", "--steps", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+        env=environment,
+    )
+    # Kind, share of right answers, and in brackets that of the commonest answer.
+    found = re.findall(r"(\w+) (\d\.\d+) \((\d\.\d+)\)", done.stdout)
+    assert [kind for kind, _, _ in found] == ["colour", "shape", "place", "count", "presence"]
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    assert (config.model_type, config.image_seq_length) == ("llava", 144)
+    assert len((tmp_path / "calibration.jsonl").read_text().splitlines()) == 200
 
 
 def test_twenty_steps_train_save_and_report(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_attention_heads": 2,
-    "image_size": 16,
+    "image_size": 32,
     "patch_size": 8,
 }
 LAYER_TYPES = ["sliding_attention", "full_attention"]

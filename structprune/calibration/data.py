@@ -1,4 +1,4 @@
-"""What calibration looks at: seeded windows of tokens, cut from a text.
+"""What calibration looks at: seeded windows of tokens, cut from a text; for images see `images`.
 
 A source is tokenised from its beginning as one running text. It is cut into windows that do not overlap, and
 `samples` of them are drawn with the seed. Every window has the same length, so nothing is ever padded. Where
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from structprune.calibration.image_questions import LeftQuestions
 from structprune.calibration.text_source import TextSource
 from structprune.calibration.texts import name_of, pieces, texts
 from structprune.errors import InputError, UsageError
@@ -64,16 +65,16 @@ class Calibration:
     """Batches to calibrate on, and where they come from.
 
     Attributes:
-        batches: `input_ids` [batch, tokens], int64; no attention mask, because nothing is padded.
+        batches: `input_ids` [batch, tokens], int64; of a text no attention mask, because nothing is padded.
         facts: JSON-safe: source, column, split, revision, seed, samples, length, bos, tokens_available (those
             that were read), and `sha256` of the token ids, which alone decides whether two calibrations are
-            the same.
+            the same. Of questions: `images`, questions_available, and the hash covers pixels.
         left: What was not drawn.
     """
 
     batches: list[Batch]
     facts: dict[str, Any]
-    left: Left
+    left: Left | LeftQuestions
 
 
 def load(

@@ -9,7 +9,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from structprune.calibration.text_source import TextSource
+from structprune.calibration.text_source import DEMO, TextSource
 from structprune.errors import EnvironmentFailure, InputError, StructpruneError, UsageError
 from structprune.storage import hub
 
@@ -17,7 +17,6 @@ PLAIN_FILE = "put the text itself there; folders, pipes and devices are not read
 AS_TEXT = "save it as UTF-8 text; compressed and binary files are not read"
 RIGHTS = "check the rights of the file, and the disk"
 
-DEMO = "demo"
 COLUMN = "text"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 # Never a data set's name: without these a mistyped file name would be asked for on a hub.
@@ -47,8 +46,7 @@ def texts(text: TextSource) -> Iterator[str]:
     if text.source == DEMO:
         yield from _demo()
     elif _is_file(text.source):
-        path = Path(text.source).expanduser()
-        _check(path)
+        path = data_file(text.source)
         if path.suffix == ".txt":
             yield from _join(_lines(path), "")
         else:
@@ -114,7 +112,14 @@ def _is_file(source: str) -> bool:
     )
 
 
-def _check(path: Path) -> None:
+def data_file(source: str) -> Path:
+    """Return the file that a source names.
+
+    Raises:
+        InputError: It is missing, no regular file, or of a kind that is not read.
+        EnvironmentFailure: It may not be looked at.
+    """
+    path = Path(source).expanduser()
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -127,6 +132,7 @@ def _check(path: Path) -> None:
         raise InputError(f"{path}: not a regular file", hint=PLAIN_FILE)
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: unknown kind of data file", hint=f"known are {', '.join(SUFFIXES)}")
+    return path
 
 
 def _demo() -> Iterator[str]:
@@ -186,6 +192,17 @@ def _decode(line: bytes, path: Path, number: int, offset: int) -> str:
 
 
 def _jsonl(path: Path, column: str) -> Iterator[str]:
+    for number, row in jsonl_rows(path, f'{{"{column}": "some text"}}'):
+        yield _cell(row, column, f"{path}: line {number}")
+
+
+def jsonl_rows(path: Path, example: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of a file of JSON lines, each with the number of its line; empty lines are none.
+
+    Args:
+        path: The file.
+        example: A line as it could be, for errors.
+    """
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -199,10 +216,10 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
         if not isinstance(row, dict):
             found = type(row).__name__
             raise InputError(
-                f"{path}: line {number} holds a {found}, expected an object with a column {column!r}",
-                hint=f'one object a line, such as {{"{column}": "some text"}}',
+                f"{path}: line {number} holds a {found}, expected an object",
+                hint=f"one object a line, such as {example}",
             )
-        yield _cell(row, column, f"{path}: line {number}")
+        yield number, row
 
 
 def _cell(row: dict[str, Any], column: str, where: str) -> str:

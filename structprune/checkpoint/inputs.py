@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from structprune.calibration.text_source import DEMOS
 from structprune.checkpoint.adapter import CONFIG_FILE, CONFIG_LIMIT
 from structprune.checkpoint.locate import demo_folder
 from structprune.errors import InputError, UsageError
@@ -40,7 +41,7 @@ def local_inputs(what: str, source: str | Path | None) -> list[Input]:
 
     Built-in things ("demo"), names on a hub and the like are nobody's files. An adapter's base is one more.
     """
-    if source is None or str(source) == "demo":
+    if source is None or str(source) in DEMOS:
         return []
     path = Path(source).expanduser()
     return [Input(what, path), *_base_of(what, path)] if os.path.lexists(path) else []
@@ -77,7 +78,7 @@ def _always() -> list[Input]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return [
-        Input("the built-in model", demo_folder()),
+        *(Input("the built-in model", demo_folder(name)) for name in DEMOS),
         Input("the folder of downloaded models", Path(HF_HUB_CACHE)),
     ]
 

@@ -9,14 +9,13 @@ from transformers import PreTrainedTokenizerBase
 from structprune.checkpoint import accelerate as acceleration
 from structprune.checkpoint.adapter import is_adapter
 from structprune.checkpoint.integrity import check_weights, intact_manifest
-from structprune.checkpoint.manifest import MANIFEST, OURS
-from structprune.checkpoint.plans import plans_of
+from structprune.checkpoint.manifest import MANIFEST
+from structprune.checkpoint.running import carry_on
 from structprune.checkpoint.source import open_adapted
-from structprune.models.identity import applied, names_of
+from structprune.models.identity import names_of
 from structprune.models.opening import Opening
 from structprune.models.streamed import Model, build_model, open_reader
 from structprune.models.tokenizer import open_tokenizer
-from structprune.pruners.catalogue import find
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ def load(
     path = Path(folder).expanduser()
     if is_adapter(path):
         source = open_adapted(str(path), path, opening)
-        return _with_plans(source.model, source.folder), source.tokenizer
+        return carry_on(source.model, source.folder), source.tokenizer
     return _open(path, opening, check=check)
 
 
@@ -63,16 +62,4 @@ def _open(path: Path, opening: Opening, *, check: bool) -> Opened:
         if manifest is None or manifest.weights is None:
             logger.warning("%s: no %s says what its weights were: only their form is checked", path, MANIFEST)
         check_weights(manifest, reader, reader.scan(names_of(model).ignored).hashes)
-    return _with_plans(model, path), open_tokenizer(path, opening)
-
-
-def _with_plans(model: Model, folder: Path) -> Model:
-    """Carry out the plans that work while the model runs, and note the ids of those in its weights."""
-    if (folder / OURS).is_dir():
-        for plan in plans_of(folder):
-            pruner = find(plan.method).model_validate(plan.config)
-            if pruner.at_run_time:
-                pruner.apply(model, plan)
-            else:  # it is in the weights, and in the shapes that config.json tells of
-                applied(model).append(plan.id)
-    return model
+    return carry_on(model, path), open_tokenizer(path, opening)

@@ -4,6 +4,7 @@ import logging
 import re
 from pathlib import Path
 
+from structprune.calibration.text_source import DEMO, DEMO_VISION, DEMOS
 from structprune.errors import InputError, UsageError
 from structprune.storage.hub import hub_failure
 
@@ -18,7 +19,7 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
     """Return the folder of a model.
 
     Args:
-        model: "demo" for the built-in model, a local folder, or a hub name "owner/name".
+        model: "demo" or "demo-vision" for a built-in model, a local folder, or a hub name "owner/name".
         revision: Branch, tag or commit of a hub name.
 
     Raises:
@@ -27,10 +28,10 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
         EnvironmentFailure: The hub cannot be reached, or refuses.
     """
     check_name(model)
-    if model == "demo":
+    if model in DEMOS:
         if Path(model).is_dir():
-            logger.warning("'demo' is the built-in model; the folder of that name here is ./demo")
-        return demo_folder()
+            logger.warning("'%s' is a built-in model; the folder of that name here is ./%s", model, model)
+        return demo_folder(model)
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -59,9 +60,9 @@ def check_name(model: object) -> str:
     )
 
 
-def demo_folder() -> Path:
-    """Return the folder of the built-in model."""
-    return Path(__file__).parents[1] / "demo" / "model"
+def demo_folder(name: str = DEMO) -> Path:
+    """Return the folder of a built-in model."""
+    return Path(__file__).parents[1] / "demo" / ("vision/model" if name == DEMO_VISION else "model")
 
 
 def _download(name: str, revision: str | None) -> Path:

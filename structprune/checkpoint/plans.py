@@ -87,9 +87,10 @@ def save_plans(plans: Sequence[Plan], folder: Path) -> None:
 def stages(plans: Sequence[Plan]) -> list[dict[str, Any]]:
     """Return what a report says about each plan: folder, method, config, id, its goal, and what is odd.
 
-    The goal is "unit", "asked" and "reachable", the fraction that whole units allow. Odd are experts that no
-    token reached ("unseen") or few did ("scarce"), linears whose sizes did not fit ("left_dense"), and how
-    what is stored differs from what one would expect ("note").
+    The goal is "unit", "asked" and "reachable", the fraction that whole units allow; with "while_running",
+    what is left in all units, where the saving exists only while structprune runs the model. Odd are
+    experts that no token reached ("unseen") or few did ("scarce"), linears whose sizes did not fit
+    ("left_dense"), and how what is stored differs from what one would expect ("note").
     """
     rows = []
     for number, plan in enumerate(plans, start=1):
@@ -109,5 +110,8 @@ def stages(plans: Sequence[Plan]) -> list[dict[str, Any]]:
         if (promised := plan.promises) is not None:
             reachable = promised.removed / promised.of if promised.of else 0.0
             row |= {"unit": promised.unit, "asked": promised.asked, "reachable": reachable}
+        if any(key.kind == "tokens" for key in plan):
+            row |= {key: plan.facts[key] for key in ("unit", "asked") if key in plan.facts}
+            row["while_running"] = plan.facts
         rows.append(row | {key: value for key, value in odd.items() if value})
     return rows

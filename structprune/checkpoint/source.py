@@ -5,13 +5,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from structprune.checkpoint.adapter import Adapter, is_adapter, merge_adapter, read_adapter
 from structprune.checkpoint.integrity import check_weights, intact_manifest
+from structprune.checkpoint.running import carry_on
 from structprune.errors import InputError
 from structprune.models.identity import names_of, skeleton
 from structprune.models.opening import Opening
+from structprune.models.processor import processor
 from structprune.models.remembered import remembered
 from structprune.models.streamed import Model, StreamedModel, build_model, open_reader, open_skeleton
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
@@ -33,6 +35,7 @@ class Source:
         opening: How it was opened; whether it is streamed, and its device, are decided.
         prior: What it had lost before the run, for the report; None where nobody asked.
         adapter: What is merged into the model and is not in its files.
+        measured: Whether it is to be run as its user would, with what works while a model runs.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Source:
     opening: Opening
     prior: Mapping[str, Any] | None = None
     adapter: Adapter | None = None
+    measured: bool = False
 
     @property
     def folder(self) -> Path:
@@ -61,7 +65,7 @@ class Source:
         model = build_model(self.reader, self.opening)
         if self.adapter is not None:
             merge_adapter(model, self.adapter)  # type: ignore[arg-type]  # never streamed, so it is a module
-        return model
+        return carry_on(model, self.folder) if self.measured else model
 
     def checked_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer.
@@ -76,6 +80,10 @@ class Source:
             )
         check_vocabulary(self.tokenizer, self.model)
         return self.tokenizer
+
+    def processor(self) -> ProcessorMixin:
+        """Return what makes batches of images and text; errors are those of `models.processor`."""
+        return processor(self.folder, self.opening)
 
 
 def open_source(name: str, folder: Path, opening: Opening) -> Source:
@@ -157,5 +165,11 @@ def open_adapted(name: str, folder: Path, opening: Opening) -> Source:
 
 
 def open_measured(name: str, folder: Path, opening: Opening) -> Source:
-    """Open what can be run: a model folder, or a kept adapter with its base."""
-    return (open_adapted if is_adapter(folder) else open_source)(name, folder, opening)
+    """Open what can be run, with what works while it runs: a model folder, or a kept adapter with its base.
+
+    Raises:
+        UsageError: It is to be streamed, and a plan works while the model runs.
+    """
+    source = (open_adapted if is_adapter(folder) else open_source)(name, folder, opening)
+    carry_on(source.model, source.folder)
+    return replace(source, measured=True)

@@ -48,7 +48,7 @@ class Job:
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, a hub name, or 'demo' for the built-in model.")
+    str, typer.Argument(metavar="MODEL", help="A folder, a hub name, or 'demo' or 'demo-vision'.")
 ]
 ModelOrRecipe = Annotated[
     str, typer.Argument(metavar="MODEL|RECIPE.yaml", help="A model, or a recipe of this command.")

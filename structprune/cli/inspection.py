@@ -63,9 +63,9 @@ def _abilities(methods: Sequence[Result]) -> list[tuple[str, str, str]]:
     """Return one row per method: what it takes of this model, or why it takes nothing."""
     rows = []
     for row in methods:
-        data = "needs text" if row["needs_data"] else "no data"
-        goals = [_numbers(row["whole"]) if row["whole"] else "any fraction"] * row["fractions"]
-        goals += row["patterns"]
+        data = f"needs {row['reads']}" if row["needs_data"] else "no data"
+        share = [_numbers(row["whole"]) if row["whole"] else "any fraction"] * row["fractions"]
+        goals = [row["range"]] if row["range"] else [*share, *row["patterns"]]
         rows.append((row["name"], data, f"no: {row['reason']}" if row["reason"] else ", ".join(goals)))
     return rows
 

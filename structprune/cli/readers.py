@@ -58,6 +58,9 @@ def verify(
 def evaluate(
     model: Model,
     text: Annotated[list[str] | None, typer.Option(help="A text for the perplexity; repeatable.")] = None,
+    questions: Annotated[
+        str | None, typer.Option(metavar="FILE.jsonl", help="Questions on images, with answers.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks of lm-eval.")] = None,
     include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="Your own task files.")] = None,
     length: Length = None,
@@ -65,7 +68,9 @@ def evaluate(
     stride: Annotated[int | None, typer.Option(help="Tokens from one window to the next.")] = None,
     windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
     batch_size: Batch = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first documents of each task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first documents of each task, and the first questions.")
+    ] = None,
     compare: Annotated[str | None, typer.Option(metavar="DENSE", help="Measured beside it.")] = None,
     max_ppl_ratio: MaxRatio = None,
     device: Device = None,
@@ -78,9 +83,10 @@ def evaluate(
     *,
     opens: OpeningFlags,
 ) -> Job:
-    """Measure perplexity, divergence from a dense model, and lm-eval tasks."""
+    """Measure perplexity, divergence from a dense model, answers on images, and lm-eval tasks."""
     flags = {
         "evaluate.text": text or None,
+        "evaluate.questions": questions,
         "evaluate.tasks": tasks,
         "evaluate.include_path": include_path,
         "evaluate.length": length,

@@ -5,7 +5,7 @@ from typing import Any
 
 from structprune.cli.tables import table, wrapped
 from structprune.errors import counted
-from structprune.report.figures import bytes_text, number, percent
+from structprune.report.figures import bytes_text, number, percent, question_rows
 from structprune.report.speed import speed_header, speed_notes, speed_rows
 
 Result = Mapping[str, Any]
@@ -78,6 +78,7 @@ def evaluation_lines(result: Result) -> str:
         kl = f"{number(figures['kl'])} +- {number(figures['kl_se'])}"
         rows.append((f"KL from dense, nats per token, {name}", "0", kl))
         rows.append((f"same first choice as dense, {name}", "100%", percent(figures["top1_agreement"])))
+    rows += question_rows(result.get("questions", {}))
     for task, metrics in result.get("tasks", {}).items():
         for metric, figures in metrics.items():
             rows.append((f"{task}, {metric}", number(figures.get("dense")), number(figures.get("model"))))
@@ -136,6 +137,11 @@ def key_lines(result: Result) -> str:
 
 def _reached(stage: Result) -> str:
     """Return what a stage removed as measured, and what whole units allow where that is something else."""
+    if left := stage.get("while_running"):
+        if "tokens" not in left:  # how many that is depends on the image
+            return f"{stage['asked']} of the visual tokens, while structprune runs it"
+        tokens = f"{left['tokens']} of {left['visual_tokens']} visual tokens of an image left at the end"
+        return f"{tokens}, {_exact(left['visual_flops'])} of their operations, while structprune runs it"
     if stage["measured"] is None:  # the files that it was measured against are not those of this run
         return f"{_exact(stage['reachable'])} of the {stage['unit']} removed before"
     removed = f"{_exact(stage['measured'])} of the {stage['unit']} removed"
@@ -158,6 +164,10 @@ def _quality(evaluation: Result) -> list[str]:
         for name, figures in evaluation.get("perplexity", {}).items()
     ]
     found += [f"KL {number(figures['kl'])}" for figures in evaluation.get("divergence", {}).values()]
+    found += [
+        f"right answers on {name} {percent(one['accuracy']['dense'])} -> {percent(one['accuracy']['model'])}"
+        for name, one in evaluation.get("questions", {}).items()
+    ]
     return found + list(evaluation.get("protocol", {}).get("flags", ()))
 
 
@@ -208,4 +218,6 @@ def _plain(value: object, key: str = "") -> str:
         return bytes_text(value) if key.endswith("bytes") else f"{value:,}"
     if isinstance(value, list | tuple):
         return ", ".join(str(part) for part in value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {part}" for name, part in value.items()) + "}"
     return str(value)

@@ -49,7 +49,9 @@ def prune(
     output: Output = None,
     *,
     asks: MethodFlags,
-    calibration: Annotated[str | None, typer.Option(help="A text file, a data set's name, or demo.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="A file, a data set's name, demo or demo-vision.")
+    ] = None,
     samples: Samples = None,
     length: Length = None,
     column: Column = None,

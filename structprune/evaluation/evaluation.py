@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from structprune.calibration.data import sequence_start
 from structprune.errors import QualityError, UsageError
@@ -24,6 +24,7 @@ from structprune.evaluation.harness import save as save_results
 from structprune.evaluation.memory import Memory
 from structprune.evaluation.perplexity import NOT_FINITE, Scores, score
 from structprune.evaluation.protocol import dtype_of, same_footing, stamped_versions
+from structprune.evaluation.questions import QuestionExam, ask_questions
 from structprune.models.streamed import Model, StreamedModel
 from structprune.recipe.options import EvaluateOptions
 
@@ -42,8 +43,10 @@ class Evaluation:
         perplexity: Text name -> "model", "dense" (None without a dense model); always finite.
         divergence: Text name -> "kl" (mean KL(dense || model) per token, in nats), "kl_se" (its standard
             error over windows), "top1_agreement" (fraction of tokens, 0-1); empty without a dense model.
+        questions: Name of the questions on images -> what `questions.ask_questions` returns.
         tasks: Task -> metric -> "model", "dense".
         protocol: "texts" (per text, how it was measured, as `protocol.cut_windows` stamps it), "tasks",
+            "questions" where some were asked,
             "versions", and "flags": sentences about figures that could not be computed.
         generations: "prompt", "model", "dense": texts; left out of the JSON, because they belong into a
             report.
@@ -52,6 +55,7 @@ class Evaluation:
 
     perplexity: Numbers = field(default_factory=dict)
     divergence: Numbers = field(default_factory=dict)
+    questions: dict[str, dict[str, Any]] = field(default_factory=dict)
     tasks: dict[str, Numbers] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
     generations: list[dict[str, str | None]] = field(default_factory=list)
@@ -62,6 +66,7 @@ class Evaluation:
         return {
             "perplexity": self.perplexity,
             "divergence": self.divergence,
+            "questions": self.questions,
             "tasks": self.tasks,
             "protocol": self.protocol,
         }
@@ -115,6 +120,8 @@ def evaluate(
             model, text.windows, dense=dense, say=say, batch_size=options.batch_size, name=text.name
         )
         _add_text(result, text.name, found)
+    if exam.questions is not None:
+        _add_questions(result, exam.questions, model, dense, options.batch_size, memory)
     if exam.prompts:
         result.generations = _side_by_side(exam.prompts, model, dense, tokenizer, memory)
     if options.tasks:
@@ -157,6 +164,23 @@ def gate(evaluation: Evaluation, max_ppl_ratio: float) -> None:
             "max_ppl_ratio needs a text and a dense model to compare with",
             hint="give a text with --text and the dense model with --compare",
         )
+
+
+def _add_questions(
+    result: Evaluation,
+    exam: QuestionExam,
+    model: Model,
+    dense: Model | None,
+    batch_size: int,
+    memory: Memory,
+) -> None:
+    # Reading the exam has refused a streamed model.
+    assert isinstance(model, PreTrainedModel) and not isinstance(dense, StreamedModel)
+    log.info("%d questions on images: %s", len(exam.questions), exam.name)
+    found = ask_questions(model, exam, dense=dense, batch_size=batch_size, memory=memory)
+    stamp = exam.stamp | {"sha256": found.pop("sha256"), "dtype": dtype_of(model)}
+    result.questions[exam.name] = found
+    result.protocol["questions"] = {exam.name: stamp}
 
 
 def _side_by_side(

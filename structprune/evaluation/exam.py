@@ -4,14 +4,15 @@ A run that has decided for an hour must not stop because a text is missing or a 
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from structprune.calibration.data import Left, hash_of, positions, sequence_start, window_length
-from structprune.calibration.text_source import TextSource
-from structprune.calibration.texts import DEMO, name_of, pieces
+from structprune.calibration.image_questions import LeftQuestions
+from structprune.calibration.text_source import DEMO, TextSource
+from structprune.calibration.texts import name_of, pieces
 from structprune.demo.world import HELD_OUT_SEED
 from structprune.demo.world import text as demo_text
 from structprune.errors import UsageError
@@ -19,10 +20,13 @@ from structprune.evaluation.generations import PROMPTS, beginnings, prompt_lengt
 from structprune.evaluation.harness import check_tasks
 from structprune.evaluation.perplexity import Windows
 from structprune.evaluation.protocol import cut_windows, hash_of_tokenizer
+from structprune.evaluation.questions import QuestionExam, question_exam, read_question_exam
 from structprune.evaluation.speed import Workload
 from structprune.recipe.options import EvaluateOptions
 
 DEMO_CHARACTERS = 200_000
+# Of questions that were not drawn, so many at most tell how good the result is.
+LEFT_QUESTIONS = 128
 # Long enough for a context; the windows of calibration are often four times as long, and cost as much.
 LEFT_LENGTH = 512
 
@@ -52,6 +56,7 @@ class Exam:
         prompts: Beginnings for the models to continue.
         reason: Why there is no text, where there is none; empty where only tasks were asked for.
         workload: What its speed is timed on; None where that was not asked for.
+        questions: On images, to be answered.
     """
 
     options: EvaluateOptions
@@ -59,6 +64,12 @@ class Exam:
     prompts: tuple[str, ...] = ()
     reason: str = ""
     workload: Workload | None = None
+    questions: QuestionExam | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Return whether anything is measured but speed."""
+        return bool(self.texts or self.questions or self.options.tasks)
 
 
 def read_exam(
@@ -67,17 +78,20 @@ def read_exam(
     config: PreTrainedConfig,
     *,
     streamed: bool = False,
+    processor: ProcessorMixin | None = None,
 ) -> Exam:
-    """Read the texts that were asked for, and look the tasks up.
+    """Read the texts and questions that were asked for, and look the tasks up.
 
     Args:
         options: What to measure; the text "demo" is held-out text of the demo's generator.
         tokenizer: The model's.
         config: The model's.
-        streamed: Whether it is streamed; tasks need it in memory.
+        streamed: Whether it is streamed; tasks and questions need it in memory.
+        processor: The model's, where questions on images are asked.
 
     Raises:
-        UsageError: A size is impossible, a task is unknown, or two texts have one name.
+        UsageError: A size is impossible, a task is unknown, two texts have one name, or questions are asked
+            without a processor.
         InputError: A text is too short, or cannot be trusted.
         EnvironmentFailure: Data cannot be reached, or lm-eval is not installed.
     """
@@ -87,6 +101,13 @@ def read_exam(
     size = window_length(options.length, positions(config))
     if options.tasks:
         check_tasks(options.tasks, options.include_path, streamed=streamed)
+    questions = None
+    if options.questions is not None:
+        if processor is None:
+            raise UsageError(
+                "evaluate.questions needs the processor of a vision-language model", hint="give its folder"
+            )
+        questions = read_question_exam(options.questions, processor, limit=options.limit, streamed=streamed)
     texts = []
     for name, source in zip(names, options.text_sources, strict=True):
         windows, stamp = cut_windows(
@@ -102,7 +123,27 @@ def read_exam(
     prompts: list[str] = []
     if texts and options.generations:
         prompts = beginnings(text_of(options.text_sources[0]), tokenizer, max_length=positions(config))
-    return Exam(options, tuple(texts), tuple(prompts))
+    return Exam(options, tuple(texts), tuple(prompts), questions=questions)
+
+
+def exam_on_left_questions(options: EvaluateOptions, left: LeftQuestions, processor: ProcessorMixin) -> Exam:
+    """Return the exam of a run that was told none: on what calibration left of its questions.
+
+    Args:
+        options: Of these, at most so many questions.
+        left: What was left.
+        processor: The model's.
+    """
+    known = [one for one in left.questions if one.answer is not None]
+    if not known:
+        name = name_of(left.text.source)
+        said = (
+            f"nothing was measured: no question of {name} with an answer was left that the run has not seen"
+        )
+        return Exam(options, reason=f"{said}; name some with evaluate.questions")
+    exam = question_exam(left.text, known[-(options.limit or LEFT_QUESTIONS) :], processor)
+    stamp = exam.stamp | {"held_out": "the last questions that the run did not look at"}
+    return Exam(options, questions=replace(exam, stamp=stamp))
 
 
 def exam_on_left(

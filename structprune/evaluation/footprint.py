@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from structprune.checkpoint.adapter import is_adapter
+from structprune.checkpoint.running import carry_on
 from structprune.checkpoint.source import open_adapted
 from structprune.errors import EnvironmentFailure, counted
 from structprune.evaluation.speed import Workload, fitting, prompts, timed_pass
@@ -55,6 +56,7 @@ class Subject:
             return open_adapted(str(self.folder), self.folder, self.opening).resident
         model = build_model(open_reader(self.folder, self.opening), self.opening)
         assert isinstance(model, PreTrainedModel)
+        carry_on(model, self.folder)
         return model
 
 

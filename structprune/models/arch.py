@@ -83,7 +83,7 @@ class Arch:
         return {name: getattr(self, name) for name in names} | {"router": (*self.routers, "")[0]}
 
 
-GATED = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text")
+GATED = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text", "qwen3_vl_text")
 
 TABLE: tuple[Arch, ...] = (
     Arch(GATED, mlp_norm="post_attention_layernorm"),
@@ -131,7 +131,9 @@ TABLE: tuple[Arch, ...] = (
 )
 
 # Vision-language models: where their language model stands. Its row is that of its own model type.
-LANGUAGE_MODELS: dict[str, str] = {"llava": "model.language_model", "qwen2_5_vl": "model.language_model"}
+LANGUAGE_MODELS: dict[str, str] = dict.fromkeys(
+    ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl"), "model.language_model"
+)
 
 # What a linear router is called in families outside the table.
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})

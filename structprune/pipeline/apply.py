@@ -8,6 +8,7 @@ from structprune.checkpoint.inputs import local_inputs
 from structprune.checkpoint.locate import check_name, resolve
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.plans import read_plans, save_plans, stages
+from structprune.checkpoint.running import check_stored
 from structprune.checkpoint.side_files import check_side_files, copied_names
 from structprune.checkpoint.source import open_source
 from structprune.checkpoint.writing import Writing
@@ -71,6 +72,7 @@ def _apply(run: ApplyRun, opening: Opening, writing: Writing, progress: Progress
             needed_bytes=weight_bytes(folder),
         )
         check_side_files(folder, opening)
+        check_stored(folder)
         plans = read_plans(plan)
         source = open_source(run.model, folder, opening)
         if plans[0].weights != source.scan.weights:

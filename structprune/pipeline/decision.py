@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
-from structprune.calibration import data
+from structprune.calibration import data, images
+from structprune.calibration.image_questions import asks_on_images
+from structprune.calibration.text_source import DEMO
 from structprune.checkpoint.delivery import Delivery
 from structprune.checkpoint.export import export
 from structprune.checkpoint.plans import folder_of, plans_of, read_plans
+from structprune.checkpoint.running import check_stored
 from structprune.checkpoint.side_files import check_side_files
 from structprune.checkpoint.source import Source, open_source
 from structprune.errors import InputError, UsageError
@@ -46,6 +49,7 @@ def open_recipe_model(
         UsageError: A stage cannot prune it, or not nearly as much as was asked for.
     """
     check_side_files(folder, recipe.opening(opening))
+    check_stored(folder)
     source = open_source(recipe.model, folder, recipe.opening(opening))
     prior = prior_of(source.model, source.reader, source.scan.zeros, opening)
     tell_prior(prior, folder, opening)
@@ -54,12 +58,30 @@ def open_recipe_model(
     return replace(source, prior=prior.as_json())
 
 
+def check_kind(recipe: Recipe) -> None:
+    """Check that the data hold what every stage looks for in them.
+
+    Raises:
+        UsageError: A stage looks at images, and the data are text.
+    """
+    found = recipe.calibration.text_source
+    for step in recipe.prune:
+        if step.looks_at_data and step.reads == "images" and not asks_on_images(found):
+            raise UsageError(
+                f"calibration.source: {found.source} holds text, and {step.method()} looks at images",
+                hint="--calibration FILE.jsonl with rows of image and question",
+            )
+
+
 def calibrate_on(recipe: Recipe, source: Source) -> data.Calibration | None:
     """Return the data that a recipe calibrates on; None where no stage looks at any."""
     if not any(step.looks_at_data for step in recipe.prune):
         return None
+    check_kind(recipe)
     options = recipe.calibration
-    if options.source == "demo" and recipe.model != "demo":
+    if asks_on_images(options.text_source):
+        return _look_at_images(recipe, source)
+    if options.source == DEMO and recipe.model != DEMO:
         logger.warning(
             "calibrating on the built-in demo text; give --calibration text like what the model will read"
         )
@@ -72,6 +94,21 @@ def calibrate_on(recipe: Recipe, source: Source) -> data.Calibration | None:
         batch_size=options.batch_size,
         max_length=data.positions(source.model.config),
     )
+
+
+def _look_at_images(recipe: Recipe, source: Source) -> data.Calibration:
+    options, processor = recipe.calibration, source.processor()
+    images.check_no_length(options.length)
+    found = images.load_questions(
+        options.text_source,
+        processor,
+        samples=options.samples,
+        seed=recipe.seed,
+        batch_size=options.batch_size,
+        max_length=data.positions(source.model.config),
+    )
+    images.check_placeholders(source.model, found.batches[0])
+    return found
 
 
 def fingerprint(recipe: Recipe, source: Source, calibration: data.Calibration | None) -> dict[str, Any]:

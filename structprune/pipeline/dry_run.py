@@ -7,10 +7,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from structprune.calibration.data import positions, window_length
+from structprune.calibration.image_questions import asks_on_images, read_questions
 from structprune.calibration.texts import check_text
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.modelling import needs_code
 from structprune.checkpoint.output import check_output
+from structprune.checkpoint.running import check_stored
 from structprune.checkpoint.side_files import check_side_files
 from structprune.checkpoint.source import open_outline
 from structprune.checkpoint.writing import Writing
@@ -21,8 +23,10 @@ from structprune.models.arch import blocks
 from structprune.models.cost import file_bytes, parameters_of, weight_bytes
 from structprune.models.identity import stored_layout
 from structprune.models.opening import RESIDENT_COPIES, Opening
+from structprune.models.processor import processor
 from structprune.models.streamed import StreamedModel
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
+from structprune.pipeline.decision import check_kind
 from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import may_stand
 from structprune.pipeline.sweep import recipes_of
@@ -35,6 +39,7 @@ from structprune.storage.reader import CheckpointReader
 RUNTIME_BYTES = 450_000_000
 ZEROS = "zeros make neither the files smaller nor dense kernels faster"
 SMALLER = "the files are smaller, and whatever opens them has less to compute"
+RUNNING = "the saving of {} exists only while structprune runs the model: other programs compute all there is"
 
 
 def dry_run(
@@ -63,6 +68,7 @@ def dry_run(
     size = weight_bytes(folder)
     inputs = inputs_of_recipe(recipe, folder)
     check_output(inputs, recipe.output, overwrite=may_stand(recipe.output, writing), needed_bytes=size)
+    check_stored(folder)
     opened, scan = open_outline(folder, opening)
     assert isinstance(opened.reader, CheckpointReader)
     prior = prior_of(opened, opened.reader, scan.zeros, opening)
@@ -100,8 +106,16 @@ def dry_run(
             "structprune",
         ],
         "bench": asdict(load) if load is not None else None,
-        "note": SMALLER if parameters_of(left) < parameters_of(opened.skeleton) else ZEROS,
+        "note": _note(recipe, opened, left),
     }
+
+
+def _note(recipe: Recipe, opened: StreamedModel, left: PreTrainedModel) -> str:
+    """Return what the result is good for."""
+    smaller = parameters_of(left) < parameters_of(opened.skeleton)
+    running = [pruner.method() for pruner in recipe.prune if pruner.at_run_time]
+    stored = [] if len(running) == len(recipe.prune) else [SMALLER if smaller else ZEROS]
+    return "; ".join([*stored, *([RUNNING.format(" and ".join(running))] if running else [])])
 
 
 def _check_inputs(recipe: Recipe, opened: StreamedModel, opening: Opening, streamed: bool) -> None:
@@ -109,8 +123,12 @@ def _check_inputs(recipe: Recipe, opened: StreamedModel, opening: Opening, strea
     folder, asked = opened.reader.folder, recipe.evaluate
     check_side_files(folder, opening)
     needs_data = any(pruner.looks_at_data for pruner in recipe.prune)
-    measures = asked is not None and not asked.skip and bool(asked.text or asked.tasks)
-    if needs_data:
+    measures = asked is not None and not asked.skip and asked.asks
+    check_kind(recipe)
+    if needs_data and asks_on_images(recipe.calibration.text_source):
+        read_questions(recipe.calibration.text_source)
+        processor(folder, opening)
+    elif needs_data:
         check_text(recipe.calibration.text_source)
     if recipe.recover is not None:
         check_text(recipe.recover.text_source)
@@ -121,7 +139,8 @@ def _check_inputs(recipe: Recipe, opened: StreamedModel, opening: Opening, strea
         check_vocabulary(tokenizer, opened)
         assert tokenizer is not None
         if asked is not None and measures:
-            read_exam(asked, tokenizer, opened.config, streamed=streamed)
+            sees = processor(folder, opening) if asked.questions else None
+            read_exam(asked, tokenizer, opened.config, streamed=streamed, processor=sees)
 
 
 def _workload(recipe: Recipe, opened: StreamedModel, left: PreTrainedModel, device: str) -> Workload | None:

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from structprune.calibration.texts import DEMO
+from structprune.calibration.text_source import DEMO, DEMO_VISION
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.source import open_measured
 from structprune.errors import UsageError
@@ -28,8 +28,9 @@ def evaluate(
     """Measure a model, and with `options.compare` the dense one in the same run.
 
     Args:
-        model: "demo", a folder, a hub name, or a kept adapter's folder.
-        options: What to measure; held-out text of the demo's world where it names neither text nor task.
+        model: "demo", "demo-vision", a folder, a hub name, or a kept adapter's folder.
+        options: What to measure; where it names nothing, held-out text of the demo's world, or held-out
+            questions of the vision demo's for its model.
         opening: How both are opened.
         revision: Branch, tag or commit of a hub model.
         progress: Told (stage, done, total).
@@ -55,8 +56,10 @@ def _with_text(options: EvaluateOptions, model: str) -> EvaluateOptions:
         raise UsageError("evaluate.skip leaves nothing to do", hint="leave it out, or name a text or a task")
     if options.max_ppl_ratio is not None and options.compare is None:
         raise UsageError("max_ppl_ratio needs a dense model to compare with", hint="name it: --compare DENSE")
-    if options.text or options.tasks:
+    if options.asks:
         return options
+    if model == DEMO_VISION:
+        return options.model_copy(update={"questions": DEMO_VISION})
     if model != DEMO:
         logger.warning("measuring on the built-in demo text; give --text like what the model will read")
     return options.model_copy(update={"text": (DEMO,)})

@@ -150,7 +150,7 @@ def measure(source: Source, dense: Source | None, exam: Exam, memory: Memory | N
         exam: What to measure it on.
         memory: What the dense model said already.
     """
-    if not exam.texts and not exam.options.tasks:
+    if not exam.asks:
         return nothing_measured(exam)
     return evaluate(
         source.model,

@@ -40,6 +40,7 @@ def inputs_of_evaluation(options: EvaluateOptions | Literal[False] | None) -> li
         return []
     return [
         *(one for text in options.text for one in local_inputs("the text to measure on", text)),
+        *local_inputs("the questions to measure on", options.questions),
         *local_inputs("the folder of task files", options.include_path),
         *local_inputs("the model to compare with", options.compare),
     ]

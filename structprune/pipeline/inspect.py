@@ -81,13 +81,14 @@ def abilities(name: str, model: StreamedModel) -> dict[str, Any]:
         model: Its skeleton.
 
     Returns:
-        "name", "needs_data", "reason" (why it cannot prune this model; None where it can), "unit",
-        "fractions" (whether it takes a fraction), "whole" ("units", at "most" how many "of" how many leave,
-        where they are few and leave whole; else None) and "patterns" (N:M that fit every matrix).
+        "name", "needs_data", "reads" (of the data: "text" or "images"), "reason" (why it cannot prune this
+        model; None where it can), "unit", "range" (what can be asked for, in words; None where that is a
+        share that leaves), "fractions" (whether it takes one), "whole" ("units", at "most" how many "of" how
+        many leave, where they are few and leave whole; else None) and "patterns" (N:M that fit every matrix).
     """
     pruner = find(name)()
-    found: dict[str, Any] = {"name": name, "needs_data": pruner.looks_at_data, "reason": None}
-    found |= {"unit": None, "fractions": False, "whole": None, "patterns": []}
+    found: dict[str, Any] = {"name": name, "needs_data": pruner.looks_at_data, "reads": pruner.reads}
+    found |= {"reason": None, "unit": None, "range": None, "fractions": False, "whole": None, "patterns": []}
     try:
         whole = pruner.whole_units(model)
         if whole is not None and whole.most:  # the share that is one of them, which no default need be
@@ -95,6 +96,8 @@ def abilities(name: str, model: StreamedModel) -> dict[str, Any]:
         unit = pruner.forecast(model).unit
     except UsageError as error:
         return found | {"reason": error.message}
+    if reach := pruner.reach(model):
+        return found | {"unit": unit, "range": reach}
     patterns = [text for kept, of in PATTERNS if _reaches(pruner, text := f"{kept}:{of}", model)]
     fractions = whole is not None or _reaches(pruner, 0.5, model)
     told = asdict(whole) if whole else None

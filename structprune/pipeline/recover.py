@@ -16,6 +16,7 @@ from structprune.checkpoint.locate import check_name, resolve
 from structprune.checkpoint.manifest import OURS
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.plans import plans_of
+from structprune.checkpoint.running import check_stored
 from structprune.checkpoint.side_files import check_side_files, copied_names
 from structprune.checkpoint.source import Source, open_source
 from structprune.checkpoint.writing import Writing
@@ -123,6 +124,7 @@ def recover_run(
             inputs, run.output, overwrite=may_stand(run.output, writing), needed_bytes=needed
         )
         check_side_files(folder, opening)
+        check_stored(folder)
         source = open_source(run.model, folder, opening)
         plans = [plan.beside_weights() for plan in plans_of(folder)]
         options = spell_out(options, source.resident, plans)

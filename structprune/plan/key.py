@@ -25,6 +25,7 @@ EDITS: Mapping[str, Edit] = MappingProxyType(
         "keep.1": "keep",
         "drop": "drop",
         "members": "members",
+        "tokens": "none",
         "score": "none",
     }
 )
@@ -43,7 +44,7 @@ class Key:
 
     Attributes:
         name: The tensor it is about, by its name in the checkpoint files; of members, what stands before
-            their number.
+            their number; of tokens, the block's path in the model.
         kind: One of `EDITS`.
     """
 

@@ -67,6 +67,23 @@ class Listed(_Said):
     of: Count
 
 
+class Computed(_Said):
+    """How many tokens of an image a block computes while the model runs.
+
+    Attributes:
+        block: The block's path in the model.
+        attention: How many its attention computes, and its cache holds.
+        feed_forward: How many its feed-forward computes.
+        of: How many the image has.
+    """
+
+    kind: Literal["computed"] = "computed"
+    block: str
+    attention: Count
+    feed_forward: Count
+    of: Count
+
+
 class Promises(_Said):
     """What one stage promises.
 
@@ -82,4 +99,6 @@ class Promises(_Said):
     asked: float | str
     removed: Count
     of: Count
-    stored: tuple[Annotated[Removed | Reshaped | Gone | Listed, Field(discriminator="kind")], ...] = ()
+    stored: tuple[
+        Annotated[Removed | Reshaped | Gone | Listed | Computed, Field(discriminator="kind")], ...
+    ] = ()

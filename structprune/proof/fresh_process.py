@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from structprune.errors import EnvironmentFailure
 from structprune.models.opening import Opening
+from structprune.models.streamed import Batch
 from structprune.storage.durable import blame
 from structprune.storage.scratch import HINT, scratch_folder
 from structprune.storage.tensor_file import read_tensors, save_tensors
@@ -26,7 +27,8 @@ LENGTH = 32
 # What two processes may differ by when the same numbers lie at differently aligned addresses.
 TOLERANCE = 1e-5
 PLAIN = Path(__file__).with_name("reload.py")
-STREAMED = "structprune.proof.reload_streamed"
+OURS = {"streamed": "structprune.proof.reload_streamed", "running": "structprune.proof.reload_running"}
+How = Literal["plain", "streamed", "running"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class ReloadJob:
         folder: The folder.
         ids: Token ids to run through it, shape [batch, tokens].
         opening: The dtype to compute in, which is not "auto", and what is allowed; it runs on the CPU.
+        image: A prompt with an image to run through it too; None for none.
     """
 
     folder: Path
     ids: Tensor
     opening: Opening
+    image: Batch | None = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,11 @@ class Reloaded:
         error: Why the folder could not be opened; "" when it was.
         loader: What opened it, with its version.
         logits: Shape [batch, tokens, vocabulary]; None when there was an error.
+        image_logits: Those of the prompt with an image; None where there was none.
         missing: Tensors that the loader did not find, or found in another shape.
         same_with_cache: Whether greedy tokens are the same with and without a cache; None where not tried.
+        computed: Of every block how many visual tokens its attention and its feed-forward computed, where the
+            child ran what works while a model runs.
     """
 
     error: str
@@ -61,6 +68,8 @@ class Reloaded:
     logits: Tensor | None = None
     missing: tuple[str, ...] = ()
     same_with_cache: bool | None = None
+    image_logits: Tensor | None = None
+    computed: list[tuple[int, int]] = field(default_factory=list)
 
 
 def probe(config: PreTrainedConfig) -> Tensor:
@@ -85,17 +94,18 @@ def ordinary_tokens(config: PreTrainedConfig) -> list[int]:
     return [token for token in range(count) if token not in special] or [0]
 
 
-def reload(jobs: Sequence[ReloadJob], *, stream: bool = False) -> list[Reloaded]:
+def reload(jobs: Sequence[ReloadJob], *, how: How = "plain") -> list[Reloaded]:
     """Open folders in a child process, several in one, and return what it found, in order.
 
-    Without `stream` the child is plain transformers and never imports structprune. A folder that ends the
-    child is reported, and the folders after it get another child.
+    A "plain" child is plain transformers and never imports structprune; a "streamed" one opens block by
+    block; a "running" one carries out what works while a model runs. A folder that ends the child is
+    reported, and the folders after it get another child.
     """
     with scratch_folder("reload") as scratch:
         written = [_write(job, Path(scratch), index) for index, job in enumerate(jobs)]
         results: list[Reloaded] = []
         while len(results) < len(jobs):
-            results += _run(written[len(results) :], Path(scratch), stream=stream)
+            results += _run(written[len(results) :], Path(scratch), how)
         return results
 
 
@@ -125,7 +135,8 @@ def _special(value: object, key: str = "") -> list[object]:
 
 def _write(job: ReloadJob, scratch: Path, index: int) -> dict[str, Any]:
     asked = scratch / f"probe-{index}.safetensors"
-    save_tensors(asked, {"input_ids": job.ids.cpu().contiguous()})
+    image = {f"image.{name}": value.cpu().contiguous() for name, value in (job.image or {}).items()}
+    save_tensors(asked, {"input_ids": job.ids.cpu().contiguous(), **image})
     return {
         "folder": str(job.folder.resolve()),
         "probe": str(asked),
@@ -138,16 +149,16 @@ def _write(job: ReloadJob, scratch: Path, index: int) -> dict[str, Any]:
     }
 
 
-def _run(jobs: Sequence[dict[str, Any]], scratch: Path, *, stream: bool) -> list[Reloaded]:
+def _run(jobs: Sequence[dict[str, Any]], scratch: Path, how: How) -> list[Reloaded]:
     """Run one child; return a result per folder that it opened, and one more for the folder that ended it."""
     listed = scratch / "jobs.json"
     with blame(listed):
         listed.write_text(json.dumps(jobs), encoding="utf-8")
     # -P keeps the script's and the user's folder off the module path, where a load.py or h2.py hides others.
-    program = ["-m", STREAMED] if stream else [str(PLAIN)]
+    program = [str(PLAIN)] if how == "plain" else ["-m", OURS[how]]
     child = subprocess.run(
         [sys.executable, "-P", *program, str(listed)],
-        env=child_environment(ours=stream),
+        env=child_environment(ours=how != "plain"),
         capture_output=True,
         text=True,
         errors="replace",
@@ -181,12 +192,15 @@ def _result(job: dict[str, Any], line: dict[str, Any]) -> Reloaded:
         return Reloaded(
             error="the child had structprune imported, so it proves nothing about plain transformers"
         )
+    said = read_tensors(Path(job["logits"]))
     return Reloaded(
         error="",
         loader=line["loader"],
-        logits=read_tensors(Path(job["logits"]))["logits"],
+        logits=said["logits"],
+        image_logits=said.get("image_logits"),
         missing=(*line.get("missing", ()), *line.get("mismatched", ())),
         same_with_cache=line.get("same_with_cache"),
+        computed=[tuple(pair) for pair in line.get("computed", ())],
     )
 
 

@@ -89,10 +89,14 @@ def main(jobs_file: str) -> None:
         torch.set_num_threads(job["threads"])
         with contextlib.redirect_stdout(sys.stderr):
             model, loader, keys = open_plainly(job["folder"], job["dtype"], trusted=job["trusted"])
-            ids = load_file(job["probe"])["input_ids"]
+            asked = load_file(job["probe"])
+            ids = asked.pop("input_ids")
+            image = {name.removeprefix("image."): value for name, value in asked.items()}
             with torch.no_grad():
-                logits = model(input_ids=ids, use_cache=False).logits
-            save_file({"logits": logits.contiguous()}, job["logits"])
+                said = {"logits": model(input_ids=ids, use_cache=False).logits.contiguous()}
+                if image:
+                    said["image_logits"] = model(**image, use_cache=False).logits.contiguous()
+            save_file(said, job["logits"])
             agrees = same_with_cache(model, ids)
             del model
         found = {"loader": f"transformers {transformers.__version__} ({loader})", "same_with_cache": agrees}

@@ -34,8 +34,12 @@ def main(jobs_file: str) -> None:
                 strict=job["strict"],
             )
             model = open_skeleton(Path(job["folder"]), opening)
-            found = logits(model, read_tensors(Path(job["probe"])))
-            save_tensors(Path(job["logits"]), {"logits": found})
+            asked = read_tensors(Path(job["probe"]))
+            found = {"logits": logits(model, {"input_ids": asked.pop("input_ids")})}
+            if asked:
+                image = {name.removeprefix("image."): value for name, value in asked.items()}
+                found["image_logits"] = logits(model, image)
+            save_tensors(Path(job["logits"]), found)
         line = {"folder": job["folder"], "loader": f"{loader()} (streamed)"}
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()

@@ -4,10 +4,12 @@ The modelling file that a folder of ours carries is for plain transformers. It i
 we would generate, and never run: a fresh process runs a copy of the folder with a generated file in it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from structprune.checkpoint.modelling import modelling_file, patched_files
 from structprune.models.opening import Opening
@@ -15,8 +17,10 @@ from structprune.models.outputs import logits
 from structprune.models.shipped import is_shipped, shipped_file
 from structprune.models.streamed import Model, StreamedModel
 from structprune.proof import fresh_process
+from structprune.proof.image_probe import image_probe
 from structprune.proof.reload_streamed import loader
 from structprune.proof.verification import Verification
+from structprune.runtime.engine import paused
 from structprune.storage.reader import StoredTensors
 from structprune.storage.scratch import scratch_folder
 
@@ -55,35 +59,49 @@ def check_reload(
         reference: A model whose logits the folder must give; only on the CPU.
     """
     ids = fresh_process.probe(model.config)
+    image = image_probe(model.config, ids[0])
+    asked = [{"input_ids": ids}, *([] if image is None else [image])]
     stream = opening.streams(reader.nbytes)
     if stream:
-        ours = logits(model, {"input_ids": ids})
+        ours = [logits(model, batch) for batch in asked]
     else:
         with model.resident(""):
-            ours = logits(model.skeleton, {"input_ids": ids})
+            ours = [logits(model.skeleton, batch) for batch in asked]
     result.loads_in.append(loader())
     # An accelerator rounds differently from the processor that the folder is run on here.
     if reference is not None and reference.device.type == "cpu":
-        same, said = fresh_process.difference(logits(reference, {"input_ids": ids}).cpu(), ours)
+        with paused(reference):  # what works while a model runs is no part of the files
+            same, said = _compared([logits(reference, batch).cpu() for batch in asked], ours)
         result.row("logits", [] if same else [f"this run's model: {said}"], f"this run's model: {said}")
     dtype = str(model.dtype).removeprefix("torch.")
     # A streamed reload is our own, which runs no file of ours.
     with nullcontext((reader.folder, False)) if stream else _runnable(reader) as (folder, generated):
         trusted = opening.trust_remote_code or generated
-        job = fresh_process.ReloadJob(folder, ids, replace(opening, dtype=dtype, trust_remote_code=trusted))
-        (child,) = fresh_process.reload([job], stream=stream)
+        how = replace(opening, dtype=dtype, trust_remote_code=trusted)
+        job = fresh_process.ReloadJob(folder, ids, how, image)
+        (child,) = fresh_process.reload([job], how="streamed" if stream else "plain")
     if child.logits is None:
         result.row("reload", [f"a fresh process could not open the folder: {child.error}"], "")
         return
-    same, said = fresh_process.difference(child.logits, ours)
+    found = [child.logits, *([] if child.image_logits is None else [child.image_logits])]
+    same, said = _compared(found, ours)
     problems = [] if same else [f"{child.loader} in a fresh process: {said}"]
     problems += [f"{name}: {child.loader} does not find it" for name in child.missing]
     if child.same_with_cache is False:
         problems.append(f"{child.loader}: other tokens are generated with a cache than without")
     fine = f"{child.loader} in a fresh process: {said} on {ids.numel()} tokens"
+    if image is not None:
+        fine += f" and on a prompt of {image['input_ids'].numel()} with an image"
     cached = ", the same tokens with a cache" if child.same_with_cache else ""
     if result.row("reload", problems, fine + cached):
         result.loads_in.append(child.loader)
+
+
+def _compared(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[bool, str]:
+    """Tell whether the logits of every probe are those expected, and of the worst by how much they differ."""
+    rows = [fresh_process.difference(one, other) for one, other in zip(found, expected, strict=True)]
+    wrong = [f"{'with an image, ' * index}{said}" for index, (same, said) in enumerate(rows) if not same]
+    return (False, wrong[0]) if wrong else rows[-1]
 
 
 @contextmanager

@@ -85,6 +85,11 @@ class Stage:
         return {*self.shapes, *self._kept}
 
     @property
+    def runs(self) -> bool:
+        """Tell whether the stage changes how the model runs, and nothing that is stored."""
+        return any(key.kind == "tokens" for key in self.plan)
+
+    @property
     def restructures(self) -> bool:
         """Tell whether the stage changes which tensors there are, or their shapes."""
         return bool(self.reshaped or self.gone or self.members)

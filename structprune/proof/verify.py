@@ -19,6 +19,7 @@ from structprune.models.streamed import Model, StreamedModel, build_model, open_
 from structprune.progress import Progress, silent, step
 from structprune.proof import against, counts, reloading
 from structprune.proof.held import Held, measure_files
+from structprune.proof.running import check_running
 from structprune.proof.stage import Stage, read_stages
 from structprune.proof.trace import trace
 from structprune.proof.verification import Verification
@@ -98,6 +99,10 @@ def verify(
     elif reload:
         with step(progress, "reload in a fresh process"):
             reloading.check_reload(result, model, reader, opening, reference)
+            running = [stage for stage in stages if stage.runs]
+            if running:
+                as_stored = replace(opening, dtype=str(model.dtype).removeprefix("torch."))
+                check_running(result, folder, model.config, running, as_stored, reference)
     return result
 
 

@@ -7,7 +7,7 @@ needs no data.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Self, final
+from typing import ClassVar, Literal, Self, final
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -27,6 +27,7 @@ class Pruner(BaseModel, ABC):
 
     Attributes:
         needs_data: False when `calibrate` ignores the batches.
+        reads: What the batches must hold; of text there may be any with images too.
         at_run_time: True when the saving exists only while structprune runs the model.
         scores_travel: True when kept scores serve any model of the same architecture, with a warning.
     """
@@ -34,6 +35,7 @@ class Pruner(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     needs_data: ClassVar[bool] = True
+    reads: ClassVar[Literal["text", "images"]] = "text"
     at_run_time: ClassVar[bool] = False
     scores_travel: ClassVar[bool] = False
 
@@ -85,6 +87,14 @@ class Pruner(BaseModel, ABC):
                 f"{self.method()}: {name}: {reason}",
                 hint=f"`structprune methods {self.method()}` says what it takes",
             ) from None
+
+    def reach(self, model: Model) -> str | None:
+        """Return what can be asked for of a model, in words; None where its goals are shares that leave.
+
+        Args:
+            model: In memory or streamed; its forecast was not refused.
+        """
+        return None
 
     def remembered_bytes(self, model: Model) -> int:
         """Return at most how many bytes calibration remembers of one block, beside the activations."""
@@ -169,6 +179,16 @@ class Pruner(BaseModel, ABC):
             writer: Where to write the decisions.
         """
         raise self._no_reuse()
+
+    def undo(self, model: Model, plan: Plan) -> None:
+        """Let a model be as it was before a plan was applied.
+
+        Raises:
+            UsageError: What was applied changed the weights, which are kept nowhere else.
+        """
+        raise UsageError(
+            f"{self.method()} changes the weights, which cannot be undone", hint="open the model again"
+        )
 
     def _no_reuse(self) -> UsageError:
         return UsageError(f"scores alone do not decide in {self.method()}", hint="calibrate again")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import yaml
 from pydantic import PrivateAttr, ValidationInfo, field_validator, model_validator
 
+from structprune.calibration.text_source import DEMO_VISION
 from structprune.errors import UsageError
 from structprune.pruners.catalogue import check_name, names
 from structprune.recipe.fields import quote
@@ -65,7 +66,7 @@ class Run(Settings):
     """A recipe of a command that writes a model.
 
     Args:
-        model: A folder, a hub name, or "demo" for the built-in model.
+        model: A folder, a hub name, or "demo" or "demo-vision" for a built-in model.
         output: The folder to write.
     """
 
@@ -75,6 +76,16 @@ class Run(Settings):
     output: Path
 
     _file: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sees_what_it_learned(cls, data: object) -> object:
+        """Let the built-in vision-language model look at its own questions unless told another source."""
+        if isinstance(data, Mapping) and data.get("model") == DEMO_VISION:
+            asked = data.get("calibration", {})
+            if isinstance(asked, Mapping):
+                data = {**data, "calibration": {"source": DEMO_VISION, **asked}}
+        return data
 
     @model_validator(mode="after")
     def _bench_has_a_model(self) -> Self:

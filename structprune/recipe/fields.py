@@ -123,7 +123,8 @@ def _written(value: Any) -> Any:
     """Return a value as a recipe may say it: by its name alone where nothing else of it was chosen."""
     if isinstance(value, BaseModel):
         said = value.model_dump(mode="json", exclude_defaults=True) | {"name": getattr(value, "name", None)}
-        return said["name"] if said["name"] and len(said) == 1 else value.model_dump(mode="json")
+        whole = value.model_dump(mode="json", exclude_none=True)
+        return said["name"] if said["name"] and len(said) == 1 else whole
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -166,6 +167,11 @@ def _usage_error(owner: type[BaseModel], detail: ErrorDetails, path: str) -> Usa
             return UsageError(f"unknown key {here}", hint=nearest(keys[-1], group.model_fields))
         case "missing":
             return UsageError(f"{here} is missing", hint=hint)
+        case "model_type" if _is_model(inner := _inner(group, name)):
+            keys_text = ", ".join(inner.model_fields)
+            return UsageError(
+                f"{here}: found {quote(detail['input'])}, expected keys: {keys_text}", hint=hint
+            )
         case "too_short":
             return UsageError(f"{here}: found nothing, expected at least one", hint=hint)
         case "value_error":
@@ -189,6 +195,12 @@ def _owner_of(owner: type[BaseModel], keys: list[str]) -> type[BaseModel]:
         # Of a choice between groups pydantic names the one that was chosen as a key of the path.
         owner = next((group for group in inner if _word_for(group) in keys), inner[0])
     return owner
+
+
+def _inner(owner: type[BaseModel], name: str) -> Any:
+    """Return the group of keys that a field is; None where it is none."""
+    field = owner.model_fields.get(name)
+    return next((atom for atom in _atoms(field.annotation if field else None) if _is_model(atom)), None)
 
 
 def _word_for(kind: type) -> str:

@@ -44,9 +44,10 @@ class CalibrationOptions(OptionGroup):
     """What a pruner looks at.
 
     Args:
-        source: A .txt, .jsonl or .parquet file, a data set's name, or "demo" for the built-in text.
-        samples: Sequences drawn.
-        length: Tokens per sequence; min(2048, the model's positions) unless given.
+        source: A .txt, .jsonl or .parquet file, a data set's name, or "demo" for the built-in text. A .jsonl
+            file with rows {"image", "question"}, or "demo-vision", holds questions on images.
+        samples: Sequences, or questions, drawn.
+        length: Tokens per sequence; min(2048, the model's positions) unless given. Questions have none.
         batch_size: Sequences per forward.
         column: Which column holds the text.
         split: Which split of a data set.
@@ -156,6 +157,8 @@ class EvaluateOptions(OptionGroup):
     Args:
         text: Texts for the perplexity: files, data sets, or "demo" for held-out text of the demo's world. A
             run without texts or tasks takes what calibration left of its source.
+        questions: Questions on images with answers: a .jsonl file with rows {"image", "question", "answer"}
+            and perhaps "kind", or "demo-vision" for held-out ones of the demo's world.
         tasks: Tasks of lm-eval.
         include_path: A folder with lm-eval task files of your own.
         length: Tokens per window; min(2048, the model's positions) unless given.
@@ -163,7 +166,7 @@ class EvaluateOptions(OptionGroup):
         windows: Only the first so many windows of each text.
         batch_size: Windows, or lm-eval requests, per forward.
         compare: The dense model to measure in the same run; `prune` always compares with its own.
-        limit: Only so many documents of each task.
+        limit: Only so many documents of each task, and only so many questions.
         max_ppl_ratio: The highest perplexity allowed, as a multiple of the dense model's.
         skip: Measure nothing; a recipe may say `evaluate: false`.
         generations: Whether three beginnings are continued by both models, for the report.
@@ -173,6 +176,7 @@ class EvaluateOptions(OptionGroup):
     """
 
     text: tuple[Text, ...] = ()
+    questions: Text | None = None
     tasks: tuple[Text, ...] = ()
     include_path: Path | None = None
     length: Length | None = None
@@ -187,6 +191,11 @@ class EvaluateOptions(OptionGroup):
     column: Text | None = None
     split: Text = "test"
     revision: Text | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Return whether anything is named to measure on."""
+        return bool(self.text or self.questions or self.tasks)
 
     @property
     def text_sources(self) -> tuple[TextSource, ...]:

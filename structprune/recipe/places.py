@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from structprune.calibration.text_source import DEMOS
 from structprune.errors import UsageError
 from structprune.storage.strict_json import read_json
 
@@ -27,6 +28,7 @@ _KEYS = (
     ("evaluate", "compare"),
     ("evaluate", "include_path"),
     ("evaluate", "text"),
+    ("evaluate", "questions"),
 )
 
 
@@ -87,4 +89,4 @@ def _texts(raw: Any, keys: tuple[str, ...]) -> Iterator[str]:
 
 
 def _is_here(text: str) -> bool:
-    return text != "demo" and os.path.lexists(Path(text).expanduser())
+    return text not in DEMOS and os.path.lexists(Path(text).expanduser())

@@ -66,6 +66,24 @@ class Recipe(Draft):
             raise no_importance([one.method() for one in self.prune])
         return self
 
+    @model_validator(mode="after")
+    def _what_runs_comes_last(self) -> Self:
+        running = next((one for one in self.prune if one.at_run_time), None)
+        if running is None:
+            return self
+        late = next((one for one in self.prune[self.prune.index(running) :] if not one.at_run_time), None)
+        if late is not None:
+            raise UsageError(
+                f"prune: {late.method()} after {running.method()}, which works while the model runs",
+                hint=f"put {running.method()} last: what changes the stored weights comes before",
+            )
+        if self.recover is not None:
+            raise UsageError(
+                f"recover: trains stored weights, and {running.method()} works while the model runs",
+                hint=f"recover first, then prune the recovered folder with {running.method()}",
+            )
+        return self
+
     @classmethod
     def of(cls, request: Request) -> Self:
         """Return the recipe of a request.
@@ -92,8 +110,18 @@ class Recipe(Draft):
                     f"{name} {getattr(asked, name)!r} differs from the recipe's {getattr(self, name)!r}",
                     hint=f"set {name} in the recipe, which is saved with the result",
                 )
+        running = next((one.method() for one in self.prune if one.at_run_time), None)
+        if running is not None and asked.stream:
+            raise UsageError(
+                f"--stream: {running} works while a model runs, and a streamed one is never whole",
+                hint="leave --stream out",
+            )
         return replace(
-            asked, dtype=self.dtype, device=self.device, tokenizer=self.tokenizer or asked.tokenizer
+            asked,
+            dtype=self.dtype,
+            device=self.device,
+            tokenizer=self.tokenizer or asked.tokenizer,
+            stream=False if running else asked.stream,
         )
 
     def text(self) -> str:

@@ -15,6 +15,7 @@ from structprune.report.speed import speed_header, speed_notes, speed_rows
 from structprune.storage.durable import DurableFile
 
 CARD_FILE = "README.md"
+NO_LOOK = "None: nothing is looked at before the model runs."
 # What a derived model may not drop or change, and what stays true of it.
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 ZEROS = (
@@ -25,6 +26,15 @@ ZEROS = (
 SMALLER = (
     "It has {fewer:,} parameters fewer than the {dense:,} of the dense model: the files are smaller, and "
     "every runtime that opens them has less to compute."
+)
+RUNNING = (
+    "{method} lets structprune compute fewer visual tokens while it runs the model{left}. **The saving "
+    "exists only under structprune**: nothing of it is in the weights, and any other program that opens the "
+    "folder computes every token."
+)
+LEFT = (
+    ": of the {visual_tokens} of an image {tokens} are left in the last block and {avg_tokens:.4g} in a "
+    "block on average, which is {visual_flops:.2%} of the operations that they cost ({counted})"
 )
 PATTERN = (
     " The {pattern} pattern holds in every pruned matrix; hardware with support for it can use it, after the "
@@ -84,6 +94,10 @@ def _sections(folder: Path, report: Mapping[str, Any], name: str, base: str, rec
         yield SMALLER.format(fewer=sizes["dense"] - sizes["pruned"], dense=sizes["dense"])
     if report["sparsity"]:
         yield ZEROS + (PATTERN.format(pattern=pattern) if ":" in str(pattern) else "")
+    running = [stage for stage in report.get("stages", ()) if "while_running" in stage]
+    for stage in running:
+        left = stage["while_running"]
+        yield RUNNING.format(method=stage["method"], left=LEFT.format(**left) if "tokens" in left else "")
     yield from (f"Note: {stage['note']}." for stage in report.get("stages", ()) if "note" in stage)
     yield "## Dense and pruned"
     yield _markdown(("", "dense", "pruned"), table(report))
@@ -97,12 +111,14 @@ def _sections(folder: Path, report: Mapping[str, Any], name: str, base: str, rec
         (
             stage["method"],
             stage["unit"],
-            *(fraction(stage[what]) for what in ("asked", "reachable", "measured")),
+            *(fraction(stage.get(what)) for what in ("asked", "reachable", "measured")),
         )
         for stage in report.get("stages", ())
         if "unit" in stage
     ]
-    yield _markdown(("stage", "removed", "asked", "reachable", "measured from the files"), goals)
+    # What a running model computes is counted while it runs.
+    measured = "measured" if running else "measured from the files"
+    yield _markdown(("stage", "removed", "asked", "reachable", measured), goals)
     if report["sparsity"]:
         yield f"Zeros in the pruned matrices: {fraction(report['sparsity'])}, pattern {pattern}."
     yield from (
@@ -117,7 +133,7 @@ def _sections(folder: Path, report: Mapping[str, Any], name: str, base: str, rec
         [(row["name"], "yes" if row["ok"] else "**no**", row["detail"]) for row in checks],
     )
     yield "## Calibration"
-    yield _calibration(report["calibration"])
+    yield NO_LOOK if running and not report["calibration"] else _calibration(report["calibration"])
     yield from _continuations(report)
     yield "## Reproduce"
     yield f"Save the recipe as `recipe.yaml` and run `structprune prune recipe.yaml`, with {made_by}."
@@ -153,6 +169,13 @@ def _protocol(report: Mapping[str, Any]) -> Iterator[str]:
             f"computed in {stamp.get('dtype')}; sha256 of the {_hash_of(stamp)}. "
             "Divergence is the mean KL(dense || pruned) per token, ± one standard error over windows."
         )
+    for name, stamp in protocol.get("questions", {}).items():
+        yield (
+            f"Answers on {name}: {stamp.get('questions')} questions on images, decoding "
+            f"{stamp.get('decoding')}, right with {stamp.get('right')}, computed in {stamp.get('dtype')}; "
+            f"sha256 of prompts and pixels `{str(stamp.get('sha256'))[:16]}`. McNemar's test asks whether "
+            "the questions that only one of the two models gets right could be either's by chance."
+        )
     for flag in protocol.get("flags", ()):
         yield f"Note: {flag}."
 
@@ -166,6 +189,13 @@ def _hash_of(stamp: Mapping[str, Any]) -> str:
 def _calibration(facts: Mapping[str, Any] | None) -> str:
     if not facts:
         return "None: this method looks at the weights only."
+    if facts.get("images"):
+        return (
+            f"{facts.get('samples')} questions on images, prompts of at most {facts.get('length')} tokens, "
+            f"from `{facts.get('source')}` (seed {facts.get('seed')}; sha256 of prompts and pixels "
+            f"`{str(facts.get('sha256'))[:16]}`). What these do not show may have suffered more than these "
+            "figures say."
+        )
     return (
         f"{facts.get('samples')} samples of {facts.get('length')} tokens from `{facts.get('source')}` "
         f"(seed {facts.get('seed')}; sha256 of the token ids `{str(facts.get('sha256'))[:16]}`). What these "

@@ -43,3 +43,19 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
     return value if value is None or isinstance(value, str | int | bool) else str(value)
+
+
+def question_rows(questions: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return (what, dense, model) of answers to questions on images; "-" where no dense model answered."""
+    rows = []
+    for name, found in questions.items():
+        shares = [(f"Right answers, {name}", found["accuracy"])]
+        shares += [(f"Right answers, {name}, {kind}", one) for kind, one in found["kinds"].items()]
+        rows += [(what, percent(one["dense"]), percent(one["model"])) for what, one in shares]
+        if found["mcnemar"] is not None:
+            kl = f"{number(found['kl'])} ± {number(found['kl_se'])}"
+            only = found["mcnemar"]
+            rows.append((f"KL from dense at the first answer token, {name}", "0", kl))
+            rows.append((f"Right by one alone, {name}", str(only["dense_only"]), str(only["model_only"])))
+            rows.append((f"McNemar's exact p, {name}", "-", number(only["p"])))
+    return rows

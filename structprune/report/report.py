@@ -12,7 +12,7 @@ from typing import Any
 from structprune.errors import InputError
 from structprune.machine import machine, peak_rss, versions
 from structprune.proof.verification import Verification
-from structprune.report.figures import fraction, number, percent, plain
+from structprune.report.figures import fraction, number, percent, plain, question_rows
 from structprune.storage.durable import DurableFile
 from structprune.storage.strict_json import read_json
 
@@ -152,6 +152,7 @@ def table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         kl = f"{number(figures['kl'])} ± {number(figures['kl_se'])}"
         rows.append((f"KL from dense in nats per token, {name}", "0", kl))
         rows.append((f"Same first choice as dense, {name}", "100%", percent(figures["top1_agreement"])))
+    rows += question_rows(found.get("questions", {}))
     for task, metrics in found.get("tasks", {}).items():
         for metric in metrics:
             if not metric.partition(",")[0].endswith("_stderr"):

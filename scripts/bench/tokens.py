@@ -1,0 +1,202 @@
+"""What running with fewer visual tokens costs and saves, on a random LLaVA of 300 M parameters.
+
+Prefill of a prompt with one image of 576 tokens, and decoding after it. Keep all: the engine attached to a
+model of which it drops nothing, over the plain one. Fewer: a pruned prefill over the plain model's with an
+image that has as many tokens from the start (`inputs_embeds` of that length), what choosing takes apart.
+Choosing alone: over a dense prefill. One process and one thread, whose seconds on the
+processor are counted: other programs do not show in them. In every round all take turns, and each figure is
+the median of the rounds' own ratios.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from structprune.pruners.catalogue import find
+from structprune.pruners.token._family import TokenPruner
+from structprune.pruners.while_running import pruning
+from structprune.runtime.drop import Drop
+from structprune.runtime.engine import attach, detach
+
+SIDE, PATCH, TEXT, NEW = 336, 14, 64, 16
+BLOCKS, HIDDEN = 22, 1024
+VOCABULARY = 4096
+IMAGE = VOCABULARY - 1
+# What is measured, with its target: FitPrune's plan is made by hand, for a random model has none to fit.
+METHODS: dict[str, dict[str, Any]] = {
+    "random_tokens": {"target": {"keep_ratio": 0.25}},
+    "divprune": {"target": {"keep_ratio": 0.25}},
+    "fastv": {"target": {"keep_ratio": 0.25}},
+}
+
+
+def random_llava() -> LlavaForConditionalGeneration:
+    """Return a LLaVA with random weights; its tower is small, for it is not what is measured."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=SIDE,
+        patch_size=PATCH,
+    )
+    text = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=HIDDEN * 11 // 4,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        max_position_embeddings=4096,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, tie_word_embeddings=False
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def prompt() -> dict[str, Tensor]:
+    """Return half of the text, an image, the other half."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(10, VOCABULARY - 1, (1, TEXT), generator=generator)
+    image = torch.full((1, (SIDE // PATCH) ** 2), IMAGE)
+    ids = torch.cat([words[:, : TEXT // 2], image, words[:, TEXT // 2 :]], 1)
+    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, SIDE, SIDE, generator=generator)}
+
+
+@torch.no_grad()
+def seconds(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> tuple[float, float, Any]:
+    """Return the processor's seconds for a prompt, for what follows, and the cache at the end."""
+    began = time.process_time()
+    output = model(**batch, use_cache=True, logits_to_keep=1)
+    read = time.process_time()
+    for _ in range(NEW):
+        token = output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+    return read - began, time.process_time() - read, output.past_key_values
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Return what the keys and values of a cache take."""
+    return sum(one.keys.nbytes + one.values.nbytes for one in cache.layers)
+
+
+@torch.no_grad()
+def embedded(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> Tensor:
+    """Return what the language model reads of a prompt, shape [1, tokens, hidden]."""
+    found: list[Tensor] = []
+    module = model.model.language_model
+    handle = module.register_forward_pre_hook(
+        lambda _, args, kwargs: found.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    model(**batch, logits_to_keep=1)
+    handle.remove()
+    return found[0]
+
+
+@contextmanager
+def keeping_all(model: LlavaForConditionalGeneration) -> Iterator[None]:
+    """Attach the engine with a drop that drops nothing."""
+    chooser = find("random_tokens")()
+    assert isinstance(chooser, TokenPruner)
+    attach(model, "all", [Drop(0, False, torch.tensor(10**6), chooser)])
+    try:
+        yield
+    finally:
+        detach(model, "all")
+
+
+class Timed:
+    """Adds up what a method's `choose` takes.
+
+    Args:
+        choose: The method's.
+    """
+
+    def __init__(self, choose: Callable[..., Tensor]) -> None:
+        self._choose, self.seconds = choose, 0.0
+
+    def __call__(self, *args: Any) -> Tensor:
+        """Choose, and note the processor's seconds."""
+        began = time.process_time()
+        found = self._choose(*args)
+        self.seconds += time.process_time() - began
+        return found
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Return the medians of all ratios."""
+    model, batch = random_llava(), prompt()
+    tokens = batch["input_ids"].shape[1]
+    plain = embedded(model, batch)
+    rows: dict[str, list[dict[str, float]]] = {}
+    for number in range(rounds + 1):
+        dense, decode, cache = seconds(model, batch)
+        full_bytes = cache_bytes(cache)
+        with keeping_all(model):
+            kept, kept_decode, _ = seconds(model, batch)
+        if number:  # the first round warms up
+            rows.setdefault("keep all", []).append({"prefill": kept / dense, "decode": kept_decode / decode})
+        for name, fields in METHODS.items():
+            pruner = find(name).model_validate(fields)
+            assert isinstance(pruner, TokenPruner)
+            with pruning(model, pruner) as plan:
+                timed = Timed(type(pruner).choose.__get__(pruner))
+                object.__setattr__(pruner, "choose", timed)
+                mine, my_decode, cache = seconds(model, batch)
+                object.__delattr__(pruner, "choose")
+                left = int(plan.facts["tokens"]) + TEXT
+            short, short_decode, _ = seconds(model, {"inputs_embeds": plain[:, :left].clone()})
+            # Blocks before the drop compute all tokens.
+            whole = pruner.start(BLOCKS) / BLOCKS
+            short, short_decode = (
+                whole * long + (1 - whole) * part for long, part in ((dense, short), (decode, short_decode))
+            )
+            if number:
+                rows.setdefault(name, []).append(
+                    {
+                        "of dense": mine / dense,
+                        "as short": (mine - timed.seconds) / short,
+                        "choosing": timed.seconds / dense,
+                        "decode": my_decode / decode,
+                        "decode as short": my_decode / short_decode,
+                        "cache": cache_bytes(cache) / full_bytes,
+                    }
+                )
+    found = {
+        name: {key: median(one[key] for one in cells) for key in cells[0]} for name, cells in rows.items()
+    }
+    return {"rows": found, "tokens": tokens, "parameters": sum(one.numel() for one in model.parameters())}
+
+
+def main() -> None:
+    """Measure, print and, with --write, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = measure(options.rounds)
+    if options.json:
+        options.json.write_text(json.dumps(found))
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

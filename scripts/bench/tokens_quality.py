@@ -1,0 +1,187 @@
+"""Token pruners side by side on a trained vision-language model: right answers, by how many tokens are left.
+
+Every method is asked for the same share of an image's tokens in the last block; what that costs in the blocks
+stands beside it, for methods that drop late compute more. Questions with one right answer each, answered
+greedily; what is drawn is drawn with three seeds. Differences are paired: the share of questions that only
+one of two models gets right, with McNemar's test against the dense one.
+
+    python scripts/bench/tokens_quality.py --model demo-vision --json /tmp/tokens.json --write
+
+The JSON is rewritten after every cell; a second call with the same file measures only what it lacks.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from cells import Cell, kept_cells
+from figures import markdown, write_section
+
+from structprune.calibration.image_questions import ImageQuestion, read_questions
+from structprune.calibration.images import batch_of
+from structprune.calibration.text_source import TextSource
+from structprune.checkpoint.locate import resolve
+from structprune.evaluation.questions import QuestionExam, answer, mcnemar, read_question_exam
+from structprune.machine import environment
+from structprune.models.opening import Opening
+from structprune.models.processor import processor
+from structprune.models.streamed import Batch, open_model
+from structprune.pruners.catalogue import find
+from structprune.pruners.while_running import pruning
+
+SHARES = (1 / 3, 0.11, 0.05, 0.025)
+SEEDS = (0, 1, 2)
+# Each with what it is asked for, by its share; FitPrune is asked for operations, as its paper is.
+METHODS = ("random_tokens", "grid_tokens", "divprune", "fastv", "fitprune")
+BATCH = 16
+
+
+class Bench:
+    """A model with its questions, and what it answers dense.
+
+    Args:
+        model: "demo-vision" or a folder.
+        questions: A file, or "demo-vision".
+        calibration: What FitPrune looks at, the same way.
+        limit: Only so many questions.
+    """
+
+    def __init__(self, model: str, questions: str, calibration: str, limit: int | None) -> None:
+        folder = resolve(model)
+        self.processor = processor(folder)
+        found = open_model(folder, Opening(dtype="float32", stream=False))
+        assert not hasattr(found, "reader")
+        self.model: Any = found
+        self.exam: QuestionExam = read_question_exam(questions, self.processor, limit=limit)
+        looked_at = read_questions(TextSource(calibration))[:64]
+        self.batches: list[Batch] = [batch_of(part, self.processor) for part in parts(looked_at)]
+
+    def right(self) -> list[bool]:
+        """Return which answers are right, question by question, of the model as it runs now."""
+        return [
+            one
+            for part in parts(self.exam.questions)
+            for one in answer(self.model, part, batch_of(part, self.processor), self.processor).right
+        ]
+
+    def measure(self, method: str, share: float, seed: int) -> Cell:
+        """Return a cell: which answers of a pruned model are right."""
+        target = {"keep_ratio": share}
+        pruner = find(method).model_validate({"target": target} | ({"seed": seed} if draws(method) else {}))
+        with pruning(self.model, pruner, self.batches if pruner.needs_data else ()) as plan:
+            right = self.right()
+        return {"method": method, "share": share, "seed": seed, "right": right, "facts": plan.facts}
+
+
+def parts(questions: Any) -> Iterator[tuple[ImageQuestion, ...]]:
+    """Yield questions in batches."""
+    for start in range(0, len(questions), BATCH):
+        yield tuple(questions[start : start + BATCH])
+
+
+def draws(method: str) -> bool:
+    """Tell whether a method draws."""
+    return "seed" in find(method).model_fields
+
+
+def missing(cells: list[Cell]) -> Iterator[tuple[str, float, int]]:
+    """Yield what is not measured yet."""
+    done = {(one["method"], one["share"], one["seed"]) for one in cells}
+    for share in SHARES:
+        for method in METHODS:
+            for seed in SEEDS if draws(method) else (0,):
+                if (method, share, seed) not in done:
+                    yield method, share, seed
+
+
+def section(kept: Mapping[str, Any]) -> str:
+    """Return the table of a model."""
+    dense, kinds = kept["dense"], kept["kinds"]
+    names = sorted(set(kinds))
+    rows = [["dense", "", "", f"{fmean(dense):.1%}", *by_kind(dense, kinds, names), ""]]
+    for share in SHARES:
+        for method in METHODS:
+            cells = [one for one in kept["cells"] if (one["method"], one["share"]) == (method, share)]
+            if cells:
+                rows.append(row(method, share, cells, dense, kinds, names))
+    header = ["method", "tokens left", "visual FLOPs", "right", *names, "p against dense"]
+    return f"### {kept['model']}\n\n{kept['protocol']}. {kept['processor']}, {kept['date']}.\n\n" + markdown(
+        header, rows
+    )
+
+
+def row(
+    method: str, share: float, cells: list[Cell], dense: list[bool], kinds: list[str], names: list[str]
+) -> list[str]:
+    """Return a line of the table; of several seeds the mean, and the test of the first."""
+    facts, first = cells[0]["facts"], cells[0]["right"]
+    mean = fmean(fmean(one["right"]) for one in cells)
+    spread = math.sqrt(mean * (1 - mean) / len(dense))
+    alone = [
+        sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((dense, first), (first, dense))
+    ]
+    shares = [fmean(column) for column in zip(*(shares_of(one["right"], kinds, names) for one in cells))]
+    return [
+        method,
+        f"{facts['tokens']} of {facts['visual_tokens']} ({share:.1%} asked)",
+        f"{facts['visual_flops']:.3f}",
+        f"{mean:.1%} ± {spread:.1%}",
+        *(f"{one:.0%}" for one in shares),
+        f"{mcnemar(*alone):.2g}",
+    ]
+
+
+def shares_of(right: list[bool], kinds: list[str], names: list[str]) -> list[float]:
+    """Return the share of right answers by kind."""
+    return [fmean(one for one, kind in zip(right, kinds, strict=True) if kind == name) for name in names]
+
+
+def by_kind(right: list[bool], kinds: list[str], names: list[str]) -> list[str]:
+    """Return the same as text."""
+    return [f"{one:.0%}" for one in shares_of(right, kinds, names)]
+
+
+def main() -> None:
+    """Measure what the JSON lacks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="demo-vision")
+    parser.add_argument("--questions", default="demo-vision")
+    parser.add_argument("--calibration", default="demo-vision")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--write", action="store_true", help="write the section of README.md")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    bench = Bench(options.model, options.questions, options.calibration, options.limit)
+    versions = environment()["versions"]
+    asked = len(bench.exam.questions)
+    protocol = (
+        f"{asked} questions of {Path(options.questions).name}; FitPrune fitted on 64 of "
+        f"{Path(options.calibration).name}; float32, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}"
+    )
+    kept = kept_cells(options.json, protocol)
+    kept |= {"model": Path(options.model).name, "processor": environment()["machine"]["processor"]}
+    kept |= {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "kinds": [str(one.kind) for one in bench.exam.questions],
+    }
+    if "dense" not in kept:
+        kept["dense"] = bench.right()
+    for method, share, seed in missing(kept["cells"]):
+        cell = bench.measure(method, share, seed)
+        kept["cells"].append(cell)
+        options.json.write_text(json.dumps(kept))
+        print(f"{method} {share:.3f} seed {seed}: {fmean(cell['right']):.3f} right")
+    if options.write:
+        write_section(Path(__file__).name, section(kept))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Methods that drop visual tokens while a model runs."""

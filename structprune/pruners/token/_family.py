@@ -1,0 +1,292 @@
+"""Pruners that let a model compute fewer visual tokens: the saving exists while structprune runs it.
+
+A plan says of each block how many tokens of an image are left from there on; which ones is chosen anew for
+every image, by the method, while the model runs.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, ClassVar, Literal, Self, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from structprune.decide.token_target import Target, count_at
+from structprune.errors import InputError, QualityError, UsageError
+from structprune.models.arch import block_prefixes
+from structprune.models.edit import left_of
+from structprune.models.identity import applied, architecture_of, weights_of
+from structprune.models.streamed import Batch, Model, StreamedModel
+from structprune.models.tensor_edit import Outline
+from structprune.plan.key import Key
+from structprune.plan.plan import Plan, PlanWriter
+from structprune.plan.promise import Computed, Promises
+from structprune.pruners.forecast import Forecast
+from structprune.pruners.pruner import Pruner
+from structprune.runtime.drop import Drop
+from structprune.runtime.engine import attach, detach
+from structprune.runtime.flops import BlockCost, image_tokens, visual_operations
+from structprune.runtime.refusals import check_runs
+from structprune.runtime.view import View
+
+# Rotary tables of several axes say where in an image a token is: counted anew, that would be lost.
+AXES = "mrope_section"
+# Of every block: a token that half of the blocks compute counts half.
+UNIT = "visual tokens in the blocks"
+
+
+class TokenPruner(Pruner):
+    """A pruner of visual tokens at run time.
+
+    Args:
+        target: How much is left: one of `keep_ratio`, `tokens`, `avg_tokens`, `visual_flops`.
+        positions: Whether tokens keep the positions they had, or are counted anew; as in the paper unless
+            given, and kept where positions have several axes.
+        newlines: Whether tokens that only end a line of an image may be dropped, where a model has any.
+    """
+
+    target: Target = Field(default_factory=lambda: Target(keep_ratio=0.25))
+    positions: Literal["keep", "compact"] | None = None
+    newlines: Literal["protect", "compete"] = "compete"
+
+    at_run_time: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = False
+    within: ClassVar[bool] = False
+    paper_positions: ClassVar[Literal["keep", "compact"]] = "keep"
+
+    @abstractmethod
+    def choose(self, seen: View, keep: Tensor) -> Tensor:
+        """Return which tokens of each image stay.
+
+        Args:
+            seen: The images, side by side.
+            keep: How many tokens of each shall stay, shape [images].
+
+        Returns:
+            Bool, shape [images, tokens].
+        """
+
+    def start(self, blocks: int) -> int:
+        """Return the number of the block before which tokens are dropped, of so many; 0: at the embeddings.
+
+        Raises:
+            UsageError: The model has no such block.
+        """
+        return 0
+
+    def with_goal(self, goal: float | str) -> Self:
+        """Return the same pruner with another value of the same target.
+
+        Raises:
+            UsageError: It cannot be this one.
+        """
+        return self.with_field("target", {self.target.name: goal})
+
+    @property
+    def keeps_all(self) -> bool:
+        """Tell whether the target is all there is."""
+        return self.target.name in ("keep_ratio", "visual_flops") and self.target.value == 1
+
+    def counts(self, model: Model, size: int) -> list[tuple[int, int]]:
+        """Return of every block how many tokens of an image its attention and its feed-forward compute.
+
+        Args:
+            model: For its sizes.
+            size: Tokens of the image.
+        """
+        blocks = len(block_prefixes(model))
+        start = self.start(blocks)
+        left = count_at(self.target, size, Fraction(start, blocks), BlockCost.of(model.config).operations)
+        return [(size, size) if index < start else (left, left) for index in range(blocks)]
+
+    def forecast(self, model: Model) -> Forecast:
+        """Return how many pairs of a visual token and a block are not computed.
+
+        Raises:
+            UsageError: The model reads no images, or cannot run with fewer tokens; or the target cannot be
+                reached.
+        """
+        skeleton = model.skeleton if isinstance(model, StreamedModel) else model
+        check_runs(skeleton)
+        if self.positions == "compact" and _several_axes(model):
+            raise UsageError(
+                f"positions: compact on a {model.config.model_type}, whose positions have several axes",
+                hint="positions: keep",
+            )
+        self.start(len(block_prefixes(model)))
+        size = image_tokens(model.config)
+        left = left_of(model, Outline({}), {})
+        if size is None:
+            self._tokens(model)
+            return Forecast(UNIT, str(self.target), None, 0, left)
+        counts = self.counts(model, size)
+        computed = sum(leaving for _, leaving in counts)
+        of = size * len(counts)
+        return Forecast(UNIT, str(self.target), of - computed, of, left)
+
+    def reach(self, model: Model) -> str:
+        """Return which shares can be kept."""
+        size = image_tokens(model.config)
+        if size is None:
+            return "keep_ratio up to 1 of the visual tokens of an image, whose number depends on the image"
+        return f"keep_ratio {1 / size:.4g} to 1 of the {size} visual tokens of an image"
+
+    def _tokens(self, model: Model) -> Tensor:
+        """Return how many tokens are left, as a plan says it: a count, or a share of those of the image."""
+        match self.target.name:
+            case "tokens":
+                return torch.tensor(self.target.value)
+            case "keep_ratio":
+                return torch.tensor(self.target.value, dtype=torch.float64)
+        size = image_tokens(model.config)
+        if size is None:
+            raise UsageError(
+                f"target: {self.target}: how many tokens an image has depends on the image here",
+                hint="ask for keep_ratio or tokens",
+            )
+        left = self.counts(model, size)[-1][1]
+        return torch.tensor(left / size, dtype=torch.float64)
+
+    def decide(self, model: Model, batches: Sequence[Batch]) -> dict[int, Tensor]:
+        """Return of the blocks where tokens are dropped how many are left, as a plan says it."""
+        return {self.start(len(block_prefixes(model))): self._tokens(model)}
+
+    @final
+    def calibrate(self, model: Model, batches: Sequence[Batch], plan: PlanWriter | None = None) -> Plan:
+        """Decide how many tokens are left where; the model stays as it is.
+
+        Raises:
+            UsageError: As for `forecast`; or the model is streamed.
+        """
+        self.forecast(model)
+        self._in_memory(model)
+        writer = plan or self.writer(None, model, weights_of(model))
+        found = {} if self.keeps_all else self.decide(model, batches)
+        for index, path in enumerate(block_prefixes(model)[writer.finished :], start=writer.finished):
+            tokens = {Key(path, "tokens"): found[index]} if index in found else {}
+            writer.write(tokens, {})
+        size = image_tokens(model.config) or self._usual(model, batches)
+        if not found:
+            return writer.finish({})
+        if size is None:
+            return writer.finish({"unit": UNIT, "asked": str(self.target)})
+        counts = self._counted(model, found, size)
+        return writer.finish(self._facts(model, counts, size), promises=self._promises(model, counts, size))
+
+    def _usual(self, model: Model, batches: Sequence[Batch]) -> int | None:
+        """Return the tokens of an image in the data, where all have as many."""
+        return None
+
+    def _counted(self, model: Model, found: dict[int, Tensor], size: int) -> list[tuple[int, int]]:
+        """Return of every block what its attention and its feed-forward compute of an image."""
+        counts, now = [], size
+        for index in range(len(block_prefixes(model))):
+            after = self._left(found[index], size) if index in found else now
+            counts.append((now, after) if self.within else (after, after))
+            now = after
+        return counts
+
+    def _facts(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> dict[str, Any]:
+        """Return what is left, in all the units that people ask in."""
+        cost, left = BlockCost.of(model.config), counts[-1][1]
+        full = visual_operations(cost, [(size, size)] * len(counts))
+        return {
+            "visual_tokens": size,
+            "keep_ratio": left / size,
+            "tokens": left,
+            "avg_tokens": sum(entering for entering, _ in counts) / len(counts),
+            "visual_flops": visual_operations(cost, counts) / full,
+            "counted": "visual tokens in the blocks of the language model, multiply and add as one",
+        }
+
+    def _promises(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> Promises:
+        said = tuple(
+            Computed(block=path, attention=entering, feed_forward=leaving, of=size)
+            for path, (entering, leaving) in zip(block_prefixes(model), counts, strict=True)
+        )
+        of, computed = size * len(counts), sum(leaving for _, leaving in counts)
+        return Promises(unit=UNIT, asked=str(self.target), removed=of - computed, of=of, stored=said)
+
+    def _left(self, tokens: Tensor, size: int) -> int:
+        return int(Drop(0, self.within, tokens, self).keep(torch.tensor([size])))
+
+    def _in_memory(self, model: Model) -> PreTrainedModel:
+        """Return a model that is in memory as a whole.
+
+        Raises:
+            UsageError: It is streamed.
+        """
+        if isinstance(model, StreamedModel):
+            raise UsageError(
+                f"{self.method()} works while a model runs, and a streamed one is never whole",
+                hint="leave --stream out",
+            )
+        return model
+
+    def drops(self, plan: Plan, model: Model) -> list[Drop]:
+        """Return what the engine carries out on a model."""
+        compact = (self.positions or self.paper_positions) == "compact" and not _several_axes(model)
+        numbered = ((int(key.name.rpartition(".")[2]), plan[key]) for key in plan if key.kind == "tokens")
+        return [Drop(block, self.within, tokens, self, compact) for block, tokens in numbered]
+
+    def apply(self, model: Model, plan: Plan) -> Model:
+        """Let a model run with fewer tokens; returns the same model. Its parameters stay as they are.
+
+        Raises:
+            InputError: The plan belongs to another architecture.
+            UsageError: The model is streamed, so it cannot run as a whole.
+        """
+        if plan.id in applied(model):
+            return model
+        if plan.architecture != architecture_of(model):
+            raise InputError(
+                f"the plan of {plan.method!r} is not for a {model.config.model_type} of this architecture",
+                hint="a plan fits only models with the same tensor names and shapes",
+            )
+        whole = self._in_memory(model)
+        if drops := self.drops(plan, model):
+            attach(whole, plan.id, drops)
+        applied(model).append(plan.id)
+        return model
+
+    def undo(self, model: Model, plan: Plan) -> None:
+        """Let a model run with all tokens again, as far as this plan is concerned."""
+        detach(self._in_memory(model), plan.id)
+        if plan.id in applied(model):
+            applied(model).remove(plan.id)
+
+
+def _several_axes(model: Model) -> bool:
+    text = model.config.get_text_config()
+    return AXES in (getattr(text, "rope_parameters", None) or {})
+
+
+class ScoredTokens(TokenPruner):
+    """A pruner that keeps the tokens of the highest score."""
+
+    @abstractmethod
+    def score(self, seen: View) -> Tensor:
+        """Return a score for every token, float32 [images, tokens]; higher is kept."""
+
+    @final
+    def choose(self, seen: View, keep: Tensor) -> Tensor:
+        """Return the tokens of the highest scores; of equal ones the first.
+
+        Raises:
+            QualityError: A score is not a number.
+        """
+        scores = self.score(seen)
+        if not bool(scores[seen.real].isfinite().all()):
+            raise QualityError(
+                f"{self.method()}: a score of a visual token is not finite",
+                hint="look whether the model computes NaN on this input, in this dtype",
+            )
+        scores = scores.masked_fill(~seen.real, -torch.inf)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter(
+            1, order, torch.arange(order.shape[1]).expand_as(order).to(order)
+        )
+        return (rank < keep[:, None]) & seen.real

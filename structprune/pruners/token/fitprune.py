@@ -1,0 +1,108 @@
+"""FitPrune: how many visual tokens go in which block, fitted so that attention changes least.
+
+Source: Ye et al. 2025, https://arxiv.org/abs/2409.10197
+The plan is the recipe. Deletions become shares of an image's tokens, so that images of another size are
+served too; operations are counted as they are run, the output projection with what enters the block.
+"""
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from structprune.decide.sparsity import fraction_of
+from structprune.decide.token_target import Target, count_at
+from structprune.errors import InputError
+from structprune.models.arch import block_prefixes
+from structprune.models.edit import left_of
+from structprune.models.streamed import Batch, Model
+from structprune.models.tensor_edit import Outline
+from structprune.pruners.forecast import Forecast
+from structprune.pruners.token._family import ScoredTokens
+from structprune.runtime.drop import Drop
+from structprune.runtime.engine import attach, detach
+from structprune.runtime.flops import BlockCost
+from structprune.runtime.view import View
+from structprune.solvers.token_fit import Fit, Walked, fit_shares
+
+
+class FitPrune(ScoredTokens):
+    """Delete, between attention and feed-forward, the tokens that image and text look at least."""
+
+    target: Target = Field(default_factory=lambda: Target(visual_flops=0.4))
+
+    needs_data: ClassVar[bool] = True
+    reads: ClassVar = "images"
+    within: ClassVar[bool] = True
+
+    def forecast(self, model: Model) -> Forecast:
+        """Return how many tokens there are; where they go is what the data decides."""
+        known = super().forecast(model)
+        return Forecast(known.unit, known.asked, None, known.of, left_of(model, Outline({}), {}), exact=True)
+
+    def counts(self, model: Model, size: int) -> list[tuple[int, int]]:
+        """Return what an image costs where nothing is known of the data yet: all of it, in every block.
+
+        Raises:
+            UsageError: Less than one token would be left.
+        """
+        # Nothing that is dropped later leaves more than what is dropped at once.
+        count_at(self.target, size, Fraction(0), BlockCost.of(model.config).operations)
+        return [(size, size)] * len(block_prefixes(model))
+
+    def decide(self, model: Model, batches: Sequence[Batch]) -> dict[int, Tensor]:
+        """Return of every block where tokens go which share of an image's tokens is left.
+
+        Raises:
+            InputError: The calibration data hold no images.
+        """
+        assert isinstance(model, PreTrainedModel)
+        blocks = len(block_prefixes(model))
+        fit = Fit(blocks, *self._costs(model, blocks), newlines=self.newlines)
+        attach(model, "fit", [Drop(index, True, None, fit) for index in range(blocks)])
+
+        @torch.no_grad()
+        def walk() -> None:
+            for batch in batches:
+                fit.begin_batch()
+                model(**batch, logits_to_keep=1)
+
+        try:
+            walk()
+            if not fit.images:
+                raise InputError(
+                    "fitprune: the calibration data hold no images",
+                    hint="--calibration FILE.jsonl with rows of image and question",
+                )
+            shares = fit_shares(fit, walk, lambda done: None)
+        finally:
+            detach(model, "fit")
+        before = [1.0, *shares]
+        return {
+            index: torch.tensor(share, dtype=torch.float64)
+            for index, share in enumerate(shares)
+            if share < before[index]
+        }
+
+    def _costs(
+        self, model: Model, blocks: int
+    ) -> tuple[Callable[[int, int], float], Callable[[Walked], float]]:
+        """Return what a block costs, and how much of what is allowed an image needs as it is now."""
+        cost, wanted = BlockCost.of(model.config), float(fraction_of(self.target.value))
+        match self.target.name:
+            case "visual_flops":
+                return cost.operations, lambda one: one.needed / (wanted * blocks * cost.operations(one.size))
+            case "avg_tokens":
+                return (lambda entering, _: float(entering)), lambda one: one.needed / (wanted * blocks)
+            case "keep_ratio":
+                return cost.operations, lambda one: one.left / (wanted * one.size)
+        return cost.operations, lambda one: one.left / wanted
+
+    def score(self, seen: View) -> Tensor:
+        """Return attention from the image times attention from the text, float32, shape [images, tokens]."""
+        own, text = seen.received
+        return own * text

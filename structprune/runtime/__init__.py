@@ -1,0 +1,1 @@
+"""What runs a model with fewer tokens than it was given."""

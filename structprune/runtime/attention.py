@@ -1,0 +1,102 @@
+"""Rows of a block's attention, computed anew for a few queries, whatever kernel the model runs.
+
+Projections are called as the modules that they are, so that adapters on them count; everything after is
+float32, because probabilities of one in thousands tie in bfloat16.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from structprune.errors import UsageError
+from structprune.runtime.keep_set import gather
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionInput:
+    """What the attention of a block read, the tokens being those that the block computes.
+
+    Attributes:
+        module: The attention.
+        states: Its input, after the norm, shape [batch, tokens, hidden].
+        rotary: Cosine and sine, shape [batch or 1, tokens, rotated].
+        mask: As its kernel gets it.
+        layer: The block's cache layer, which holds keys of earlier forwards and of this one, rotated; None
+            without a cache.
+    """
+
+    module: Any
+    states: Tensor
+    rotary: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    layer: CacheLayerMixin | None
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """Return all keys, rotated, float32 [batch, key-value heads, keys, size]."""
+        found = _rotated(_heads(self.module, "k", self.states), *self.rotary)
+        earlier = 0 if self.layer is None or self.layer.keys is None else self.layer.keys.shape[2]
+        if (earlier := earlier - self.states.shape[1]) <= 0:
+            return found
+        # Those of this forward are not taken from the cache, which rounds them: what is chosen shall not
+        # depend on whether there is one.
+        assert self.layer is not None and self.layer.keys is not None
+        return torch.cat([self.layer.keys[:, :, :earlier].float(), found], 2)
+
+    def rows(self, queries: Tensor) -> Tensor:
+        """Return how the attention of some tokens spreads over all keys.
+
+        Args:
+            queries: Which tokens of the block, shape [batch, queries].
+
+        Returns:
+            Probabilities, float32 [batch, heads, queries, keys]; a query that may see nothing has zeros.
+        """
+        cos, sin = (gather(one, queries) for one in self.rotary)
+        asked = _rotated(_heads(self.module, "q", gather(self.states, queries)), cos, sin)
+        keys = self.keys
+        batch, groups = keys.shape[:2]
+        asked = asked.view(batch, groups, -1, *asked.shape[2:])
+        scores: Tensor = torch.einsum("bghqd,bgkd->bghqk", asked, keys).flatten(1, 2) * self.module.scaling
+        seen = self._seen(queries, keys.shape[2])
+        scores = scores.masked_fill(~seen, -torch.inf)
+        return scores.softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0)
+
+    def _seen(self, queries: Tensor, keys: int) -> Tensor:
+        """Return what each query may see, bool [batch, 1, queries, keys]."""
+        own = self.states.shape[1]
+        if self.mask is not None and self.mask.ndim == 4:
+            found = gather(self.mask, queries, 2)
+            # A float mask is zero where there is something to see, and the least number elsewhere.
+            return found if found.dtype == torch.bool else found.ge(-1)
+        places = torch.arange(keys, device=queries.device)
+        seen = places <= (keys - own + queries)[..., None]
+        if self.mask is not None:
+            seen = seen & self.mask.bool()[:, None, :]
+        return seen[:, None]
+
+
+def _heads(module: Any, which: str, states: Tensor) -> Tensor:
+    """Return queries or keys before rotation, float32 [batch, heads, tokens, size]."""
+    projection = getattr(module, f"{which}_proj", None)
+    if projection is None:
+        raise UsageError(
+            f"the attention {type(module).__name__} has no {which}_proj, so its rows cannot be computed anew",
+            hint="choose a method that asks for no attention, such as divprune",
+        )
+    found: Tensor = projection(states).unflatten(-1, (-1, module.head_dim))
+    norm = getattr(module, f"{which}_norm", None)
+    found = found if norm is None else norm(found)
+    return found.transpose(1, 2).float()
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return queries or keys turned to their positions, [batch, heads, tokens, size]."""
+    cos, sin = cos[:, None].float(), sin[:, None].float()
+    first, second = states[..., : cos.shape[-1]].chunk(2, dim=-1)
+    turned = states[..., : cos.shape[-1]] * cos + torch.cat([-second, first], -1) * sin
+    return torch.cat([turned, states[..., cos.shape[-1] :]], -1)

@@ -1,0 +1,60 @@
+"""One place where tokens are dropped, and what the engine asks of the method that chooses there."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from structprune.runtime.view import View
+
+
+class Chooser(Protocol):
+    """What the engine asks of a method."""
+
+    @property
+    def newlines(self) -> Literal["protect", "compete"]:
+        """Return whether tokens that only end a line of an image may be dropped."""
+        ...
+
+    @classmethod
+    def method(cls) -> str:
+        """Return the method's name."""
+        ...
+
+    def choose(self, seen: View, keep: Tensor) -> Tensor:
+        """Return which tokens of each image stay, bool [images, tokens]: as many as `keep` says, [images]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Drop:
+    """One place where tokens are dropped.
+
+    Attributes:
+        block: Number of the block, counted from 0.
+        within: Whether they go between its attention and its feed-forward; else before it.
+        tokens: How many tokens of an image are left: an integer says how many, a float which share of those
+            that the image had at first; None leaves it to who chooses.
+        chooser: Who chooses.
+        compact: Whether positions are counted anew.
+    """
+
+    block: int
+    within: bool
+    tokens: Tensor | None
+    chooser: Chooser
+    compact: bool = False
+
+    def keep(self, sizes: Tensor) -> Tensor:
+        """Return how many tokens stay of images with so many at first, at least one each; shape [images]."""
+        if self.tokens is None:
+            return sizes
+        if self.tokens.is_floating_point():
+            # Half up, after a rounding that takes 0.29 * 100 for 29.
+            wanted = torch.floor(
+                (sizes.double() * self.tokens.to(sizes.device)).round(decimals=9) + 0.5
+            ).long()
+        else:
+            wanted = self.tokens.to(sizes.device).expand_as(sizes)
+        return wanted.clamp(min=1).minimum(sizes)

@@ -1,0 +1,304 @@
+"""Runs a model with fewer tokens: hooks that gather what each block computes, and put it back at the end.
+
+The model makes masks and rotary tables for all tokens, once; every block gets those of the tokens that it
+computes. Between forwards the cache alone knows what was dropped; what belongs to one forward is kept per
+thread. No class is changed and nothing is registered.
+
+    prompt -> blocks before: all tokens -> stage: choose, gather -> blocks after: kept tokens -> scatter
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from structprune.errors import UsageError
+from structprune.models.arch import arch_of, blocks
+from structprune.models.streamed import Model
+from structprune.runtime.attention import AttentionInput
+from structprune.runtime.cache import check_cache
+from structprune.runtime.drop import Drop
+from structprune.runtime.forward import Forward
+from structprune.runtime.images import ImageFeatures, find_images, with_newlines
+from structprune.runtime.refusals import Guarded, check_computed_once, check_runs
+
+_ATTRIBUTE = "_structprune_engine"
+
+
+class _Local(threading.local):
+    """What belongs to one forward of one thread; a copy has nothing of it."""
+
+    run: Forward | None = None
+    sizes: Sequence[int] = ()
+    ids: Tensor | None = None
+    labels: Tensor | None = None
+    paused: int = 0
+    counts: dict[int, tuple[int, int]] | None = None
+
+    def __reduce__(self) -> tuple[type["_Local"], tuple[()]]:
+        return type(self), ()
+
+
+class Engine:
+    """The hooks of one model, and what its forwards have in common.
+
+    Args:
+        model: A vision-language model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        check_runs(model)
+        arch = arch_of(model)
+        self.drops: dict[str, list[Drop]] = {}
+        self._local = _Local()
+        self._handles: list[Any] = []
+        self._replaced: list[tuple[nn.Module, str, object]] = []
+        self._root = model
+        self._base: Any = model.base_model
+        self._language: Any = model.get_submodule(arch.blocks.rpartition(".")[0])
+        self._blocks = [block for _, block in blocks(model, arch)]
+        self._attention, self._mlp = arch.attention, arch.mlp
+
+    # What is put on the model, and taken off it again.
+
+    def install(self) -> None:
+        """Put the hooks on the model."""
+        hook = partial(self._hook, with_kwargs=True)
+        hook(self._root, before=self._begin_loss)
+        hook(self._base, before=self._begin, after=self._end)
+        hook(self._language, before=self._begin_language, after=self._end_language)
+        for index, block in enumerate(self._blocks):
+            hook(block, before=partial(self._enter_block, index))
+            hook(block.get_submodule(self._attention), before=partial(self._note_attention, index))
+            mlp = block.get_submodule(self._mlp)
+            hook(mlp, before=partial(self._enter_mlp, index), after=partial(self._leave_mlp, index))
+        features = ImageFeatures(self._base.get_image_features, self._note_sizes)
+        self._replace(self._base, "get_image_features", features)
+        self._replace(self._root, "generate", Guarded(self._root, self._is_paused))
+        if hasattr(self._language, "_deepstack_process"):
+            self._replace(self._language, "_deepstack_process", self._deepstack)
+
+    def remove(self) -> None:
+        """Take everything off the model again."""
+        for handle in self._handles:
+            handle.remove()
+        for module, name, before in self._replaced:
+            delattr(module, name)
+            if before is not None:
+                setattr(module, name, before)
+        self._handles.clear()
+        self._replaced.clear()
+
+    def _hook(self, module: nn.Module, before: Any, after: Any = None, *, with_kwargs: bool) -> None:
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=with_kwargs))
+        if after is not None:
+            # Also after an exception: nothing of a forward that failed may meet the next one.
+            self._handles.append(
+                module.register_forward_hook(after, with_kwargs=with_kwargs, always_call=True)
+            )
+
+    def _replace(self, module: nn.Module, name: str, by: object) -> None:
+        self._replaced.append((module, name, vars(module).get(name)))
+        setattr(module, name, by)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Drop nothing in this thread, for the length of a `with`."""
+        self._local.paused += 1
+        try:
+            yield
+        finally:
+            self._local.paused -= 1
+
+    def _is_paused(self) -> bool:
+        return self._local.paused > 0
+
+    @contextmanager
+    def counting(self) -> Iterator[dict[int, tuple[int, int]]]:
+        """Count the visual tokens of the last forward with an image, in this thread, inside a `with`.
+
+        Yields:
+            Number of the block -> how many its attention and its feed-forward computed.
+        """
+        self._local.counts = {}
+        try:
+            yield self._local.counts
+        finally:
+            self._local.counts = None
+
+    # One forward, from outside to inside.
+
+    def _begin_loss(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._local.labels = None
+        if kwargs.get("labels") is None:
+            return None
+        # Which labels nobody predicts is known only after the blocks: the loss gets a copy, changed then.
+        self._local.labels = kwargs["labels"].clone()
+        return args, {**kwargs, "labels": self._local.labels}
+
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        local = self._local
+        local.ids = kwargs.get("input_ids", args[0] if args else None)
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        local.sizes = [] if encoded is None else [len(one) for one in encoded.pooler_output]
+        if local.ids is None and not local.paused and kwargs["inputs_embeds"].shape[1] > 1:
+            raise UsageError(
+                "inputs_embeds without input_ids: which of the tokens are visual is not known",
+                hint="pass input_ids, or run the model under structprune.paused(model)",
+            )
+
+    def _end(self, *_: object) -> None:
+        self._local.ids, self._local.sizes, self._local.labels = None, (), None
+
+    def _note_sizes(self, sizes: Sequence[int]) -> None:
+        self._local.sizes = sizes
+
+    def _begin_language(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        local = self._local
+        states, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        local.run = Forward(states.shape[0], states.shape[1], past, states.device)
+        if local.paused or local.ids is None or states.shape[1] == 1:
+            return
+        mask, real = kwargs.get("attention_mask"), None
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            real = mask[:, -states.shape[1] :].bool()
+        found = find_images(local.ids, self._root.config, local.sizes, real)
+        if found is not None and isinstance(mask, Tensor | dict) and real is None:
+            raise UsageError(
+                "an attention mask that is not [batch, tokens]: which tokens are padding is not known",
+                hint="pass the processor's attention_mask",
+            )
+        if found is not None:
+            check_computed_once(self._blocks)
+            if cache is not None:
+                check_cache(cache)
+        newline = getattr(self._base, "image_newline", None)
+        local.run.images = None if found is None else with_newlines(found, states, newline)
+
+    def _enter_block(
+        self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        run = self._local.run
+        if run is None:
+            return None
+        states, cache = args[0], kwargs.get("past_key_values")
+        for drop in self._drops(index, within=False):
+            run.choose(drop, states)
+        if run.pending is not None:
+            states = run.move_to(run.pending, states)
+        if self._local.counts is not None:
+            self._local.counts[index] = (run.visual_tokens(),) * 2
+        run.entered.append(run.kept)
+        changed = run.narrowed(index, len(self._blocks), cache, kwargs, self._language)
+        return None if changed is None else ((states, *args[1:]), changed)
+
+    def _note_attention(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        run = self._local.run
+        if run is None or run.images is None:
+            return
+        if not self._drops(index, within=True) and not self._drops(index + 1, within=False):
+            run.read = None
+            return
+        cache = kwargs.get("past_key_values")
+        states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        # A cache that was not told how many blocks there are grows with them.
+        layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+        run.read = AttentionInput(
+            module, states, kwargs["position_embeddings"], kwargs.get("attention_mask"), layer
+        )
+
+    def _enter_mlp(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = self._local.run
+        if run is None:
+            return None
+        for drop in self._drops(index, within=True):
+            run.choose(drop, args[0])
+        if self._local.counts is not None:
+            self._local.counts[index] = self._local.counts[index][0], run.visual_tokens()
+        return None if run.pending is None else ((run.part_of(run.pending, args[0]), *args[1:]), kwargs)
+
+    def _leave_mlp(self, index: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        run = self._local.run
+        return None if run is None or run.pending is None or output is None else run.back(run.pending, output)
+
+    def _deepstack(self, states: Tensor, visual: Tensor, features: Tensor) -> Any:
+        """Add features of the vision tower to the states of those tokens that are still there."""
+        run = self._local.run
+        if run is None or run.kept is None:
+            return type(self._language)._deepstack_process(self._language, states, visual, features)
+        whole = states.new_zeros(*visual.shape, states.shape[-1])
+        whole[visual.to(states.device)] = features.to(states)
+        return states + run.kept.gather(whole)
+
+    def _end_language(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        run, self._local.run = self._local.run, None
+        if run is None or output is None or (run.kept is None and run.pending is None):
+            return None
+        if self._local.labels is not None:
+            run.forget_labels(self._local.labels)
+        return run.filled(output)
+
+    def _drops(self, index: int, *, within: bool) -> list[Drop]:
+        every = (drop for drops in self.drops.values() for drop in drops)
+        return [drop for drop in every if drop.block == index and drop.within == within]
+
+
+def attach(model: PreTrainedModel, key: str, drops: Sequence[Drop]) -> None:
+    """Let a model run with fewer tokens from now on; the same key again changes nothing.
+
+    Args:
+        model: In memory.
+        key: What names the decision, such as a plan's id.
+        drops: Where tokens are dropped.
+
+    Raises:
+        UsageError: Tokens of this model cannot be dropped; says why.
+    """
+    engine = engine_of(model)
+    if engine is None:
+        engine = Engine(model)
+        engine.install()
+        object.__setattr__(model, _ATTRIBUTE, engine)
+    engine.drops.setdefault(key, [*drops])
+
+
+def detach(model: PreTrainedModel, key: str | None = None) -> None:
+    """Let a model run with all tokens again.
+
+    Args:
+        model: In memory.
+        key: Only this decision is undone; None for every one.
+    """
+    engine = engine_of(model)
+    if engine is None:
+        return
+    if key is not None:
+        engine.drops.pop(key, None)
+    if key is None or not engine.drops:
+        engine.remove()
+        object.__delattr__(model, _ATTRIBUTE)
+
+
+def engine_of(model: object) -> Engine | None:
+    """Return what runs a model with fewer tokens; None where nothing does."""
+    found = vars(model).get(_ATTRIBUTE)
+    assert found is None or isinstance(found, Engine)
+    return found
+
+
+@contextmanager
+def paused(model: Model) -> Iterator[Model]:
+    """Let this thread run a model with all its tokens, for the length of a `with`."""
+    engine = engine_of(model)
+    if engine is None:
+        yield model
+        return
+    with engine.paused():
+        yield model

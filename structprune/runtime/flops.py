@@ -1,0 +1,66 @@
+"""What visual tokens cost: operations of the language model's blocks, counted as token-pruning papers do.
+
+Multiplications and additions as one, visual tokens alone: of n tokens through a block of width d and
+feed-forward width m, 4 n d^2 + 2 n^2 d + 3 n d m, with grouped key-value heads counted as they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """Sizes of one block that tell what a token costs.
+
+    Attributes:
+        hidden: Width of the states.
+        queries: Width of all query heads together.
+        keys: Width of all key heads together.
+        feed_forward: Width of the gated feed-forward.
+    """
+
+    hidden: int
+    queries: int
+    keys: int
+    feed_forward: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "BlockCost":
+        """Return the sizes of a language model's blocks."""
+        text = config.get_text_config()
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        heads, groups = text.num_attention_heads, text.num_key_value_heads
+        return cls(text.hidden_size, heads * size, groups * size, text.intermediate_size)
+
+    def operations(self, entering: int, leaving: int | None = None) -> int:
+        """Return the operations of a block.
+
+        Args:
+            entering: Tokens that its attention computes.
+            leaving: Tokens that its feed-forward computes; as many unless given.
+        """
+        leaving = entering if leaving is None else leaving
+        projections = entering * self.hidden * (2 * self.queries + 2 * self.keys)
+        attention = 2 * entering * entering * self.queries
+        return projections + attention + 3 * leaving * self.hidden * self.feed_forward
+
+
+def visual_operations(cost: BlockCost, counts: Sequence[tuple[int, int]]) -> int:
+    """Return the operations that the visual tokens of an image cost in all blocks.
+
+    Args:
+        cost: Sizes of a block.
+        counts: Of every block the tokens that its attention and its feed-forward compute.
+    """
+    return sum(cost.operations(*pair) for pair in counts)
+
+
+def image_tokens(config: PreTrainedConfig) -> int | None:
+    """Return how many visual tokens every image has; None where that depends on the image."""
+    if config.model_type != "llava":
+        return None
+    vision = config.vision_config
+    found: int = (vision.image_size // vision.patch_size) ** 2
+    return found + int(config.vision_feature_select_strategy == "full")

@@ -1,0 +1,151 @@
+"""What a method sees where it chooses: the images side by side, with the tokens they have left.
+
+Methods see no batch: rows of a batch do not influence each other, and padding is not there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from structprune.runtime.attention import AttentionInput
+from structprune.runtime.images import Images
+from structprune.runtime.keep_set import KeepSet
+
+# Queries whose attention is in memory at once: rows of all tokens would be as large as an eager kernel's.
+CHUNK = 128
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The images of a forward at one place.
+
+    Attributes:
+        images: Where they were at first.
+        kept: The tokens that are computed here; None for all.
+        states: Of those, shape [batch, slots, hidden].
+        there: Which tokens of the forward go on so far, bool [batch, tokens].
+        candidates: Which tokens of the forward may be dropped here, bool [batch, tokens].
+        read: What the attention of the block read that decides; None where none ran yet.
+    """
+
+    images: Images
+    kept: KeepSet | None
+    states: Tensor
+    there: Tensor
+    candidates: Tensor
+    read: AttentionInput | None
+
+    @cached_property
+    def _tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return row and place of every candidate, and which image it belongs to; images ascending."""
+        row, place = self.candidates.nonzero(as_tuple=True)
+        image = torch.searchsorted(self.number, self.images.number[row, place])
+        return row, place, image
+
+    @cached_property
+    def number(self) -> Tensor:
+        """Return the number that each image seen has among all of the forward, shape [images]."""
+        found: Tensor = torch.unique(self.images.number[self.candidates])
+        return found
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Return how many tokens each image had at first, shape [images]."""
+        return self.images.sizes[self.number]
+
+    @cached_property
+    def protected(self) -> Tensor:
+        """Return how many tokens of each image go on whatever is chosen, shape [images]."""
+        staying = self.images.number[self.images.visual & self.there & ~self.candidates]
+        return torch.bincount(staying, minlength=len(self.images.sizes))[self.number]
+
+    @cached_property
+    def left(self) -> Tensor:
+        """Return how many tokens of each image may be dropped, shape [images]."""
+        return torch.bincount(self._tokens[2], minlength=len(self.number))
+
+    @cached_property
+    def real(self) -> Tensor:
+        """Return which entries of [images, tokens] are tokens; shorter images are filled up on the right."""
+        width = torch.arange(int(self.left.max()), device=self.left.device)
+        return width < self.left[:, None]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Return values of tokens [batch, slots, ...] with images side by side, [images, tokens, ...]."""
+        row, place, _ = self._tokens
+        if self.kept is not None:
+            place = self._slots[row, place]
+        found = values.new_zeros(*self.real.shape, *values.shape[2:])
+        found[self.real] = values[row, place]
+        return found
+
+    def marked(self, chosen: Tensor) -> Tensor:
+        """Return a choice [images, tokens] as one of the tokens of the forward, bool [batch, tokens]."""
+        row, place, _ = self._tokens
+        found = torch.zeros_like(self.candidates)
+        found[row, place] = chosen[self.real]
+        return found
+
+    @cached_property
+    def _slots(self) -> Tensor:
+        assert self.kept is not None
+        slots = torch.arange(self.kept.index.shape[1], device=self.kept.index.device)
+        table = torch.zeros_like(self.images.number)
+        row = torch.arange(len(table), device=table.device)[:, None].expand_as(self.kept.index)
+        table[row[self.kept.valid], self.kept.index[self.kept.valid]] = slots.expand_as(self.kept.index)[
+            self.kept.valid
+        ]
+        return table
+
+    def _here(self, values: Tensor) -> Tensor:
+        """Return what a tensor of all tokens of the forward holds of those computed here."""
+        return values if self.kept is None else self.kept.gather(values)
+
+    def features(self) -> Tensor:
+        """Return the states of the images' tokens, float32 [images, tokens, hidden]."""
+        return self.spread(self.states).float()
+
+    def paid_by_last(self) -> Tensor:
+        """Return the attention that the last real token pays, mean over heads, float32 [images, tokens]."""
+        last = self._here(self.images.last).int().argmax(1, keepdim=True)
+        rows = self._own(self._attention().rows(last))
+        return self.spread(rows.mean(1)[:, 0])
+
+    @cached_property
+    def received(self) -> tuple[Tensor, Tensor]:
+        """Return the attention that tokens receive, the largest of all heads, summed over queries.
+
+        Returns:
+            That of the image's own tokens, and that of the text after the image, float32 [images, tokens].
+        """
+        number, real = self._here(self.images.number), self._here(self.images.real)
+        if self.kept is not None:
+            real = real & self.kept.valid
+            number = torch.where(self.kept.valid, number, -1)
+        slots = torch.arange(number.shape[1], device=number.device)
+        # Where an image ends is where its last token is: text counts from there on.
+        first = int((number >= 0).any(0).nonzero().min())
+        own, text = (self.states.new_zeros(number.shape, dtype=torch.float32) for _ in range(2))
+        for queries in torch.split(slots[first:], CHUNK):
+            most = self._own(self._attention().rows(queries.expand(len(number), -1))).amax(1)
+            asking = number[:, queries]
+            alike = (asking[..., None] == number[:, None]) & (number >= 0)[:, None]
+            own += (most * alike).sum(1)
+            after = (asking < 0) & real[:, queries]
+            text += (most * (after[..., None] & (queries[:, None] > slots))).sum(1)
+        return self.spread(own), self.spread(text)
+
+    def _attention(self) -> AttentionInput:
+        assert self.read is not None, "no attention ran before the embeddings"
+        return self.read
+
+    def _own(self, rows: Tensor) -> Tensor:
+        """Return probabilities over the tokens of this forward alone, without those of earlier ones."""
+        return rows[..., rows.shape[-1] - self.states.shape[1] :]
+
+
+Choose = Callable[[View, Tensor], Tensor]
+"""Which tokens of each image stay, bool [images, tokens], from what is seen and how many shall, [images]."""

@@ -1,0 +1,162 @@
+"""What runs with fewer tokens are held against: all tokens computed, no cache, dropped columns hidden."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from structprune.pruners import catalogue
+from structprune.pruners.token._family import TokenPruner
+from structprune.runtime.cache import PrunedLayer
+from tests.pictures import END, FAMILIES, IMAGE, START, VIDEO, Pictures, vision_model
+
+TOKEN_METHODS = sorted(name for name in catalogue.names() if issubclass(catalogue.find(name), TokenPruner))
+KERNELS = ["sdpa", "eager"]
+# One method on every family, every method on one family; the rest of the product is slow.
+CASES = [
+    pytest.param(
+        method,
+        family,
+        kernel,
+        id=f"{method}-{family}-{kernel}",
+        marks=[] if kernel == "sdpa" and (family == "llava" or method == "fastv") else [pytest.mark.slow],
+    )
+    for method in TOKEN_METHODS
+    for family in FAMILIES
+    for kernel in KERNELS
+]
+
+
+def token_pruner(method: str, **fields: Any) -> TokenPruner:
+    """Build a token pruner; unless told otherwise it keeps three tokens of ten, where they were."""
+    usual: dict[str, Any] = {"target": {"keep_ratio": 0.3}, "positions": "keep"}
+    found = catalogue.find(method).model_validate(usual | fields)
+    assert isinstance(found, TokenPruner)
+    return found
+
+
+@contextmanager
+def pruned(
+    model: PreTrainedModel, pruner: TokenPruner, batch: dict[str, Tensor]
+) -> Iterator[PreTrainedModel]:
+    """Let a model run with fewer tokens, as decided on a batch, for the length of a `with`."""
+    plan = pruner.calibrate(model, [batch])
+    pruner.apply(model, plan)
+    try:
+        yield model
+    finally:
+        pruner.undo(model, plan)
+
+
+def column_sets(layer: CacheLayerMixin, padding: Tensor) -> list[list[int]]:
+    """Return of every row the logical columns that a cache layer holds and shows, counted after padding."""
+    if not isinstance(layer, PrunedLayer):
+        assert layer.keys is not None
+        length = layer.keys.shape[-2]
+        return [[*range(length - int(pad))] for pad in padding]
+    columns, valid = layer.seen_columns(len(padding), torch.device("cpu"))
+    rows = zip(columns, valid, padding, strict=True)
+    found = [[int(c) for c in (row[seen] - pad)] for row, seen, pad in rows]
+    # A layer from before padding was dropped holds it; the model's mask hides it there.
+    return [[column for column in row if column >= 0] for row in found]
+
+
+def padding_of(batch: dict[str, Tensor]) -> Tensor:
+    """Return how many tokens of padding stand on the left of every row."""
+    return batch["attention_mask"].eq(0).sum(1)
+
+
+def longer(batch: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+    """Return a batch with more tokens of text at the end."""
+    found = dict(batch)
+    found["input_ids"] = torch.cat([batch["input_ids"], ids], 1)
+    found["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(ids)], 1)
+    if "mm_token_type_ids" in batch:
+        kinds = (ids == IMAGE).to(batch["mm_token_type_ids"])
+        found["mm_token_type_ids"] = torch.cat([batch["mm_token_type_ids"], kinds], 1)
+    return found
+
+
+@torch.no_grad()
+def masked_dense(family: str, inputs: dict[str, Tensor], cache: Cache, *, compact: bool = False) -> Tensor:
+    """Return the logits of a model that computes all tokens, and whose blocks hide what a cache has not.
+
+    Args:
+        family: Of the model, whose weights are those of `vision_model(family)`.
+        inputs: The whole conversation.
+        cache: Of the run with fewer tokens.
+        compact: Whether every block counts the positions of what it has.
+    """
+    model = vision_model(family, attention="eager")
+    batch, length = inputs["input_ids"].shape
+    blocks = model.get_submodule("model.language_model.layers")
+    with ExitStack() as hooks:
+        for block, layer in zip(blocks.children(), cache.layers, strict=True):
+            shown = _shown(layer, batch, length)
+            hide = partial(_hide, ~shown)
+            if compact:
+                places = (shown & inputs["attention_mask"].bool()).cumsum(1) - 1
+                turn = partial(_turn, model.model.language_model.rotary_emb, places.clamp(min=0))
+                hooks.callback(block.register_forward_pre_hook(turn, with_kwargs=True).remove)
+            hooks.callback(block.register_forward_pre_hook(hide, with_kwargs=True).remove)
+        return model(**inputs, use_cache=False).logits
+
+
+def _shown(layer: CacheLayerMixin, batch: int, length: int) -> Tensor:
+    shown = torch.ones(batch, length, dtype=torch.bool)
+    if isinstance(layer, PrunedLayer) and layer.columns is not None and layer.valid is not None:
+        shown[:, : layer.selected] = False
+        for row in range(batch):
+            shown[row, layer.columns[row][layer.valid[row]]] = True
+    return shown
+
+
+def _hide(hidden: Tensor, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    mask = kwargs["attention_mask"]
+    assert mask.dtype == torch.float32 and mask.shape[-1] == hidden.shape[1]
+    least = torch.finfo(mask.dtype).min
+    return args, kwargs | {"attention_mask": mask.masked_fill(hidden[:, None, None], least)}
+
+
+def _turn(rotary: nn.Module, places: Tensor, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    return args, kwargs | {"position_embeddings": rotary(args[0], places)}
+
+
+def worst(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, as a part of the largest logit."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def dropped_columns(cache: Cache) -> int:
+    """Return how many columns the layers of a cache lack."""
+    return sum(
+        layer.get_seq_length() - layer.keys.shape[-2] for layer in cache.layers if layer.keys is not None
+    )
+
+
+@torch.no_grad()
+def generate(model: PreTrainedModel, inputs: dict[str, Tensor], **wanted: Any) -> Any:
+    """Return five new tokens of every row with their logits and the cache."""
+    return model.generate(
+        **inputs,
+        **{
+            "max_new_tokens": 5,
+            "do_sample": False,
+            # No end, and nothing that a second reading would take for a picture.
+            "suppress_tokens": [0, 1, 2, END, START, VIDEO, IMAGE],
+            "output_logits": True,
+            "return_dict_in_generate": True,
+            **wanted,
+        },
+    )
+
+
+def pictures(family: str, *counts: int) -> Pictures:
+    """Return prompts with so many pictures each; two, one and none unless said otherwise."""
+    return Pictures(family, counts or (2, 1, 0))

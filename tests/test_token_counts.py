@@ -1,0 +1,215 @@
+"""How many visual tokens are left and what they cost: by hand, by papers, by torch's counter."""
+
+from dataclasses import replace
+from fractions import Fraction
+from itertools import pairwise
+from statistics import fmean
+from typing import Any, Literal
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from structprune.decide.token_target import Target, count_at
+from structprune.errors import UsageError
+from structprune.plan.promise import Computed
+from structprune.runtime.drop import Chooser, Drop
+from structprune.runtime.engine import attach, detach
+from structprune.runtime.flops import BlockCost, image_tokens, visual_operations
+from structprune.runtime.view import View
+from tests.oracle import TOKEN_METHODS, pictures, token_pruner
+from tests.pictures import BLOCKS, IMAGE, vision_model
+
+# LLaVA-1.5-7B.
+VICUNA = BlockCost(4096, 4096, 4096, 11008)
+
+
+def operations(count: int) -> int:
+    """Return n * 30720 + n^2 * 128: what a block of the tiny models costs, worked out in the test below."""
+    return 30720 * count + 128 * count**2
+
+
+def test_a_block_costs_its_projections_its_attention_and_three_matrices() -> None:
+    cost = BlockCost.of(vision_model("llava").config)
+    assert cost == BlockCost(hidden=64, queries=64, keys=32, feed_forward=96)
+    # 64 * (2 * 64 + 2 * 32) + 3 * 64 * 96 = 30720 a token, 2 * 64 = 128 a pair.
+    assert [cost.operations(count) for count in (1, 16)] == [30848, 524288] == [*map(operations, (1, 16))]
+    # A token that goes in between spares the feed-forward alone.
+    assert cost.operations(16, 15) == 524288 - 3 * 64 * 96
+    assert visual_operations(cost, [(16, 16), (16, 4), (4, 4)]) == 2 * 524288 - 12 * 18432 + operations(4)
+    # n = 576 of LLaVA-1.5-7B: the 3.82 T that papers print.
+    assert 32 * VICUNA.operations(576) == pytest.approx(3.817e12, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("target", "before", "left"),
+    [
+        ({"keep_ratio": 0.25}, 0, 4),
+        ({"keep_ratio": 0.29}, 0, 5),  # 4.64
+        ({"keep_ratio": 0.25}, Fraction(2, 5), 4),
+        ({"tokens": 7}, Fraction(1, 2), 7),
+        ({"tokens": 99}, 0, 16),
+        # Two of five blocks compute all 16: (10 - 6.4) / 0.6 = 6.
+        ({"avg_tokens": 10}, Fraction(2, 5), 6),
+        ({"avg_tokens": 10.4}, 0, 10),
+        # Half of 524288 is 262144; 8 tokens cost 253952, and 9 cost 286848.
+        ({"visual_flops": 0.5}, 0, 8),
+        ({"visual_flops": 0.75}, Fraction(1, 2), 8),
+        ({"visual_flops": 1.0}, Fraction(1, 2), 16),
+    ],
+)
+def test_what_is_left_is_the_nearest_count(target: dict[str, Any], before: Any, left: int) -> None:
+    assert count_at(Target(**target), 16, Fraction(before), operations) == left
+
+
+def test_a_hundred_tokens_at_29_percent_are_29() -> None:
+    assert count_at(Target(keep_ratio=0.29), 100, Fraction(0), operations) == 29
+    drop = Drop(0, False, torch.tensor(0.29, dtype=torch.float64), Replay())
+    assert drop.keep(torch.tensor([100, 1, 3, 50])).tolist() == [29, 1, 1, 15]
+
+
+@pytest.mark.parametrize(
+    ("target", "before", "least"),
+    [
+        ({"keep_ratio": 0.01}, 0, 1 / 16),
+        ({"avg_tokens": 6.5}, Fraction(2, 5), 7),
+        # FastV with K = 2 on five blocks: two of them compute everything, and one token is left after.
+        ({"visual_flops": 0.4}, Fraction(2, 5), 0.4 + 0.6 * 30848 / 524288),
+        ({"visual_flops": 0.05}, 0, 30848 / 524288),
+    ],
+)
+def test_less_than_one_token_is_refused_with_what_can_be_reached(
+    target: dict[str, Any], before: Any, least: float
+) -> None:
+    with pytest.raises(UsageError, match="less than one token of an image of 16") as caught:
+        count_at(Target(**target), 16, Fraction(before), operations)
+    name = next(iter(target))
+    said = float(caught.value.hint.split(" from ")[1].split(" ")[0])
+    assert caught.value.hint.startswith(f"{name} can be from ") and 0 <= said - least < 2e-4
+    assert count_at(Target(**{name: said}), 16, Fraction(before), operations) == 1
+
+
+def test_a_target_is_one_number_in_its_range() -> None:
+    for wrong in (
+        {},
+        {"tokens": 0},
+        {"keep_ratio": 0},
+        {"keep_ratio": 1.1},
+        {"tokens": 3, "keep_ratio": 0.5},
+    ):
+        with pytest.raises(ValidationError):
+            Target(**wrong)
+
+
+def test_a_plan_says_all_numbers_that_people_ask_for() -> None:
+    model, batch = vision_model("llava"), pictures("llava", 1).batch()
+    assert image_tokens(model.config) == 16 and image_tokens(vision_model("qwen3_vl").config) is None
+    facts = token_pruner("fastv", block=2, target={"visual_flops": 0.75}).calibrate(model, [batch]).facts
+    assert (facts["tokens"], facts["visual_tokens"], facts["avg_tokens"]) == (8, 16, 12)
+    assert facts["keep_ratio"] == 0.5 and facts["visual_flops"] == (524288 + 253952) / 2 / 524288
+    for method in TOKEN_METHODS:
+        with pytest.raises(UsageError, match="less than one token"):
+            token_pruner(method, target={"keep_ratio": 0.02}).calibrate(model, [batch])
+
+
+def test_what_fitprune_cannot_reach_is_refused() -> None:
+    # One token after the first block, but sixteen in it.
+    model, batch = vision_model("llava"), pictures("llava", 1).batch()
+    with pytest.raises(UsageError, match="target: images need") as caught:
+        token_pruner("fitprune", target={"visual_flops": 0.1}).calibrate(model, [batch])
+    times = float(caught.value.hint.split(" ")[2])
+    reached = token_pruner("fitprune", target={"visual_flops": 0.1001 * times}).calibrate(model, [batch])
+    assert reached.facts["visual_flops"] < 0.101 * times
+
+
+class Replay:
+    """Chooses once by a method, and then the same again without its cost."""
+
+    newlines: Literal["protect", "compete"] = "compete"
+
+    def __init__(self, chooser: Chooser | None = None) -> None:
+        self.chooser = chooser
+        self.chosen: list[Tensor] = []
+        self.next = 0
+
+    @classmethod
+    def method(cls) -> str:
+        return "replay"
+
+    def choose(self, seen: View, keep: Tensor) -> Tensor:
+        if self.next == len(self.chosen):
+            assert self.chooser is not None
+            self.chosen.append(self.chooser.choose(seen, keep))
+        self.next += 1
+        return self.chosen[self.next - 1]
+
+
+@pytest.mark.parametrize("method", TOKEN_METHODS)
+@pytest.mark.parametrize("target", [{"tokens": 5}, {"visual_flops": 0.6}])
+def test_torch_counts_what_was_forecast(method: str, target: dict[str, Any]) -> None:
+    model, batch = vision_model("llava", attention="eager"), pictures("llava", 1).batch()
+    visual = batch["input_ids"].eq(IMAGE)
+    text = {name: batch[name][~visual][None] for name in ("input_ids", "attention_mask")}
+    pruner = token_pruner(method, target=target)
+    plan = pruner.calibrate(model, [batch])
+    drops = pruner.drops(plan, model)
+    replays = [Replay(drop.chooser) for drop in drops]
+    attach(model, "replay", [replace(drop, chooser=one) for drop, one in zip(drops, replays, strict=True)])
+    with_selection = _counted(model, batch)
+    for one in replays:
+        one.next = 0
+    counted, without = _counted(model, batch), _counted(model, text)
+    detach(model)
+    assert plan.promises is not None
+    counts = [(one.attention, one.feed_forward) for one in plan.promises.stored if isinstance(one, Computed)]
+    assert len(counts) == BLOCKS
+    cost, words = BlockCost.of(model.config), text["input_ids"].shape[1]
+    # Text looks at visual tokens, and they at text: scores and values, both ways.
+    crossing = sum(2 * 2 * entering * words * cost.queries for entering, _ in counts)
+    forecast = visual_operations(cost, counts)
+    assert counted - without - crossing == pytest.approx(forecast, rel=0.01)
+    assert plan.facts["visual_flops"] == forecast / visual_operations(cost, [(16, 16)] * BLOCKS)
+    # What the choice itself costs is apart from this, and only methods that compute something pay.
+    assert (with_selection > counted) == (method in ("divprune", "fastv", "fitprune"))
+
+
+@torch.no_grad()
+def _counted(model: Any, inputs: dict[str, Tensor]) -> int:
+    """Return the multiplications of the language model's blocks, each with its addition."""
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs, logits_to_keep=1)
+    kind = type(model).__name__
+    blocks = [f"{kind}.model.language_model.layers.{index}" for index in range(BLOCKS)]
+    return sum(sum(counter.get_flop_counts()[block].values()) for block in blocks) // 2
+
+
+def test_the_recipe_of_fitprune_at_60_percent_costs_what_its_paper_says() -> None:
+    deleted = [14, 33, 89, 36, 36, 20, 55, 21, 18, 4, 7, 5, 2, 5, 7, 4]
+    deleted += [26, 5, 11, 24, 4, 18, 2, 1, 0, 0, 1, 0, 1, 0, 0, 0]
+    left = [576]
+    for gone in deleted:
+        left.append(left[-1] - gone)
+    assert len(deleted) == 32 and left[-1] == 127
+    full = 32 * VICUNA.operations(576)
+    as_run = visual_operations(VICUNA, [*pairwise(left)])
+    # The paper deletes before the output projection, whose d^2 the deleted tokens then spare.
+    as_counted = as_run - sum(deleted) * VICUNA.hidden**2
+    assert as_run / full == pytest.approx(0.4050, abs=5e-5)
+    assert as_counted / full == pytest.approx(0.4030, abs=5e-5)
+    assert visual_operations(VICUNA, [(one, one) for one in left[:-1]]) / full == pytest.approx(
+        0.4209, abs=5e-5
+    )
+
+
+def test_divprunes_56_tokens_cost_what_its_paper_says() -> None:
+    """By its paper's convention: all tokens, text too, and two matrices of the feed-forward."""
+    words = [15, 15, 23, 83, 25, 113, 15, 39, 21, 91, 57]
+
+    def cost(tokens: int) -> int:
+        return 4 * tokens * 4096**2 + 2 * tokens**2 * 4096 + 2 * tokens * 4096 * 11008
+
+    ratios = [cost(text + 56) / cost(text + 576) for text in words]
+    assert fmean(ratios) == pytest.approx(0.1563, abs=5e-5)
+    assert count_at(Target(keep_ratio=0.098), 576, Fraction(0), VICUNA.operations) == 56
