@@ -171,7 +171,8 @@ def test_outside_the_pruners_and_solvers_only_the_demo_names_a_method():
 
 
 def test_the_proof_imports_nothing_that_decides_or_edits():
-    barred = ("decide", "solvers", "pruners", "runtime", "models.edit", "models.edited_reader")
+    # What runs with fewer tokens is counted by what runs it: `runtime` decides nothing and edits no file.
+    barred = ("decide", "solvers", "pruners", "models.edit", "models.edited_reader")
     for module, tree in TREES.items():
         if module.startswith("proof."):
             wrong = [
