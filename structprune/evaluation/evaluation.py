@@ -66,9 +66,9 @@ class Evaluation:
         return {
             "perplexity": self.perplexity,
             "divergence": self.divergence,
-            "questions": self.questions,
             "tasks": self.tasks,
             "protocol": self.protocol,
+            **({"questions": self.questions} if self.questions else {}),
         }
 
     def save_harness(self, folder: Path) -> list[Path]:
