@@ -41,7 +41,8 @@ DONE = {
     "evaluation": {"perplexity": {"demo": {"model": float("inf"), "dense": 10.0}}},
 }
 
-TAKEN = {"name": "", "needs_data": False, "reason": None, "fractions": False, "whole": None, "patterns": []}
+TAKEN = {"name": "", "needs_data": False, "reads": "text", "reason": None, "range": None}
+TAKEN |= {"fractions": False, "whole": None, "patterns": []}
 
 FOUND = {
     "model": "demo",
@@ -201,7 +202,7 @@ def test_a_folder_that_is_called_demo_is_said_to_be_shadowed(command, llama, tmp
     monkeypatch.chdir(tmp_path)
     built_in, mine = command("inspect", "demo"), command("inspect", "./demo")
 
-    assert "warning: 'demo' is the built-in model; the folder of that name here is ./demo" in built_in.err
+    assert "warning: 'demo' is a built-in model; the folder of that name here is ./demo" in built_in.err
     assert "5 blocks" in built_in.out
     assert "warning" not in mine.err
     assert mine.out.splitlines()[0].startswith("model       ./demo: LlamaForCausalLM")

@@ -123,6 +123,7 @@ def test_a_run_stopped_after_any_block_resumes_with_the_same_bytes(
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_killed_for_good_resumes_from_the_command_line(llama: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,

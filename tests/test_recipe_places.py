@@ -104,7 +104,9 @@ def test_what_was_applied_is_applied_again_from_another_folder(
 
 
 @pytest.mark.parametrize(
-    "more", [(), pytest.param(("--keep-adapter",), marks=pytest.mark.slow)], ids=["merged", "adapter"]
+    "more",
+    [pytest.param((), marks=pytest.mark.slow), pytest.param(("--keep-adapter",), marks=pytest.mark.slow)],
+    ids=["merged", "adapter"],
 )
 def test_a_recovery_runs_again_from_another_folder(
     more: tuple[str, ...], pruned: Path, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch

@@ -38,9 +38,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("stages", "removed"),
     [
         # Three of four weights of every core.
-        (ON_ITS_CORES, 0.75),
+        pytest.param(ON_ITS_CORES, 0.75, marks=pytest.mark.slow),
         # Half of every core, and half of every row of what is no product.
-        (BESIDE_IT, 0.5),
+        pytest.param(BESIDE_IT, 0.5, marks=pytest.mark.slow),
         # A group in which the first stage left nothing keeps one zero more.
         (SPARSER, 0.7535),
     ],

@@ -65,7 +65,9 @@ def test_it_is_listed_and_described_like_any_other(command: Command) -> None:
     assert (shown["family"], [field["name"] for field in shown["fields"]]) == ("bias", ["amount"])
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["resident", "streamed"])
+@pytest.mark.parametrize(
+    "stream", [pytest.param(False, marks=pytest.mark.slow), True], ids=["resident", "streamed"]
+)
 @pytest.mark.parametrize(
     "second", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["first", "after wanda"]
 )

@@ -152,19 +152,18 @@ class Fit:
     def shares(self) -> list[float]:
         """Return which share of an image's tokens leaves each block, from the deletions of the present walk.
 
-        Images of one size delete whole tokens, the mean rounded down.
+        Images of one size delete whole tokens: the mean of all deletions so far, rounded down. Rounded block
+        by block, as in the paper, every block that deletes would keep up to one token too many.
         """
         sizes = {image.size for image in self.images}
         found, left = [], 1.0
-        gone = 0
         for block in range(self._blocks):
-            mean = sum(image.deleted[block] / image.size for image in self.images) / len(self.images)
             if len(sizes) == 1:
                 size = next(iter(sizes))
-                gone += sum(image.deleted[block] for image in self.images) // len(self.images)
+                gone = sum(sum(image.deleted[: block + 1]) for image in self.images) // len(self.images)
                 left = (size - gone) / size
             else:
-                left -= mean
+                left -= fmean(image.deleted[block] / image.size for image in self.images)
             found.append(left)
         return found
 
