@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from figures import markdown, write_section
 from torch import Tensor
 from transformers import (
     Cache,
@@ -27,6 +28,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from structprune.machine import environment
 from structprune.pruners.catalogue import find
 from structprune.pruners.token._family import TokenPruner
 from structprune.pruners.while_running import pruning
@@ -185,17 +187,43 @@ def measure(rounds: int) -> dict[str, Any]:
     return {"rows": found, "tokens": tokens, "parameters": sum(one.numel() for one in model.parameters())}
 
 
+def section(found: dict[str, Any], rounds: int) -> str:
+    """Return the table."""
+    whole = found["rows"]["keep all"]
+    rows = [
+        [
+            name,
+            *(f"{row[key]:.2f}" for key in ("of dense", "as short")),
+            f"{row['choosing']:.2%}",
+            *(f"{row[key]:.2f}" for key in ("decode", "decode as short", "cache")),
+        ]
+        for name, row in found["rows"].items()
+        if name != "keep all"
+    ]
+    header = ["keep_ratio 0.25", "prefill / dense", "prefill / as many tokens", "choosing / dense prefill"]
+    header += ["decode / dense", "decode / as many tokens", "cache bytes / dense"]
+    return (
+        f"{markdown(header, rows)}\n\nThe engine attached and nothing dropped: prefill "
+        f"{whole['prefill']:.2f}, decode {whole['decode']:.2f} of the plain model's. Random LLaVA of "
+        f"{found['parameters'] / 1e6:.0f} M parameters, float32, {found['tokens']} tokens, {NEW} decoded, "
+        f"SDPA, one thread, medians of {rounds} rounds. {environment()['machine']['processor']}."
+    )
+
+
 def main() -> None:
     """Measure, print and, with --write, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", action="store_true", help="write the section of README.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = measure(options.rounds)
     if options.json:
         options.json.write_text(json.dumps(found))
     print(json.dumps(found, indent=1))
+    if options.write:
+        write_section(Path(__file__).name, section(found, options.rounds))
 
 
 if __name__ == "__main__":
