@@ -51,6 +51,7 @@ def test_r2_killed_between_the_last_renames_either_result_is_whole(
         assert place.wrong_after(parent.run(place.words, place.folder), right) == []
 
 
+@pytest.mark.slow
 def test_r3_a_second_run_is_told_who_has_the_output(place: Place, parent: Parent) -> None:
     with Parent() as other:
         other.start(place.words, place.folder, around=Around(patch="stand_ins:run_that_lasts"))
@@ -147,6 +148,7 @@ def hub() -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_r7_a_hub_that_refuses_is_one_line_and_the_token_is_never_told(tmp_path: Path) -> None:
     said = {
         "gated": "gated|restricted|access",

@@ -179,6 +179,7 @@ def test_a_recovery_with_other_options_does_not_go_on_from_this_state(pruned: Pa
     assert report["recovery"]["steps_resumed"] == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_refused_until_it_is_forgotten(pruned: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         recover(pruned, tmp_path / "out", progress=stop_at(20))

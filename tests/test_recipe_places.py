@@ -88,6 +88,7 @@ def pruned(place: Path, command: Command) -> Path:
     return place / "pruned"
 
 
+@pytest.mark.slow
 def test_what_was_applied_is_applied_again_from_another_folder(
     pruned: Path, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,6 +142,7 @@ def test_a_resident_and_a_streamed_model_agree_on_what_they_have_become(source: 
     assert models[0].state_dict().keys() == models[1].skeleton.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_several_amounts_each_get_a_folder(source: Path, tmp_path: Path) -> None:
     recipe = load(TOYS / f"{METHOD}.yaml", flags={"model": str(source), "output": str(tmp_path / "out")})
     runs = structprune.prune_each(recipe, [0, 1])["runs"]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +49,7 @@ def test_the_vision_demo_trains_saves_and_reports(tmp_path: Path) -> None:
     assert len((tmp_path / "calibration.jsonl").read_text().splitlines()) == 200
 
 
+@pytest.mark.slow
 def test_twenty_steps_train_save_and_report(tmp_path: Path) -> None:
     untrained, _ = train(tmp_path / "one", 1)
     loss, entropy = train(tmp_path / "twenty", 20)
