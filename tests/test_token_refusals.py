@@ -191,7 +191,7 @@ def test_a_plan_of_another_model_is_refused() -> None:
     model = vision_model("llava")
     plan = token_pruner("fastv").calibrate(model, [BATCH])
     other = vision_model("qwen3_vl")
-    with pytest.raises(InputError, match="'fastv' is not for a qwen3_vl"):
+    with pytest.raises(InputError, match="'fastv' is for another architecture than this qwen3_vl"):
         token_pruner("fastv").apply(other, plan)
     assert engine_of(other) is None
 

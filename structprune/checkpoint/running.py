@@ -21,9 +21,8 @@ def carry_on(model: Model, folder: Path) -> Model:
         pruner = _pruner_of(plan)
         if pruner.at_run_time:
             pruner.apply(model, plan)
-        elif plan.id not in applied(
-            model
-        ):  # it is in the weights, and in the shapes that config.json tells of
+        elif plan.id not in applied(model):
+            # It is in the weights, and in the shapes that config.json tells of.
             applied(model).append(plan.id)
     return model
 

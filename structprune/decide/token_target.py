@@ -84,7 +84,7 @@ def count_at(target: Target, size: int, before: Fraction, operations: Callable[[
                 wanted = Fraction(0)
     if wanted < 1:
         # Rounded up, for what is said must be reachable.
-        least = _rounded_up(_least(target, size, before, operations))
+        least = rounded_up(_least(target, size, before, operations))
         raise UsageError(
             f"target: {target} leaves less than one token of an image of {size}",
             hint=f"{target.name} can be from {least:g} to {size if 'tokens' in target.name else 1}",
@@ -114,6 +114,6 @@ def _least(target: Target, size: int, before: Fraction, operations: Callable[[in
     return before + (1 - before) * Fraction(operations(1), operations(size))
 
 
-def _rounded_up(value: Fraction) -> float:
-    """Return the next number of four digits after the point."""
+def rounded_up(value: Fraction) -> float:
+    """Return the next number of four digits after the point, which can be asked for where the value can."""
     return ceil(value * 10**4) / 10**4

@@ -4,7 +4,7 @@ The model makes masks and rotary tables for all tokens, once; every block gets t
 computes. Between forwards the cache alone knows what was dropped; what belongs to one forward is kept per
 thread. No class is changed and nothing is registered.
 
-    prompt -> blocks before: all tokens -> stage: choose, gather -> blocks after: kept tokens -> scatter
+    prompt -> blocks before: all tokens -> drop: choose, gather -> blocks after: kept tokens -> scatter
 """
 
 import threading
@@ -67,7 +67,7 @@ class Engine:
 
     def install(self) -> None:
         """Put the hooks on the model."""
-        hook = partial(self._hook, with_kwargs=True)
+        hook = self._hook
         hook(self._root, before=self._begin_loss)
         hook(self._base, before=self._begin, after=self._end)
         hook(self._language, before=self._begin_language, after=self._end_language)
@@ -93,13 +93,11 @@ class Engine:
         self._handles.clear()
         self._replaced.clear()
 
-    def _hook(self, module: nn.Module, before: Any, after: Any = None, *, with_kwargs: bool) -> None:
-        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=with_kwargs))
+    def _hook(self, module: nn.Module, before: Any, after: Any = None) -> None:
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if after is not None:
             # Also after an exception: nothing of a forward that failed may meet the next one.
-            self._handles.append(
-                module.register_forward_hook(after, with_kwargs=with_kwargs, always_call=True)
-            )
+            self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
 
     def _replace(self, module: nn.Module, name: str, by: object) -> None:
         self._replaced.append((module, name, vars(module).get(name)))

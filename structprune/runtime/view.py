@@ -3,7 +3,6 @@
 Methods see no batch: rows of a batch do not influence each other, and padding is not there.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -145,7 +144,3 @@ class View:
     def _own(self, rows: Tensor) -> Tensor:
         """Return probabilities over the tokens of this forward alone, without those of earlier ones."""
         return rows[..., rows.shape[-1] - self.states.shape[1] :]
-
-
-Choose = Callable[[View, Tensor], Tensor]
-"""Which tokens of each image stay, bool [images, tokens], from what is seen and how many shall, [images]."""

@@ -14,11 +14,11 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from structprune.decide.token_target import Target, count_at
-from structprune.errors import InputError, QualityError, UsageError
+from structprune.decide.token_target import Target, count_at, rounded_up
+from structprune.errors import QualityError, UsageError
 from structprune.models.arch import block_prefixes
 from structprune.models.edit import left_of
-from structprune.models.identity import applied, architecture_of, weights_of
+from structprune.models.identity import applied, weights_of
 from structprune.models.streamed import Batch, Model, StreamedModel
 from structprune.models.tensor_edit import Outline
 from structprune.plan.key import Key
@@ -132,7 +132,7 @@ class TokenPruner(Pruner):
         size = image_tokens(model.config)
         if size is None:
             return "keep_ratio up to 1 of the visual tokens of an image, whose number depends on the image"
-        return f"keep_ratio {1 / size:.4g} to 1 of the {size} visual tokens of an image"
+        return f"keep_ratio {rounded_up(Fraction(1, size)):g} to 1 of the {size} visual tokens of an image"
 
     def _tokens(self, model: Model) -> Tensor:
         """Return how many tokens are left, as a plan says it: a count, or a share of those of the image."""
@@ -168,17 +168,13 @@ class TokenPruner(Pruner):
         for index, path in enumerate(block_prefixes(model)[writer.finished :], start=writer.finished):
             tokens = {Key(path, "tokens"): found[index]} if index in found else {}
             writer.write(tokens, {})
-        size = image_tokens(model.config) or self._usual(model, batches)
         if not found:
             return writer.finish({})
+        size = image_tokens(model.config)
         if size is None:
             return writer.finish({"unit": UNIT, "asked": str(self.target)})
         counts = self._counted(model, found, size)
         return writer.finish(self._facts(model, counts, size), promises=self._promises(model, counts, size))
-
-    def _usual(self, model: Model, batches: Sequence[Batch]) -> int | None:
-        """Return the tokens of an image in the data, where all have as many."""
-        return None
 
     def _counted(self, model: Model, found: dict[int, Tensor], size: int) -> list[tuple[int, int]]:
         """Return of every block what its attention and its feed-forward compute of an image."""
@@ -239,17 +235,11 @@ class TokenPruner(Pruner):
             InputError: The plan belongs to another architecture.
             UsageError: The model is streamed, so it cannot run as a whole.
         """
-        if plan.id in applied(model):
-            return model
-        if plan.architecture != architecture_of(model):
-            raise InputError(
-                f"the plan of {plan.method!r} is not for a {model.config.model_type} of this architecture",
-                hint="a plan fits only models with the same tensor names and shapes",
-            )
         whole = self._in_memory(model)
-        if drops := self.drops(plan, model):
+        # Nothing stored is edited: the plan is held against the architecture and noted like any other.
+        super().apply(whole, plan)
+        if drops := self.drops(plan, whole):
             attach(whole, plan.id, drops)
-        applied(model).append(plan.id)
         return model
 
     def undo(self, model: Model, plan: Plan) -> None:
