@@ -25,6 +25,7 @@ TIERS = [
     models
     plan
     storage
+    ranks
     errors machine progress version
     """.strip().splitlines()
 ]

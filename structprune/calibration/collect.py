@@ -48,7 +48,9 @@ def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, ad
     feeding: dict[str, InputSums] = {}  # the linears whose turn it is to add what they read
     previous: list[tuple[Tensor, InputSums]] = []
 
-    def observe(linear: Linear, inputs: Tensor) -> None:
+    batches = block.batches
+
+    def observe(position: int, linear: Linear, inputs: Tensor) -> None:
         # In the first batch it shows who reads the same tensor: the first of them adds it, for all batches.
         # Only neighbours can, so that remembering the last tensor is enough.
         if linear.label not in sums:
@@ -56,20 +58,30 @@ def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, ad
                 sums[linear.label] = previous[0][1]
                 return
             with _failing_by_name(linear, inputs.shape[-1]):
-                made = InputSums(parts, inputs.shape[-1], inputs.device)
+                made = InputSums(parts, inputs.shape[-1], inputs.device, batches.chunks)
             sums[linear.label] = feeding[linear.label] = made
             previous[:] = [(inputs, made)]
         if linear.label in feeding:
             with _failing_by_name(linear, inputs.shape[-1]):
-                feeding[linear.label].add(inputs)
+                feeding[linear.label].add(inputs, batches.chunk(position))
 
     experts = [linear for linear in observed if linear.expert is not None]
     routing: RoutingSums | None = None
     if "routing" in parts and experts:
         whole = experts[0].whole
-        routing = RoutingSums.nothing(len(whole), whole.device)
-    routed = None if routing is None else routing.add
-    block.observe(observe, list(observed), advance=advance, routed=routed)
+        routing = RoutingSums.nothing(len(whole), whole.device, batches.chunks)
+
+    def routed(position: int, expert: int, outputs: Tensor, weights: Tensor) -> None:
+        assert routing is not None
+        routing.add(batches.chunk(position), expert, outputs, weights)
+
+    block.observe(observe, list(observed), advance=advance, routed=routed if routing else None)
+    # In the order of the block: which expert is reached first may differ from process to process.
+    for linear in observed:
+        if linear.label in feeding:
+            feeding[linear.label].add_up(batches.ranks)
+    if routing is not None:
+        batches.ranks.add_apart(routing.chunks)
     tokens = {linear.label: sums[linear.label].tokens for linear in experts}
     scarce = {
         linear.label: tokens[linear.label]
@@ -97,7 +109,7 @@ def _borrow_tokens(experts: Sequence[Linear], sums: dict[str, InputSums]) -> Non
     """Fill up the sums of the experts of one projection to as many tokens as they have inputs."""
     width, device = experts[0].weight.shape[1], experts[0].weight.device
     parts = sums[experts[0].label].parts
-    average = InputSums(parts, width, device)
+    average = InputSums(parts, width, device, sums[experts[0].label].chunks)
     for linear in experts:
         average.merge(sums[linear.label])
     if average.tokens == 0:
@@ -106,7 +118,7 @@ def _borrow_tokens(experts: Sequence[Linear], sums: dict[str, InputSums]) -> Non
         own = sums[linear.label]
         if own.tokens < width:  # fewer tokens than inputs make no Gram matrix of full rank
             # A new object: the old one may serve another linear of the expert too.
-            sums[linear.label] = InputSums(parts, width, device)
+            sums[linear.label] = InputSums(parts, width, device, own.chunks)
             sums[linear.label].merge(own)
             sums[linear.label].merge(average, (width - own.tokens) / average.tokens)
 

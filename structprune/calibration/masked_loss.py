@@ -16,6 +16,7 @@ from structprune.models.groups import BlockKeep
 from structprune.models.identity import skeleton
 from structprune.models.masking import masked, masked_block
 from structprune.models.outputs import Output, outputs, per_token, tail
+from structprune.models.rank_batches import rank_batches
 from structprune.models.streamed import Batch, Model, StreamedModel
 from structprune.models.walk import Walk
 from structprune.plan.block import canonical
@@ -32,13 +33,13 @@ class MaskedLoss:
 
     def __init__(self, model: Model, batches: Sequence[Batch], notes: Notebook) -> None:
         self._model = model
-        self._batches = batches
+        self._batches = rank_batches(batches)
         self._notes = notes
 
     @property
     def batches(self) -> int:
         """Return how many batches there are."""
-        return len(self._batches)
+        return len(self._batches.every)
 
     def __call__(self, keeps: Mapping[int, BlockKeep], batch: int | None = None) -> float:
         """Return the mean loss of the next tokens in nats, padding left out; infinite where it is not finite.
@@ -50,26 +51,31 @@ class MaskedLoss:
         Raises:
             UsageError: What stays cannot run.
         """
-        chosen = self._batches if batch is None else self._batches[batch : batch + 1]
         # Noted under what is switched off: a search that goes on may ask in another order.
         number = int.from_bytes(hashlib.sha256(f"{batch} {_text(keeps)}".encode()).digest()[:6])
         if not self._notes.has(number):
             self._notes.write(
-                number, {"loss": torch.tensor(self._measured(keeps, chosen), dtype=torch.float64)}
+                number, {"loss": torch.tensor(self._measured(keeps, batch), dtype=torch.float64)}
             )
         return float(self._notes.read(number)["loss"])
 
     @torch.no_grad()
-    def _measured(self, keeps: Mapping[int, BlockKeep], batches: Sequence[Batch]) -> float:
-        total, tokens = 0.0, 0
-        for batch, output in zip(batches, self._outputs(keeps, batches), strict=True):
+    def _measured(self, keeps: Mapping[int, BlockKeep], wanted: int | None) -> float:
+        numbers = [self._batches.number(position) for position in range(len(self._batches))]
+        mine = [number for number in numbers if wanted in (None, number)]
+        batches = [self._batches.every[number] for number in mine]
+        # Of every batch its loss and its tokens: whoever computed them, they are added in this order.
+        found = torch.zeros(self.batches, 2, dtype=torch.float64)
+        for number, batch, output in zip(mine, batches, self._outputs(keeps, batches), strict=True):
             ids = batch["input_ids"].to(output.states.device)
             real = batch.get("attention_mask", torch.ones_like(ids)).to(ids.device).bool()
             predicts = real[:, :-1] & real[:, 1:]
             losses = per_token(
                 _losses(output), output.vocabulary, ids[:, 1:][predicts], output.states[:, :-1][predicts]
             )
-            total, tokens = total + float(losses.double().sum()), tokens + losses.numel()
+            found[number] = torch.tensor([float(losses.double().sum()), losses.numel()])
+        self._batches.ranks.add_apart(found)
+        total, tokens = (sum(column) for column in found.T.tolist())
         mean = total / max(tokens, 1)
         return mean if math.isfinite(mean) else math.inf
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from structprune.models.walk import Block
+from structprune.ranks import Ranks
 
 Reduce = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Told a block's input and output of one batch, shape [batch, tokens, hidden], and which tokens are real,
@@ -25,9 +26,12 @@ class StateNotes:
 
     rows: list[Tensor] = field(default_factory=list)
 
-    def joined(self) -> Tensor | None:
-        """Return the rows of all batches, shape [rows, ...]; None where nothing was watched."""
-        return torch.cat(self.rows) if self.rows else None
+    def joined(self, ranks: Ranks = Ranks()) -> Tensor | None:
+        """Return the rows of all batches of all processes, shape [rows, ...]; None: nothing was watched."""
+        if not self.rows:
+            return None
+        told = ranks.tell_each(tensors={"rows": torch.cat(self.rows)})
+        return torch.cat([tensors["rows"] for _, tensors in told])
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from structprune.calibration.routing import RoutingSums
 from structprune.models.gradients import GradientMean
+from structprune.ranks import Ranks
 
 Part = Literal["norm", "moments", "gram", "gradient", "gradient_l1", "gradient_l2", "routing"]
 """What can be remembered: of an input its features' norms, means and variances, or its Gram matrix; of a
@@ -39,35 +40,37 @@ class InputSums:
         parts: What will be read; gradients are none of an input's.
         width: Number of input features.
         device: Where the sums live.
+        chunks: How many chunks the batches form.
     """
 
-    def __init__(self, parts: Parts, width: int, device: torch.device) -> None:
+    def __init__(self, parts: Parts, width: int, device: torch.device, chunks: int = 1) -> None:
         self.parts = parts
-        self.tokens = 0
-        # float64, so that how tokens are batched does not show in a sum; [0] where it is not needed.
+        # float64, so that how tokens are batched does not show in a sum, and a row for each chunk, so that
+        # nor does it show who summed it; [chunks, 0] where it is not needed.
         per_feature, per_pair = width if parts & {"norm", "moments"} else 0, width if "gram" in parts else 0
-        self.squares = torch.zeros(per_feature, dtype=torch.float64, device=device)
-        self.sums = torch.zeros(width if "moments" in parts else 0, dtype=torch.float64, device=device)
+        widths = [1, per_feature, width if "moments" in parts else 0]
+        self._chunks = torch.zeros(chunks, sum(widths), dtype=torch.float64, device=device)
+        self._tokens, self._squares, self._sums = torch.split(self._chunks, widths, dim=1)
         # Right only on and above the diagonal: the matrix is symmetric, half of its products are enough.
         self._upper = torch.zeros(per_pair, per_pair, device=device)
 
-    def add(self, inputs: Tensor) -> None:
-        """Add real tokens, shape [tokens, in]."""
-        self.tokens += inputs.shape[0]
-        if len(self.squares):
+    def add(self, inputs: Tensor, chunk: int = 0) -> None:
+        """Add real tokens of a chunk, shape [tokens, in]."""
+        self._tokens[chunk] += inputs.shape[0]
+        if self._squares.shape[1]:
             # Rows go in pieces whose squares stay in the processor's cache: three times faster than one pass.
             for piece in torch.split(inputs, max(1, CACHE_ELEMENTS // inputs.shape[1])):
-                self._add_features(piece)
+                self._add_features(piece, chunk)
         if len(self._upper):
             self._add_products(inputs)
 
-    def _add_features(self, piece: Tensor) -> None:
+    def _add_features(self, piece: Tensor, chunk: int) -> None:
         # float32 because the squares of float16 activations overflow. The few rows of a piece are summed in
         # it, too: sixteen times faster than to widen every value first.
         rows = piece.float()
-        self.squares += rows.square().sum(dim=0)
-        if len(self.sums):
-            self.sums += rows.sum(dim=0)
+        self._squares[chunk] += rows.square().sum(dim=0)
+        if self._sums.shape[1]:
+            self._sums[chunk] += rows.sum(dim=0)
 
     def _add_products(self, inputs: Tensor) -> None:
         # float32 because products of float16 activations overflow, and their sums lose small terms.
@@ -77,11 +80,42 @@ class InputSums:
             self._upper[panel, first:].addmm_(rows[:, panel].T, rows[:, first:])
 
     def merge(self, other: Self, share: float = 1.0) -> None:
-        """Add what another process saw of the same input, or a share of what a like input saw."""
-        self.tokens += round(share * other.tokens)
-        self.squares += share * other.squares
-        self.sums += share * other.sums
+        """Add what was seen of a like input, or a share of it."""
+        tokens = self.tokens + round(share * other.tokens)
+        self._chunks += share * other._chunks
+        # Whole tokens in all: which chunk they are of no longer matters.
+        self._tokens.zero_()
+        self._tokens[0] = tokens
         self._upper += share * other._upper
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Add what the other processes of a run saw of the same input.
+
+        Features are added chunk by chunk: the same bits, however many processes share the chunks.
+        """
+        ranks.add_apart(self._chunks)
+        for first in range(0, len(self._upper), PANEL):
+            ranks.add_in_order(self._upper[first : first + PANEL, first:])
+
+    @property
+    def chunks(self) -> int:
+        """Return how many chunks of batches are summed apart."""
+        return len(self._chunks)
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens were seen."""
+        return int(self._tokens.sum())
+
+    @property
+    def squares(self) -> Tensor:
+        """Return the sum of each feature's squares, shape [in], float64; [0] where it was not asked for."""
+        return self._squares.sum(dim=0)
+
+    @property
+    def sums(self) -> Tensor:
+        """Return the sum of each feature, shape [in], float64; [0] where it was not asked for."""
+        return self._sums.sum(dim=0)
 
     @property
     def norm(self) -> Tensor:

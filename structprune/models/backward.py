@@ -24,6 +24,7 @@ from structprune.models.experts import recording_experts
 from structprune.models.gradients import MEANS, GradientMean, GradientMeans
 from structprune.models.identity import skeleton
 from structprune.models.outputs import Output, per_token, tail
+from structprune.models.rank_batches import rank_batches
 from structprune.models.spill import Spilled
 from structprune.models.streamed import Batch, Model
 from structprune.models.walk import Block, Call, capture, replaced_forward, resident
@@ -52,7 +53,8 @@ def backward(
 
     Args:
         model: In memory, or streamed: then one block is resident at a time.
-        batches: Text: token ids and, where sequences are padded, an attention mask.
+        batches: Text: token ids and, where sequences are padded, an attention mask; of several processes each
+            walks with its own, and all get the sums.
         means: Which means to keep.
         folder: Where hidden states are spilled, in a folder of their own that is always removed, as many
             bytes as blocks x tokens x hidden size; None: the system's temporary folder, which some systems
@@ -64,8 +66,9 @@ def backward(
         QualityError: A gradient is not finite.
         EnvironmentFailure: The disk of the folder is full or may not be written.
     """
-    real = [_real_tokens(batch) for batch in batches]
-    samples = sum(len(rows) for rows in real)
+    shared = rank_batches(batches)
+    samples = sum(len(_real_tokens(batch)) for batch in shared.every)
+    real = [_real_tokens(batch) for batch in shared]
     if samples == 0:
         raise InputError(
             "there are no samples to compute gradients from",
@@ -78,18 +81,20 @@ def backward(
     ]
     with _temporary(folder) as place:
         states = [Spilled(place / f"block-{index}") for index in range(len(found) + 1)]
-        calls = capture(model, batches, states[0].append)
+        calls = capture(model, shared, states[0].append)
         for block in found:
             with resident(model, block.prefix):
                 _forward(block, calls[block.index], states[block.index], states[block.index + 1])
         gradients = Spilled(place / "gradients")
-        _finish(model, batches, real, states.pop(), gradients)
+        _finish(model, shared, real, states.pop(), gradients)
         for block in reversed(found):
             with resident(model, block.prefix):
                 sums = {
                     linear.label: GradientMeans(linear.weight, samples, means) for linear in block.linears
                 }
                 _through(block, calls.pop(), real, states.pop(), gradients, sums)
+                for found_sums in sums.values():
+                    found_sums.add_up(shared.ranks)
                 yield block, sums
                 # The caller still holds the dict; two blocks' gradients must not be in memory at once.
                 sums.clear()

@@ -6,6 +6,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from structprune.ranks import Ranks
+
 GradientMean = Literal["signed", "l1", "l2"]
 MEANS: tuple[GradientMean, ...] = get_args(GradientMean)
 
@@ -31,6 +33,11 @@ class GradientMeans:
             self._sums["signed"].add_(gradient)
         if "l1" in self._sums:
             self._sums["l1"].add_(gradient.abs_())
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Add what the other processes of a run added."""
+        for sums in self._sums.values():
+            ranks.add_in_order(sums)
 
     @property
     def signed(self) -> Tensor:

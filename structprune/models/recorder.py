@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from structprune.models.arch import Linear
 from structprune.models.experts import recording_experts
 
-# Told the label of each linear and its real tokens' inputs, shape [tokens, in].
-Observer = Callable[[Linear, Tensor], None]
-# Told each expert's index, what it makes of its real tokens [tokens, hidden], and their weights [tokens].
-RoutingObserver = Callable[[int, Tensor, Tensor], None]
+# Told the position of the batch, each linear and its real tokens' inputs, shape [tokens, in].
+Observer = Callable[[int, Linear, Tensor], None]
+# Told the position of the batch, each expert's index, what it makes of its real tokens [tokens, hidden], and
+# their weights [tokens].
+RoutingObserver = Callable[[int, int, Tensor, Tensor], None]
 
 
 class Enough(Exception):
@@ -47,13 +48,15 @@ class Recorder:
         self._observer = observer
         self._routing = routed
         self._observed = {linear.label for linear in observed}
+        self._position = 0
         self._real: Tensor | None = None
         self._stop = False
         self._seen: list[int] = []  # the order in which modules are reached, learnt in the first batch
         self._last: tuple[Tensor, Tensor] | None = None
 
-    def begin(self, real: Tensor | None, *, stop: bool) -> None:
-        """Start a batch whose real tokens are `real` (bool, shape [batch * tokens]; None = all)."""
+    def begin(self, position: int, real: Tensor | None, *, stop: bool) -> None:
+        """Start the batch at a position; its real tokens are `real` (bool, [batch * tokens]; None = all)."""
+        self._position = position
         self._real = real
         self._stop = stop
         self._last = None
@@ -74,7 +77,7 @@ class Recorder:
 
     def _hook(self, number: int, linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._observer(linear, self._without_padding(inputs[0]))
+            self._observer(self._position, linear, self._without_padding(inputs[0]))
             self._reached(number)
 
         return hook
@@ -85,14 +88,15 @@ class Recorder:
                 self._reached(number)
                 return
             if linear.label in self._observed:
-                self._observer(linear, inputs if self._real is None else inputs[self._real[rows]])
+                real = inputs if self._real is None else inputs[self._real[rows]]
+                self._observer(self._position, linear, real)
 
         return observe
 
     def _routed(self, expert: int, outputs: Tensor, weights: Tensor, rows: Tensor) -> None:
         assert self._routing is not None
         real = slice(None) if self._real is None else self._real[rows]
-        self._routing(expert, outputs[real], weights[real])
+        self._routing(self._position, expert, outputs[real], weights[real])
 
     def _without_padding(self, inputs: Tensor) -> Tensor:
         if self._last is None or self._last[0] is not inputs:

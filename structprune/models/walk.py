@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from structprune.models.arch import Linear, arch_of, blocks, linears
 from structprune.models.identity import skeleton
+from structprune.models.rank_batches import RankBatches, rank_batches
 from structprune.models.recorder import Enough, Observer, Recorder, RoutingObserver, reading, without_padding
 from structprune.models.streamed import Batch, Model, StreamedModel
 
@@ -65,6 +66,12 @@ class Block:
         self._walk = walk
         self._watcher: Watcher | None = None
 
+    @property
+    def batches(self) -> RankBatches:
+        """Return the batches that the walk runs here."""
+        assert self._walk is not None
+        return self._walk.batches
+
     @contextmanager
     def watched(self, watcher: Watcher) -> Iterator[None]:
         """Show `watcher` what the block makes of each batch that advances in a `with`."""
@@ -101,7 +108,8 @@ class Block:
         Padded tokens are never shown.
 
         Args:
-            observer: Called once per linear and batch; linears that read the same tensor see the same object.
+            observer: Called once per linear and batch of this process; linears that read the same tensor see
+                the same object.
             observed: The linears of this block to observe.
             advance: Also make the outputs the inputs of the next block; without it the forward stops
                 after the last linear was reached, before its product is computed.
@@ -113,7 +121,7 @@ class Block:
         with ExitStack() as hooks:
             recorder.install(self.linears, hooks)
             for position, call in enumerate(self._walk.calls[self.index]):
-                recorder.begin(self._walk.real[position], stop=not advance and position > 0)
+                recorder.begin(position, self._walk.real[position], stop=not advance and position > 0)
                 try:
                     output = self.run(hidden[position], call)
                 except Enough:
@@ -148,14 +156,16 @@ class Walk:
 
     Args:
         model: In memory, or streamed: then one block is resident at a time.
-        batches: Token ids and, where sequences are padded, an attention mask.
+        batches: Token ids and, where sequences are padded, an attention mask; of several processes each walks
+            with its own.
     """
 
     def __init__(self, model: Model, batches: Sequence[Batch]) -> None:
         self.model = model
-        self.real = [_real_tokens(batch) for batch in batches]
+        self.batches = rank_batches(batches)
+        self.real = [_real_tokens(batch) for batch in self.batches]
         self.hidden: list[Tensor] = []
-        self.calls = capture(model, batches, self.hidden.append)
+        self.calls = capture(model, self.batches, self.hidden.append)
 
     def __iter__(self) -> Iterator[Block]:
         """Yield each block in order; it must have advanced before the next one is asked for."""

@@ -22,12 +22,14 @@ from structprune.models.arch import Linear, all_linears, blocks
 from structprune.models.backward import backward
 from structprune.models.gradients import GradientMeans
 from structprune.models.identity import names_of, weights_of
+from structprune.models.rank_batches import RankBatches
 from structprune.models.streamed import Batch, Model
 from structprune.models.walk import Block, Walk, walk_weights
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.pruners.pruner import Pruner
 from structprune.pruners.seen import UNMEASURED, Seen
+from structprune.ranks import Ranks
 
 # What a family's budget decided: the frame hands it on to the family's own hooks and looks at none of it.
 Leaving = Mapping[Any, Any]
@@ -225,6 +227,7 @@ class BlockwisePruner(Pruner):
         """Solve every block for every goal; return how much leaves for each goal, and what was measured."""
         first = going[0][1]
         samples = sum(len(batch["input_ids"]) for batch in batches)
+        batches = RankBatches(batches, Ranks.here())
         with (
             Notebook(first.folder, "gradients") as gradients,
             Notebook(first.folder, "budget") as noted,
@@ -259,7 +262,7 @@ class BlockwisePruner(Pruner):
     def _measure_blocks(
         self,
         model: Model,
-        batches: Sequence[Batch],
+        batches: RankBatches,
         notes: Notebook,
         gradients: Notebook,
         samples: int,
@@ -279,7 +282,7 @@ class BlockwisePruner(Pruner):
             elif fresh and (targets or self.watching):
                 with noted_states(block, self.watching) as states:
                     sums = collect_inputs(block, targets, parts, advance=True) if walks else BlockSums()
-                seen = Seen(sums, gradients.read(block.index), samples, states.joined())
+                seen = Seen(sums, gradients.read(block.index), samples, states.joined(batches.ranks))
                 notes.write(block.index, {"measured": self.measure(model, block, seen)})
             elif walks:
                 block.advance()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from structprune.errors import QualityError
+from structprune.ranks import Ranks
 from structprune.solvers.hessian import damp_hessian
 
 
@@ -67,6 +68,13 @@ class RidgeSums:
         self._cross += due.T @ read
         self._read += read.sum(dim=0, dtype=torch.float64)
         self._due += due.sum(dim=0, dtype=torch.float64)
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Add what the other processes of a run saw."""
+        tokens = torch.tensor([float(self.tokens)], dtype=torch.float64)
+        for sums in (tokens, self._gram, self._cross, self._read, self._due):
+            ranks.add_in_order(sums)
+        self.tokens = int(tokens)
 
     def fit(self, toward: Tensor, damping: float, *, offset: bool) -> tuple[Tensor, Tensor]:
         """Return the map that is nearest to what is due, and its offset: [outputs, inputs] and [outputs].

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from structprune.calibration.statistics import Statistics
@@ -52,3 +53,39 @@ class PrunedMatrix:
     factors: ArmorFactors | None = None
     score: Tensor | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def written_pruned(found: Mapping[str, PrunedMatrix]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what becomes of matrices, by label, as JSON values and tensors."""
+    said: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for label, one in found.items():
+        parts = {"mask": one.mask, "weight": one.weight, "score": one.score}
+        said[label] = {"facts": dict(one.facts)}
+        if (factors := one.factors) is not None:
+            parts |= {"left": factors.left, "core": factors.core, "right": factors.right}
+            said[label]["losses"] = [factors.initial, *factors.losses]
+        tensors |= {f"{label}:{name}": value for name, value in parts.items() if value is not None}
+    return said, tensors
+
+
+def read_pruned(
+    said: Mapping[str, Any], tensors: Mapping[str, Tensor], devices: Mapping[str, torch.device]
+) -> dict[str, PrunedMatrix]:
+    """Return what `written_pruned` wrote, on the devices of the matrices."""
+    found: dict[str, PrunedMatrix] = {}
+    for label, one in said.items():
+        device = devices[label]
+        here = {
+            name: tensors[key].to(device)
+            for name in ("mask", "weight", "score", "left", "core", "right")
+            if (key := f"{label}:{name}") in tensors
+        }
+        factors = None
+        if "losses" in one:
+            initial, *losses = one["losses"]
+            factors = ArmorFactors(
+                here.pop("left"), here.pop("core"), here.pop("right"), here["mask"], initial, losses
+            )
+        found[label] = PrunedMatrix(**here, factors=factors, facts=one["facts"])
+    return found

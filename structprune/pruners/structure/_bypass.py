@@ -70,12 +70,16 @@ def added_share(model: Model, block: Block) -> Tensor:
     """
     arch = arch_of(skeleton(model))
     norm, mlp = block.module.get_submodule(arch.mlp_norm), block.module.get_submodule(arch.mlp)
-    moved = added = torch.zeros((), dtype=torch.float64)
-    for one in block.passes():
+    # Batch by batch: whoever ran them, they are added in one order.
+    sums = torch.zeros(len(block.batches.every), 2, dtype=torch.float64)
+    for position, one in enumerate(block.passes()):
         without = one.before + mlp(norm(one.before))
-        moved = moved + (one.after.float() - without.float()).square().sum(dtype=torch.float64).cpu()
-        added = added + (one.after.float() - one.before.float()).square().sum(dtype=torch.float64).cpu()
-    return moved / added.clamp_min(1e-30)
+        moved = (one.after.float() - without.float()).square().sum(dtype=torch.float64)
+        added = (one.after.float() - one.before.float()).square().sum(dtype=torch.float64)
+        sums[block.batches.number(position)] = torch.stack([moved, added]).cpu()
+    block.batches.ranks.add_apart(sums)
+    share: Tensor = sums[:, 0].sum() / sums[:, 1].sum().clamp_min(1e-30)
+    return share
 
 
 def fit_bytes(model: Model, wanted: Bypass) -> int:
@@ -117,6 +121,7 @@ def fit_bypass(model: Model, block: Block, wanted: Bypass) -> dict[Key, Tensor]:
         sums = RidgeSums(hidden, hidden, half.gate.device)
         for one in block.passes((arch.gate,)):
             sums.add(norm(one.before), one.read[arch.gate])
+        sums.add_up(block.batches.ranks)
         half = half.merged(*sums.fit(torch.eye(hidden, device=half.gate.device), wanted.damping, offset=True))
         half = half.stored(dtype)
         found |= {f"{arch.gate}.weight": half.gate, f"{arch.gate}.bias": half.gate_bias}
@@ -127,6 +132,7 @@ def fit_bypass(model: Model, block: Block, wanted: Bypass) -> dict[Key, Tensor]:
         for one in block.passes():
             due = one.after.float() - one.before.float() - (0 if down.bias is None else down.bias.float())
             sums.add(half.channels(norm(one.before)), due)
+        sums.add_up(block.batches.ranks)
         found[f"{arch.down}.weight"] = sums.fit(down.weight.float(), wanted.damping, offset=False)[0]
     return _stored(model, block.prefix, found)
 

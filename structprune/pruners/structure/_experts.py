@@ -149,7 +149,7 @@ class ExpertPruner(StructurePruner):
         # Before anything is seen, blocks that compete are taken to lose the same.
         if self.budget == "uniform" or (self.parts and not any(one.ndim for one in measured)):
             return dict(enumerate(map(ExpertShare, uniform_stay(found, self.sparsity))))
-        routed = [RoutingSums(*one) if one.ndim else None for one in measured]
+        routed = [RoutingSums(one[None]) if one.ndim else None for one in measured]
         scores = [self._scores(index, *pair) for index, pair in enumerate(zip(found, routed, strict=True))]
         stay = global_stay(found, scores, self.sparsity)
         return dict(enumerate(map(ExpertShare, stay, scores, routed)))

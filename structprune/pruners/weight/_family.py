@@ -31,8 +31,9 @@ from structprune.plan.promise import Promises
 from structprune.pruners.blockwise import BlockwisePruner
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import UNMEASURED, Seen
-from structprune.pruners.side_by_side import run_side_by_side
+from structprune.pruners.side_by_side import solve_on_ranks
 from structprune.pruners.weight._promises import Promise, removed_promises
+from structprune.ranks import Ranks
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
 from structprune.solvers.plan_tensors import block_facts, plan_tensors
 from structprune.solvers.repairs.union import AnyRepair
@@ -259,9 +260,8 @@ class WeightPruner(Targets, BlockwisePruner):
             matrix = self.matrix_to_prune(linear, leaving, seen.of(linear))
             sums = matrix.seen.inputs
             groups.setdefault(linear.label if sums is None else id(sums), []).append(matrix)
-        solved = run_side_by_side(self._solve_and_repair, list(groups.values()))
-        found = {label: pruned for group in solved for label, pruned in group.items()}
-        # In the order of the block, whichever was solved first: the same plan with any number of threads.
+        found = solve_on_ranks(self._solve_and_repair, list(groups.values()), Ranks.here())
+        # In the order of the block, whichever was solved first: the same plan whoever solved them.
         pruned = {linear.label: found[linear.label] for linear in targets}
         return self.decided(model, targets, pruned), block_facts(pruned, seen.sums)
 

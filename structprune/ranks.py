@@ -1,0 +1,241 @@
+"""The processes that a launcher such as torchrun started for one run: what they add up and tell each other.
+
+Tensors and JSON travel, never pickles. Every process comes to every call, in the same order; whatever is
+decided from what was added up or told is then decided alike everywhere.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+from torch import Tensor
+
+from structprune.errors import EnvironmentFailure, InputError
+
+# What launchers tell a process; one that is started by hand must not be taken for one of theirs.
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Of a tensor that is added up this much travels at once: every process's piece is in memory side by side.
+PIECE_BYTES = 16 << 20
+# Longer than the longest solve: a rank waits for the answer of another.
+PATIENCE = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """All processes of a run, seen from one of them; a run that nobody launched is one process.
+
+    Attributes:
+        number: Which one this is, from 0.
+        count: How many there are.
+    """
+
+    number: int = 0
+    count: int = 1
+
+    @classmethod
+    def here(cls) -> Self:
+        """Return those that this process has joined; itself alone where there are none."""
+        joined = dist.is_available() and dist.is_initialized()
+        return cls(dist.get_rank(), dist.get_world_size()) if joined else cls()
+
+    @property
+    def alone(self) -> bool:
+        """Tell whether there is no other."""
+        return self.count == 1
+
+    @property
+    def first(self) -> bool:
+        """Tell whether this is the one that writes and speaks."""
+        return self.number == 0
+
+    def wait(self) -> None:
+        """Return once every process has come here."""
+        if not self.alone:
+            with _blaming_peers():
+                dist.barrier()
+
+    def add_apart(self, values: Tensor) -> None:
+        """Add up what all hold, in place; exact in any order, since each element is that of one of them.
+
+        Args:
+            values: Zero wherever another process may hold something.
+        """
+        if not self.alone:
+            there = _sendable(values)
+            with _blaming_peers():
+                dist.all_reduce(there)
+            values.copy_(there)
+
+    def add_in_order(self, values: Tensor) -> None:
+        """Add up what all hold, in place, from the first process to the last: the same bits every time."""
+        if self.alone:
+            return
+        rows = max(1, PIECE_BYTES // max(1, values[:1].numel() * values.element_size()))
+        for number, piece in enumerate(torch.split(values, rows)):
+            # In turns, so that no process adds, and receives, more than the others.
+            owner = number % self.count
+            there = _sendable(piece)
+            parts = [torch.empty_like(there) for _ in range(self.count)] if owner == self.number else None
+            with _blaming_peers():
+                dist.gather(there, parts, dst=owner)
+            if parts is not None:
+                there = parts[0]
+                for part in parts[1:]:
+                    there += part
+            _broadcast(there, owner)
+            piece.copy_(there)
+
+    def tell(
+        self, source: int, said: Any = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Return what one of the processes says.
+
+        Args:
+            source: Which one.
+            said: JSON values; what the others give is not looked at.
+            tensors: By name.
+        """
+        if self.alone:
+            return said, dict(tensors or {})
+        message = torch.empty(0, dtype=torch.uint8)
+        if self.number == source:
+            here = {name: value.detach().cpu().contiguous() for name, value in (tensors or {}).items()}
+            # A safetensors file needs a tensor to be one.
+            blank = {} if here else {"": torch.zeros(1, dtype=torch.uint8)}
+            head = json.dumps(said).encode()
+            body = save(here | blank)
+            sizes = torch.tensor([len(head), len(body), len(blank)])
+            message = torch.frombuffer(bytearray(head + body), dtype=torch.uint8)
+        else:
+            sizes = torch.zeros(3, dtype=torch.int64)
+        sizes = _sendable(sizes)
+        _broadcast(sizes, source)
+        length, rest, blanks = sizes.tolist()
+        if self.number != source:
+            message = torch.empty(length + rest, dtype=torch.uint8)
+        message = _sendable(message)
+        _broadcast(message, source)
+        if self.number == source:
+            return said, dict(tensors or {})
+        received = message.cpu().numpy().tobytes()
+        found = load(received[length:]) if not blanks else {}
+        return json.loads(received[:length]), found
+
+    def tell_each(
+        self, said: Any = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> list[tuple[Any, dict[str, Tensor]]]:
+        """Return what every process says, from the first to the last."""
+        return [self.tell(source, said, tensors) for source in range(self.count)]
+
+    def copy_files(self, folder: Path) -> None:
+        """Write what the first process has in a folder into the others' folder of that name.
+
+        Args:
+            folder: Each process's own; that of the first need not exist.
+        """
+        if self.alone:
+            return
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file()] if self.first else []
+        names, _ = self.tell(0, [str(file.relative_to(folder)) for file in files])
+        for name in names:
+            here = folder / name
+            content = (
+                {"": torch.frombuffer(bytearray(here.read_bytes()), dtype=torch.uint8)}
+                if self.first
+                else None
+            )
+            _, found = self.tell(0, None, content)
+            if not self.first:
+                here.parent.mkdir(parents=True, exist_ok=True)
+                here.write_bytes(found[""].numpy().tobytes())
+
+    def check_alike(self, what: str, said: Mapping[str, Any]) -> None:
+        """Check that all say the same.
+
+        Args:
+            what: What it is about, in words.
+            said: JSON values.
+
+        Raises:
+            InputError: One says something else; names it, and the keys.
+        """
+        every = [one for one, _ in self.tell_each(dict(said))]
+        for number, one in enumerate(every):
+            differing = sorted(key for key in said.keys() | one.keys() if one.get(key) != every[0].get(key))
+            if differing:
+                raise InputError(
+                    f"{what}: rank {number} differs from rank 0 in {', '.join(differing)}",
+                    hint="give every rank the same model, data, recipe and versions",
+                )
+
+    def divide(self, costs: Sequence[float]) -> list[int]:
+        """Return for every one of some jobs which process does it, so that all end at nearly the same time.
+
+        Args:
+            costs: Of each job, in any unit.
+        """
+        load, owners = [0.0] * self.count, [0] * len(costs)
+        for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
+            owners[job] = load.index(min(load))
+            load[owners[job]] += costs[job]
+        return owners
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """Join the processes that a launcher started beside this one, for the length of a `with`.
+
+    Raises:
+        EnvironmentFailure: They cannot be reached.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if not dist.is_available() or dist.is_initialized() or not count.isdecimal() or int(count) == 1:
+        yield Ranks.here()
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        if backend == "nccl":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(backend, timeout=PATIENCE)
+    except (KeyError, ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise EnvironmentFailure(
+            f"the {count} processes of this run do not find each other: {said}",
+            hint="start them with torchrun --nproc-per-node N -m structprune ...",
+        ) from error
+    try:
+        yield Ranks.here()
+    finally:
+        dist.destroy_process_group()
+
+
+def _sendable(values: Tensor) -> Tensor:
+    """Return values where the processes' way of talking takes them from, in one piece."""
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    return values.detach().to(device).contiguous()
+
+
+def _broadcast(values: Tensor, source: int) -> None:
+    with _blaming_peers():
+        dist.broadcast(values, src=source)
+
+
+@contextmanager
+def _blaming_peers() -> Iterator[None]:
+    """Turn a broken connection into an error of the environment: another process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = " ".join(str(error).split())[:200]
+        raise EnvironmentFailure(
+            f"rank {dist.get_rank()}: another rank has ended: {said}",
+            hint="see what the rank that failed says, and run the same command again: it resumes",
+        ) from error
