@@ -59,6 +59,10 @@ class EnvironmentFailure(StructpruneError):
     kind = "environment"
 
 
+class RankLost(EnvironmentFailure):
+    """Another process of the same run has ended, and this one's work with it; that one says why."""
+
+
 class QualityError(StructpruneError):
     """The numbers went wrong (NaN, no improvement) or a quality gate was missed."""
 

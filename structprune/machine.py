@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import sys
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,39 @@ PACKAGES = (
 IMPORTS_BYTES = 1 << 30
 
 _M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher such as torchrun told a process; one that nobody launched is alone.
+
+    Attributes:
+        rank: Which of the processes of a run this one is, from 0.
+        count: How many there are.
+        local_rank: Which of those on this machine.
+        local_count: How many are on this machine.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+
+
+# What launchers tell a process of its place, in the order of `Launch`, and where the others are.
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MEETING = ("MASTER_ADDR", "MASTER_PORT")
+
+
+def launch() -> Launch:
+    """Return what a launcher told this process."""
+    found = [os.environ.get(name, "") for name in PLACE]
+    return Launch(*map(int, found)) if all(one.isdecimal() for one in found) else Launch()
+
+
+def is_launchers(variable: str) -> bool:
+    """Tell whether an environment variable is for one process of a launch alone, and for no child of it."""
+    return variable in PLACE + MEETING or variable.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))
 
 
 def check_process() -> None:

@@ -5,7 +5,6 @@ decided from what was added up or told is then decided alike everywhere.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from structprune.errors import EnvironmentFailure, InputError
+from structprune.errors import EnvironmentFailure, InputError, RankLost
+from structprune.machine import launch
 
-# What launchers tell a process; one that is started by hand must not be taken for one of theirs.
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Of a tensor that is added up this much travels at once: every process's piece is in memory side by side.
 PIECE_BYTES = 16 << 20
 # Longer than the longest solve: a rank waits for the answer of another.
@@ -196,19 +194,19 @@ def joined_ranks() -> Iterator[Ranks]:
     Raises:
         EnvironmentFailure: They cannot be reached.
     """
-    count = os.environ.get("WORLD_SIZE", "1")
-    if not dist.is_available() or dist.is_initialized() or not count.isdecimal() or int(count) == 1:
+    place = launch()
+    if place.count == 1 or not dist.is_available() or dist.is_initialized():
         yield Ranks.here()
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
         if backend == "nccl":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(place.local_rank)
         dist.init_process_group(backend, timeout=PATIENCE)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         said = " ".join(str(error).split())[:200]
         raise EnvironmentFailure(
-            f"the {count} processes of this run do not find each other: {said}",
+            f"the {place.count} processes of this run do not find each other: {said}",
             hint="start them with torchrun --nproc-per-node N -m structprune ...",
         ) from error
     try:
@@ -235,7 +233,7 @@ def _blaming_peers() -> Iterator[None]:
         yield
     except RuntimeError as error:
         said = " ".join(str(error).split())[:200]
-        raise EnvironmentFailure(
-            f"rank {dist.get_rank()}: another rank has ended: {said}",
-            hint="see what the rank that failed says, and run the same command again: it resumes",
+        raise RankLost(
+            f"another process of the run has ended: {said}",
+            hint="see what that one says, and run the same command again: it resumes",
         ) from error

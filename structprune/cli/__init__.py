@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -29,12 +29,13 @@ from structprune.cli.terminal import (
 from structprune.errors import (
     EnvironmentFailure,
     Interrupted,
+    RankLost,
     StructpruneError,
     UsageError,
     VerificationError,
     nearest,
 )
-from structprune.machine import check_process
+from structprune.machine import Launch, check_process, launch
 from structprune.version import __version__
 
 app = typer.Typer(
@@ -69,6 +70,8 @@ for _run in (
 ):
     app.command(context_settings={"help_option_names": ["-h", "--help"]})(_run)
 
+# What several processes of one launch do together; of all else each would do the same.
+LAUNCHED = ("prune", "recover")
 # What every job stands on but those that only list something.
 HEAVY = ("torch", "transformers")
 MEMORY_HINT = "try --stream, --samples 32, --length 512 or --device cpu, or raise the limit (`ulimit -v`)"
@@ -97,7 +100,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _carry_out(line: Sequence[str]) -> int:
     """Run the words of a command line and say what came of it."""
-    as_json = "--json" in line
+    as_json, place = "--json" in line, launch()
+    speaks = place.rank == 0
     if line[0] == "--version":
         say(f"structprune {__version__}")
         return 0
@@ -107,10 +111,12 @@ def _carry_out(line: Sequence[str]) -> int:
             job = app(line, prog_name="structprune", standalone_mode=False)
             if not isinstance(job, Job):  # --help has been printed
                 return int(job or 0)
+            if place.count > 1 and line[0] not in LAUNCHED:
+                raise UsageError(f"{line[0]} is the work of one process", hint="leave the launcher out")
             # Libraries print as they like; stdout is for the result alone.
             with (
-                logging_to_stderr(verbose=job.talk.verbose),
-                progress_on_stderr(check, quiet=job.talk.quiet) as progress,
+                logging_to_stderr(verbose=job.talk.verbose) if speaks else nullcontext(),
+                progress_on_stderr(check, quiet=job.talk.quiet or not speaks) as progress,
                 redirect_stdout(sys.stderr),
             ):
                 if not job.light:
@@ -123,8 +129,10 @@ def _carry_out(line: Sequence[str]) -> int:
             raise
         if "--debug" in line:
             say("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
+        if place.count > 1:
+            return _fail_beside_others(failure, place, as_json)
         return _fail(failure, as_json)
-    if not result:  # another process of the same launch reports
+    if not result or not speaks:  # another process of the same launch reports
         return 0
     if result.get("ok") is False:
         return _finish_unverified(result, job, as_json)
@@ -220,6 +228,15 @@ def _fail(failure: StructpruneError, as_json: bool) -> int:
         say_json(error_json(failure))
     complain(failure)
     return failure.exit_code
+
+
+def _fail_beside_others(failure: StructpruneError, place: Launch, as_json: bool) -> int:
+    """Say which process failed; those that only ended with it leave the word to it, or to the first."""
+    follows = isinstance(failure, RankLost | Interrupted)
+    if place.rank and follows:
+        return failure.exit_code
+    failure.message = f"rank {place.rank}: {failure.message}"
+    return _fail(failure, as_json and not place.rank)
 
 
 def _finish_unverified(result: Mapping[str, Any], job: Job, as_json: bool) -> int:

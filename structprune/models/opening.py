@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from structprune.errors import EnvironmentFailure, UsageError
-from structprune.machine import available_memory
+from structprune.machine import available_memory, launch
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?", re.ASCII)
 
@@ -63,7 +63,8 @@ class Opening:
         """Tell whether a model of so many bytes is held one block at a time."""
         if self.stream is not None:
             return self.stream
-        return nbytes * RESIDENT_COPIES > available_memory()
+        # Every process of a launch holds a model of its own.
+        return nbytes * RESIDENT_COPIES > available_memory() // launch().local_count
 
     def root(self, folder: Path) -> Path | None:
         """Return the folder that its links may not lead out of; None where they may lead anywhere."""
@@ -78,13 +79,21 @@ class Opening:
 
         Raises:
             EnvironmentFailure: The device is not there.
+            UsageError: It is named by its number, and several processes were launched.
         """
         stream = self.streams(nbytes)
         if self.stream is None:
             logger.info("%s is %s", folder, "streamed block by block" if stream else "held in memory")
         there = devices()
-        accelerator = "cuda" if "cuda" in there else "cpu"
-        chosen = accelerator if self.device == "auto" else self.device
+        place = launch()
+        if place.count > 1 and ":" in self.device:
+            raise UsageError(
+                f"device {self.device}: {place.count} processes were launched, and each takes its own",
+                hint="leave the device to auto, or say cuda or cpu",
+            )
+        own = f"cuda:{place.local_rank}" if place.count > 1 else "cuda"
+        accelerator = own if "cuda" in there else "cpu"
+        chosen = {"auto": accelerator, "cuda": own}.get(self.device, self.device)
         if chosen not in there:
             raise EnvironmentFailure(
                 f"device {chosen!r} is not there: this machine has {', '.join(there)}", hint=_way_on(chosen)

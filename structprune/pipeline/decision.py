@@ -28,6 +28,7 @@ from structprune.progress import Progress
 from structprune.proof.prior import prior_of, tell_prior
 from structprune.pruners.forecast import forecast_all
 from structprune.pruners.pruner import Pruner
+from structprune.ranks import Ranks
 from structprune.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def _look_at_images(recipe: Recipe, source: Source) -> data.Calibration:
 
 def fingerprint(recipe: Recipe, source: Source, calibration: data.Calibration | None) -> dict[str, Any]:
     """Return everything that shapes the bytes of the result."""
+    ranks = Ranks.here()
     return {
         "prune": [{"method": step.method(), **step.model_dump(mode="json")} for step in recipe.prune],
         "weights": source.scan.weights,
@@ -121,7 +123,9 @@ def fingerprint(recipe: Recipe, source: Source, calibration: data.Calibration | 
         if calibration
         else None,
         "dtype": recipe.dtype,
-        "device": source.opening.device,
+        # Of several processes each has a card of its own.
+        "device": source.opening.device if ranks.alone else source.opening.device.partition(":")[0],
+        **({} if ranks.alone else {"ranks": ranks.count}),
         # Sums are split among threads, so their number shows in the last bits.
         "threads": torch.get_num_threads(),
         "versions": shaping_versions(),
@@ -141,7 +145,7 @@ def decide(
     stages: Sequence[Pruner],
     source: Source,
     calibration: data.Calibration | None,
-    work: Delivery,
+    place: Path,
     progress: Progress,
     scores: Plan | None = None,
 ) -> tuple[list[Plan], int]:
@@ -151,7 +155,7 @@ def decide(
         stages: In order.
         source: What is pruned, in place.
         calibration: What the stages look at.
-        work: Where the plans go.
+        place: The folder that the plans go to.
         progress: Told (stage, done, total).
         scores: What the only stage decides from, instead of data.
     """
@@ -159,7 +163,7 @@ def decide(
     resumed = 0
     for number, pruner in enumerate(stages, start=1):
         weights = source.scan.weights if number == 1 else plans[-1].id
-        writer, plan = open_stage_plan(pruner, number, source, weights, work, progress)
+        writer, plan = open_stage_plan(pruner, number, source, weights, place, progress)
         resumed += writer.finished
         if plan is None and scores is not None:
             plan = pruner.reuse(scores, source.model, writer)
@@ -171,7 +175,7 @@ def decide(
 
 
 def open_stage_plan(
-    pruner: Pruner, number: int, source: Source, weights: str, work: Delivery, progress: Progress
+    pruner: Pruner, number: int, source: Source, weights: str, place: Path, progress: Progress
 ) -> tuple[PlanWriter, Plan | None]:
     """Return the writer of a stage's plan, which goes on where an earlier run stopped, and a finished plan.
 
@@ -180,13 +184,14 @@ def open_stage_plan(
         number: Its place, from 1.
         source: What is pruned.
         weights: Hash of the weights that the stage finds.
-        work: Where the plan goes.
+        place: The folder that it goes to; what the first process has in its own, all get.
         progress: Told (stage, done, total).
     """
-    folder = work.plans / folder_of(number, pruner.method())
+    folder = place / folder_of(number, pruner.method())
     if any(block.referred for plan in plans_of(folder) for block in plan.blocks):
         # Stopped between the last two steps: the values are in files that are about to be written anew.
         shutil.rmtree(folder)
+    Ranks.here().copy_files(folder)
     writer = pruner.writer(folder, source.model, weights, progress)
     return writer, Plan.load(folder) if (folder / "plan.json").is_file() else None
 

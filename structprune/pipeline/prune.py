@@ -1,5 +1,6 @@
 """The story of a run: read, inspect, calibrate, apply, write; `finish` measures, proves and publishes."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from structprune.pipeline.finish import finish, record_of
 from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import kept_report, may_stand, write_recipe
 from structprune.pipeline.recover import check_recovery, recover_run
+from structprune.pipeline.shared import assist, check_shared
 from structprune.progress import Clock, Progress, silent
 from structprune.pruners.pruner import Pruner
+from structprune.ranks import joined_ranks
 from structprune.recipe.draft import RecoverRun
 from structprune.recipe.fields import build
 from structprune.recipe.options import EvaluateOptions
@@ -59,6 +62,9 @@ def prune(
 
     Raises:
         StructpruneError: One of `structprune.errors`; nothing is lost, and the input is untouched.
+
+    Returns:
+        The report; of several processes that a launcher started the first one's, and empty for the others.
     """
     if not isinstance(recipe, Recipe):
         place = {"dtype": opening.dtype, "device": opening.device}
@@ -85,45 +91,62 @@ def prune_recipe(
         progress: Told (stage, done, total).
         memory: What the dense model said in an earlier run of the same sweep.
     """
-    clock = Clock()
-    with clock.phase("read"):
-        folder = resolve(recipe.model, revision=recipe.revision)
-        needed = weight_bytes(folder)
-        inputs = inputs_of_recipe(recipe, folder, scores)
-        standing = may_stand(recipe.output, writing)
-        final = check_output(inputs, recipe.output, overwrite=standing, needed_bytes=needed)
-        if recipe.recover is not None:  # which makes the output from a pruned model beside it
-            pruned = recipe.output.with_name(f"{recipe.output.name}.pruned")
-            final = check_output(inputs, pruned, overwrite=True, needed_bytes=needed)
-        source = open_recipe_model(recipe, folder, [recipe.prune], opening)
-        if recipe.recover is not None:
-            check_recovery(recipe.recover, source)
-        kept = read_scores(Path(scores), recipe.prune, source) if scores else None
-        calibration = None if kept else calibrate_on(recipe, source)
-        exam = prepare_exam(recipe.evaluate, source, calibration.left if calibration else None)
-        exam = with_bench(exam, recipe.bench, source)
-    run = fingerprint(recipe, source, calibration) | ({"scores": kept.id} if kept else {})
-    if recipe.recover is None and (report := kept_report(final, run, recipe, writing)):
-        return report
-    if recipe.recover is None or writing.restart or not is_delivered(final, run):
-        check_output(inputs, final, overwrite=writing.overwrite)
-        with deliver(final, run, writing, files=copied_names(folder, source.opening.tokenizer)) as work:
-            write_recipe(work, recipe)
-            with clock.phase("calibrate"):
-                plans, resumed = decide(recipe.prune, source, calibration, work, progress, kept)
-            record = record_of(recipe, plans, calibration, resumed)
-            with clock.phase("write"):
-                write(source, work, plans, progress)
-            if recipe.recover is not None:  # the speed is that of what comes of it
-                exam = replace(exam, workload=None)
-            result = finish(work, source, clock, record, exam=exam, memory=memory, progress=progress)
-        if recipe.recover is None:
-            return result
-    else:
-        tidy(final)
+    with ExitStack() as together:
+        ranks = together.enter_context(joined_ranks())
+        clock = Clock()
+        with clock.phase("read"):
+            folder = resolve(recipe.model, revision=recipe.revision)
+            needed = weight_bytes(folder)
+            inputs = inputs_of_recipe(recipe, folder, scores)
+            standing = may_stand(recipe.output, writing)
+            final = check_output(inputs, recipe.output, overwrite=standing, needed_bytes=needed)
+            if recipe.recover is not None:  # which makes the output from a pruned model beside it
+                pruned = recipe.output.with_name(f"{recipe.output.name}.pruned")
+                final = check_output(inputs, pruned, overwrite=True, needed_bytes=needed)
+            source = open_recipe_model(recipe, folder, [recipe.prune], opening)
+            if recipe.recover is not None:
+                check_recovery(recipe.recover, source)
+            kept = read_scores(Path(scores), recipe.prune, source) if scores else None
+            calibration = None if kept else calibrate_on(recipe, source)
+            exam = prepare_exam(recipe.evaluate, source, calibration.left if calibration else None)
+            exam = with_bench(exam, recipe.bench, source)
+        run = fingerprint(recipe, source, calibration) | ({"scores": kept.id} if kept else {})
+        check_shared(recipe, calibration, run, ranks)
+        if not ranks.first:
+            assist(recipe.prune, source, calibration, ranks)
+            return {}
+        report = kept_report(final, run, recipe, writing) if recipe.recover is None else None
+        ranks.tell(0, {"decides": report is None})
+        if report is not None:
+            return report
+        if recipe.recover is None or writing.restart or not is_delivered(final, run):
+            check_output(inputs, final, overwrite=writing.overwrite)
+            with deliver(final, run, writing, files=copied_names(folder, source.opening.tokenizer)) as work:
+                write_recipe(work, recipe)
+                with clock.phase("calibrate"):
+                    plans, resumed = decide(recipe.prune, source, calibration, work.plans, progress, kept)
+                together.close()  # The others have done their part.
+                record = record_of(recipe, plans, calibration, resumed)
+                with clock.phase("write"):
+                    write(source, work, plans, progress)
+                if recipe.recover is not None:  # the speed is that of what comes of it
+                    exam = replace(exam, workload=None)
+                result = finish(work, source, clock, record, exam=exam, memory=memory, progress=progress)
+            if recipe.recover is None:
+                return result
+        else:
+            tidy(final)
+    return _recover(recipe, folder, final, opening=opening, writing=writing, progress=progress)
+
+
+def _recover(
+    recipe: Recipe, folder: Path, pruned: Path, *, opening: Opening, writing: Writing, progress: Progress
+) -> dict[str, Any]:
+    """Recover what a recipe pruned, and return the report."""
+    assert recipe.recover is not None
     chosen = recipe.evaluate or EvaluateOptions()
     last = RecoverRun(
-        model=str(final),
+        model=str(pruned),
         output=recipe.output,
         recover=recipe.recover,
         evaluate=chosen.model_copy(update={"compare": str(folder)}),

@@ -18,6 +18,7 @@ from structprune.checkpoint.source import Source
 from structprune.checkpoint.writing import Writing
 from structprune.errors import UsageError
 from structprune.evaluation.memory import Memory
+from structprune.machine import launch
 from structprune.models.cost import weight_bytes
 from structprune.models.opening import Opening
 from structprune.models.streamed import open_skeleton
@@ -65,6 +66,10 @@ def prune_each(
     Returns:
         "runs": the report of each goal, by what it is written as; "kept" stands in those that were there.
     """
+    if launch().count > 1:
+        raise UsageError(
+            "several goals are one process's work", hint="leave the launcher out, or run them one by one"
+        )
     writing = replace(writing, keep=True)
     recipes = recipes_of(recipe, goals)
     if one_look_serves_all(recipe):
@@ -191,7 +196,7 @@ def _decide_each(
     resumed, open_ = {}, []
     for name, one in recipes.items():
         pruner = only_stage(one)
-        writer, plan = open_stage_plan(pruner, 1, source, source.scan.weights, works[name], progress)
+        writer, plan = open_stage_plan(pruner, 1, source, source.scan.weights, works[name].plans, progress)
         resumed[name] = writer.finished
         if plan is None:
             open_.append((pruner, writer))

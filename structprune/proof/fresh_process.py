@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from structprune.errors import EnvironmentFailure
+from structprune.machine import is_launchers
 from structprune.models.opening import Opening
 from structprune.models.streamed import Batch
 from structprune.storage.durable import blame
@@ -176,7 +177,11 @@ def _run(jobs: Sequence[dict[str, Any]], scratch: Path, how: How) -> list[Reload
 
 def child_environment(*, ours: bool) -> dict[str, str]:
     """Return the environment variables of a child; with `ours` it is one that finds structprune."""
-    found = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    found = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "PYTHONWARNINGS" and not is_launchers(name)
+    }
     # Sums are split by thread: another number of threads would round them differently.
     threads = str(torch.get_num_threads())
     found |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}

@@ -1,0 +1,70 @@
+"""A run that several processes share: all decide, the first one alone writes, proves and reports."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from structprune.calibration.data import Calibration
+from structprune.checkpoint.source import Source
+from structprune.errors import UsageError
+from structprune.pipeline.decision import decide
+from structprune.progress import silent
+from structprune.pruners.pruner import Pruner
+from structprune.ranks import Ranks
+from structprune.recipe.recipe import Recipe
+from structprune.storage.scratch import scratch_folder
+
+
+def check_shared(
+    recipe: Recipe, calibration: Calibration | None, run: Mapping[str, Any], ranks: Ranks
+) -> None:
+    """Check that the processes of a run do the same, and that there is enough to do for each.
+
+    Args:
+        recipe: The run.
+        calibration: What it looks at.
+        run: Its fingerprint, as this process sees it.
+        ranks: Those who share it.
+
+    Raises:
+        InputError: One has another model, other data or another version.
+        UsageError: There are more of them than batches, or the run cannot be shared.
+    """
+    if ranks.alone:
+        return
+    if recipe.recover is not None:
+        raise UsageError(
+            "recover: trains in a launch of its own", hint="prune first, then torchrun ... recover OUT"
+        )
+    if "scores" in run:
+        raise UsageError("--scores: there is nothing to share", hint="leave the launcher out")
+    if any(step.at_run_time for step in recipe.prune):
+        raise UsageError(
+            f"{recipe.prune[-1].method()}: works while a model runs and is decided by one process",
+            hint="leave the launcher out",
+        )
+    ranks.check_alike("this run", run)
+    batches = len(calibration.batches) if calibration else ranks.count
+    if batches < ranks.count:
+        assert calibration is not None
+        samples = sum(len(batch["input_ids"]) for batch in calibration.batches)
+        fitting = samples // ranks.count
+        raise UsageError(
+            f"{ranks.count} processes for {batches} batches: each needs one",
+            hint=f"--set calibration.batch_size={fitting}" if fitting else "give more --samples",
+        )
+
+
+def assist(stages: Sequence[Pruner], source: Source, calibration: Calibration | None, ranks: Ranks) -> None:
+    """Decide beside the first process: what it writes is kept in a folder that goes.
+
+    Args:
+        stages: In order.
+        source: What is pruned, in place.
+        calibration: What the stages look at.
+        ranks: Those who share the run.
+    """
+    begun, _ = ranks.tell(0)
+    if begun["decides"]:
+        with scratch_folder("rank") as place:
+            decide(stages, source, calibration, Path(place), silent)
