@@ -14,28 +14,30 @@ import torch
 import torch.distributed as dist
 
 from structprune.models.opening import Opening
-from structprune.models.streamed import open_model
+from structprune.models.streamed import Model, open_model
 from tests.methods import STORED_METHODS, home, quick
 
 WORKERS = 3
-# Five do not divide by two or by three.
+# Divided by neither two nor three.
 BATCHES = 5
-PATIENCE = timedelta(seconds=120)
+PATIENCE = timedelta(seconds=300)
 
 
-def decide(folder: Path) -> dict[str, dict[str, list[str]]]:
+def decide(folder: Path, group: str) -> dict[str, dict[str, list[str]]]:
     """Return by method and way of opening the digests of the blocks that a group decides on."""
     found: dict[str, dict[str, list[str]]] = {}
     for method in STORED_METHODS:
         here = home(method)
-        resident, data = here.model(), here.batches(count=BATCHES)
-        plan = quick(method).calibrate(resident, data)
-        found[method] = {"resident": [block.digest for block in plan.blocks]}
-        saved = folder / here.family
-        if (saved / "config.json").is_file():
-            streamed = open_model(saved, Opening(stream=True))
-            plan = quick(method).calibrate(streamed, data)
-            found[method]["streamed"] = [block.digest for block in plan.blocks]
+        ways: dict[str, Model] = {
+            "resident": here.model(),
+            "streamed": open_model(folder / here.family, Opening(stream=True)),
+        }
+        found[method] = {}
+        for way, model in ways.items():
+            plan = quick(method).calibrate(model, here.batches(count=BATCHES))
+            found[method][way] = [block.digest for block in plan.blocks]
+        if dist.get_rank() == 0:
+            plan.save(folder / f"{group}-{method}")
     return found
 
 
@@ -47,9 +49,9 @@ def main(rendezvous: str, rank: int, folder: Path) -> None:
             return
         meeting = f"file://{rendezvous}-{count}"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count, timeout=PATIENCE)
-        found = decide(folder)
+        found = decide(folder, f"{count}")
         dist.destroy_process_group()
-        (folder / f"decided-{count}-{rank}.json").write_text(json.dumps(found))
+        (folder / f"{count}-{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -231,9 +231,8 @@ def _fail(failure: StructpruneError, as_json: bool) -> int:
 
 
 def _fail_beside_others(failure: StructpruneError, place: Launch, as_json: bool) -> int:
-    """Say which process failed; those that only ended with it leave the word to it, or to the first."""
-    follows = isinstance(failure, RankLost | Interrupted)
-    if place.rank and follows:
+    """Say which process failed; one leaves the word to the first if that fails alike, or failed before."""
+    if place.rank and isinstance(failure, UsageError | RankLost | Interrupted):
         return failure.exit_code
     failure.message = f"rank {place.rank}: {failure.message}"
     return _fail(failure, as_json and not place.rank)
