@@ -1,21 +1,33 @@
 """Several processes that share a run: what they add up, and that all decide what one alone would."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from structprune.calibration.data import Calibration
 from structprune.calibration.statistics import input_parts
+from structprune.cli import main
+from structprune.errors import UsageError
+from structprune.models import opening
+from structprune.models.opening import Opening
 from structprune.models.rank_batches import RankBatches
+from structprune.pipeline.shared import check_shared
 from structprune.plan.plan import Plan
+from structprune.proof.fresh_process import child_environment
 from structprune.pruners.blockwise import BlockwisePruner
 from structprune.ranks import Ranks
-from tests.methods import STORED_METHODS, home, quick
+from structprune.recipe.fields import build
+from structprune.recipe.recipe import Recipe
+from tests.methods import STORED_METHODS, TEXT, home, quick
 from tests.ranked import WORKERS
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +97,130 @@ class TestAGroup:
                     assert float((one.float() - two.float()).norm()) < 0.2 * float(one.float().norm())
             for equal, of in same.values():
                 assert equal >= 0.99 * of
+
+    def test_what_one_says_all_hear(self, decided: Any) -> None:
+        _, said = decided
+        for (count, _), found in said.items():
+            heard = found[""]
+            each = [torch.tensor(0.1).item()] * count
+            assert heard["told"] == [[number, each] for number in range(count)]
+            assert heard["copied"] == [*range(256)]
+            total = torch.tensor(0.1)
+            for number in range(1, count):
+                total = total + torch.tensor(0.1) * (number + 1)
+            assert torch.tensor(heard["ordered"]).eq(total).all()
+
+    def test_a_process_with_another_model_is_named(self, decided: Any) -> None:
+        _, said = decided
+        for (count, _), found in said.items():
+            wanted = "this run: rank 1 differs from rank 0 in weights" if count > 1 else ""
+            assert found[""]["refused"].startswith(wanted)
+            assert bool(found[""]["refused"]) == (count > 1)
+
+
+def torchrun(count: int, *words: object, **variables: str) -> "subprocess.Popen[str]":
+    """Start a command line in several processes on the loopback."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.Popen(
+        [*launcher, "-m", "structprune", *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def worker_of(launcher: int, rank: int) -> int:
+    """Return the process id of one of the workers of a launcher."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            place = (folder / "environ").read_bytes().split(b"\0")
+            if int(parent) == launcher and b"RANK=%d" % rank in place:
+                return int(folder.name)
+    raise LookupError(f"launcher {launcher} has no worker {rank}")
+
+
+class TestTorchrun:
+    def words(self, output: Path, model: Path, *more: object) -> list[object]:
+        data = ["--calibration", TEXT, "--length", 32, "--set", "calibration.batch_size=2"]
+        return ["prune", model, output, "--no-evaluate", *data, *more]
+
+    def test_two_processes_write_what_one_does(self, tmp_path: Path) -> None:
+        model = home("wanda").save(tmp_path / "model")
+        more = ["--method", "wanda", "--samples", 6, "--json"]
+        two = torchrun(2, *self.words(tmp_path / "two", model, *more))
+        said, errors = two.communicate(timeout=600)
+        assert two.returncode == 0, errors
+        assert json.loads(said)["status"] == "ok"
+        assert main([str(word) for word in self.words(tmp_path / "one", model, *more)]) == 0
+        one, other = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
+        assert one.read_bytes() == other.read_bytes()
+
+    @pytest.mark.parametrize(
+        ("method", "more", "said"),
+        [
+            ("wanda", {}, "3 processes for 2 batches"),
+            ("wanda", {"recover": {"steps": 2}}, "recover: "),
+            ("fastv", {}, "fastv: works while a model runs"),
+        ],
+    )
+    def test_what_cannot_be_shared_is_refused(self, method: str, more: dict[str, Any], said: str) -> None:
+        recipe = build(Recipe, {"model": "demo", "output": "out", "prune": {"method": method}, **more})
+        calibration = Calibration([{"input_ids": torch.zeros(2, 4)}] * 2, {}, [])
+        with pytest.raises(UsageError, match=said) as refused:
+            check_shared(recipe, calibration, {}, Ranks(0, 3))
+        if not more and method == "wanda":
+            assert refused.value.hint == "--set calibration.batch_size=1"
+
+    def test_scores_are_not_shared(self) -> None:
+        recipe = build(Recipe, {"model": "demo", "output": "out", "prune": {"method": "wanda"}})
+        with pytest.raises(UsageError, match="--scores"):
+            check_shared(recipe, None, {"scores": "1"}, Ranks(0, 2))
+
+    def test_one_takes_the_card_of_its_number(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(opening, "devices", lambda: ["cpu", "cuda", "cuda:0", "cuda:1"])
+        assert Opening().resolve(tmp_path, 0).device == "cuda:1"
+        assert Opening(device="cuda").resolve(tmp_path, 0).device == "cuda:1"
+        assert Opening(device="cpu").resolve(tmp_path, 0).device == "cpu"
+        with pytest.raises(UsageError, match="4 processes were launched"):
+            Opening(device="cuda:0").resolve(tmp_path, 0)
+        assert "RANK" not in child_environment(ours=True)
+
+    def test_other_commands_are_refused(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for rank, said in (("0", "error: rank 0: inspect is the work of one process"), ("1", "")):
+            for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}.items():
+                monkeypatch.setenv(name, value)
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+            assert main(["inspect", "demo"]) == 2
+            assert capsys.readouterr().err.startswith(said)
+
+    @pytest.mark.slow
+    def test_when_one_is_killed_all_end_and_the_same_command_resumes(self, tmp_path: Path) -> None:
+        model = home("sparsegpt").save(tmp_path / "model")
+        more = ["--method", "sparsegpt", "--samples", 900]
+        whole = torchrun(2, *self.words(tmp_path / "whole", model, *more))
+        assert whole.communicate(timeout=600) and whole.returncode == 0
+        killed = torchrun(2, *self.words(tmp_path / "out", model, *more))
+        while not [*tmp_path.glob("out.partial-*/structprune/plans/*/block-0000.safetensors")]:
+            assert killed.poll() is None
+            time.sleep(0.01)
+        os.kill(worker_of(killed.pid, 1), signal.SIGKILL)
+        before = time.monotonic()
+        killed.communicate(timeout=120)
+        assert killed.returncode != 0
+        assert time.monotonic() - before < 60
+        again = torchrun(2, *self.words(tmp_path / "out", model, *more), "--json")
+        said, errors = again.communicate(timeout=600)
+        assert again.returncode == 0, errors
+        assert json.loads(said)["blocks_resumed"] >= 1
+        files = [tmp_path / name / "model.safetensors" for name in ("whole", "out")]
+        assert files[0].read_bytes() == files[1].read_bytes()
 
 
 class TestDivision:

@@ -43,7 +43,6 @@ def check_shared(
             f"{recipe.prune[-1].method()}: works while a model runs and is decided by one process",
             hint="leave the launcher out",
         )
-    ranks.check_alike("this run", run)
     batches = len(calibration.batches) if calibration else ranks.count
     if batches < ranks.count:
         assert calibration is not None
@@ -53,6 +52,7 @@ def check_shared(
             f"{ranks.count} processes for {batches} batches: each needs one",
             hint=f"--set calibration.batch_size={fitting}" if fitting else "give more --samples",
         )
+    ranks.check_alike("this run", run)
 
 
 def assist(stages: Sequence[Pruner], source: Source, calibration: Calibration | None, ranks: Ranks) -> None:
