@@ -91,6 +91,29 @@ class Ranks:
             _broadcast(there, owner)
             piece.copy_(there)
 
+    def gather(self, values: Tensor) -> Tensor:
+        """Return what all give, one after the other, shape [count * values].
+
+        Args:
+            values: Shape [values], as many from each.
+        """
+        if self.alone:
+            return values
+        there = _sendable(values)
+        parts = [torch.empty_like(there) for _ in range(self.count)]
+        with _blaming_peers():
+            dist.all_gather(parts, there)
+        return torch.cat(parts).to(values.device)
+
+    def average(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Return the mean of each tensor over all processes; all of them travel as one."""
+        if self.alone:
+            return list(values)
+        flat = torch.cat([one.flatten() for one in values])
+        self.add_in_order(flat)
+        parts = torch.split(flat / self.count, [one.numel() for one in values])
+        return [part.view_as(one) for part, one in zip(parts, values, strict=True)]
+
     def tell(
         self, source: int, said: Any = None, tensors: Mapping[str, Tensor] | None = None
     ) -> tuple[Any, dict[str, Tensor]]:

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from structprune.progress import Progress
+from structprune.ranks import Ranks
 from structprune.recipe.options import RecoverOptions
 from structprune.recovery.masks import nonzero_masks
 from structprune.recovery.outcome import Recovery
-from structprune.recovery.processes import Processes
 from structprune.recovery.state import TrainingState
 from structprune.recovery.training import train
 from tests.tiny import TEXT_IDS, tiny
@@ -73,7 +73,7 @@ def recover(
         walks(96, seed=20_000),
         options(**changes),
         teacher=teacher,
-        processes=Processes("cpu"),
+        ranks=Ranks.here(),
         state=state,
         progress=progress,
     )

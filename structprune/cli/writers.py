@@ -74,7 +74,10 @@ def prune(
     writes: WritingFlags,
     opens: OpeningFlags,
 ) -> Job:
-    """Prune a model, prove the result and report on it."""
+    """Prune a model, prove the result and report on it.
+
+    Several processes share the work: torchrun --nproc-per-node N -m structprune prune ...
+    """
     flags = {
         "output": writes.output(output),
         "seed": seed,
@@ -188,7 +191,10 @@ def recover(
     writes: WritingFlags,
     opens: OpeningFlags,
 ) -> Job:
-    """Train a pruned model again without reviving a removed weight."""
+    """Train a pruned model again without reviving a removed weight.
+
+    Several processes share the work: torchrun --nproc-per-node N -m structprune recover ...
+    """
     flags = {
         "output": writes.output(output),
         "recover.data": data,

@@ -20,7 +20,7 @@ from structprune.checkpoint.running import check_stored
 from structprune.checkpoint.side_files import check_side_files, copied_names
 from structprune.checkpoint.source import Source, open_source
 from structprune.checkpoint.writing import Writing
-from structprune.errors import QualityError
+from structprune.errors import QualityError, UsageError
 from structprune.machine import versions
 from structprune.models.cost import weight_bytes
 from structprune.models.identity import skeleton
@@ -32,12 +32,12 @@ from structprune.pipeline.inputs import inputs_of_evaluation, inputs_of_recovery
 from structprune.pipeline.kept import kept_report, may_stand, write_recipe
 from structprune.pipeline.recovered import Task, publish_adapter, publish_merged
 from structprune.progress import Clock, Progress, silent
+from structprune.ranks import Ranks, joined_ranks
 from structprune.recipe.draft import RecoverRun, Run
 from structprune.recipe.fields import build
 from structprune.recipe.options import EvaluateOptions, RecoverOptions
 from structprune.recovery.masks import masks_of
 from structprune.recovery.outcome import Recovery
-from structprune.recovery.processes import Processes
 from structprune.recovery.ranks import spell_out
 from structprune.recovery.state import TrainingState
 from structprune.recovery.training import check_teacher, train
@@ -59,8 +59,8 @@ def recover(
 ) -> dict[str, Any]:
     """Train a pruned model with LoRA that keeps every removed weight removed, and write the result.
 
-    Started by `accelerate launch`, every process trains and the first one writes; the others return {}. A run
-    that was interrupted goes on after its last check, and ends with the bytes it would have had.
+    Started by a launcher such as torchrun, every process trains and the first one writes; the others return
+    {}. A run that was interrupted goes on after its last check, and ends with the bytes it would have had.
 
     Args:
         model: A pruned folder; of a model without plans, what is zero now stays zero. Or a whole recipe.
@@ -107,6 +107,13 @@ def recover_run(
         writing: How the output is written.
         progress: Told (stage, done, total).
     """
+    with joined_ranks() as ranks:
+        return _recover_on(run, saved or run, ranks, opening=opening, writing=writing, progress=progress)
+
+
+def _recover_on(
+    ranks: Ranks, run: RecoverRun, saved: Run, *, opening: Opening, writing: Writing, progress: Progress
+) -> dict[str, Any]:
     options, evaluate = run.recover or RecoverOptions(), run.evaluate
     opening = replace(opening, stream=False, dtype="auto", device=run.device, tokenizer=run.tokenizer)
     clock = Clock()
@@ -135,29 +142,30 @@ def recover_run(
         exam = prepare_exam(evaluate, source, windows.left, compared)
         exam = with_bench(exam, run.bench, compared or source)
     task = Task(options, source, plans, windows, teacher, compared, exam, progress, clock)
-    processes = Processes(opening.device)
-    shaped = _fingerprint(task, processes)
-    if report := kept_report(final, shaped, saved or run, writing):
+    check_batch_size(options, ranks)
+    shaped = _fingerprint(task, ranks)
+    ranks.check_alike("this run", shaped)  # All have looked at the output before the first one locks it.
+    if report := kept_report(final, shaped, saved, writing):
         return report
-    check_output(inputs, final, overwrite=writing.overwrite)
-    if not processes.writes:
-        processes.wait()
+    if not ranks.first:
+        ranks.wait()
         with suppress(QualityError):  # which the first process raises too
-            _train(task, processes, work_folder(final, shaped))
+            _train(task, ranks, work_folder(final, shaped))
         return {}
+    check_output(inputs, final, overwrite=writing.overwrite)
     with deliver(final, shaped, writing, files=copied_names(folder, source.opening.tokenizer)) as work:
-        write_recipe(work, saved or run)
+        write_recipe(work, saved)
         work.scratch += _state(work.folder).paths
-        processes.wait()  # From here on the others may look for what an earlier run left.
+        ranks.wait()  # From here on the others may look for what an earlier run left.
         try:
             with clock.phase("train"):
-                recovery = _train(task, processes, work.folder)
+                recovery = _train(task, ranks, work.folder)
         except QualityError:
             work.drop()
             raise
         if options.keep_adapter:
             return publish_adapter(work, task, recovery)
-        return publish_merged(work, task, recovery, (saved or run).text())
+        return publish_merged(work, task, recovery, saved.text())
 
 
 def check_recovery(options: RecoverOptions, source: Source) -> None:
@@ -173,6 +181,20 @@ def check_recovery(options: RecoverOptions, source: Source) -> None:
         intact_manifest(folder, source.opening)
         teacher = open_skeleton(folder, source.opening)
         check_teacher(skeleton(source.model), skeleton(teacher))
+
+
+def check_batch_size(options: RecoverOptions, ranks: Ranks) -> None:
+    """Check that the processes of a run can share the sequences of a step.
+
+    Raises:
+        UsageError: They do not divide them.
+    """
+    if rest := options.batch_size % ranks.count:
+        fitting = options.batch_size - rest or ranks.count
+        raise UsageError(
+            f"recover.batch_size: {options.batch_size} sequences per step for {ranks.count} processes",
+            hint=f"a multiple of them, such as --set recover.batch_size={fitting}",
+        )
 
 
 def _open_other(name: str | None, opening: Opening) -> Source | None:
@@ -193,7 +215,7 @@ def _windows(source: Source, options: RecoverOptions) -> TrainingWindows:
     )
 
 
-def _fingerprint(task: Task, processes: Processes) -> dict[str, Any]:
+def _fingerprint(task: Task, ranks: Ranks) -> dict[str, Any]:
     """Return everything that shapes the bytes of the result."""
     return {
         "recover": task.options.model_dump(mode="json"),
@@ -201,8 +223,8 @@ def _fingerprint(task: Task, processes: Processes) -> dict[str, Any]:
         "plans": [plan.id for plan in task.plans],
         "teacher": task.teacher.scan.weights if task.teacher else None,
         "data": task.windows.facts,
-        "device": processes.device.type,
-        "processes": processes.count,
+        "device": task.source.opening.device.partition(":")[0],
+        "ranks": ranks.count,
         # Sums are split among threads, so their number shows in the last bits.
         "threads": torch.get_num_threads(),
         "versions": shaping_versions() | {name: versions()[name] for name in ("accelerate", "peft")},
@@ -213,7 +235,7 @@ def _state(folder: Path) -> TrainingState:
     return TrainingState(folder / OURS / "training")
 
 
-def _train(task: Task, processes: Processes, folder: Path) -> Recovery:
+def _train(task: Task, ranks: Ranks, folder: Path) -> Recovery:
     if not task.plans:
         logger.warning("%s holds no plans: what is zero now stays zero", task.source.folder)
     return train(
@@ -222,7 +244,7 @@ def _train(task: Task, processes: Processes, folder: Path) -> Recovery:
         task.windows.ids,
         task.options,
         teacher=task.teacher.resident if task.teacher else None,
-        processes=processes,
+        ranks=ranks,
         state=_state(folder),
         progress=task.progress,
     )

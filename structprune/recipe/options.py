@@ -82,7 +82,7 @@ class RecoverOptions(OptionGroup):
         alphas: Another alpha for the modules whose name ends in a match of this regular expression.
         learning_rate: The highest; it rises over `warmup` and falls to zero along a cosine.
         length: Tokens per sequence; min(2048, the model's positions) unless given.
-        batch_size: Sequences per optimizer step and process.
+        batch_size: Sequences per optimizer step, over all processes of the run.
         warmup: Fraction of the steps over which the learning rate rises.
         clip: Largest norm of a step's gradient.
         held_out: Fraction of the sequences that is never trained on and decides what is kept.

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +13,11 @@ from transformers import PreTrainedModel
 from structprune.errors import EnvironmentFailure
 from structprune.models.outputs import BodyAndHead
 from structprune.progress import Progress
+from structprune.ranks import Ranks
 from structprune.recipe.options import RecoverOptions
 from structprune.recovery.masked_lora import MaskedLayers
 from structprune.recovery.objective import Losses, learning_rate, losses
 from structprune.recovery.outcome import HeldOutCheck, Recovery
-from structprune.recovery.processes import Processes
 from structprune.recovery.state import TrainingState
 from structprune.recovery.windows import Order
 
@@ -32,7 +33,7 @@ class Loop:
         dtypes: What each trained parameter will be stored in, by name.
         options: How to train.
         teacher: The dense model, or None; moved to the device.
-        processes: Those that train together.
+        ranks: Those that train together.
         state: Where the training is written down at every check, and where an earlier one may lie.
     """
 
@@ -43,19 +44,19 @@ class Loop:
         dtypes: Mapping[str, torch.dtype],
         options: RecoverOptions,
         teacher: PreTrainedModel | None,
-        processes: Processes,
+        ranks: Ranks,
         state: TrainingState | None,
     ) -> None:
-        model.to(processes.device)
         self.layers, self.dtypes, self.options = layers, dtypes, options
-        self.processes, self.state = processes, state
+        self.ranks, self.state = ranks, state
         self.parameters = [*layers.named_parameters().values()]
         # No weight decay: it would pull the change back to zero, and the held-out check already guards it.
         self.optimizer = torch.optim.AdamW(self.parameters, lr=options.learning_rate, weight_decay=0.0)
-        self.parts = BodyAndHead(model)
+        self.parts, self.device = BodyAndHead(model), model.device
         self.teacher: BodyAndHead | None = None
+        device: Any = model.device  # a torch.device, which transformers' types do not take
         if teacher is not None:
-            self.teacher = BodyAndHead(teacher.to(processes.device).eval())
+            self.teacher = BodyAndHead(teacher.to(device).eval())
 
     def run(self, training: Tensor, held_out: Tensor, progress: Progress | None) -> Recovery:
         """Train to the end, or until a loss is not a number; keep the best.
@@ -93,15 +94,28 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        loss = self.loss(tokens.to(self.processes.device))
+        loss = self.loss(tokens.to(self.device))
         loss.backward()  # type: ignore[no-untyped-call]  # torch's
-        self.processes.average(self.parameters)
+        self._average_gradients()
         norm = clip_grad_norm_(self.parameters, options.clip)
-        mean = self.processes.gather(loss.detach()[None]).mean().item()
+        mean = self.ranks.gather(loss.detach()[None]).mean().item()
         if not math.isfinite(mean) or not math.isfinite(norm):
             return math.nan
         self.optimizer.step()
         return mean
+
+    def _average_gradients(self) -> None:
+        """Replace each gradient by its mean over all processes.
+
+        The sum is our own, over all gradients in one fixed order: PyTorch's wrapper sorts them anew after its
+        first step, and a run that resumes would add them up in another order than one that never stopped.
+        """
+        if self.ranks.alone:
+            return
+        # A matrix that no token reached here may have a gradient elsewhere, and all must send as much.
+        found = [torch.zeros_like(one) if one.grad is None else one.grad for one in self.parameters]
+        for one, mean in zip(self.parameters, self.ranks.average(found), strict=True):
+            one.grad = mean
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Return the loss of one batch, a scalar; with a teacher, both parts in their proportion."""
@@ -127,17 +141,17 @@ class Loop:
     def measure(self, held_out: Tensor) -> float:
         """Return the mean held-out loss, nats per token, with weights rounded to their stored dtypes."""
         # Equal shares, so that they can be gathered; the last ones begin again and are cut off.
-        size = math.ceil(len(held_out) / self.processes.count)
-        start = size * self.processes.number
-        mine = held_out[torch.arange(start, start + size) % len(held_out)].to(self.processes.device)
+        size = math.ceil(len(held_out) / self.ranks.count)
+        start = size * self.ranks.number
+        mine = held_out[torch.arange(start, start + size) % len(held_out)].to(self.device)
         with self.layers.rounded(self.dtypes):
             found = [self.losses(tokens).next_token for tokens in torch.split(mine, self.options.batch_size)]
-        return float(self.processes.gather(torch.cat(found))[: len(held_out)].double().mean())
+        return float(self.ranks.gather(torch.cat(found))[: len(held_out)].double().mean())
 
     def _begin(self, held_out: Tensor) -> Recovery:
         """Return where training begins: where an interrupted run wrote its state, or at the start."""
         recovery = self.state.read(self.layers, self.optimizer) if self.state is not None else None
-        steps = self.processes.gather(torch.tensor([recovery.steps_resumed if recovery else 0])).tolist()
+        steps = self.ranks.gather(torch.tensor([recovery.steps_resumed if recovery else 0])).tolist()
         if len(set(steps)) > 1:
             raise EnvironmentFailure(
                 f"the processes of this run would go on after steps {steps}, expected the same one",
@@ -151,9 +165,9 @@ class Loop:
         return Recovery(start, start, stopped=stopped)
 
     def _share(self, order: Order, step: int) -> list[int]:
-        """Return which windows this process looks at in a step; all processes together go on in the order."""
-        size, processes = self.options.batch_size, self.processes
-        return order.slice(((step - 1) * processes.count + processes.number) * size, size)
+        """Return which windows this process looks at in a step: its part of what one alone would look at."""
+        size = self.options.batch_size // self.ranks.count
+        return order.slice(((step - 1) * self.ranks.count + self.ranks.number) * size, size)
 
     def _check(self, recovery: Recovery, check: HeldOutCheck) -> None:
         """Note a check, keep the factors when they are the best so far, and write the state down."""
@@ -165,5 +179,5 @@ class Loop:
         if check.held_out_loss < recovery.best_loss:
             recovery.best_loss, recovery.best_step = check.held_out_loss, check.step
             recovery.factors = self.layers.factors()
-        if self.state is not None and self.processes.writes:
+        if self.state is not None and self.ranks.first:
             self.state.write(recovery, self.layers, self.optimizer)

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from structprune.checkpoint.adapter import merge
 from structprune.errors import InputError, QualityError
 from structprune.progress import Progress
+from structprune.ranks import Ranks
 from structprune.recipe.options import RecoverOptions
 from structprune.recovery.loop import Loop
 from structprune.recovery.masked_lora import MaskedLayers
 from structprune.recovery.masks import check_merged, reapply, zeros
 from structprune.recovery.outcome import Recovery
-from structprune.recovery.processes import Processes
 from structprune.recovery.state import TrainingState
 from structprune.recovery.windows import split_off
 
@@ -31,7 +31,7 @@ def train(
     options: RecoverOptions,
     *,
     teacher: PreTrainedModel | None = None,
-    processes: Processes | None = None,
+    ranks: Ranks = Ranks(),
     state: TrainingState | None = None,
     progress: Progress | None = None,
 ) -> Recovery:
@@ -46,7 +46,7 @@ def train(
             order and of the first factors.
         teacher: The dense model; its logits are imitated in the proportion that the options give. It is moved
             to the device, otherwise unchanged.
-        processes: Those that train together, each calling this; those that were launched unless given.
+        ranks: Those that train together, each calling this.
         state: Where to go on, and to write down at every check how; a training without it begins anew.
         progress: Called with "recover", steps done, steps in all.
 
@@ -77,7 +77,7 @@ def train(
             alphas=options.alphas,
         )
         try:
-            loop = Loop(model, layers, dtypes, options, teacher, processes or Processes(), state)
+            loop = Loop(model, layers, dtypes, options, teacher, ranks, state)
             recovery = loop.run(training, held_out, progress)
         finally:
             layers.remove()
