@@ -38,7 +38,7 @@ from structprune.pruners.while_running import pruning
 SHARES = (1 / 3, 0.11, 0.05, 0.025)
 SEEDS = (0, 1, 2)
 # Each with what it is asked for, by its share; FitPrune is asked for operations, as its paper is.
-METHODS = ("random_tokens", "grid_tokens", "divprune", "fastv", "fitprune")
+METHODS = ("random_tokens", "grid_tokens", "downsample", "divprune", "fastv", "fitprune")
 BATCH = 16
 
 

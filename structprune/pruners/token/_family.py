@@ -28,7 +28,7 @@ from structprune.pruners.forecast import Forecast
 from structprune.pruners.pruner import Pruner
 from structprune.runtime.drop import Drop
 from structprune.runtime.engine import attach, detach
-from structprune.runtime.flops import BlockCost, image_tokens, visual_operations
+from structprune.runtime.flops import BlockCost, image_tokens, tower_operations, visual_operations
 from structprune.runtime.refusals import check_runs
 from structprune.runtime.view import View
 
@@ -101,6 +101,15 @@ class TokenPruner(Pruner):
         start = self.start(blocks)
         left = count_at(self.target, size, Fraction(start, blocks), BlockCost.of(model.config).operations)
         return [(size, size) if index < start else (left, left) for index in range(blocks)]
+
+    def seen_by_tower(self, size: int, left: int) -> int:
+        """Return how many patches of an image the vision tower computes.
+
+        Args:
+            size: Those of the image.
+            left: Tokens that the last block computes.
+        """
+        return size
 
     def forecast(self, model: Model) -> Forecast:
         """Return how many pairs of a visual token and a block are not computed.
@@ -188,14 +197,18 @@ class TokenPruner(Pruner):
     def _facts(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> dict[str, Any]:
         """Return what is left, in all the units that people ask in."""
         cost, left = BlockCost.of(model.config), counts[-1][1]
-        full = visual_operations(cost, [(size, size)] * len(counts))
+        full, run = visual_operations(cost, [(size, size)] * len(counts)), visual_operations(cost, counts)
+        tower = tower_operations(model.config, size)
+        seen = tower_operations(model.config, self.seen_by_tower(size, left))
         return {
             "visual_tokens": size,
             "keep_ratio": left / size,
             "tokens": left,
             "avg_tokens": sum(entering for entering, _ in counts) / len(counts),
-            "visual_flops": visual_operations(cost, counts) / full,
-            "counted": "visual tokens in the blocks of the language model, multiply and add as one",
+            "visual_flops": run / full,
+            "image_flops": (seen + run) / (tower + full),
+            "counted": "visual tokens in the blocks of the language model, multiply and add as one; for "
+            "image_flops in the vision tower and the projector too",
         }
 
     def _promises(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> Promises:
