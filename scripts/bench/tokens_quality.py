@@ -104,13 +104,13 @@ def section(kept: Mapping[str, Any]) -> str:
     """Return the table of a model."""
     dense, kinds = kept["dense"], kept["kinds"]
     names = sorted(set(kinds))
-    rows = [["dense", "", "", f"{fmean(dense):.1%}", *by_kind(dense, kinds, names), ""]]
+    rows = [["dense", "", "", "", f"{fmean(dense):.1%}", *by_kind(dense, kinds, names), ""]]
     for share in SHARES:
         for method in METHODS:
             cells = [one for one in kept["cells"] if (one["method"], one["share"]) == (method, share)]
             if cells:
                 rows.append(row(method, share, cells, dense, kinds, names))
-    header = ["method", "tokens left", "visual FLOPs", "right", *names, "p against dense"]
+    header = ["method", "tokens left", "visual FLOPs", "with tower", "right", *names, "p against dense"]
     return f"### {kept['model']}\n\n{kept['protocol']}. {kept['processor']}, {kept['date']}.\n\n" + markdown(
         header, rows
     )
@@ -131,6 +131,7 @@ def row(
         method,
         f"{facts['tokens']} of {facts['visual_tokens']} ({share:.1%} asked)",
         f"{facts['visual_flops']:.3f}",
+        f"{facts['image_flops']:.3f}",
         f"{mean:.1%} ± {spread:.1%}",
         *(f"{one:.0%}" for one in shares),
         f"{mcnemar(*alone):.2g}",

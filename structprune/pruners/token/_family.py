@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from structprune.calibration.notebook import Look, Notebook
 from structprune.decide.token_target import Target, count_at, rounded_up
 from structprune.errors import QualityError, UsageError
 from structprune.models.arch import block_prefixes
@@ -159,8 +160,14 @@ class TokenPruner(Pruner):
         left = self.counts(model, size)[-1][1]
         return torch.tensor(left / size, dtype=torch.float64)
 
-    def decide(self, model: Model, batches: Sequence[Batch]) -> dict[int, Tensor]:
-        """Return of the blocks where tokens are dropped how many are left, as a plan says it."""
+    def decide(self, model: Model, batches: Sequence[Batch], look: Look) -> dict[int, Tensor]:
+        """Return of the blocks where tokens are dropped how many are left, as a plan says it.
+
+        Args:
+            model: In memory.
+            batches: Calibration data.
+            look: What an interrupted run saw of them, and who is told what is seen.
+        """
         return {self.start(len(block_prefixes(model))): self._tokens(model)}
 
     @final
@@ -173,10 +180,7 @@ class TokenPruner(Pruner):
         self.forecast(model)
         self._in_memory(model)
         writer = plan or self.writer(None, model, weights_of(model))
-        found = {} if self.keeps_all else self.decide(model, batches)
-        for index, path in enumerate(block_prefixes(model)[writer.finished :], start=writer.finished):
-            tokens = {Key(path, "tokens"): found[index]} if index in found else {}
-            writer.write(tokens, {})
+        found = self._decided(model, batches, writer)
         if not found:
             return writer.finish({})
         size = image_tokens(model.config)
@@ -184,6 +188,18 @@ class TokenPruner(Pruner):
             return writer.finish({"unit": UNIT, "asked": str(self.target)})
         counts = self._counted(model, found, size)
         return writer.finish(self._facts(model, counts, size), promises=self._promises(model, counts, size))
+
+    def _decided(self, model: Model, batches: Sequence[Batch], writer: PlanWriter) -> dict[int, Tensor]:
+        """Return what was decided of which block; all of it is written."""
+        paths = block_prefixes(model)
+        if writer.finished == len(paths):
+            return {index: block[key] for index, block in enumerate(writer.blocks) for key in block}
+        # What was seen is forgotten once every block is written.
+        with Notebook(writer.folder, "fit") as notes:
+            found = {} if self.keeps_all else self.decide(model, batches, Look(notes, writer.measured))
+            for index, path in enumerate(paths[writer.finished :], start=writer.finished):
+                writer.write({Key(path, "tokens"): found[index]} if index in found else {}, {})
+        return found
 
     def _counted(self, model: Model, found: dict[int, Tensor], size: int) -> list[tuple[int, int]]:
         """Return of every block what its attention and its feed-forward compute of an image."""

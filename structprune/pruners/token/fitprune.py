@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from structprune.calibration.notebook import Look
 from structprune.decide.sparsity import fraction_of
 from structprune.decide.token_target import Target, count_at
 from structprune.errors import InputError
@@ -27,7 +28,7 @@ from structprune.runtime.drop import Drop
 from structprune.runtime.engine import attach, detach
 from structprune.runtime.flops import BlockCost
 from structprune.runtime.view import View
-from structprune.solvers.token_fit import Fit, Walked, fit_shares
+from structprune.solvers.token_fit import Fit, Walked, Walks, fit_shares
 
 
 class FitPrune(ScoredTokens):
@@ -54,7 +55,7 @@ class FitPrune(ScoredTokens):
         count_at(self.target, size, Fraction(0), BlockCost.of(model.config).operations)
         return [(size, size)] * len(block_prefixes(model))
 
-    def decide(self, model: Model, batches: Sequence[Batch]) -> dict[int, Tensor]:
+    def decide(self, model: Model, batches: Sequence[Batch], look: Look) -> dict[int, Tensor]:
         """Return of every block where tokens go which share of an image's tokens is left.
 
         Raises:
@@ -66,11 +67,10 @@ class FitPrune(ScoredTokens):
         attach(model, "fit", [Drop(index, True, None, fit) for index in range(blocks)])
 
         @torch.no_grad()
-        def walk() -> None:
-            for batch in batches:
-                fit.begin_batch()
-                model(**batch, logits_to_keep=1)
+        def run(batch: Batch) -> None:
+            model(**batch, logits_to_keep=1)
 
+        walk = Walks(fit, batches, run, look)
         try:
             walk()
             if not fit.images:
@@ -78,7 +78,7 @@ class FitPrune(ScoredTokens):
                     "fitprune: the calibration data hold no images",
                     hint="--calibration FILE.jsonl with rows of image and question",
                 )
-            shares = fit_shares(fit, walk, lambda done: None)
+            shares = fit_shares(fit, walk)
         finally:
             detach(model, "fit")
         before = [1.0, *shares]
