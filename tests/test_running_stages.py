@@ -153,6 +153,24 @@ class TestGoals:
         done = command("prune", seeing, tmp_path / "out", "--method", "divprune", "--set", said, "--dry-run")
         assert done.code == 2 and told in done.err
 
+    def test_a_choice_that_costs_more_than_it_saves_is_told_before_and_after(
+        self, seeing: Path, tmp_path: Path, command: Command
+    ) -> None:
+        words = ("prune", seeing, tmp_path / "out", "--method", "fastv", "--set", "block=3")
+        words = (*words, "--set", "target.tokens=15", "--json")
+        for more in (("--dry-run",), ("--no-evaluate",)):
+            done = command(*words, *more)
+            assert done.code == 0 and done.err.count("fastv: to choose tokens of an image costs") == 1
+            (stage,) = done.json["stages"]
+            if "--dry-run" in more:
+                assert "more than the" in stage["notes"][0]
+        # One of 16 tokens, in the last block.
+        told = stage["while_running"]
+        assert told["tokens"] == 15 and told["selection_flops"] > 1 - told["visual_flops"]
+        assert (
+            f"to choose them costs {told['selection_flops']:.2%}" in (tmp_path / "out/README.md").read_text()
+        )
+
     def test_several_goals_are_several_runs(self, seeing: Path, tmp_path: Path) -> None:
         recipe = assemble({"model": str(seeing), "output": str(tmp_path / "all"), "prune": HALF})
         runs = structprune.prune_each(recipe, [0.25, 0.5], **WITHOUT_RELOAD)["runs"]

@@ -42,8 +42,8 @@ METHODS = ("random_tokens", "grid_tokens", "downsample", "divprune", "fastv", "f
 BATCH = 16
 NOTE = (
     "downsample leaves the nearest square number of tokens. Papers find it strong where a tower has seen "
-    "images of many sizes; the demo's was trained on one size, its scenes drawn on a grid of its patches, and "
-    "loses most of what is lost already at 121 of 144 tokens. With tower: operations of an image in the "
+    "images of many sizes; the demo's was trained on one size, with scenes drawn on a grid of its patches, "
+    "and loses most of what is lost already at 121 of 144 tokens. With tower: operations of an image in the "
     "tower, the projector and the blocks, against dense."
 )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from structprune.calibration.notebook import Look
-from structprune.errors import QualityError, UsageError
+from structprune.errors import InputError, QualityError, UsageError
 from structprune.models.streamed import Batch
 from structprune.runtime.view import View
 
@@ -235,8 +235,14 @@ def fit_shares(fit: Fit, walk: Callable[[], None]) -> list[float]:
         walk: Runs all calibration batches.
 
     Raises:
+        InputError: The calibration data hold no images.
         UsageError: No alpha is enough; says how much must be allowed.
     """
+    if not fit.images:
+        raise InputError(
+            f"{fit.method()}: the calibration data hold no images",
+            hint="--calibration FILE.jsonl with rows of image and question",
+        )
     low, high = 0.0, 1.0
     best: Sequence[float] | None = None
     while high - low > WIDTH or best is None:

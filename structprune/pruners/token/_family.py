@@ -4,10 +4,11 @@ A plan says of each block how many tokens of an image are left from there on; wh
 every image, by the method, while the model runs.
 """
 
+import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, ClassVar, Literal, Self, final
+from typing import ClassVar, Literal, Self, final
 
 import torch
 from pydantic import Field
@@ -27,11 +28,14 @@ from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Computed, Promises
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.pruner import Pruner
+from structprune.pruners.token._account import Account
 from structprune.runtime.drop import Drop
 from structprune.runtime.engine import attach, detach
-from structprune.runtime.flops import BlockCost, image_tokens, tower_operations, visual_operations
+from structprune.runtime.flops import BlockCost, image_tokens
 from structprune.runtime.refusals import check_runs
 from structprune.runtime.view import View
+
+logger = logging.getLogger(__name__)
 
 # Rotary tables of several axes say where in an image a token is: counted anew, that would be lost.
 AXES = "mrope_section"
@@ -112,6 +116,16 @@ class TokenPruner(Pruner):
         """
         return size
 
+    def operations(self, cost: BlockCost, size: int, counts: Sequence[tuple[int, int]]) -> int:
+        """Return the operations that choosing itself costs of an image, text left out.
+
+        Args:
+            cost: Sizes of a block.
+            size: Tokens of the image.
+            counts: Of every block how many of them its attention and its feed-forward compute.
+        """
+        return 0
+
     def forecast(self, model: Model) -> Forecast:
         """Return how many pairs of a visual token and a block are not computed.
 
@@ -134,8 +148,14 @@ class TokenPruner(Pruner):
             return Forecast(UNIT, str(self.target), None, 0, left)
         counts = self.counts(model, size)
         computed = sum(leaving for _, leaving in counts)
-        of = size * len(counts)
-        return Forecast(UNIT, str(self.target), of - computed, of, left)
+        of, notes = size * len(counts), self._account(model, counts, size).notes(self.method())
+        return Forecast(UNIT, str(self.target), of - computed, of, left, notes=notes)
+
+    def _account(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> Account:
+        left = counts[-1][1]
+        # Where all tokens stay, nobody chooses.
+        spent = self.operations(BlockCost.of(model.config), size, counts) if left < size else 0
+        return Account(model.config, size, counts, self.seen_by_tower(size, left), spent)
 
     def reach(self, model: Model) -> str:
         """Return which shares can be kept."""
@@ -187,7 +207,10 @@ class TokenPruner(Pruner):
         if size is None:
             return writer.finish({"unit": UNIT, "asked": str(self.target)})
         counts = self._counted(model, found, size)
-        return writer.finish(self._facts(model, counts, size), promises=self._promises(model, counts, size))
+        account = self._account(model, counts, size)
+        for note in account.notes(self.method()):
+            logger.warning("%s", note)
+        return writer.finish(account.facts(), promises=self._promises(model, counts, size))
 
     def _decided(self, model: Model, batches: Sequence[Batch], writer: PlanWriter) -> dict[int, Tensor]:
         """Return what was decided of which block; all of it is written."""
@@ -209,23 +232,6 @@ class TokenPruner(Pruner):
             counts.append((now, after) if self.within else (after, after))
             now = after
         return counts
-
-    def _facts(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> dict[str, Any]:
-        """Return what is left, in all the units that people ask in."""
-        cost, left = BlockCost.of(model.config), counts[-1][1]
-        full, run = visual_operations(cost, [(size, size)] * len(counts)), visual_operations(cost, counts)
-        tower = tower_operations(model.config, size)
-        seen = tower_operations(model.config, self.seen_by_tower(size, left))
-        return {
-            "visual_tokens": size,
-            "keep_ratio": left / size,
-            "tokens": left,
-            "avg_tokens": sum(entering for entering, _ in counts) / len(counts),
-            "visual_flops": run / full,
-            "image_flops": (seen + run) / (tower + full),
-            "counted": "visual tokens in the blocks of the language model, multiply and add as one; for "
-            "image_flops in the vision tower and the projector too",
-        }
 
     def _promises(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> Promises:
         said = tuple(
