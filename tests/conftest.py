@@ -1,6 +1,7 @@
 """What every test stands on: nothing is downloaded, one thread, a tiny model, the command line."""
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 from structprune.cli import main
 from tests.forks import Parent
+from tests.fresh import FreshProcesses, place_fresh_processes
 from tests.specimens import Finished, write_specimens
 from tests.tiny import save_tiny
 
@@ -23,6 +25,20 @@ Command = Callable[..., Finished]
 def one_thread() -> None:
     # More threads than cores, in several workers, are many times slower; and sums depend on their number.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fresh_processes() -> Iterator[None]:
+    """Fork fresh processes from parents that have their imports behind them."""
+    with FreshProcesses() as processes, pytest.MonkeyPatch.context() as patch:
+        place_fresh_processes(patch, processes)
+        yield
+
+
+@pytest.fixture
+def really_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start fresh processes as a user's run does, imports included."""
+    place_fresh_processes(monkeypatch, subprocess)
 
 
 @pytest.fixture

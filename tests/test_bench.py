@@ -215,6 +215,7 @@ class TestRefusals:
         ):
             measure_speed([found], Workload(4, 2, (1,), 1))
 
+    @pytest.mark.usefixtures("really_fresh")
     def test_a_fresh_process_holds_the_weights_and_grows_with_the_batch(
         self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -241,7 +241,9 @@ def test_an_output_that_a_killed_run_had_set_aside_is_not_replaced_unless_asked(
     assert json.loads((final / "structprune" / "fingerprint.json").read_text()) == OTHER
 
 
-@pytest.mark.parametrize("error", [None, QualityError("missed", hint="prune less")])
+@pytest.mark.parametrize(
+    "error", [pytest.param(None, marks=pytest.mark.slow), QualityError("missed", hint="prune less")]
+)
 def test_wherever_a_run_is_killed_the_same_one_finishes_with_the_same_files(
     tmp_path: Path, error: StructpruneError | None
 ) -> None:

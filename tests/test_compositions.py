@@ -54,6 +54,17 @@ BUDGETS: dict[str, Any] = {
     "target_params": {"name": "target_params", "parameters": LEFT},
 }
 REPAIRS = ("none", "obs", "least_squares", "dsnot")
+# Every budget and every repair beside the usual other one, and two where both are unusual, are always tried.
+ALWAYS = {
+    *product(BUDGETS, ("none",)),
+    *product(("uniform",), REPAIRS),
+    ("owl", "least_squares"),
+    ("ramp", "obs"),
+}
+BOTH = [
+    pytest.param(*both, marks=() if both in ALWAYS else pytest.mark.slow)
+    for both in product(BUDGETS, REPAIRS)
+]
 
 AGAIN = Writing(overwrite=True, reload=False)
 
@@ -86,7 +97,7 @@ def kept(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(("budget", "repair"), [*product(BUDGETS, REPAIRS)])
+@pytest.mark.parametrize(("budget", "repair"), BOTH)
 @pytest.mark.parametrize("method", WEIGHT_METHODS)
 def test_every_score_runs_with_every_budget_and_repair_or_says_which_field_does_not_fit(
     method: str, budget: str, repair: str

@@ -55,6 +55,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("llama"), shards=2, dtype=torch.bfloat16)
 
 
+@pytest.mark.usefixtures("really_fresh")
 def test_laws_5_and_8_every_method_holds_what_was_asked_and_reloads_to_the_same_logits(
     tmp_path: Path,
 ) -> None:

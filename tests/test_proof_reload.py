@@ -75,6 +75,7 @@ def test_a_matrix_counted_by_hand() -> None:
     assert measure(weight.T.contiguous(), "first", [mask.T], None, {4: True}).fullest == {4: 3}
 
 
+@pytest.mark.usefixtures("really_fresh")
 class TestTheFreshProcess:
     @pytest.fixture
     def half(self, tmp_path: Path) -> Pruned:

@@ -350,6 +350,7 @@ class TestPruning:
             pass
 
 
+@pytest.mark.usefixtures("really_fresh")
 def test_laws_5_and_8_what_was_asked_is_counted_in_a_fresh_process_and_plain_ones_run_dense(
     seeing: Path, tmp_path: Path
 ) -> None:
