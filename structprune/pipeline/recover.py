@@ -108,7 +108,7 @@ def recover_run(
         progress: Told (stage, done, total).
     """
     with joined_ranks() as ranks:
-        return _recover_on(run, saved or run, ranks, opening=opening, writing=writing, progress=progress)
+        return _recover_on(ranks, run, saved or run, opening=opening, writing=writing, progress=progress)
 
 
 def _recover_on(
