@@ -67,7 +67,7 @@ class TestCommand:
             states = model(**batch, output_hidden_states=True).hidden_states[-1][0]
         alive = states[batch["input_ids"][0] == model.config.image_token_id].ne(0).any(-1)
         assert found["kept"] == alive.nonzero()[:, 0].tolist()
-        assert len(found["random"]) == 4 and found["random"] != found["kept"]
+        assert len(found["at_random"]) == 4 and found["at_random"] != found["kept"]
         with Image.open(file) as drawn:
             assert drawn.format == "PNG" and drawn.width > 2 * 384
         first = file.read_bytes()
@@ -75,7 +75,7 @@ class TestCommand:
         assert again.code == 0 and file.read_bytes() == first
         assert "before block 2  4 of 16 visual tokens kept" in again.out
         other = command(*words, "--overwrite", "--seed", 1, "--json").json
-        assert other["kept"] == found["kept"] and other["random"] != found["random"]
+        assert other["kept"] == found["kept"] and other["at_random"] != found["at_random"]
 
     @pytest.mark.parametrize(
         ("flag", "value", "code", "said"),

@@ -53,7 +53,7 @@ def show(
     Returns:
         "output"; "tokens" (of the picture), "rows" and "columns" (how they stand on it); "drops" (per place
         where some go: "block", counted from 0, "place" ("before" it or "within" it, ahead of its
-        feed-forward) and "kept"); "kept" and "random" (numbers of the tokens that are left at the end).
+        feed-forward) and "kept"); "kept" and "at_random" (numbers of the tokens that are left at the end).
 
     Raises:
         UsageError: No plan in the folder drops tokens, where they stand on the picture is not known, or the
@@ -99,7 +99,7 @@ def show(
         "columns": patches.columns,
         "drops": _drops(watched, len(kept)),
         "kept": kept.nonzero()[:, 0].tolist(),
-        "random": random.nonzero()[:, 0].tolist(),
+        "at_random": random.nonzero()[:, 0].tolist(),
     }
 
 
