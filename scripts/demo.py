@@ -1,4 +1,4 @@
-"""The whole story on the built-in model: prune it in five ways, prove each, evaluate, recover one, report.
+"""The whole story on the built-in models: prune in eight ways, prove each, evaluate, recover one, report.
 
 `scripts/demo` prepares the environment and calls this file.
 """
@@ -26,14 +26,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "wanda 2:4": {"method": "wanda", "sparsity": "2:4"},
     "wanda 70%": {"method": "wanda", "sparsity": 0.7},
 }
+# Of the visual tokens of the model that sees, the same share is left to each method.
+TOKENS = ("random_tokens", "divprune", "fastv")
+KEPT = 0.11
 ANEW = Writing(overwrite=True, restart=True)
 RECOVERED = "wanda 70%"
 # Enough windows and questions for errors well below the differences between methods, few enough for minutes.
 WINDOWS, LENGTH, QUESTIONS = 48, 256, 100
+ASKED = 150  # questions on images
 
 
 def main() -> None:
-    """Run the demo into a folder and print one table."""
+    """Run the demo into a folder and print a table for each of the models."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo-run"), help="the folder to write")
     output: Path = parser.parse_args().output
@@ -48,6 +52,7 @@ def main() -> None:
         "include_path": output / "tasks",
     }
     reports: dict[str, dict[str, Any]] = {}
+    seeing: dict[str, dict[str, Any]] = {}
     with stoppable() as check, logging_to_stderr(), progress_on_stderr(check) as progress:
 
         def staged(label: str) -> Any:
@@ -69,11 +74,27 @@ def main() -> None:
             writing=ANEW,
             progress=staged(label),
         )
+        for method in TOKENS:
+            recipe = structprune.Recipe.model_validate(
+                {
+                    "model": "demo-vision",
+                    "output": output / method,
+                    "prune": {"method": method, "target": {"keep_ratio": KEPT}},
+                    "evaluate": {"questions": "demo-vision", "limit": ASKED, "generations": False},
+                }
+            )
+            seeing[method] = structprune.prune(recipe, writing=ANEW, progress=staged(method))
     rows = [row(label, report) for label, report in reports.items()]
     plots.methods(output / "methods.png", rows, title=f"held-out text, {WINDOWS} windows of {LENGTH} tokens")
-    text = json.dumps({"runs": reports, "table": rows}, indent=2)
-    (output / "report.json").write_text(text + "\n", encoding="utf-8")
-    show(rows, reports, output)
+    found = {"runs": reports | seeing, "table": rows}
+    (output / "report.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    # Wide enough for a whole table where the output is no terminal.
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140)
+    console.print(table_of(rows))
+    console.print(table_of_seeing(seeing))
+    console.print(
+        f"{output}/report.json, {output}/methods.png; a model card in each of {len(reports | seeing)} folders"
+    )
 
 
 def folder(label: str) -> str:
@@ -108,8 +129,8 @@ def headline(metrics: dict[str, dict[str, float]]) -> dict[str, float] | None:
     return None
 
 
-def show(rows: list[dict[str, Any]], reports: dict[str, dict[str, Any]], output: Path) -> None:
-    """Print one table, the dense model first."""
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    """Return the table of the model of text, the dense one first."""
     tasks = [task for task, figures in rows[0]["tasks"].items() if figures]
     table = Table(title="The demo model, dense, pruned and recovered")
     for column in (
@@ -135,12 +156,33 @@ def show(rows: list[dict[str, Any]], reports: dict[str, dict[str, Any]], output:
             f"{one['top1_agreement']:.1%}",
             *scores,
         )
-    # Wide enough for the whole table where the output is no terminal.
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140)
-    console.print(table)
-    console.print(
-        f"{output}/report.json, {output}/methods.png; a model card in each of {len(reports)} folders"
-    )
+    return table
+
+
+def table_of_seeing(reports: dict[str, dict[str, Any]]) -> Table:
+    """Return the table of the model that sees, the dense one first."""
+    found = {label: one["evaluation"]["questions"]["demo-vision"] for label, one in reports.items()}
+    first = next(iter(found.values()))
+    table = Table(title=f"The vision demo with {KEPT:.0%} of its visual tokens, {first['asked']} questions")
+    for column in ("", "tokens", "operations", "proved", "KL from dense", "right", *first["kinds"]):
+        table.add_column(column, justify="left" if column == "" else "right")
+
+    def shares(one: dict[str, Any], which: str) -> list[str]:
+        return [f"{each[which]:.0%}" for each in (one["accuracy"], *one["kinds"].values())]
+
+    table.add_row("dense", "all", "100%", "", "0", *shares(first, "dense"))
+    for label, one in found.items():
+        (stage,) = reports[label]["stages"]
+        left = stage["while_running"]
+        table.add_row(
+            label,
+            f"{left['tokens']} of {left['visual_tokens']}",
+            f"{left['visual_flops']:.0%}",
+            "yes" if reports[label]["verification"]["ok"] else "NO",
+            f"{one['kl']:.3f} ± {one['kl_se']:.3f}",
+            *shares(one, "model"),
+        )
+    return table
 
 
 if __name__ == "__main__":

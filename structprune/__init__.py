@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from structprune.pipeline.methods import methods as methods
     from structprune.pipeline.prune import prune as prune
     from structprune.pipeline.recover import recover as recover
+    from structprune.pipeline.show import show as show
     from structprune.pipeline.sweep import prune_each as prune_each
     from structprune.pipeline.verify import verify as verify
     from structprune.plan.plan import Plan as Plan
@@ -77,6 +78,7 @@ _HOMES = {
     "prune_each": "pipeline.sweep",
     "pruning": "pruners.while_running",
     "recover": "pipeline.recover",
+    "show": "pipeline.show",
     "verify": "pipeline.verify",
 }
 
@@ -114,6 +116,7 @@ __all__ = [
     "prune_each",
     "pruning",
     "recover",
+    "show",
     "verify",
 ]
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from structprune.checkpoint.locate import demo_folder
 from structprune.cli import main
 from structprune.evaluation import footprint
 from structprune.proof import reloading
@@ -84,6 +86,7 @@ def write_specimens(folder: Path) -> Path:
     (folder / "rows.jsonl").write_text(
         "".join(json.dumps({"text": TEXT[:300], "id": n}) + "\n" for n in range(9))
     )
+    shutil.copy(demo_folder("demo-vision").parent / "calibration/000.png", folder / "picture.png")
     recipe = {
         "model": str(folder / "model"),
         "output": str(folder / "unwritten"),
@@ -98,6 +101,7 @@ def write_specimens(folder: Path) -> Path:
         ["prune", model, pruned, "--method", "magnitude", "--sparsity", "2:4", *quick(text)],
         ["prune", model, folder / "solved", "--method", "sparsegpt", *calibrated(text), *quick(text)],
         ["export", pruned, folder / "packed", "--to", "2:4"],
+        ["prune", "demo-vision", folder / "dropping", "--method", "divprune", "--no-evaluate"],
         ["recover", pruned, folder / "adapter", "--data", text, *TRAINING, *CHECKS, "--keep-adapter"],
     )
     with no_fresh_process():

@@ -53,7 +53,7 @@ SILLY += (
 def lines(name: str, specimens: Path) -> list[list[object]]:
     """Return command lines of a command that do what it is there for."""
     text, model, pruned = specimens / "text.txt", specimens / "model", specimens / "pruned"
-    packed = specimens / "packed"
+    packed, picture = specimens / "packed", specimens / "picture.png"
     usual: dict[str, list[list[object]]] = {
         "prune": [
             ["prune", model, "out", "--method", "wanda", *calibrated(text), *quick(text)],
@@ -75,6 +75,9 @@ def lines(name: str, specimens: Path) -> list[list[object]]:
             ["evaluate", pruned, "--text", text, "--length", 16, "--windows", 1, "--compare", model]
         ],
         "bench": [["bench", pruned, "--compare", model, "--length", 8, "--new", 2, "--repeats", 1]],
+        "show": [
+            ["show", specimens / "dropping", "--image", picture, "--question", "What?", "-o", "out/kept.png"]
+        ],
         "methods": [["methods"], ["methods", "wanda"]],
         "env": [["env"]],
     }

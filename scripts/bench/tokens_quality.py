@@ -3,7 +3,8 @@
 Every method is asked for the same share of an image's tokens in the last block; what that costs in the blocks
 stands beside it, for methods that drop late compute more. Questions with one right answer each, answered
 greedily; what is drawn is drawn with three seeds. Differences are paired: the share of questions that only
-one of two models gets right, with McNemar's test against the dense one.
+one of two models gets right, with McNemar's test against the dense one. Of the demo's scenes it is known
+where the things stand that a question is about: which share of their patches is left in the last block.
 
     python scripts/bench/tokens_quality.py --model demo-vision --json /tmp/tokens.json --write
 
@@ -21,12 +22,16 @@ from typing import Any
 
 import torch
 from cells import Cell, kept_cells
-from figures import markdown, write_section
+from figures import README, markdown, write_section
+from tokens_plots import draw, file_of
+from torch import Tensor
 
 from structprune.calibration.image_questions import ImageQuestion, read_questions
 from structprune.calibration.images import batch_of
-from structprune.calibration.text_source import TextSource
+from structprune.calibration.text_source import DEMO_VISION, TextSource
 from structprune.checkpoint.locate import resolve
+from structprune.demo.scenes import covered
+from structprune.demo.sights import HELD_OUT_SEED, VisualQuestion, visual_questions
 from structprune.evaluation.questions import QuestionExam, answer, mcnemar, read_question_exam
 from structprune.machine import environment
 from structprune.models.opening import Opening
@@ -34,6 +39,8 @@ from structprune.models.processor import processor
 from structprune.models.streamed import Batch, open_model
 from structprune.pruners.catalogue import find
 from structprune.pruners.while_running import pruning
+from structprune.runtime.engine import engine_of
+from structprune.runtime.images import placeholder
 
 SHARES = (1 / 3, 0.11, 0.05, 0.025)
 SEEDS = (0, 1, 2)
@@ -67,28 +74,53 @@ class Bench:
         self.exam: QuestionExam = read_question_exam(questions, self.processor, limit=limit)
         looked_at = read_questions(TextSource(calibration))[:64]
         self.batches: list[Batch] = [batch_of(part, self.processor) for part in parts(looked_at)]
+        self.patches: list[Tensor] = []
+        if questions == DEMO_VISION:
+            scenes = zip(self.exam.questions, visual_questions(HELD_OUT_SEED), strict=False)
+            self.patches = [patches_of(one) for _, one in scenes]
 
-    def right(self) -> list[bool]:
-        """Return which answers are right, question by question, of the model as it runs now."""
-        return [
-            one
-            for part in parts(self.exam.questions)
-            for one in answer(self.model, part, batch_of(part, self.processor), self.processor).right
-        ]
+    def look(self) -> Cell:
+        """Return which answers are right, and which share of their patches is left, of the model as it runs.
+
+        The latter is a mean over those questions that are about something in the picture.
+        """
+        right: list[bool] = []
+        left: list[float] = []
+        engine = engine_of(self.model)
+        for part in parts(self.exam.questions):
+            batch = batch_of(part, self.processor)
+            if engine is None:
+                right += answer(self.model, part, batch, self.processor).right
+                continue
+            with engine.watching() as watched:
+                found = answer(self.model, part, batch, self.processor).right
+            kept = watched[max(watched)][-1][batch["input_ids"] == placeholder(self.model.config)]
+            asked = self.patches[len(right) : len(right) + len(part)]
+            pairs = zip(kept.view(len(part), -1), asked, strict=bool(asked))
+            left += [float(row[about].float().mean()) for row, about in pairs if bool(about.any())]
+            right += found
+        return {"right": right, "on_answer": fmean(left) if left else None}
 
     def measure(self, method: str, share: float, seed: int) -> Cell:
         """Return a cell: which answers of a pruned model are right."""
         target = {"keep_ratio": share}
         pruner = find(method).model_validate({"target": target} | ({"seed": seed} if draws(method) else {}))
         with pruning(self.model, pruner, self.batches if pruner.needs_data else ()) as plan:
-            right = self.right()
-        return {"method": method, "share": share, "seed": seed, "right": right, "facts": plan.facts}
+            found = self.look()
+        return {"method": method, "share": share, "seed": seed, **found, "facts": plan.facts}
 
 
 def parts(questions: Any) -> Iterator[tuple[ImageQuestion, ...]]:
     """Yield questions in batches."""
     for start in range(0, len(questions), BATCH):
         yield tuple(questions[start : start + BATCH])
+
+
+def patches_of(asked: VisualQuestion) -> Tensor:
+    """Return which patches hold a part of what a question is about, bool [patches]; maybe none."""
+    words = asked.question.rstrip("?").split()
+    about = [asked.kind == "count" or one.colour in words or one.shape in words for one in asked.scene.things]
+    return covered(asked.scene)[torch.tensor(about)].sum(0) > 0
 
 
 def draws(method: str) -> bool:
@@ -98,7 +130,7 @@ def draws(method: str) -> bool:
 
 def missing(cells: list[Cell]) -> Iterator[tuple[str, float, int]]:
     """Yield what is not measured yet."""
-    done = {(one["method"], one["share"], one["seed"]) for one in cells}
+    done = {(one["method"], one["share"], one["seed"]) for one in cells if "on_answer" in one}
     for share in SHARES:
         for method in METHODS:
             for seed in SEEDS if draws(method) else (0,):
@@ -110,15 +142,19 @@ def section(kept: Mapping[str, Any]) -> str:
     """Return the table of a model."""
     dense, kinds = kept["dense"], kept["kinds"]
     names = sorted(set(kinds))
-    rows = [["dense", "", "", "", f"{fmean(dense):.1%}", *by_kind(dense, kinds, names), ""]]
+    rows = [["dense", "", "", "", f"{fmean(dense):.1%}", *by_kind(dense, kinds, names), "", ""]]
     for share in SHARES:
         for method in METHODS:
             cells = [one for one in kept["cells"] if (one["method"], one["share"]) == (method, share)]
             if cells:
                 rows.append(row(method, share, cells, dense, kinds, names))
-    header = ["method", "tokens left", "visual FLOPs", "with tower", "right", *names, "p against dense"]
-    told = f"{kept['protocol']}. {kept['processor']}, {kept['date']}. {NOTE}"
-    return f"### {kept['model']}\n\n{told}\n\n{markdown(header, rows)}"
+    header = ["method", "tokens left", "visual FLOPs", "with tower", "right", *names]
+    header += ["p against dense", "answer patches"]
+    return (
+        f"### {kept['model']}\n\n![right answers against tokens kept]({file_of(kept)})\n\n"
+        f"{kept['protocol']}. Answer patches: the share of those with a part of what is asked about that the "
+        f"last block computes. {kept['processor']}, {kept['date']}. {NOTE}\n\n{markdown(header, rows)}"
+    )
 
 
 def row(
@@ -131,6 +167,7 @@ def row(
     alone = [
         sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((dense, first), (first, dense))
     ]
+    on_answer = [one["on_answer"] for one in cells if one.get("on_answer") is not None]
     shares = [fmean(column) for column in zip(*(shares_of(one["right"], kinds, names) for one in cells))]
     return [
         method,
@@ -140,6 +177,7 @@ def row(
         f"{mean:.1%} ± {spread:.1%}",
         *(f"{one:.0%}" for one in shares),
         f"{mcnemar(*alone):.2g}",
+        f"{fmean(on_answer):.0%}" if on_answer else "",
     ]
 
 
@@ -179,13 +217,16 @@ def main() -> None:
         "kinds": [str(one.kind) for one in bench.exam.questions],
     }
     if "dense" not in kept:
-        kept["dense"] = bench.right()
+        kept["dense"] = bench.look()["right"]
     for method, share, seed in missing(kept["cells"]):
         cell = bench.measure(method, share, seed)
-        kept["cells"].append(cell)
+        key = method, share, seed
+        others = [one for one in kept["cells"] if (one["method"], one["share"], one["seed"]) != key]
+        kept["cells"] = [*others, cell]
         options.json.write_text(json.dumps(kept))
         print(f"{method} {share:.3f} seed {seed}: {fmean(cell['right']):.3f} right")
     if options.write:
+        draw(kept, README.with_name(file_of(kept)))
         write_section(Path(__file__).name, section(kept))
 
 

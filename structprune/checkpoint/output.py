@@ -33,15 +33,8 @@ def check_output(inputs: Sequence[Input], output: Path, *, overwrite: bool, need
         UsageError: The output is an input, lies in one or holds one, or is itself to be protected.
         EnvironmentFailure: The output exists and may not be replaced or written, or the disk is too full.
     """
-    try:
-        str(output).encode()
-    except UnicodeEncodeError:
-        # Its name stands in the report, the card and the messages, all of which are UTF-8.
-        raise UsageError(f"{str(output)!a}: the name is not UTF-8", hint="choose another output") from None
-    final = Path(os.path.realpath(output))
-    _check_name(final, output)
+    final = _check_place(inputs, output)
     with blame(output):
-        refuse_overlap(inputs, final, output)
         # In the folder of an unfinished run a file that is none of its own is refused whoever reads it.
         for left in partials_of(final):
             refuse_overlap([one for one in inputs if one.path.is_dir()], left.folder, output)
@@ -67,6 +60,46 @@ def check_output(inputs: Sequence[Input], output: Path, *, overwrite: bool, need
         with blame(final):
             _check_removable(final, output)
     _check_disk(final, needed_bytes)
+    return final
+
+
+def check_output_file(inputs: Sequence[Input], output: Path, *, overwrite: bool) -> Path:
+    """Check that one file may be written to `output`, before any work; nothing is created.
+
+    Args:
+        inputs: Everything that the run reads.
+        output: The file asked for.
+        overwrite: An existing file may be replaced.
+
+    Returns:
+        The real path of the output, links resolved.
+
+    Raises:
+        UsageError: The output is an input or lies in one.
+        EnvironmentFailure: The output exists and may not be replaced or written, or the disk is too full.
+    """
+    final = _check_place(inputs, output)
+    if final.exists() and not final.is_file():
+        raise EnvironmentFailure(f"{output}: is no file", hint="choose another output")
+    if final.exists() and not overwrite:
+        raise EnvironmentFailure(
+            f"{output}: exists", hint="choose another output, or pass --overwrite to replace it"
+        )
+    _check_disk(final, 0)
+    return final
+
+
+def _check_place(inputs: Sequence[Input], output: Path) -> Path:
+    """Return the real path of an output whose name can be written and that harms no input."""
+    try:
+        str(output).encode()
+    except UnicodeEncodeError:
+        # Its name stands in the report, the card and the messages, all of which are UTF-8.
+        raise UsageError(f"{str(output)!a}: the name is not UTF-8", hint="choose another output") from None
+    final = Path(os.path.realpath(output))
+    _check_name(final, output)
+    with blame(output):
+        refuse_overlap(inputs, final, output)
     return final
 
 

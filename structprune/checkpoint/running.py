@@ -41,6 +41,11 @@ def check_stored(folder: Path) -> None:
             )
 
 
+def drops_tokens(folder: Path) -> bool:
+    """Tell whether a folder's model computes fewer tokens than it is given, once it is loaded."""
+    return any(key.kind == "tokens" for plan in _plans(folder) for key in plan)
+
+
 def _plans(folder: Path) -> list[Plan]:
     return plans_of(folder) if (folder / PLANS).is_dir() else []
 

@@ -65,6 +65,7 @@ for _run in (
     readers.verify,
     readers.evaluate,
     readers.bench,
+    readers.show,
     readers.methods,
     readers.env,
 ):

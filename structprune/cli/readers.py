@@ -19,6 +19,7 @@ from structprune.cli.flags import (
     Model,
     OpeningFlags,
     Revision,
+    Seed,
     Sets,
     Stream,
     Tokenizer,
@@ -26,7 +27,7 @@ from structprune.cli.flags import (
 )
 from structprune.cli.inspection import inspection_lines
 from structprune.pruners.catalogue import check_name
-from structprune.recipe.changes import BENCH, EVALUATE
+from structprune.recipe.changes import BENCH, EVALUATE, SHOW
 from structprune.recipe.request import choose_settings
 
 
@@ -157,6 +158,35 @@ def bench(
             progress=progress,
         ),
         summary.bench_lines,
+    )
+
+
+@command
+def show(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="A folder that a token method wrote.")],
+    image: Annotated[Path, typer.Option(metavar="FILE", help="A picture, PNG or JPEG.")],
+    question: Annotated[str, typer.Option(metavar="TEXT", help="What is asked of it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.png", help="The PNG to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the PNG that is there.")] = False,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    *,
+    opens: OpeningFlags,
+) -> Job:
+    """Draw which visual tokens of a picture are kept, beside as many at random."""
+    asked = choose_settings(SHOW, flags={"seed": seed, "device": device, "dtype": dtype})
+    return Job(
+        lambda _: structprune.show(
+            model,
+            image,
+            question,
+            output,
+            opening=opens.opening(stream=False, where=asked),
+            overwrite=overwrite,
+            seed=asked.seed,
+        ),
+        summary.show_lines,
     )
 
 

@@ -91,6 +91,16 @@ def bench_lines(result: Result) -> str:
     return "\n".join([table(speed_rows(result), speed_header(result)), "", *notes])
 
 
+def show_lines(result: Result) -> str:
+    """Return how many tokens are left from where on, and where the picture is."""
+    of = result["tokens"]
+    rows = [
+        (f"{one['place']} block {one['block']}", f"{one['kept']} of {of} visual tokens kept")
+        for one in result["drops"]
+    ]
+    return table([*rows, ("where", result["output"])])
+
+
 def methods_lines(result: Result) -> str:
     """Return one line per method."""
     return table([(row["name"], row["family"], row["about"]) for row in result["methods"]])

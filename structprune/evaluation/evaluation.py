@@ -128,7 +128,7 @@ def evaluate(
         for which, one in (("model", model), ("dense", dense)):
             if one is not None:
                 log.info("lm-eval on the %s: %s", which, ", ".join(options.tasks))
-                run = partial(_run_tasks, one, tokenizer, options)
+                run = partial(_run_tasks, one, tokenizer, exam)
                 result.harness[which] = run() if which == "model" else memory.once("tasks", run)
         _add_tasks(result, options.limit)
     return result
@@ -201,7 +201,8 @@ def _side_by_side(
     ]
 
 
-def _run_tasks(model: Model, tokenizer: PreTrainedTokenizerBase, options: EvaluateOptions) -> dict[str, Any]:
+def _run_tasks(model: Model, tokenizer: PreTrainedTokenizerBase, exam: Exam) -> dict[str, Any]:
+    options = exam.options
     return harness(
         model,
         tokenizer,
@@ -209,6 +210,7 @@ def _run_tasks(model: Model, tokenizer: PreTrainedTokenizerBase, options: Evalua
         include_path=options.include_path,
         batch_size=options.batch_size,
         limit=options.limit,
+        processor=exam.processor,
     )
 
 

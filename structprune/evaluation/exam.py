@@ -3,7 +3,7 @@
 A run that has decided for an hour must not stop because a text is missing or a task misspelt.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -57,6 +57,7 @@ class Exam:
         reason: Why there is no text, where there is none; empty where only tasks were asked for.
         workload: What its speed is timed on; None where that was not asked for.
         questions: On images, to be answered.
+        processor: Opens the model's, for tasks with images.
     """
 
     options: EvaluateOptions
@@ -65,6 +66,7 @@ class Exam:
     reason: str = ""
     workload: Workload | None = None
     questions: QuestionExam | None = None
+    processor: Callable[[], ProcessorMixin] | None = None
 
     @property
     def asks(self) -> bool:

@@ -7,12 +7,13 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from structprune.calibration.data import positions
 from structprune.calibration.texts import data_failure
 from structprune.errors import EnvironmentFailure, InputError, QualityError, UsageError
 from structprune.evaluation.perplexity import NOT_FINITE
@@ -21,6 +22,7 @@ from structprune.models.streamed import Model, StreamedModel
 # Only standard errors without a closed form (medians, F1) are drawn; lm-eval's own 100 000 would take
 # minutes.
 BOOTSTRAPS = 1000
+GENERATES = "generate_until"
 
 
 def harness(
@@ -31,8 +33,9 @@ def harness(
     include_path: Path | None = None,
     batch_size: int = 8,
     limit: int | None = None,
+    processor: Callable[[], ProcessorMixin] | None = None,
 ) -> dict[str, Any]:
-    """Run lm-eval tasks.
+    """Run lm-eval tasks; those with images by lm-eval's multimodal model, all others by its model of text.
 
     Args:
         model: In memory.
@@ -42,18 +45,49 @@ def harness(
             a name.
         batch_size: Requests per forward.
         limit: Only so many documents of each task.
+        processor: Opens the model's, which is done only where a task has images; it is left as it is.
 
     Returns:
         lm-eval's results as it returns them, without the samples.
 
     Raises:
-        UsageError: A task is unknown, or the model is streamed.
+        UsageError: A task is unknown, the model is streamed, or a task with images cannot be run.
         InputError: A task's file or data are damaged or missing.
         EnvironmentFailure: lm-eval is not installed, or a task's data cannot be reached.
         QualityError: The model's logits hold NaN.
     """
     _check_runs(streamed=isinstance(model, StreamedModel))
     import lm_eval
+
+    # lm-eval prints while it draws standard errors, and sets a padding token on the tokenizer it is given.
+    bars = contextlib.nullcontext() if sys.stderr.isatty() else _without_bars()
+    with contextlib.redirect_stdout(sys.stderr), bars:
+        manager, names = _find(tasks, include_path)
+        loaded = _load(manager, names)
+        reads_images = _check_images(loaded["tasks"].values())
+        if reads_images and processor is None:
+            raise UsageError(
+                f"lm-eval tasks {', '.join(names)}: they have images, and no processor is there to read them",
+                hint="give the folder of a vision-language model with its processor",
+            )
+        with _quiet():
+            if reads_images and processor is not None:
+                runner = _seeing(model, processor(), batch_size)
+            else:
+                runner = _reading(model, tokenizer, batch_size, ", ".join(tasks))
+        results: dict[str, Any] = lm_eval.simple_evaluate(
+            model=runner,
+            tasks=_outermost(loaded),
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=False,
+        )
+    return results
+
+
+def _reading(model: Model, tokenizer: PreTrainedTokenizerBase, batch_size: int, names: str) -> Any:
+    """Return lm-eval's model of text."""
     from lm_eval.models.huggingface import HFLM
 
     class Finite(HFLM):  # type: ignore[misc]  # lm-eval has no annotations
@@ -62,25 +96,50 @@ def harness(
         def _model_call(self, *inputs: Any, **options: Any) -> Any:
             logits = super()._model_call(*inputs, **options)
             if bool(logits.isnan().any()):
-                raise QualityError(f"lm-eval tasks {', '.join(tasks)}: the logits hold NaN", hint=NOT_FINITE)
+                raise QualityError(f"lm-eval tasks {names}: the logits hold NaN", hint=NOT_FINITE)
             return logits
 
-    # lm-eval prints while it draws standard errors, and sets a padding token on the tokenizer it is given.
-    bars = contextlib.nullcontext() if sys.stderr.isatty() else _without_bars()
-    with contextlib.redirect_stdout(sys.stderr), bars:
-        manager, names = _find(tasks, include_path)
-        loaded = _load(manager, names)
-        with _quiet():
-            runner = Finite(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        results: dict[str, Any] = lm_eval.simple_evaluate(
-            model=runner,
-            tasks=loaded,
-            task_manager=manager,
-            limit=limit,
-            bootstrap_iters=BOOTSTRAPS,
-            log_samples=False,
+    return Finite(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+
+
+def _seeing(model: Model, processor: ProcessorMixin, batch_size: int) -> Any:
+    """Return lm-eval's model of images and text."""
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+
+    class Seeing(HFMultimodalLM):  # type: ignore[misc]  # lm-eval has no annotations
+        """lm-eval's own model; it would forget a processor that it is given, and look for one by name."""
+
+        def _create_tokenizer(self, *_: Any, **__: Any) -> None:
+            self.processor = copy.deepcopy(processor)
+            self.tokenizer = self.processor.tokenizer
+
+    # Beyond these a prompt is cut on the left, where an image may be.
+    return Seeing(
+        pretrained=model, batch_size=batch_size, max_length=positions(model.config), convert_img_format=True
+    )
+
+
+def _check_images(tasks: Collection[Any]) -> bool:
+    """Tell whether tasks have images.
+
+    Raises:
+        UsageError: Some have and others have not; or answers of one are compared by likelihood.
+    """
+    seeing = [task for task in tasks if getattr(task, "MULTIMODAL", False)]
+    if seeing and len(seeing) < len(tasks):
+        raise UsageError(
+            f"lm-eval task {seeing[0].task_name} has images, and others have none",
+            hint="run the tasks with images in a command of their own",
         )
-    return results
+    for task in seeing:
+        if task.OUTPUT_TYPE != GENERATES:
+            # lm-eval pads such requests on the right and masks nothing: what drops tokens would choose by
+            # padding and by the answer that it is shown.
+            raise UsageError(
+                f"lm-eval task {task.task_name}: images with output_type {task.OUTPUT_TYPE}",
+                hint=f"use a task with images whose output_type is {GENERATES}",
+            )
+    return bool(seeing)
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None, *, streamed: bool) -> None:
@@ -181,14 +240,14 @@ def _find(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[st
     return manager, list(dict.fromkeys(name for names in matched.values() for name in names))
 
 
-def _load(manager: Any, names: list[str]) -> list[Any]:
-    """Set up tasks, their data included; return the groups and the tasks that belong to none."""
+def _load(manager: Any, names: list[str]) -> dict[str, Any]:
+    """Set up tasks, their data included; return "groups" and "tasks" by name."""
     import datasets
     import yaml
 
     where = f"lm-eval tasks {', '.join(names)}"
     try:
-        loaded = manager.load(names)
+        loaded: dict[str, Any] = manager.load(names)
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise data_failure(error, where) from error
     except (TypeError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
@@ -197,6 +256,11 @@ def _load(manager: Any, names: list[str]) -> list[Any]:
             f"{where}: cannot be set up: {' '.join(str(error).split())[:300]}",
             hint="check the task's YAML file; `lm-eval ls tasks` lists those that come with lm-eval",
         ) from error
+    return loaded
+
+
+def _outermost(loaded: dict[str, Any]) -> list[Any]:
+    """Return the groups and the tasks that belong to none."""
     nested = {child for group in loaded["groups"].values() for child in group.child_names}
     built = loaded["groups"] | loaded["tasks"]
     return [one for name, one in built.items() if name not in nested]

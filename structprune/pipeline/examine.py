@@ -84,7 +84,8 @@ def prepare_exam(
         same_footing(source.model, tokenizer, dense.model, dense.tokenizer)
     if asked.asks or not isinstance(looked_at, Left):
         processor = source.processor() if asked.questions else None
-        return read_exam(asked, tokenizer, source.model.config, streamed=streamed, processor=processor)
+        exam = read_exam(asked, tokenizer, source.model.config, streamed=streamed, processor=processor)
+        return replace(exam, processor=source.processor)
     if looked_at.text.source == DEMO:
         length = asked.length or min(LEFT_LENGTH, positions(source.model.config) or LEFT_LENGTH)
         sizes = {"text": (DEMO,), "windows": asked.windows or DEMO_WINDOWS, "length": length}

@@ -33,16 +33,16 @@ def main(jobs_file: str) -> None:
             assert isinstance(model, PreTrainedModel)
             asked = read_tensors(Path(job["probe"]))
             found = {"logits": model(input_ids=asked.pop("input_ids"), use_cache=False).logits.contiguous()}
-            engine, counts = engine_of(model), {}
+            engine, watched = engine_of(model), {}
             if asked and engine is not None:
                 image = {name.removeprefix("image."): value for name, value in asked.items()}
-                with engine.counting() as counts:
+                with engine.watching() as watched:
                     found["image_logits"] = model(**image).logits.contiguous()
             save_tensors(Path(job["logits"]), found)
         line = {
             "folder": job["folder"],
             "loader": f"structprune {__version__}",
-            "computed": [list(counts[index]) for index in sorted(counts)],
+            "computed": [[int(one.sum()) for one in watched[index]] for index in sorted(watched)],
         }
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()

@@ -76,6 +76,7 @@ RECOVER = Reading(
 )
 APPLY = Reading("apply", ("revision",), ())
 EVALUATE = Reading("evaluate", ("device", "dtype", "tokenizer", "revision", "evaluate"), ("evaluate",))
+SHOW = Reading("show", ("seed", "device", "dtype"), ())
 BENCH = Reading("bench", ("device", "dtype", "revision", "bench"), ("bench",))
 
 

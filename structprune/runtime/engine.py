@@ -38,7 +38,7 @@ class _Local(threading.local):
     ids: Tensor | None = None
     labels: Tensor | None = None
     paused: int = 0
-    counts: dict[int, tuple[int, int]] | None = None
+    watched: dict[int, tuple[Tensor, Tensor]] | None = None
 
     def __reduce__(self) -> tuple[type["_Local"], tuple[()]]:
         return type(self), ()
@@ -117,17 +117,17 @@ class Engine:
         return self._local.paused > 0
 
     @contextmanager
-    def counting(self) -> Iterator[dict[int, tuple[int, int]]]:
-        """Count the visual tokens of the last forward with an image, in this thread, inside a `with`.
+    def watching(self) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+        """Note which visual tokens the last forward with an image computes, in this thread, inside a `with`.
 
         Yields:
-            Number of the block -> how many its attention and its feed-forward computed.
+            Number of the block -> those of its attention and of its feed-forward, bool [batch, tokens].
         """
-        self._local.counts = {}
+        self._local.watched = {}
         try:
-            yield self._local.counts
+            yield self._local.watched
         finally:
-            self._local.counts = None
+            self._local.watched = None
 
     # One forward, from outside to inside.
 
@@ -194,8 +194,8 @@ class Engine:
             run.choose(drop, states)
         if run.pending is not None:
             states = run.move_to(run.pending, states)
-        if self._local.counts is not None:
-            self._local.counts[index] = (run.visual_tokens(),) * 2
+        if self._local.watched is not None and run.images is not None:
+            self._local.watched[index] = (run.visual_tokens(run.images),) * 2
         run.entered.append(run.kept)
         changed = run.narrowed(index, len(self._blocks), cache, kwargs, self._language)
         return None if changed is None else ((states, *args[1:]), changed)
@@ -223,8 +223,8 @@ class Engine:
             return None
         for drop in self._drops(index, within=True):
             run.choose(drop, args[0])
-        if self._local.counts is not None:
-            self._local.counts[index] = self._local.counts[index][0], run.visual_tokens()
+        if self._local.watched is not None and run.images is not None:
+            self._local.watched[index] = self._local.watched[index][0], run.visual_tokens(run.images)
         return None if run.pending is None else ((run.part_of(run.pending, args[0]), *args[1:]), kwargs)
 
     def _leave_mlp(self, index: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

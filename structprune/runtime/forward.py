@@ -85,13 +85,10 @@ class Forward:
         self.kept, self.pending = narrower, None
         return states
 
-    def visual_tokens(self) -> int:
-        """Return how many visual tokens go on from here."""
-        if self.images is None:
-            return 0
+    def visual_tokens(self, images: Images) -> Tensor:
+        """Return which visual tokens go on from here, bool [batch, tokens]."""
         kept = self.pending or self.kept
-        visual = self.images.visual
-        return int((visual if kept is None else visual & kept.mask(self.length)).sum())
+        return images.visual if kept is None else images.visual & kept.mask(self.length)
 
     @property
     def rows(self) -> Tensor:
