@@ -108,6 +108,9 @@ def recover_run(
         progress: Told (stage, done, total).
     """
     options, evaluate = run.recover or RecoverOptions(), run.evaluate
+    writing.refuse("refer", because="training changes weights, which are then nowhere else")
+    if options.keep_adapter:
+        writing.refuse("link", because="an adapter is written without the weights of its model")
     opening = replace(opening, stream=False, dtype="auto", device=run.device, tokenizer=run.tokenizer)
     clock = Clock()
     with clock.phase("read"):
