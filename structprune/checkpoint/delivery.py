@@ -40,6 +40,7 @@ class Delivery:
         plans: Where its plans go.
         hashes: sha256 of files that were hashed while they were written, by relative path.
         digests: sha256 of the bytes of every stored tensor, where the folder will hold a model.
+        weights: Bytes of its weight files by how they came there, as `Exported` has them.
         scratch: What only a resumed run reads, files or folders; removed in this order before publishing.
     """
 
@@ -49,6 +50,7 @@ class Delivery:
         self.plans = folder / PLANS
         self.hashes: dict[str, str] = {}
         self.digests: dict[Entry, str] = {}
+        self.weights: dict[str, int] = {}
         self.scratch: list[Path] = []
         self.writing = writing
         self._lock = lock

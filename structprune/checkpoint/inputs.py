@@ -10,6 +10,7 @@ from structprune.calibration.text_source import DEMOS
 from structprune.checkpoint.adapter import CONFIG_FILE, CONFIG_LIMIT
 from structprune.checkpoint.locate import demo_folder
 from structprune.errors import InputError, UsageError
+from structprune.storage.reference import read_reference
 from structprune.storage.strict_json import read_json
 
 
@@ -39,7 +40,8 @@ class Input:
 def local_inputs(what: str, source: str | Path | None) -> list[Input]:
     """Return the input that a word on the command line names; none where that is no path that exists here.
 
-    Built-in things ("demo"), names on a hub and the like are nobody's files. An adapter's base is one more.
+    Built-in things ("demo"), names on a hub and the like are nobody's files. An adapter's base is one more,
+    and so is the folder of the weights that a model refers to.
     """
     if source is None or str(source) in DEMOS:
         return []
@@ -84,13 +86,14 @@ def _always() -> list[Input]:
 
 
 def _base_of(what: str, path: Path) -> list[Input]:
-    if not os.path.lexists(path / CONFIG_FILE):
-        return []
-    try:
-        said = read_json(path / CONFIG_FILE, limit_bytes=CONFIG_LIMIT)
-    except InputError:
-        return []  # told by whoever opens it
-    base = said.get("base_model_name_or_path") if isinstance(said, dict) else None
+    """Return where the weights of an adapter's base are, or those that a folder refers to."""
+    base: object = None
+    with suppress(InputError):  # told by whoever opens it
+        if reference := read_reference(path):
+            base = reference.folder
+        elif os.path.lexists(path / CONFIG_FILE):
+            said = read_json(path / CONFIG_FILE, limit_bytes=CONFIG_LIMIT)
+            base = said.get("base_model_name_or_path") if isinstance(said, dict) else None
     return (
         [Input(f"the base of {what}", Path(base))] if isinstance(base, str) and os.path.lexists(base) else []
     )

@@ -1,10 +1,10 @@
 """Whether a folder of ours still is what was written, as far as it is loaded: asked wherever one is opened.
 
 What a model is loaded from is compared: weights, index, configuration, tokenizer, processor, templates, code,
-plans, an adapter, a packing. What shapes nothing may be edited freely: documents (README.md and any other
-Markdown, licences, notices), and the recipe, the report and the plots under `structprune/`; only `verify`
-compares every file. The blocks of a plan are compared by size here: when they are read, they are held to
-hashes of their own.
+plans, an adapter, a packing, a reference to weights elsewhere. What shapes nothing may be edited freely:
+documents (README.md and any other Markdown, licences, notices), and the recipe, the report and the plots
+under `structprune/`; only `verify` compares every file. The blocks of a plan are compared by size here: when
+they are read, they are held to hashes of their own.
 """
 
 import re
@@ -16,6 +16,7 @@ from structprune.checkpoint.manifest import MANIFEST, OURS, Manifest, changes_we
 from structprune.errors import InputError
 from structprune.models.opening import Opening
 from structprune.storage.reader import StoredTensors
+from structprune.storage.reference import REFERENCE
 from structprune.storage.scan import combine
 from structprune.storage.weight_files import PACKING
 
@@ -106,5 +107,5 @@ def changed_tensors(
 
 def _is_loaded(name: str) -> bool:
     if name.startswith(f"{OURS}/"):
-        return name == PACKING or name.startswith(f"{OURS}/plans/")
+        return name in (PACKING, REFERENCE) or name.startswith(f"{OURS}/plans/")
     return not _DOCUMENT.fullmatch(name)

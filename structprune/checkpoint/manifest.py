@@ -16,7 +16,8 @@ from structprune.checkpoint.adapter import TENSOR_FILE as ADAPTER_TENSORS
 from structprune.errors import InputError
 from structprune.plan.block import canonical
 from structprune.storage.durable import DurableFile, sync_folder
-from structprune.storage.safe_open import CHUNK_BYTES, open_regular, read_at
+from structprune.storage.reference import REFERENCE, read_reference
+from structprune.storage.safe_open import hash_file
 from structprune.storage.scan import combine
 from structprune.storage.strict_json import read_json
 from structprune.storage.tensor_file import Entry
@@ -189,6 +190,9 @@ def check_manifest(folder: Path, *, allow_external_symlinks: bool = False) -> li
             problems.append(f"{name} was added: it changes what is loaded")
         elif not name.startswith("."):
             logger.warning("%s: %s was added after the folder was completed", folder, name)
+    reference = read_reference(folder, root)
+    if reference is not None and (problem := reference.changed(whole=True)):
+        problems.append(f"{REFERENCE}: {problem}")
     return problems
 
 
@@ -227,24 +231,6 @@ def list_files(folder: Path) -> list[str]:
     """Return the paths of all files in and under a folder, relative, sorted, without the manifest."""
     found = [path.relative_to(folder).as_posix() for path in _walk(folder)]
     return sorted(name for name in found if name != MANIFEST)
-
-
-def hash_file(path: Path, root: Path | None = None) -> str:
-    """Return the sha256 of a regular file.
-
-    Raises:
-        InputError: Missing, irregular, or a link out of `root`.
-        EnvironmentFailure: The file cannot be read.
-    """
-    digest = hashlib.sha256()
-    buffer = bytearray(CHUNK_BYTES)
-    with open_regular(path, root) as descriptor:
-        size = path.stat().st_size
-        for start in range(0, size, CHUNK_BYTES):
-            chunk = memoryview(buffer)[: min(CHUNK_BYTES, size - start)]
-            read_at(descriptor, chunk, start, path)
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -103,6 +103,23 @@ def _check_place(inputs: Sequence[Input], output: Path) -> Path:
     return final
 
 
+def check_linkable(files: Sequence[Path], output: Path) -> None:
+    """Check that files can get a second name in the output.
+
+    Raises:
+        EnvironmentFailure: They lie on another disk.
+    """
+    place = _nearest(Path(os.path.realpath(output)))
+    for file in files:
+        with blame(output):
+            elsewhere = file.exists() and file.stat().st_dev != place.stat().st_dev
+        if elsewhere:
+            raise EnvironmentFailure(
+                f"--link: {file} and {output} are on different disks, where a file cannot have two names",
+                hint="choose an output on the disk of the model, or leave --link out",
+            )
+
+
 def _check_removable(final: Path, output: Path) -> None:
     """Check that all of an existing folder can be removed once the new one is there."""
     folders = [(final, final.parent)]

@@ -41,7 +41,7 @@ _RESULT = (
     *(re.escape(name) for name in (MANIFEST, SINGLE, INDEX, PACKING, FILE, CONFIG_FILE, TENSOR_FILE)),
     r"(model|packed)-\d+-of-\d+\.safetensors",
     r"config\.json|README\.md",
-    rf"{OURS}/(recipe\.yaml|run\.json|report\.json|plots/\w+\.png|evaluation/lm_eval-\w+\.json)",
+    rf"{OURS}/(recipe\.yaml|run\.json|report\.json|weights\.json|plots/\w+\.png|evaluation/lm_eval-\w+\.json)",
     rf"{OURS}/source/.+",
 )
 # Activations on disk of a walk that was killed.

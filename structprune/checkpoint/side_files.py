@@ -7,6 +7,7 @@ from pathlib import Path
 from structprune.checkpoint.manifest import MANIFEST, OURS
 from structprune.models.opening import Opening
 from structprune.storage.durable import DurableFile, blame
+from structprune.storage.reference import read_reference
 from structprune.storage.safe_open import CHUNK_BYTES, open_regular, read_at
 
 # Weights in any format (the new folder gets its own), archives, and pictures of the old model card.
@@ -76,7 +77,9 @@ def copied_names(source: Path, tokenizer: str | Path | None = None) -> list[str]
         tokenizer: Another folder, with the tokenizer.
     """
     others = side_files(Path(tokenizer).expanduser()) if tokenizer is not None else []
-    return [*side_files(source), *(path.name for path in source.glob("*.safetensors")), *others]
+    reference = read_reference(source)
+    weights = reference.files if reference else [path.name for path in source.glob("*.safetensors")]
+    return [*side_files(source), *weights, *others]
 
 
 def copy_side_files(source: Path, dest: Path, *, allow_external_symlinks: bool = False) -> dict[str, str]:

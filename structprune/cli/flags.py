@@ -14,7 +14,7 @@ from structprune.errors import UsageError
 from structprune.recipe.options import Where, sparsity_of
 
 if TYPE_CHECKING:
-    from structprune.checkpoint.writing import Writing
+    from structprune.checkpoint.writing import Unchanged, Writing
     from structprune.models.opening import Opening
 
 
@@ -133,10 +133,23 @@ class WritingFlags:
         bool, typer.Option("--overwrite", help="Replace OUT once the new result is complete.")
     ] = False
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left.")] = False
+    link: Annotated[bool, typer.Option("--link", help="Hard links for weight files that do not change.")] = (
+        False
+    )
+    refer: Annotated[
+        bool, typer.Option("--refer", help="No weights, only where they are; structprune alone opens it.")
+    ] = False
 
     def writing(self) -> "Writing":
-        """Return how a result is written."""
-        return structprune.Writing(overwrite=self.overwrite, restart=self.restart)
+        """Return how a result is written.
+
+        Raises:
+            UsageError: Two flags exclude each other.
+        """
+        if self.link and self.refer:
+            raise UsageError("--link and --refer are two ways to leave weights out", hint="give one of them")
+        unchanged: Unchanged = "link" if self.link else "refer" if self.refer else "copy"
+        return structprune.Writing(overwrite=self.overwrite, restart=self.restart, unchanged=unchanged)
 
     def output(self, first: Path | None) -> Path | None:
         """Return OUT, which either stands behind MODEL or is given by its flag.

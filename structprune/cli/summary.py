@@ -10,6 +10,14 @@ from structprune.report.speed import speed_header, speed_notes, speed_rows
 
 Result = Mapping[str, Any]
 
+# What became of weight files of which nothing changed.
+WAYS = {
+    "copied": "copied unchanged",
+    "reflinked": "shared with the model's until either is edited",
+    "linked": "hard links to the model's: an edit of one changes both",
+    "referred": "not in the folder, only where they are",
+}
+
 
 def run_lines(result: Result) -> str:
     """Return what a run asked, got, where it lies and who can load it."""
@@ -31,6 +39,7 @@ def run_lines(result: Result) -> str:
         ("asked", ", ".join(f"{one['method']} {_exact(one['asked'])}" for one in goals) or result["method"]),
         *([("found", f"{_exact(found['sparsity'])} zero, {found['pattern']}")] if found["pruned"] else []),
         ("got", ", ".join(got)),
+        *([("weights", told)] if (told := _unchanged(result.get("weights") or {})) else []),
         ("where", where),
         ("loads in", ", ".join(result["loads_in"]) or "nothing that was tried"),
     ]
@@ -159,6 +168,12 @@ def _reached(stage: Result) -> str:
     if stage["measured"] == stage["reachable"]:
         return removed
     return f"{removed} ({_exact(stage['reachable'])} reachable)"
+
+
+def _unchanged(weights: Mapping[str, int]) -> str:
+    """Return what became of weight files of which nothing changed; "" where there are none."""
+    said = [f"{WAYS[way]} ({bytes_text(size)})" for way, size in weights.items() if way in WAYS]
+    return ", ".join(said and [*said, *(["the others written anew"] * ("written" in weights))])
 
 
 def _reasons(left: list[Mapping[str, str]]) -> str:

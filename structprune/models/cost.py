@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from structprune.models.arch import HasSkeleton
 from structprune.models.tensor_edit import Layout
 from structprune.models.twin import twin_of
+from structprune.storage.reference import read_reference
 from structprune.storage.tensor_file import encode_header, nbytes_of
 
 logger = logging.getLogger(__name__)
@@ -96,8 +97,17 @@ def default_length(model: PreTrainedModel | HasSkeleton) -> int:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Return the bytes of the safetensors files of a model folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    """Return the bytes of the weight files of a model folder, or of those that it refers to."""
+    reference = read_reference(folder)
+    return reference.nbytes if reference else sum(file.stat().st_size for file in weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of a model folder, or those that it refers to."""
+    reference = read_reference(folder)
+    return (
+        [reference.base / name for name in reference.files] if reference else [*folder.glob("*.safetensors")]
+    )
 
 
 def parameters_of(model: PreTrainedModel) -> int:

@@ -17,6 +17,7 @@ from structprune.plan.plan import Plan
 from structprune.storage.header import TensorInfo
 from structprune.storage.reader import StoredTensors
 from structprune.storage.tensor_file import nbytes_of
+from structprune.storage.unchanged import StoredFile
 
 
 class EditedReader(StoredTensors):
@@ -50,6 +51,7 @@ class EditedReader(StoredTensors):
         edited = edited_layout(below.layout, plan)
         called = new_names((name for entries in edited.values() for name, _, _ in entries), plan)
         self._before = {new: old for old, new in called.items()}
+        self._edited = {key.name for key in plan if key.edit != "none"}
         left = renumber(edited, plan)
         for file, entries in left.items():
             self.shards[file] = tuple(name for name, _, _ in entries)
@@ -73,6 +75,12 @@ class EditedReader(StoredTensors):
         if value is None:
             value = keep_indices(name, self._below.read(name), self._plan)
         return apply_mask(name, value.to(info.dtype), info.shape, self._plan)
+
+    def stored_file(self, file: str) -> StoredFile | None:
+        """Return the weight file that holds a shard as it stands here; None where it is changed."""
+        names = self.shards[file]
+        same = names == self._below.shards.get(file) and all(self._before[name] == name for name in names)
+        return self._below.stored_file(file) if same and self._edited.isdisjoint(names) else None
 
 
 Reader = StoredTensors

@@ -5,7 +5,7 @@ No code of the folder runs unless it is trusted.
 
 import logging
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -84,6 +84,12 @@ def _needs_code(reader: Reader) -> bool:
     return has_custom_code(own_config(reader.config))
 
 
+def task_of(config: PreTrainedConfig) -> Literal["text-generation", "image-text-to-text"]:
+    """Return what a model is for, as hubs call it; which class opens it hangs on that."""
+    vision = config.get_text_config() is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return "image-text-to-text" if vision else "text-generation"
+
+
 def build_skeleton(reader: Reader, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Return the module tree of a config, in eval mode: parameters on the meta device, buffers real.
 
@@ -95,7 +101,7 @@ def build_skeleton(reader: Reader, config: PreTrainedConfig, dtype: torch.dtype)
     Raises:
         InputError: No causal language model can be built of it.
     """
-    vision = config.get_text_config() is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    vision = task_of(config) == "image-text-to-text"
     custom = _needs_code(reader)
     if not (vision or custom or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
         raise InputError(

@@ -40,10 +40,18 @@ class Passed:
 
 @dataclass
 class Call:
-    """Everything but the hidden states that one block was called with, for one batch."""
+    """Everything but the hidden states that one block was called with, for one batch.
+
+    Attributes:
+        args: Further arguments by place.
+        kwargs: Arguments by name.
+        added: What the model adds to the block's output before the next one, as Qwen3-VL does features of
+            images; None where it adds nothing.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    added: Tensor | None = None
 
 
 class Block:
@@ -145,10 +153,10 @@ class Block:
             yield Passed(without_padding(hidden, real), without_padding(after, real), inside)
 
     def run(self, hidden: Tensor, call: Call) -> Tensor:
-        """Return the block's output states for one batch, shape [batch, tokens, hidden]."""
+        """Return what comes of one batch after the block, shape [batch, tokens, hidden]."""
         output = self.module(hidden, *call.args, **call.kwargs)
         states: Tensor = output[0] if isinstance(output, tuple) else output
-        return states
+        return states if call.added is None else states + call.added
 
 
 class Walk:
@@ -220,12 +228,15 @@ def capture(model: Model, batches: Sequence[Batch], keep: Callable[[Tensor], Non
     body = skeleton(model).base_model
     found = blocks(model)
     calls: list[list[Call]] = [[] for _ in found]
+    returned: list[Tensor] = []
 
     def recorder(index: int) -> Callable[..., Tensor]:
         def record(*args: Any, **kwargs: Any) -> Tensor:
             states: Tensor = args[0] if args else kwargs["hidden_states"]
             if index == 0:
                 keep(states)
+            elif states is not returned[-1] and bool(states.any()):
+                calls[index - 1][-1].added = states
             kept = {
                 name: value
                 for name, value in kwargs.items()
@@ -241,7 +252,9 @@ def capture(model: Model, batches: Sequence[Batch], keep: Callable[[Tensor], Non
                     },
                 )
             )
-            return states
+            # Nothing, so that the next block is called with what the model itself adds in between.
+            returned[:] = [torch.zeros_like(states)]
+            return returned[-1]
 
         return record
 

@@ -13,12 +13,12 @@ from structprune.checkpoint.side_files import check_side_files, copied_names
 from structprune.checkpoint.source import open_source
 from structprune.checkpoint.writing import Writing
 from structprune.errors import InputError
-from structprune.models.cost import weight_bytes
 from structprune.models.opening import Opening
 from structprune.pipeline.decision import shaping_versions, write
 from structprune.pipeline.examine import prepare_exam
 from structprune.pipeline.finish import finish
 from structprune.pipeline.kept import write_recipe
+from structprune.pipeline.room import bytes_written
 from structprune.progress import Clock, Progress, silent
 from structprune.pruners.catalogue import find
 from structprune.recipe.draft import ApplyRun
@@ -61,6 +61,8 @@ def _apply(run: ApplyRun, opening: Opening, writing: Writing, progress: Progress
     clock = Clock()
     with clock.phase("read"):
         folder = resolve(run.model, revision=run.revision)
+        plans = read_plans(plan)
+        chosen = [find(one.method).model_validate(one.config) for one in plans]
         final = check_output(
             [
                 *local_inputs("the model", folder),
@@ -69,11 +71,10 @@ def _apply(run: ApplyRun, opening: Opening, writing: Writing, progress: Progress
             ],
             run.output,
             overwrite=writing.overwrite,
-            needed_bytes=weight_bytes(folder),
+            needed_bytes=bytes_written(folder, chosen, run.output, writing),
         )
         check_side_files(folder, opening)
         check_stored(folder)
-        plans = read_plans(plan)
         source = open_source(run.model, folder, opening)
         if plans[0].weights != source.scan.weights:
             raise InputError(
@@ -85,11 +86,12 @@ def _apply(run: ApplyRun, opening: Opening, writing: Writing, progress: Progress
         "plans": [one.id for one in plans],
         "weights": source.scan.weights,
         "versions": shaping_versions(),
+        **writing.shaping,
     }
     with deliver(final, shaped, writing, files=copied_names(folder, source.opening.tokenizer)) as work:
         write_recipe(work, run)
-        for one in plans:
-            find(one.method).model_validate(one.config).apply(source.model, one)
+        for pruner, one in zip(chosen, plans, strict=True):
+            pruner.apply(source.model, one)
         save_plans(plans, work.plans)
         with clock.phase("write"):
             write(source, work, plans, progress)

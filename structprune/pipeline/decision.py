@@ -201,7 +201,10 @@ def write(source: Source, work: Delivery, plans: Sequence[Plan], progress: Progr
     reader: Reader = source.reader
     for plan in plans:
         reader = EditedReader(reader, plan)
-    work.note(*export(reader, work.folder, progress, tokenizer=source.opening.tokenizer))
+    unchanged = work.writing.unchanged
+    written = export(reader, work.folder, progress, None, source.opening.tokenizer, unchanged)
+    work.note(written.hashes, written.digests)
+    work.weights |= written.weights
 
 
 def read_scores(folder: Path, stages: Sequence[Pruner], source: Source) -> Plan:

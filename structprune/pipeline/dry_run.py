@@ -29,6 +29,7 @@ from structprune.models.tokenizer import check_vocabulary, open_tokenizer
 from structprune.pipeline.decision import check_kind
 from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import may_stand
+from structprune.pipeline.room import bytes_written
 from structprune.pipeline.sweep import recipes_of
 from structprune.proof.prior import prior_of, tell_prior
 from structprune.pruners.forecast import forecast_all
@@ -67,7 +68,8 @@ def dry_run(
     folder = resolve(recipe.model, revision=recipe.revision)
     size = weight_bytes(folder)
     inputs = inputs_of_recipe(recipe, folder)
-    check_output(inputs, recipe.output, overwrite=may_stand(recipe.output, writing), needed_bytes=size)
+    needed = bytes_written(folder, recipe.prune, recipe.output, writing)
+    check_output(inputs, recipe.output, overwrite=may_stand(recipe.output, writing), needed_bytes=needed)
     check_stored(folder)
     opened, scan = open_outline(folder, opening)
     assert isinstance(opened.reader, CheckpointReader)
@@ -101,14 +103,19 @@ def dry_run(
         "bytes": {"dense": size, "pruned": file_bytes(stored_layout(left), opened.reader.metadata)},
         "streamed": streamed,
         "memory_bytes": memory,
-        "disk_bytes": size + opened.reader.nbytes // 16,
-        "loads_in": [
-            "transformers with trust_remote_code" if needs_code(left.config) else "transformers",
-            "structprune",
-        ],
+        "disk_bytes": needed + opened.reader.nbytes // 16,
+        "loads_in": _loaders(left, writing),
         "bench": asdict(load) if load is not None else None,
         "note": _note(recipe, opened, left),
     }
+
+
+def _loaders(left: PreTrainedModel, writing: Writing) -> list[str]:
+    """Return what will open the result."""
+    if writing.unchanged == "refer":
+        return ["structprune"]
+    plain = "transformers with trust_remote_code" if needs_code(left.config) else "transformers"
+    return [plain, "structprune"]
 
 
 def _note(recipe: Recipe, opened: StreamedModel, left: PreTrainedModel) -> str:

@@ -13,7 +13,7 @@ from structprune.checkpoint.delivery import Delivery, deliver
 from structprune.checkpoint.inputs import local_inputs
 from structprune.checkpoint.integrity import check_weights, intact_manifest
 from structprune.checkpoint.locate import resolve
-from structprune.checkpoint.manifest import MANIFEST, Manifest, hash_file, list_files, read_manifest
+from structprune.checkpoint.manifest import MANIFEST, Manifest, list_files, read_manifest
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.packing import Form, Scheme
 from structprune.checkpoint.partial import FINGERPRINT, PLANS
@@ -27,6 +27,8 @@ from structprune.progress import Progress, silent
 from structprune.proof.measure import Place, places
 from structprune.storage.header import DTYPE_NAMES
 from structprune.storage.reader import CheckpointReader
+from structprune.storage.reference import read_reference
+from structprune.storage.safe_open import hash_file
 from structprune.storage.weight_files import PACKING
 
 HINTS: Mapping[str, str] = {
@@ -82,7 +84,13 @@ def export(
     schemes: dict[str, Scheme] = {scheme: scheme for scheme in get_args(Scheme)}
     if to not in (*schemes, "dense"):
         raise UsageError(f"{to!r} is no way to store weights", hint="one of: 2:4, bitmask, dense")
+    writing.refuse("link", "refer", because="an export writes every weight anew")
     folder = resolve(model)
+    if reference := read_reference(folder):
+        raise InputError(
+            f"{folder}: holds no weights of its own, they are those of {reference.folder}",
+            hint="export that folder",
+        )
     final = check_output(
         local_inputs("the model", folder),
         Path(output),

@@ -12,6 +12,7 @@ from structprune.evaluation.evaluation import Evaluation, evaluate, gate, nothin
 from structprune.evaluation.exam import Exam
 from structprune.evaluation.memory import Memory
 from structprune.models.cost import weight_bytes
+from structprune.models.skeleton import task_of
 from structprune.pipeline.bench import measure_speed, written_contenders
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress
@@ -89,7 +90,13 @@ def finish(
         evaluation=evaluation.as_json() | {"generations": evaluation.generations},
     )
     phases = {name: round(seconds, 3) for name, seconds in clock.phases.items()}
-    made |= {"found": source.prior, "phases": phases, **record.more}
+    made |= {
+        "found": source.prior,
+        "phases": phases,
+        "weights": work.weights,
+        "task": task_of(source.model.config),
+        **record.more,
+    }
     if exam.workload is not None:
         made["bench"] = plain(speed)
     evaluation.save_harness(work.folder / "structprune" / "evaluation")

@@ -11,7 +11,6 @@ from structprune.checkpoint.output import check_output
 from structprune.checkpoint.side_files import copied_names
 from structprune.checkpoint.writing import Writing
 from structprune.evaluation.memory import Memory
-from structprune.models.cost import weight_bytes
 from structprune.models.opening import Opening
 from structprune.pipeline.decision import (
     calibrate_on,
@@ -26,6 +25,7 @@ from structprune.pipeline.finish import finish, record_of
 from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import kept_report, may_stand, write_recipe
 from structprune.pipeline.recover import check_recovery, recover_run
+from structprune.pipeline.room import bytes_written
 from structprune.pipeline.shared import assist, check_shared
 from structprune.progress import Clock, Progress, silent
 from structprune.pruners.pruner import Pruner
@@ -96,7 +96,7 @@ def prune_recipe(
         clock = Clock()
         with clock.phase("read"):
             folder = resolve(recipe.model, revision=recipe.revision)
-            needed = weight_bytes(folder)
+            needed = bytes_written(folder, recipe.prune, recipe.output, writing)
             inputs = inputs_of_recipe(recipe, folder, scores)
             standing = may_stand(recipe.output, writing)
             final = check_output(inputs, recipe.output, overwrite=standing, needed_bytes=needed)
@@ -111,6 +111,7 @@ def prune_recipe(
             exam = prepare_exam(recipe.evaluate, source, calibration.left if calibration else None)
             exam = with_bench(exam, recipe.bench, source)
         run = fingerprint(recipe, source, calibration) | ({"scores": kept.id} if kept else {})
+        run |= writing.shaping
         check_shared(recipe, calibration, run, ranks)
         if not ranks.first:
             assist(recipe.prune, source, calibration, ranks)

@@ -115,6 +115,9 @@ def _recover_on(
     ranks: Ranks, run: RecoverRun, saved: Run, *, opening: Opening, writing: Writing, progress: Progress
 ) -> dict[str, Any]:
     options, evaluate = run.recover or RecoverOptions(), run.evaluate
+    writing.refuse("refer", because="training changes weights, which are then nowhere else")
+    if options.keep_adapter:
+        writing.refuse("link", because="an adapter is written without the weights of its model")
     opening = replace(opening, stream=False, dtype="auto", device=run.device, tokenizer=run.tokenizer)
     clock = Clock()
     with clock.phase("read"):

@@ -60,8 +60,10 @@ def publish_merged(work: Delivery, task: Task, recovery: Recovery, recipe: str) 
             task.progress,
             replaced=changed,
             tokenizer=task.source.opening.tokenizer,
+            unchanged=work.writing.unchanged,
         )
-        work.note(*written)
+        work.note(written.hashes, written.digests)
+        work.weights |= written.weights
         save_plans(task.plans, work.plans)
     record = RunRecord(
         method="+".join([*(plan.method for plan in task.plans), "recover"]),

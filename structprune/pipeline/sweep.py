@@ -19,7 +19,6 @@ from structprune.checkpoint.writing import Writing
 from structprune.errors import UsageError
 from structprune.evaluation.memory import Memory
 from structprune.machine import launch
-from structprune.models.cost import weight_bytes
 from structprune.models.opening import Opening
 from structprune.models.streamed import open_skeleton
 from structprune.pipeline.decision import (
@@ -34,6 +33,7 @@ from structprune.pipeline.finish import finish, record_of
 from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import kept_report, may_stand, write_recipe
 from structprune.pipeline.prune import prune_recipe
+from structprune.pipeline.room import bytes_written
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress, silent
 from structprune.pruners.forecast import forecast_all
@@ -147,7 +147,7 @@ def sweep(
     clock = Clock()
     with clock.phase("read"):
         folder = resolve(recipe.model, revision=recipe.revision)
-        needed = weight_bytes(folder)
+        needed = bytes_written(folder, recipe.prune, recipe.output, writing)
         inputs = inputs_of_recipe(recipe, folder)
         finals = {
             name: check_output(
@@ -159,7 +159,7 @@ def sweep(
         calibration = calibrate_on(recipe, source)
         exam = prepare_exam(recipe.evaluate, source, calibration.left if calibration else None)
         exam = with_bench(exam, recipe.bench, source)
-    prints = {name: fingerprint(one, source, calibration) for name, one in recipes.items()}
+    prints = {name: fingerprint(one, source, calibration) | writing.shaping for name, one in recipes.items()}
     runs = {name: kept_report(finals[name], prints[name], recipe, writing) for name in recipes}
     missing = {name: one for name, one in recipes.items() if runs[name] is None}
     for name in missing:

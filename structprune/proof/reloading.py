@@ -21,7 +21,7 @@ from structprune.proof.image_probe import image_probe
 from structprune.proof.reload_streamed import loader
 from structprune.proof.verification import Verification
 from structprune.runtime.engine import paused
-from structprune.storage.reader import StoredTensors
+from structprune.storage.reader import CheckpointReader, StoredTensors
 from structprune.storage.scratch import scratch_folder
 
 
@@ -74,12 +74,13 @@ def check_reload(
             same, said = _compared([logits(reference, batch).cpu() for batch in asked], ours)
         result.row("logits", [] if same else [f"this run's model: {said}"], f"this run's model: {said}")
     dtype = str(model.dtype).removeprefix("torch.")
-    # A streamed reload is our own, which runs no file of ours.
-    with nullcontext((reader.folder, False)) if stream else _runnable(reader) as (folder, generated):
+    # A streamed reload is our own, which runs no file of ours; no other opens weights that are elsewhere.
+    own = stream or (isinstance(reader, CheckpointReader) and reader.refers)
+    with nullcontext((reader.folder, False)) if own else _runnable(reader) as (folder, generated):
         trusted = opening.trust_remote_code or generated
         how = replace(opening, dtype=dtype, trust_remote_code=trusted)
         job = fresh_process.ReloadJob(folder, ids, how, image)
-        (child,) = fresh_process.reload([job], how="streamed" if stream else "plain")
+        (child,) = fresh_process.reload([job], how="streamed" if own else "plain")
     if child.logits is None:
         result.row("reload", [f"a fresh process could not open the folder: {child.error}"], "")
         return

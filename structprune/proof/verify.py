@@ -13,6 +13,7 @@ from structprune.checkpoint.packed import SOURCE, changed_files, is_packed
 from structprune.checkpoint.packed_reader import PackedReader
 from structprune.checkpoint.plans import plans_of
 from structprune.errors import InputError, counted
+from structprune.models.cost import weight_bytes
 from structprune.models.identity import architecture_of
 from structprune.models.opening import Opening
 from structprune.models.streamed import Model, StreamedModel, build_model, open_reader
@@ -180,7 +181,7 @@ def _summarise(result: Verification, model: StreamedModel, held: Held) -> None:
     counted = [name for name in found if name not in names.duplicates and names.module_of.get(name) in real]
     result.parameters = sum(found[name].size for name in counted)
     result.nonzero = result.parameters - sum(found[name].zeros for name in counted)
-    result.bytes = sum((reader.folder / file).stat().st_size for file in reader.shards)
+    result.bytes = weight_bytes(reader.folder)
     chosen = set().union(*(stage.prunable for stage in held.stages)) if held.stages else set(held.where)
     chosen &= found.keys()
     size = sum(found[name].size for name in chosen)

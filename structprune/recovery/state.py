@@ -17,13 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torch.optim import Optimizer
 
-from structprune.checkpoint.manifest import hash_file
 from structprune.errors import InputError
 from structprune.plan.block import canonical
 from structprune.recovery.masked_lora import MaskedLayers
 from structprune.recovery.outcome import HeldOutCheck, Recovery
 from structprune.storage.durable import DurableFile, blame
 from structprune.storage.header import read_header
+from structprune.storage.safe_open import hash_file
 from structprune.storage.strict_json import read_json
 from structprune.storage.tensor_file import read_tensor, save_tensors
 

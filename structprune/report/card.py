@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from structprune.report.figures import fraction
+from structprune.report.figures import bytes_text, fraction
 from structprune.report.report import table
 from structprune.report.speed import speed_header, speed_notes, speed_rows
 from structprune.storage.durable import DurableFile
@@ -37,6 +37,14 @@ LEFT = (
     "block on average, which is {visual_flops:.2%} of the operations that they cost there, and "
     "{image_flops:.2%} with the vision tower; to choose them costs {selection_flops:.2%} ({counted})"
 )
+# Of weight files that no stage changed: what they are in this folder.
+WAYS = {
+    "copied": "a copy of those of `{base}`, byte for byte",
+    "reflinked": "those of `{base}`, byte for byte; the file system keeps them once until either is edited",
+    "linked": "hard links to those of `{base}`: **an edit of one is an edit of both**",
+    "referred": "those of `{base}`, and not in this folder: it holds their place and their sha256. **Only "
+    "structprune opens it**, as long as they are there and unchanged",
+}
 PATTERN = (
     " The {pattern} pattern holds in every pruned matrix; hardware with support for it can use it, after the "
     "weights were converted to its own format."
@@ -61,9 +69,10 @@ def write_card(
     name = Path(report["output"]).name
     shown = _base_name(base)
     results = list(_results(report))
+    referred = "referred" in (report.get("weights") or {})
     data = ModelCardData(
         base_model=shown,
-        library_name="transformers",
+        library_name="structprune" if referred else "transformers",
         tags=[
             "pruning",
             *(["sparse"] if report["sparsity"] else []),
@@ -72,7 +81,7 @@ def write_card(
         ],
         model_name=name,
         eval_results=results or None,
-        **({"pipeline_tag": "text-generation"} | _inherited(source)),
+        **({"pipeline_tag": report.get("task", "text-generation")} | _inherited(source)),
     )
     if not results:
         data.pop("model_name")
@@ -99,6 +108,7 @@ def _sections(folder: Path, report: Mapping[str, Any], name: str, base: str, rec
     for stage in running:
         left = stage["while_running"]
         yield RUNNING.format(method=stage["method"], left=LEFT.format(**left) if "tokens" in left else "")
+    yield from _unchanged(report, base)
     yield from (f"Note: {stage['note']}." for stage in report.get("stages", ()) if "note" in stage)
     yield "## Dense and pruned"
     yield _markdown(("", "dense", "pruned"), table(report))
@@ -157,6 +167,15 @@ def _before(report: Mapping[str, Any]) -> str:
         f"It was pruned before: {fraction(found['sparsity'])} of the weights of its linears were zero, "
         f"pattern {found['pattern']}{by}. What was asked for and achieved counts these zeros."
     )
+
+
+def _unchanged(report: Mapping[str, Any], base: str) -> Iterator[str]:
+    """Yield one line per way in which weight files that nothing changed came into the folder."""
+    weights = report.get("weights") or {}
+    for way, said in WAYS.items():
+        if way in weights:
+            which = "Weight files" if "written" in weights else "The weight files"
+            yield f"{which} of {bytes_text(weights[way])} are {said.format(base=base)}."
 
 
 def _protocol(report: Mapping[str, Any]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from structprune.storage.header import DTYPE_NAMES, MAX_NAMES, Header, TensorInf
 from structprune.storage.scan import Scan, scan_files
 from structprune.storage.stored_config import read_config, refuse_quantised_tensors
 from structprune.storage.tensor_file import Entry, read_tensor
+from structprune.storage.unchanged import StoredFile
 from structprune.storage.weight_files import compare_with_index, find_weights
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,14 @@ class StoredTensors(ABC):
             InputError: There is no such tensor, or it is damaged.
         """
 
+    def stored_file(self, file: str) -> StoredFile | None:
+        """Return the weight file that holds a shard as it stands here; None where something of it is changed.
+
+        Args:
+            file: A key of `shards`.
+        """
+        return None
+
     @property
     def layout(self) -> dict[str, list[Entry]]:
         """Return file -> (name, dtype, shape) of its tensors in order, as `ShardWriter` takes it."""
@@ -91,6 +100,7 @@ class CheckpointReader(StoredTensors):
         indexed: The folder has a model.safetensors.index.json.
         index_metadata: The `metadata` of the index; None where there is none.
         root: The folder, or None where links may lead anywhere; for `safe_open.check_link`.
+        weights_folder: Where the weight files are: the folder, or another that it refers to.
         patch: What plans have patched in config.json: nothing, these are files.
 
     Raises:
@@ -110,13 +120,15 @@ class CheckpointReader(StoredTensors):
         self._allow_nonfinite = allow_nonfinite
         self.root = None if allow_external_symlinks else folder
         weights = find_weights(folder, self.root)
+        self.weights_folder = weights.folder
+        self._weights_root = None if allow_external_symlinks else weights.folder
         self.config: dict[str, Any] = read_config(folder / "config.json", self.root)
         self.patch: dict[str, Any] = {}
         self._headers: dict[str, Header] = {}
         self.tensors = {}
         for file in weights.files:
-            header = read_header(folder / file, self.root)
-            _check_format(folder / file, header)
+            header = read_header(weights.folder / file, self._weights_root)
+            _check_format(weights.folder / file, header)
             self._headers[file] = header
             if sum(len(known.tensors) for known in self._headers.values()) > MAX_NAMES:
                 raise InputError(
@@ -147,7 +159,17 @@ class CheckpointReader(StoredTensors):
                 f"{self.folder}: no tensor {name!r}", hint="ask for one of the names in `tensors`"
             )
         info = self.tensors[name]
-        return read_tensor(self.folder / info.file, info, self._headers[info.file], self.root)
+        path = self.weights_folder / info.file
+        return read_tensor(path, info, self._headers[info.file], self._weights_root)
+
+    @property
+    def refers(self) -> bool:
+        """Tell whether the weight files are those of another folder."""
+        return self.weights_folder != self.folder
+
+    def stored_file(self, file: str) -> StoredFile:
+        """Return a weight file."""
+        return StoredFile(self.weights_folder / file, self._weights_root, self._headers[file])
 
     def scan(self, ignored: Callable[[str], bool] = lambda name: False) -> Scan:
         """Read every byte of the weights once; see `Scan`.
@@ -159,8 +181,8 @@ class CheckpointReader(StoredTensors):
             InputError: Another tensor holds NaN or infinity, and the reader does not allow it.
         """
         if not self._allow_nonfinite:
-            return scan_files(self.folder, self._headers, self.root, ignored)
-        scan = scan_files(self.folder, self._headers, self.root, lambda name: True)
+            return scan_files(self.weights_folder, self._headers, self._weights_root, ignored)
+        scan = scan_files(self.weights_folder, self._headers, self._weights_root, lambda name: True)
         bad = [name for name, found in scan.tensors.items() if found.nans or found.infinities]
         if bad := [name for name in bad if not ignored(name)]:
             logger.warning("%s: NaN or infinite values in %s", self.folder, ", ".join(bad[:5]))

@@ -1,5 +1,6 @@
 """Opening files of a model folder: regular files only, never blocking, no link that leaves the folder."""
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -110,6 +111,24 @@ def read_whole(path: Path, *, limit_bytes: int, root: Path | None = None) -> byt
         data = bytearray(size)
         read_at(descriptor, memoryview(data), 0, path)
     return bytes(data)
+
+
+def hash_file(path: Path, root: Path | None = None) -> str:
+    """Return the sha256 of a regular file.
+
+    Raises:
+        InputError: Missing, irregular, or a link out of `root`.
+        EnvironmentFailure: The file cannot be read.
+    """
+    digest = hashlib.sha256()
+    buffer = bytearray(CHUNK_BYTES)
+    with open_regular(path, root) as descriptor:
+        size = path.stat().st_size
+        for start in range(0, size, CHUNK_BYTES):
+            chunk = memoryview(buffer)[: min(CHUNK_BYTES, size - start)]
+            read_at(descriptor, chunk, start, path)
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _refuse_irregular(path: Path, status: os.stat_result) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from structprune.errors import EnvironmentFailure, InputError, counted
+from structprune.storage.reference import REFERENCE, check_reference, read_reference
 from structprune.storage.strict_json import read_json
 
 INDEX_HINT = "the index is damaged; fetch the model again"
@@ -30,11 +31,13 @@ class WeightFiles:
     """The weight files of a folder.
 
     Attributes:
+        folder: Where they are: the model's folder, or another that it refers to.
         files: Their names, sorted.
         weight_map: Tensor -> file as the index has it; None where there is no index.
         index_metadata: The `metadata` of the index; None where there is no index.
     """
 
+    folder: Path
     files: tuple[str, ...]
     weight_map: dict[str, str] | None
     index_metadata: dict[str, Any] | None
@@ -49,7 +52,7 @@ def find_weights(folder: Path, root: Path | None) -> WeightFiles:
 
     Raises:
         InputError: An adapter, another format, pickles only, an index that is damaged or names a path,
-            missing or left-over shards.
+            missing or left-over shards; or files of another folder that are gone or were changed.
     """
     names = _list(folder)
     if (folder / PACKING).exists():
@@ -64,12 +67,17 @@ def find_weights(folder: Path, root: Path | None) -> WeightFiles:
             "merged with its merge_and_unload",
         )
     numbered = sorted(name for name in names if _NUMBERED.fullmatch(name))
-    if INDEX in names:
+    if (reference := read_reference(folder, root)) is not None:
+        check_reference(folder, reference)
+        files = WeightFiles(reference.base, tuple(sorted(reference.files)), None, None)
+        left_over = [name for name in [*numbered, SINGLE, INDEX] if name in names]
+        reason = f"beside {REFERENCE}, which says that they are elsewhere"
+    elif INDEX in names:
         files = _read_index(folder, root)
         left_over = [name for name in [*numbered, SINGLE] if name in names and name not in files.files]
         reason = f"not named in {INDEX}"
     elif SINGLE in names:
-        files = WeightFiles((SINGLE,), None, None)
+        files = WeightFiles(folder, (SINGLE,), None, None)
         left_over, reason = numbered, f"beside {SINGLE} and without an index"
     else:
         raise _no_weights(folder, names)
@@ -174,7 +182,7 @@ def _read_index(folder: Path, root: Path | None) -> WeightFiles:
             f"{folder}: {len(missing)} of {count} in {INDEX} missing: {', '.join(missing)}",
             hint="the download is incomplete; fetch the model again",
         )
-    return WeightFiles(tuple(files), weight_map, metadata)
+    return WeightFiles(folder, tuple(files), weight_map, metadata)
 
 
 def _is_plain(file: str) -> bool:

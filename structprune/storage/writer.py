@@ -13,6 +13,7 @@ from torch import Tensor
 from structprune.errors import counted
 from structprune.storage.durable import DurableFile, sync_folder
 from structprune.storage.tensor_file import Entry, bytes_of, encode_header, nbytes_of
+from structprune.storage.unchanged import StoredFile, Way, place_file
 from structprune.storage.weight_files import INDEX
 
 
@@ -83,6 +84,24 @@ class ShardWriter:
         if name == self._layout[file][-1][0]:
             self._finish(file)
 
+    def place(self, file: str, stored: StoredFile, *, link: bool = False) -> Way:
+        """Put a file of the source, of which nothing is changed, in the place of one of the layout.
+
+        Args:
+            file: A file of the layout, of which no tensor was written.
+            stored: What holds its tensors; it is never written to.
+            link: See `place_file`, as for all errors.
+
+        Returns:
+            How it came there.
+        """
+        placed = place_file(stored, self.folder / file, link=link)
+        if list(placed.digests) != [(name, dtype, tuple(shape)) for name, dtype, shape in self._layout[file]]:
+            raise ValueError(f"{stored.path} does not hold the tensors of {file}")
+        self.hashes[file] = placed.sha256
+        self.digests |= placed.digests
+        return placed.way
+
     def close(self) -> None:
         """Check that everything was written, then write the index and flush the folder.
 
@@ -91,7 +110,7 @@ class ShardWriter:
             EnvironmentFailure: The disk is full or refuses.
         """
         for file in self._layout:
-            if not self._layout[file]:
+            if not self._layout[file] and file not in self.hashes:
                 self._start(file)
                 self._finish(file)
         missing = [name for name, file in self._file_of.items() if file not in self.hashes]
