@@ -81,11 +81,9 @@ def read_pruned(
             for name in ("mask", "weight", "score", "left", "core", "right")
             if (key := f"{label}:{name}") in tensors
         }
-        factors = None
+        factors, weight, score = None, here.get("weight"), here.get("score")
         if "losses" in one:
             initial, *losses = one["losses"]
-            factors = ArmorFactors(
-                here.pop("left"), here.pop("core"), here.pop("right"), here["mask"], initial, losses
-            )
-        found[label] = PrunedMatrix(**here, factors=factors, facts=one["facts"])
+            factors = ArmorFactors(here["left"], here["core"], here["right"], here["mask"], initial, losses)
+        found[label] = PrunedMatrix(here["mask"], weight, factors, score, one["facts"])
     return found
