@@ -35,7 +35,7 @@ class FreshProcesses:
 
     def __init__(self) -> None:
         self._python = sys.executable
-        self._parents: dict[tuple[str, ...], tuple[subprocess.Popen[str], Mapping[str, str]]] = {}
+        self._parents: dict[object, subprocess.Popen[str]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -43,7 +43,7 @@ class FreshProcesses:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for parent, _ in self._parents.values():
+        for parent in self._parents.values():
             parent.communicate(timeout=10)
 
     def run(self, words: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -68,14 +68,14 @@ class FreshProcesses:
         programs = next((some for some in PROGRAMS if program in some), None)
         if programs is None:
             return None
-        if programs not in self._parents:
+        key = programs, frozenset(environment.items())
+        if key not in self._parents:
             words, pipe = [self._python, "-P", str(PARENT), *programs], subprocess.PIPE
             parent = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=environment)
             assert parent.stdout is not None
             assert parent.stdout.readline() == "\n"
-            self._parents[programs] = (parent, environment)
-        parent, known = self._parents[programs]
-        return parent if environment == known else None
+            self._parents[key] = parent
+        return self._parents[key]
 
 
 def place_fresh_processes(patch: pytest.MonkeyPatch, processes: Any) -> None:

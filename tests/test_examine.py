@@ -27,6 +27,7 @@ from tests.tiny import save_tiny, tiny, tokenizer
 
 FILES_ONLY = Writing(reload=False)
 LENGTH = 16
+UNKNOWN_TASK = {"text": TEXT, "tasks": ["no_such_task"]}
 
 
 def text_of(windows: int, folder: Path, length: int = LENGTH) -> TextSource:
@@ -142,20 +143,25 @@ class TestTheDefaultOfARun:
 
 class TestBeforeAnythingIsComputed:
     @pytest.mark.parametrize(
-        ("evaluation", "code", "said"),
+        ("evaluation", "code", "said", "dry"),
         [
-            ({"text": "nowhere.txt"}, 3, "nowhere.txt: no such file"),
-            ({"text": TEXT, "length": 4096}, 2, "max_position_embeddings"),
-            ({"text": TEXT, "tasks": ["no_such_task"]}, 2, "does not know the task 'no_such_task'"),
+            ({"text": "nowhere.txt"}, 3, "nowhere.txt: no such file", False),
+            ({"text": "nowhere.txt"}, 3, "nowhere.txt: no such file", True),
+            ({"text": TEXT, "length": 4096}, 2, "max_position_embeddings", False),
+            ({"text": TEXT, "length": 4096}, 2, "max_position_embeddings", True),
+            (UNKNOWN_TASK, 2, "does not know the task 'no_such_task'", False),
+            # lm-eval reads thousands of files to find that it does not know it.
+            pytest.param(
+                UNKNOWN_TASK, 2, "does not know the task 'no_such_task'", True, marks=pytest.mark.slow
+            ),
         ],
     )
-    @pytest.mark.parametrize("dry", [False, True])
     def test_an_evaluation_that_must_fail_is_refused(
         self,
-        dry: bool,
         evaluation: dict[str, Any],
         code: int,
         said: str,
+        dry: bool,
         llama: Path,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,

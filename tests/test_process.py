@@ -18,6 +18,7 @@ LINES = {
     "methods --json": 0,
     "prun --json": 2,
 }
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def shell(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -65,8 +66,18 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     assert "error" not in ended.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("module", ["structprune.cli", "torch", "transformers"])
+@pytest.mark.parametrize(
+    ("module", "number"),
+    [
+        *(("structprune.cli", number) for number in SIGNALS),
+        *((module, signal.SIGTERM) for module in ("torch", "transformers")),
+        *(
+            pytest.param(module, number, marks=pytest.mark.slow)
+            for module in ("torch", "transformers")
+            for number in (signal.SIGINT, signal.SIGHUP)
+        ),
+    ],
+)
 def test_a_signal_during_the_imports_is_one_line_and_its_code(module: str, number: int) -> None:
     """The signal comes in the middle of importing a module, from a finder that is asked for it."""
     line = (
