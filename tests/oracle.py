@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from structprune.errors import UsageError
 from structprune.pruners import catalogue
 from structprune.pruners.token._family import TokenPruner
 from structprune.runtime.cache import PrunedLayer
@@ -18,6 +19,26 @@ from tests.pictures import END, FAMILIES, IMAGE, START, VIDEO, Pictures, vision_
 
 TOKEN_METHODS = sorted(name for name in catalogue.names() if issubclass(catalogue.find(name), TokenPruner))
 KERNELS = ["sdpa", "eager"]
+
+
+def token_pruner(method: str, **fields: Any) -> TokenPruner:
+    """Build a token pruner; unless told otherwise it keeps three tokens of ten, where they were."""
+    usual: dict[str, Any] = {"target": {"keep_ratio": 0.3}, "positions": "keep"}
+    found = catalogue.find(method).model_validate(usual | fields)
+    assert isinstance(found, TokenPruner)
+    return found
+
+
+def takes(method: str, model: PreTrainedModel) -> bool:
+    """Tell whether a method can prune a model."""
+    try:
+        token_pruner(method).forecast(model)
+    except UsageError:
+        return False
+    return True
+
+
+_MODELS = {family: vision_model(family) for family in FAMILIES}
 # One method on every family, every method on one family; the rest of the product is slow.
 CASES = [
     pytest.param(
@@ -30,15 +51,8 @@ CASES = [
     for method in TOKEN_METHODS
     for family in FAMILIES
     for kernel in KERNELS
+    if takes(method, _MODELS[family])
 ]
-
-
-def token_pruner(method: str, **fields: Any) -> TokenPruner:
-    """Build a token pruner; unless told otherwise it keeps three tokens of ten, where they were."""
-    usual: dict[str, Any] = {"target": {"keep_ratio": 0.3}, "positions": "keep"}
-    found = catalogue.find(method).model_validate(usual | fields)
-    assert isinstance(found, TokenPruner)
-    return found
 
 
 @contextmanager
@@ -84,7 +98,14 @@ def longer(batch: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def masked_dense(family: str, inputs: dict[str, Tensor], cache: Cache, *, compact: bool = False) -> Tensor:
+def masked_dense(
+    family: str,
+    inputs: dict[str, Tensor],
+    cache: Cache,
+    *,
+    compact: bool = False,
+    smaller: bool = False,
+) -> Tensor:
     """Return the logits of a model that computes all tokens, and whose blocks hide what a cache has not.
 
     Args:
@@ -92,6 +113,7 @@ def masked_dense(family: str, inputs: dict[str, Tensor], cache: Cache, *, compac
         inputs: The whole conversation.
         cache: Of the run with fewer tokens.
         compact: Whether every block counts the positions of what it has.
+        smaller: Whether its tower sees images of as many patches as the first block shows tokens.
     """
     model = vision_model(family, attention="eager")
     batch, length = inputs["input_ids"].shape
@@ -105,7 +127,22 @@ def masked_dense(family: str, inputs: dict[str, Tensor], cache: Cache, *, compac
                 turn = partial(_turn, model.model.language_model.rotary_emb, places.clamp(min=0))
                 hooks.callback(block.register_forward_pre_hook(turn, with_kwargs=True).remove)
             hooks.callback(block.register_forward_pre_hook(hide, with_kwargs=True).remove)
-        return model(**inputs, use_cache=False).logits
+        shown = _shown(cache.layers[0], batch, length)
+        return model(**_smaller(model, inputs, shown) if smaller else inputs, use_cache=False).logits
+
+
+def _smaller(model: Any, inputs: dict[str, Tensor], shown: Tensor) -> dict[str, Tensor]:
+    """Return inputs with features of smaller images, one by one in the place of the tokens shown."""
+    places = inputs["input_ids"].eq(IMAGE) & shown
+    side = round((int(places.sum()) / len(inputs["pixel_values"])) ** 0.5)
+    patch = model.config.vision_config.patch_size
+    pixels = nn.functional.interpolate(
+        inputs["pixel_values"], scale_factor=side * patch / 32, mode="bicubic", antialias=True
+    )
+    found = model.model.get_image_features(pixel_values=pixels, interpolate_pos_encoding=True)
+    states = model.get_input_embeddings()(inputs["input_ids"])
+    states[places] = torch.cat(found.pooler_output)
+    return {"inputs_embeds": states, "attention_mask": inputs["attention_mask"]}
 
 
 def _shown(layer: CacheLayerMixin, batch: int, length: int) -> Tensor:

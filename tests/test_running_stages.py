@@ -28,6 +28,7 @@ from tests.conftest import Command
 from tests.methods import QUICK, TOKEN_METHODS, Home, home, quick, short_runs
 from tests.pictures import Pictures, vision_model
 from tests.seeing import save_rows
+from tests.specimens import leave_out_fresh_process
 from tests.tiny import save_tiny
 
 pytest.importorskip("PIL")
@@ -153,14 +154,65 @@ class TestGoals:
         done = command("prune", seeing, tmp_path / "out", "--method", "divprune", "--set", said, "--dry-run")
         assert done.code == 2 and told in done.err
 
-    def test_several_goals_are_several_runs(self, seeing: Path, tmp_path: Path) -> None:
-        recipe = assemble({"model": str(seeing), "output": str(tmp_path / "all"), "prune": HALF})
-        runs = structprune.prune_each(recipe, [0.25, 0.5], **WITHOUT_RELOAD)["runs"]
-        assert {name: run["stages"][0]["while_running"]["tokens"] for name, run in runs.items()} == {
-            "0.25": 4,
-            "0.5": 8,
+    def test_a_choice_that_costs_more_than_it_saves_is_told_before_and_after(
+        self, seeing: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        leave_out_fresh_process(monkeypatch)
+        words = ("prune", seeing, tmp_path / "out", "--method", "fastv", "--set", "block=3")
+        words = (*words, "--set", "target.tokens=15", "--json")
+        for more in (("--dry-run",), ("--no-evaluate",)):
+            done = command(*words, *more)
+            assert done.code == 0 and done.err.count("fastv: to choose tokens of an image costs") == 1
+            (stage,) = done.json["stages"]
+            if "--dry-run" in more:
+                assert "more than the" in stage["notes"][0]
+        # One of 16 tokens, in the last block.
+        told = stage["while_running"]
+        assert told["tokens"] == 15 and told["selection_flops"] > 1 - told["visual_flops"]
+        assert (
+            f"to choose them costs {told['selection_flops']:.2%}" in (tmp_path / "out/README.md").read_text()
+        )
+
+    def test_several_goals_are_several_runs(
+        self, seeing: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        recipe = tmp_path / "recipe.yaml"
+        # What is asked for on the command line takes the place of another unit in the file.
+        recipe.write_text("prune: {method: divprune, target: {visual_flops: 0.4}}")
+        out = tmp_path / "all"
+        words = ("prune", seeing, out, "--config", recipe, "--no-evaluate", "--json", "--target")
+        planned = command(*words, "tokens=4,8", "--dry-run").json["runs"]
+        assert {name: run["stages"][0]["asked"] for name, run in planned.items()} == {
+            "4": "tokens 4",
+            "8": "tokens 8",
         }
-        assert plans_of(tmp_path / "all/0.25")[0].config["target"]["keep_ratio"] == 0.25
+        leave_out_fresh_process(monkeypatch)
+        runs = command(*words, "tokens=4,8").json["runs"]
+        left = {name: run["stages"][0]["while_running"]["tokens"] for name, run in runs.items()}
+        assert left == {"4": 4, "8": 8}
+        assert plans_of(out / "4")[0].config["target"]["tokens"] == 4
+        # One more; what is there stays.
+        runs = command(*words, "tokens=4,8,12").json["runs"]
+        assert {name: "kept" in run for name, run in runs.items()} == {"4": True, "8": True, "12": False}
+
+    @pytest.mark.parametrize("said", ["0.5", "keep_ratio=", "keep_ratio=half", "keep_ratio=0.5,"])
+    def test_a_target_without_a_name_or_a_number_is_refused(
+        self, said: str, tmp_path: Path, command: Command
+    ) -> None:
+        done = command("prune", "demo-vision", tmp_path / "out", "--method", "fastv", "--target", said)
+        assert done.code == 2 and "expected a name and numbers" in done.err and "tokens=16,64" in done.err
+
+    def test_a_target_that_cannot_be_is_refused_with_all_that_can(
+        self, seeing: Path, tmp_path: Path, command: Command
+    ) -> None:
+        words = ("prune", seeing, tmp_path / "out", "--method", "fastv", "--target")
+        for said, told in (
+            ("keep_ratio=0.5,2", "less than or equal to 1"),
+            ("share=0.5,0.2", "one of: keep_ratio, tokens"),
+            ("keep_ratio=0.5,0.01", "keep_ratio can be from 0.0625 to 1"),
+        ):
+            done = command(*words, said)
+            assert done.code == 2 and told in done.err and not (tmp_path / "out").exists()
 
     def test_an_image_of_any_size_leaves_the_number_open(self) -> None:
         model = vision_model("qwen2_5_vl")

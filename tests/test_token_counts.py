@@ -124,6 +124,44 @@ def test_what_fitprune_cannot_reach_is_refused() -> None:
     assert reached.facts["visual_flops"] < 0.101 * times
 
 
+@pytest.mark.parametrize(
+    ("method", "fields", "more"),
+    [
+        # One of 16 tokens in the last block: 34688 saved, 37888 spent; two of them save 69120.
+        ("fastv", {"block": 3, "target": {"tokens": 15}}, True),
+        ("fastv", {"block": 3, "target": {"tokens": 14}}, False),
+        ("fastv", {"block": 3, "target": {"tokens": 16}}, False),
+        # All pairs of 16 tokens of width 64 are 16384 products.
+        ("divprune", {"target": {"tokens": 15}}, False),
+        # 114688 in every block that deletes, and of four blocks 138752 saved at most.
+        ("fitprune", {"target": {"tokens": 15}}, True),
+        ("fitprune", {"target": {"visual_flops": 0.6}}, False),
+        ("fitprune", {"target": {"keep_ratio": 1.0}}, False),
+        ("random_tokens", {"target": {"tokens": 15}}, False),
+        ("downsample", {"target": {"tokens": 9}}, False),
+    ],
+)
+def test_a_choice_that_costs_more_than_it_saves_is_told_and_made(
+    method: str, fields: dict[str, Any], more: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batch = vision_model("llava"), pictures("llava", 1).batch()
+    pruner = token_pruner(method, **fields)
+    notes = pruner.forecast(model).notes
+    assert bool(notes) == more and all(f"{method}: to choose tokens" in one for one in notes)
+    caplog.clear()
+    plan = pruner.calibrate(model, [batch])
+    said = [one for one in caplog.messages if "to choose tokens" in one]
+    assert bool(said) == more
+    left = fields["target"].get("tokens", plan.facts.get("tokens"))
+    assert plan.facts.get("tokens") in (left, None)
+
+
+def test_pairs_of_many_narrow_tokens_cost_more_than_a_few_of_them_save() -> None:
+    # 1024 tokens of width 64 in a block: 1024^2 * 64 products, where a token saves 30720 + 128 * 2047.
+    wide = token_pruner("divprune").operations(BlockCost(64, 64, 32, 96), 1024, [(1, 1)])
+    assert operations(1024) - operations(700) > wide == 1024**2 * 64 > operations(1024) - operations(950)
+
+
 class Replay:
     """Chooses once by a method, and then the same again without its cost."""
 
@@ -171,8 +209,13 @@ def test_torch_counts_what_was_forecast(method: str, target: dict[str, Any]) -> 
     forecast = visual_operations(cost, counts)
     assert counted - without - crossing == pytest.approx(forecast, rel=0.01)
     assert plan.facts["visual_flops"] == forecast / visual_operations(cost, [(16, 16)] * BLOCKS)
-    # What the choice itself costs is apart from this, and only methods that compute something pay.
-    assert (with_selection > counted) == (method in ("divprune", "fastv", "fitprune"))
+    # What the choice itself costs is apart from this. Text is looked at too, and looks.
+    costs = [pruner.operations(cost, 16, counts)]
+    with_text = [tuple(one + words for one in pair) for pair in counts]
+    costs.append(pruner.operations(cost, 16 if method == "divprune" else 16 + words, with_text))
+    assert 0.99 * costs[0] <= with_selection - counted <= 1.01 * costs[1]
+    assert (costs[0] > 0) == (method in ("divprune", "fastv", "fitprune"))
+    assert plan.facts["selection_flops"] == costs[0] / visual_operations(cost, [(16, 16)] * BLOCKS)
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import combinations, pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from structprune.runtime.drop import Drop
 from structprune.runtime.engine import attach, detach
 from structprune.runtime.flops import BlockCost
 from structprune.solvers.farthest import farthest
-from structprune.solvers.token_fit import Fit, deletable, fit_shares
+from structprune.solvers.token_fit import ROUNDS, Fit, deletable, fit_shares
 from tests.oracle import column_sets, pictures, pruned, token_pruner
 from tests.pictures import BLOCKS, IMAGE, vision_model
 
@@ -230,10 +231,10 @@ def test_a_fit_reaches_its_target_within_the_rounding(target: dict[str, float], 
 def test_a_fit_takes_the_least_alpha_that_is_enough() -> None:
     pruner = _fitprune(target={"visual_flops": 0.6})
     with _fit("llava", pruner, [pictures("llava").batch()]) as (fit, walk):
-        rounds: list[int] = []
-        shares = fit_shares(fit, walk, rounds.append)
+        rounds: list[float | None] = []
+        shares = fit_shares(fit, lambda: rounds.append(fit.alpha) or walk())
         # [0, 1] halved until it is narrower than 0.01.
-        assert rounds == [1, 2, 3, 4, 5, 6, 7]
+        assert len(rounds) == ROUNDS == 7 and rounds[0] == 0.5
         assert shares == sorted(shares, reverse=True) and len(shares) == BLOCKS
         assert all(share * 16 == round(share * 16) for share in shares)
 
@@ -265,3 +266,56 @@ def test_images_of_different_sizes_give_shares() -> None:
     left = [float(plan[key]) for key in plan]
     assert sizes and 0.3 < left[-1] < 0.55 and left == sorted(left, reverse=True)
     assert BlockCost.of(model.config).operations(1) == 30848
+
+
+class _Killed(Exception):
+    pass
+
+
+def _fitted(folder: Path, *, most: int = 10**6) -> tuple[int, list[tuple[int, int]]]:
+    """Fit into a folder, stopped before so many forwards; return the forwards made and what was told."""
+    model = vision_model("qwen2_5_vl")
+    # Of different sizes, and one without any.
+    batches = [
+        pictures("qwen2_5_vl").batch(),
+        pictures("qwen2_5_vl", 0).batch(),
+        pictures("qwen2_5_vl", 1).batch(),
+    ]
+    told: list[tuple[int, int]] = []
+    made = 0
+
+    def count(*_: object) -> None:
+        nonlocal made
+        made += 1
+        if made > most:
+            raise _Killed
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if stage == "measure fitprune":
+            told.append((done, total))
+
+    model.register_forward_pre_hook(count)
+    pruner = _fitprune(target={"keep_ratio": 0.5})
+    with suppress(_Killed):
+        pruner.calibrate(model, batches, pruner.writer(folder, model, "0" * 64, tell))
+    return min(made, most), told
+
+
+def test_a_fit_that_was_killed_goes_on_after_its_last_batch(tmp_path: Path) -> None:
+    all_made, told = _fitted(tmp_path / "once")
+    assert told[0] == (0, 24) and told[-1] == (24, 24) and all_made == 24
+    made = 0
+    # In the first walk, in a later one, and between two.
+    for most in (2, 8, 5):
+        more, _ = _fitted(tmp_path / "often", most=most)
+        made += more
+        assert len([*(tmp_path / "often").glob("fit-*.safetensors")]) == made
+        assert not (tmp_path / "often" / "plan.json").exists()
+    more, told = _fitted(tmp_path / "often")
+    assert made + more == all_made and told[-1] == (24, 24)
+    files = [{one.name: one.read_bytes() for one in folder.iterdir()} for folder in tmp_path.iterdir()]
+    assert files[0] == files[1] and len(files[0]) == BLOCKS + 1
+    # What is decided is not looked at again.
+    (tmp_path / "often" / "plan.json").unlink()
+    assert _fitted(tmp_path / "often")[0] == 0
+    assert (tmp_path / "often" / "plan.json").read_bytes() == (tmp_path / "once" / "plan.json").read_bytes()

@@ -1,6 +1,7 @@
 """What a first look at a model leaves for the second: one small durable file per block, gone at the end."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -49,3 +50,16 @@ class Notebook:
 
     def _file(self, block: int) -> Path:
         return self._folder / f"{self._topic}-{block:04d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Look:
+    """A look at all the data before anything is decided.
+
+    Attributes:
+        notes: What was seen, by its number; an interrupted run goes on after the last.
+        told: Told (done, total).
+    """
+
+    notes: Notebook
+    told: Callable[[int, int], None]

@@ -34,7 +34,7 @@ _NOTE_LIMIT = 16 * 2**20
 _STATE = (
     re.escape(FINGERPRINT),
     re.escape(NOTE),
-    rf"{PLANS}/\d\d+-\w+/(plan\.json|(block|budget|gradients)-\d{{4,}}\.safetensors)",
+    rf"{PLANS}/\d\d+-\w+/(plan\.json|(block|budget|fit|gradients|loss)-\d{{4,}}\.safetensors)",
     rf"{TRAINING}/[^/]+",
 )
 _RESULT = (

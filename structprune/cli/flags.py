@@ -173,17 +173,47 @@ class MethodFlags:
     ] = None
     sparsity_ratio: Annotated[float | None, typer.Option(help="The fraction, in Wanda's words.")] = None
     sparsity_type: Annotated[str | None, typer.Option(help="unstructured or N:M, in Wanda's words.")] = None
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=VALUE", help="Visual tokens kept: keep_ratio=0.25; several: 0.1,0.25."),
+    ] = None
 
     def keys(self) -> dict[str, object]:
         """Return the keys of a recipe that they are."""
         first = self.sparsity.split(",")[0] if self.sparsity else None
         share = sparsity_of(first, ratio=self.sparsity_ratio, kind=self.sparsity_type)
-        return {"prune.method": self.method, "prune.sparsity": share}
+        name, values = self._kept()
+        return {
+            "prune.method": self.method,
+            "prune.sparsity": share,
+            "prune.target": {name: values[0]} if values else None,
+        }
 
     def goals(self) -> list[float | str]:
-        """Return the sparsities of which each gets a run of its own; none where there is only one."""
+        """Return the goals of which each gets a run of its own; none where there is only one."""
         several = self.sparsity.split(",") if self.sparsity else []
-        return [] if len(several) < 2 else [sparsity_of(text) or 0.0 for text in several]
+        found = [sparsity_of(text) or 0.0 for text in several] or self._kept()[1]
+        return [] if len(found) < 2 else found
+
+    def _kept(self) -> tuple[str, list[float | str]]:
+        """Return of what how much is kept, once or several times.
+
+        Raises:
+            UsageError: It is not said as one name with values.
+        """
+        if self.target is None:
+            return "", []
+        name, _, values = self.target.partition("=")
+        try:
+            # A count is a whole number, and refused otherwise.
+            return name.strip(), [
+                int(one) if one.strip().isdecimal() else float(one) for one in values.split(",")
+            ]
+        except ValueError:
+            raise UsageError(
+                f"--target {self.target!r:.60}: expected a name and numbers",
+                hint="such as --target keep_ratio=0.25, or --target tokens=16,64 for a run of each",
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ def dry_run(
                 "asked": one.asked,
                 "reachable": one.share,
                 **({"forwards": one.trials} if one.trials else {}),
+                **({"notes": list(one.notes)} if one.notes else {}),
             }
             for pruner, one in zip(recipe.prune, forecasts, strict=True)
         ],

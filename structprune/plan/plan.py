@@ -220,14 +220,21 @@ class PlanWriter:
         folder: Where to write, or None to keep the plan in memory.
         origin: Who decides, and on what.
         decided: Told the number of decided blocks after each of them.
+        measured: Told (done, total) of looks at the data on which all blocks wait.
     """
 
     def __init__(
-        self, folder: Path | None, origin: Origin, *, decided: Callable[[int], None] | None = None
+        self,
+        folder: Path | None,
+        origin: Origin,
+        *,
+        decided: Callable[[int], None] | None = None,
+        measured: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.folder = folder
         self.origin = origin
         self._decided = decided
+        self.measured = measured
         self.blocks: list[PlanBlock] = []
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)

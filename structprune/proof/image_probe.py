@@ -40,9 +40,11 @@ def image_probe(config: PreTrainedConfig, text: Tensor) -> Batch | None:
 def _one_size(vision: PreTrainedConfig, config: PreTrainedConfig) -> Batch:
     """Return the pixels of a tower that takes one size, and how many tokens they become."""
     side = vision.image_size // vision.patch_size
+    # A CLIP tower adds a class token; "default" is all but the first, whichever that is.
     whole = getattr(config, "vision_feature_select_strategy", "default") == "full"
+    more = str(vision.model_type).startswith("clip") + whole - 1
     shape = (1, vision.num_channels, vision.image_size, vision.image_size)
-    return {"pixel_values": _pixels(shape), "tokens": torch.tensor(side * side + whole)}
+    return {"pixel_values": _pixels(shape), "tokens": torch.tensor(side * side + more)}
 
 
 def _any_size(vision: PreTrainedConfig) -> Batch:

@@ -6,6 +6,7 @@ needs no data.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, Self, final
 
@@ -123,7 +124,12 @@ class Pruner(BaseModel, ABC):
         total, stage = len(blocks(model)), f"{verb} {self.method()}"
         before = describe(model)
         origin = Origin(self.method(), self.model_dump(mode="json"), before.hash, weights, before)
-        writer = PlanWriter(folder, origin, decided=lambda done: progress(stage, done, total))
+        writer = PlanWriter(
+            folder,
+            origin,
+            decided=lambda done: progress(stage, done, total),
+            measured=partial(progress, f"measure {self.method()}"),
+        )
         # The first block may take minutes, and nothing would be said before it is done.
         progress(stage, writer.finished, total)
         return writer

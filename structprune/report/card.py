@@ -34,7 +34,8 @@ RUNNING = (
 )
 LEFT = (
     ": of the {visual_tokens} of an image {tokens} are left in the last block and {avg_tokens:.4g} in a "
-    "block on average, which is {visual_flops:.2%} of the operations that they cost ({counted})"
+    "block on average, which is {visual_flops:.2%} of the operations that they cost there, and "
+    "{image_flops:.2%} with the vision tower; to choose them costs {selection_flops:.2%} ({counted})"
 )
 PATTERN = (
     " The {pattern} pattern holds in every pruned matrix; hardware with support for it can use it, after the "

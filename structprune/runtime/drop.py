@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from structprune.runtime.tower import SmallerImages
 from structprune.runtime.view import View
 
 
@@ -38,6 +39,7 @@ class Drop:
             that the image had at first; None leaves it to who chooses.
         chooser: Who chooses.
         compact: Whether positions are counted anew.
+        images: How the vision tower sees images, where they are made smaller for it.
     """
 
     block: int
@@ -45,6 +47,7 @@ class Drop:
     tokens: Tensor | None
     chooser: Chooser
     compact: bool = False
+    images: SmallerImages | None = None
 
     def keep(self, sizes: Tensor) -> Tensor:
         """Return how many tokens stay of images with so many at first, at least one each; shape [images]."""

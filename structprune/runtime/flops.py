@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+# Towers of which every image has the same size.
+ONE_SIZE = ("clip", "siglip")
+
 
 @dataclass(frozen=True)
 class BlockCost:
@@ -57,10 +60,32 @@ def visual_operations(cost: BlockCost, counts: Sequence[tuple[int, int]]) -> int
     return sum(cost.operations(*pair) for pair in counts)
 
 
+def tower_operations(config: PreTrainedConfig, patches: int) -> int:
+    """Return the operations of a LLaVA's vision tower and projector, of an image of so many patches.
+
+    Args:
+        config: The model's, one whose `image_tokens` are known.
+        patches: Those of the image as the tower sees it.
+    """
+    vision, wide = config.vision_config, config.get_text_config().hidden_size
+    width, tokens = vision.hidden_size, patches + _class_tokens(vision)
+    block = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * vision.intermediate_size
+    embedding = patches * vision.num_channels * vision.patch_size**2 * width
+    layers = config.vision_feature_layer
+    read = width * (1 if isinstance(layers, int) else len(layers))
+    found: int = vision.num_hidden_layers * block + embedding + patches * wide * (read + wide)
+    return found
+
+
 def image_tokens(config: PreTrainedConfig) -> int | None:
     """Return how many visual tokens every image has; None where that depends on the image."""
-    if config.model_type != "llava":
+    if config.model_type != "llava" or not str(config.vision_config.model_type).startswith(ONE_SIZE):
         return None
     vision = config.vision_config
     found: int = (vision.image_size // vision.patch_size) ** 2
-    return found + int(config.vision_feature_select_strategy == "full")
+    # "default" is all but the first, whichever that is.
+    return found + _class_tokens(vision) - int(config.vision_feature_select_strategy == "default")
+
+
+def _class_tokens(vision: PreTrainedConfig) -> int:
+    return int(str(vision.model_type).startswith("clip"))

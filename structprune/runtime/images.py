@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from structprune.errors import UsageError
+from structprune.runtime.tower import SmallerImages
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,16 +112,26 @@ class ImageFeatures:
     Args:
         method: What it stands for.
         note: Told the sizes, in order.
+        smaller: Returns what makes images smaller first; None where nothing does now.
     """
 
-    def __init__(self, method: Callable[..., Any], note: Callable[[Sequence[int]], None]) -> None:
-        self._method, self._note = method, note
+    def __init__(
+        self,
+        method: Callable[..., Any],
+        note: Callable[[Sequence[int]], None],
+        smaller: Callable[[], SmallerImages | None],
+    ) -> None:
+        self._method, self._note, self._smaller = method, note, smaller
         # `generate` asks for the names of its parameters.
         self.__signature__ = inspect.signature(method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the method returns."""
-        found = self._method(*args, **kwargs)
+        smaller = self._smaller()
+        if smaller is None:
+            found = self._method(*args, **kwargs)
+        else:
+            found = smaller.features(self._method, args, kwargs)
         features = found.pooler_output if hasattr(found, "pooler_output") else found[0]
         self._note([len(one) for one in features])
         return found

@@ -3,7 +3,7 @@
 Source: Ye et al. 2025, https://arxiv.org/abs/2409.10197
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal
@@ -11,11 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from structprune.errors import QualityError, UsageError
+from structprune.calibration.notebook import Look
+from structprune.errors import InputError, QualityError, UsageError
+from structprune.models.streamed import Batch
 from structprune.runtime.view import View
 
-# Width of the interval of alpha at which the bisection ends: seven rounds from [0, 1].
+# Width of the interval of alpha at which the bisection ends, and how many rounds from [0, 1] that takes.
 WIDTH = 0.01
+ROUNDS = 7
 
 
 def deletable(scores: Tensor, total: float, alpha: float) -> Tensor:
@@ -144,6 +147,32 @@ class Fit:
         image.needed = image.spent + rest
         image.done = image.done or self._demand(image) <= 1
 
+    def noted(self) -> dict[str, Tensor]:
+        """Return what the last batch showed, for `repeat`."""
+        if self.alpha is not None:
+            return {"deleted": torch.tensor([image.deleted for image in self._batch], dtype=torch.int64)}
+        return {
+            "size": torch.tensor([image.size for image in self._batch], dtype=torch.int64),
+            "own": torch.tensor([image.own for image in self._batch], dtype=torch.float64),
+            "text": torch.tensor([image.text for image in self._batch], dtype=torch.float64),
+        }
+
+    def repeat(self, noted: Mapping[str, Tensor]) -> None:
+        """Go on as if the next batch had been run, from what `noted` returned after it."""
+        lists = {name: values.tolist() for name, values in noted.items()}
+        if self.alpha is None:
+            found = zip(lists["size"], lists["own"], lists["text"], strict=True)
+            self.images += [Walked(*each) for each in found]
+            self._next = len(self.images)
+            return
+        for deleted in lists["deleted"]:
+            image = self.images[self._next]
+            self._next += 1
+            left = image.size
+            for gone in deleted:
+                self._note(image, left, gone)
+                left -= gone
+
     @property
     def needs(self) -> float:
         """Return how much of what is allowed the images need in the present walk, as a mean; 1: all of it."""
@@ -168,25 +197,58 @@ class Fit:
         return found
 
 
-def fit_shares(fit: Fit, walk: Callable[[], None], told: Callable[[int], None]) -> list[float]:
+class Walks:
+    """Walks over all batches, one after another; a batch of which there is a note is not run again.
+
+    Args:
+        fit: Chooses in every block while a batch runs.
+        batches: Calibration data.
+        run: Runs one of them.
+        look: Its notes are numbered walk by walk, batch by batch.
+    """
+
+    def __init__(self, fit: Fit, batches: Sequence[Batch], run: Callable[[Batch], None], look: Look) -> None:
+        self._fit, self._batches, self._run, self._look = fit, batches, run, look
+        self._done = 0
+
+    def __call__(self) -> None:
+        """Walk once."""
+        # Of these walks one measures; where the interval ends at 1, one more is needed.
+        total = max((ROUNDS + 1) * len(self._batches), self._done + len(self._batches))
+        for batch in self._batches:
+            self._look.told(self._done, total)
+            if self._look.notes.has(self._done):
+                self._fit.repeat(self._look.notes.read(self._done))
+            else:
+                self._fit.begin_batch()
+                self._run(batch)
+                self._look.notes.write(self._done, self._fit.noted())
+            self._done += 1
+        self._look.told(self._done, total)
+
+
+def fit_shares(fit: Fit, walk: Callable[[], None]) -> list[float]:
     """Return which share of an image's tokens leaves each block, for the least alpha that the budget allows.
 
     Args:
         fit: Its images are measured already.
         walk: Runs all calibration batches.
-        told: Told the number of walks that are done.
 
     Raises:
+        InputError: The calibration data hold no images.
         UsageError: No alpha is enough; says how much must be allowed.
     """
-    low, high, walks = 0.0, 1.0, 0
+    if not fit.images:
+        raise InputError(
+            f"{fit.method()}: the calibration data hold no images",
+            hint="--calibration FILE.jsonl with rows of image and question",
+        )
+    low, high = 0.0, 1.0
     best: Sequence[float] | None = None
     while high - low > WIDTH or best is None:
         middle = (low + high) / 2 if high - low > WIDTH else high
         fit.begin(middle)
         walk()
-        walks += 1
-        told(walks)
         if fit.needs <= 1:
             best, high = fit.shares(), middle
         elif middle == high:

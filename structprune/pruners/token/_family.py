@@ -4,16 +4,18 @@ A plan says of each block how many tokens of an image are left from there on; wh
 every image, by the method, while the model runs.
 """
 
+import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, ClassVar, Literal, Self, final
+from typing import ClassVar, Literal, Self, final
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from structprune.calibration.notebook import Look, Notebook
 from structprune.decide.token_target import Target, count_at, rounded_up
 from structprune.errors import QualityError, UsageError
 from structprune.models.arch import block_prefixes
@@ -26,11 +28,14 @@ from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Computed, Promises
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.pruner import Pruner
+from structprune.pruners.token._account import Account
 from structprune.runtime.drop import Drop
 from structprune.runtime.engine import attach, detach
-from structprune.runtime.flops import BlockCost, image_tokens, visual_operations
+from structprune.runtime.flops import BlockCost, image_tokens
 from structprune.runtime.refusals import check_runs
 from structprune.runtime.view import View
+
+logger = logging.getLogger(__name__)
 
 # Rotary tables of several axes say where in an image a token is: counted anew, that would be lost.
 AXES = "mrope_section"
@@ -102,6 +107,25 @@ class TokenPruner(Pruner):
         left = count_at(self.target, size, Fraction(start, blocks), BlockCost.of(model.config).operations)
         return [(size, size) if index < start else (left, left) for index in range(blocks)]
 
+    def seen_by_tower(self, size: int, left: int) -> int:
+        """Return how many patches of an image the vision tower computes.
+
+        Args:
+            size: Those of the image.
+            left: Tokens that the last block computes.
+        """
+        return size
+
+    def operations(self, cost: BlockCost, size: int, counts: Sequence[tuple[int, int]]) -> int:
+        """Return the operations that choosing itself costs of an image, text left out.
+
+        Args:
+            cost: Sizes of a block.
+            size: Tokens of the image.
+            counts: Of every block how many of them its attention and its feed-forward compute.
+        """
+        return 0
+
     def forecast(self, model: Model) -> Forecast:
         """Return how many pairs of a visual token and a block are not computed.
 
@@ -124,8 +148,14 @@ class TokenPruner(Pruner):
             return Forecast(UNIT, str(self.target), None, 0, left)
         counts = self.counts(model, size)
         computed = sum(leaving for _, leaving in counts)
-        of = size * len(counts)
-        return Forecast(UNIT, str(self.target), of - computed, of, left)
+        of, notes = size * len(counts), self._account(model, counts, size).notes(self.method())
+        return Forecast(UNIT, str(self.target), of - computed, of, left, notes=notes)
+
+    def _account(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> Account:
+        left = counts[-1][1]
+        # Where all tokens stay, nobody chooses.
+        spent = self.operations(BlockCost.of(model.config), size, counts) if left < size else 0
+        return Account(model.config, size, counts, self.seen_by_tower(size, left), spent)
 
     def reach(self, model: Model) -> str:
         """Return which shares can be kept."""
@@ -150,8 +180,14 @@ class TokenPruner(Pruner):
         left = self.counts(model, size)[-1][1]
         return torch.tensor(left / size, dtype=torch.float64)
 
-    def decide(self, model: Model, batches: Sequence[Batch]) -> dict[int, Tensor]:
-        """Return of the blocks where tokens are dropped how many are left, as a plan says it."""
+    def decide(self, model: Model, batches: Sequence[Batch], look: Look) -> dict[int, Tensor]:
+        """Return of the blocks where tokens are dropped how many are left, as a plan says it.
+
+        Args:
+            model: In memory.
+            batches: Calibration data.
+            look: What an interrupted run saw of them, and who is told what is seen.
+        """
         return {self.start(len(block_prefixes(model))): self._tokens(model)}
 
     @final
@@ -164,17 +200,29 @@ class TokenPruner(Pruner):
         self.forecast(model)
         self._in_memory(model)
         writer = plan or self.writer(None, model, weights_of(model))
-        found = {} if self.keeps_all else self.decide(model, batches)
-        for index, path in enumerate(block_prefixes(model)[writer.finished :], start=writer.finished):
-            tokens = {Key(path, "tokens"): found[index]} if index in found else {}
-            writer.write(tokens, {})
+        found = self._decided(model, batches, writer)
         if not found:
             return writer.finish({})
         size = image_tokens(model.config)
         if size is None:
             return writer.finish({"unit": UNIT, "asked": str(self.target)})
         counts = self._counted(model, found, size)
-        return writer.finish(self._facts(model, counts, size), promises=self._promises(model, counts, size))
+        account = self._account(model, counts, size)
+        for note in account.notes(self.method()):
+            logger.warning("%s", note)
+        return writer.finish(account.facts(), promises=self._promises(model, counts, size))
+
+    def _decided(self, model: Model, batches: Sequence[Batch], writer: PlanWriter) -> dict[int, Tensor]:
+        """Return what was decided of which block; all of it is written."""
+        paths = block_prefixes(model)
+        if writer.finished == len(paths):
+            return {index: block[key] for index, block in enumerate(writer.blocks) for key in block}
+        # What was seen is forgotten once every block is written.
+        with Notebook(writer.folder, "fit") as notes:
+            found = {} if self.keeps_all else self.decide(model, batches, Look(notes, writer.measured))
+            for index, path in enumerate(paths[writer.finished :], start=writer.finished):
+                writer.write({Key(path, "tokens"): found[index]} if index in found else {}, {})
+        return found
 
     def _counted(self, model: Model, found: dict[int, Tensor], size: int) -> list[tuple[int, int]]:
         """Return of every block what its attention and its feed-forward compute of an image."""
@@ -184,19 +232,6 @@ class TokenPruner(Pruner):
             counts.append((now, after) if self.within else (after, after))
             now = after
         return counts
-
-    def _facts(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> dict[str, Any]:
-        """Return what is left, in all the units that people ask in."""
-        cost, left = BlockCost.of(model.config), counts[-1][1]
-        full = visual_operations(cost, [(size, size)] * len(counts))
-        return {
-            "visual_tokens": size,
-            "keep_ratio": left / size,
-            "tokens": left,
-            "avg_tokens": sum(entering for entering, _ in counts) / len(counts),
-            "visual_flops": visual_operations(cost, counts) / full,
-            "counted": "visual tokens in the blocks of the language model, multiply and add as one",
-        }
 
     def _promises(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> Promises:
         said = tuple(

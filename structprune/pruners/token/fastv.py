@@ -3,6 +3,7 @@
 Source: Chen et al. 2024, https://arxiv.org/abs/2403.06764
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
@@ -11,6 +12,7 @@ from torch import Tensor
 from structprune.decide.token_target import Target
 from structprune.errors import UsageError
 from structprune.pruners.token._family import ScoredTokens
+from structprune.runtime.flops import BlockCost
 from structprune.runtime.view import View
 
 
@@ -36,6 +38,10 @@ class FastV(ScoredTokens):
                 hint=f"block can be from 1 to {blocks - 1}",
             )
         return self.block
+
+    def operations(self, cost: BlockCost, size: int, counts: Sequence[tuple[int, int]]) -> int:
+        """Return what one row of attention costs, computed anew: all keys, one query, their products."""
+        return size * cost.hidden * cost.keys + cost.hidden * cost.queries + size * cost.queries
 
     def score(self, seen: View) -> Tensor:
         """Return the last row of attention, mean over heads, float32, shape [images, tokens]."""

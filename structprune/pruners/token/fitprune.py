@@ -6,6 +6,7 @@ served too; operations are counted as they are run, the output projection with w
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import ClassVar
 
@@ -14,20 +15,19 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from structprune.calibration.notebook import Look
 from structprune.decide.sparsity import fraction_of
 from structprune.decide.token_target import Target, count_at
-from structprune.errors import InputError
 from structprune.models.arch import block_prefixes
-from structprune.models.edit import left_of
 from structprune.models.streamed import Batch, Model
-from structprune.models.tensor_edit import Outline
 from structprune.pruners.forecast import Forecast
+from structprune.pruners.token._account import too_dear
 from structprune.pruners.token._family import ScoredTokens
 from structprune.runtime.drop import Drop
 from structprune.runtime.engine import attach, detach
-from structprune.runtime.flops import BlockCost
+from structprune.runtime.flops import BlockCost, image_tokens
 from structprune.runtime.view import View
-from structprune.solvers.token_fit import Fit, Walked, fit_shares
+from structprune.solvers.token_fit import Fit, Walked, Walks, fit_shares
 
 
 class FitPrune(ScoredTokens):
@@ -41,8 +41,20 @@ class FitPrune(ScoredTokens):
 
     def forecast(self, model: Model) -> Forecast:
         """Return how many tokens there are; where they go is what the data decides."""
-        known = super().forecast(model)
-        return Forecast(known.unit, known.asked, None, known.of, left_of(model, Outline({}), {}), exact=True)
+        known, size = super().forecast(model), image_tokens(model.config)
+        notes: tuple[str, ...] = ()
+        if size is not None and (left := self._at_once(model, size)) < size:
+            cost, blocks = BlockCost.of(model.config), len(block_prefixes(model))
+            # At most it looks in every block, and saves what it saves were all dropped at once.
+            most = self.operations(cost, size, [(size, left)] * blocks)
+            notes = too_dear(self.method(), most, blocks * (cost.operations(size) - cost.operations(left)))
+        return replace(known, reachable=None, notes=notes)
+
+    def operations(self, cost: BlockCost, size: int, counts: Sequence[tuple[int, int]]) -> int:
+        """Return what attention costs that is computed anew in every block that deletes."""
+        looked_at = [entering for entering, leaving in counts if leaving < entering]
+        projections = sum(looked_at) * cost.hidden * (cost.queries + cost.keys)
+        return projections + sum(entering**2 for entering in looked_at) * cost.queries
 
     def counts(self, model: Model, size: int) -> list[tuple[int, int]]:
         """Return what an image costs where nothing is known of the data yet: all of it, in every block.
@@ -51,14 +63,17 @@ class FitPrune(ScoredTokens):
             UsageError: Less than one token would be left.
         """
         # Nothing that is dropped later leaves more than what is dropped at once.
-        count_at(self.target, size, Fraction(0), BlockCost.of(model.config).operations)
+        self._at_once(model, size)
         return [(size, size)] * len(block_prefixes(model))
 
-    def decide(self, model: Model, batches: Sequence[Batch]) -> dict[int, Tensor]:
+    def _at_once(self, model: Model, size: int) -> int:
+        return count_at(self.target, size, Fraction(0), BlockCost.of(model.config).operations)
+
+    def decide(self, model: Model, batches: Sequence[Batch], look: Look) -> dict[int, Tensor]:
         """Return of every block where tokens go which share of an image's tokens is left.
 
         Raises:
-            InputError: The calibration data hold no images.
+            InputError: As for `fit_shares`.
         """
         assert isinstance(model, PreTrainedModel)
         blocks = len(block_prefixes(model))
@@ -66,19 +81,13 @@ class FitPrune(ScoredTokens):
         attach(model, "fit", [Drop(index, True, None, fit) for index in range(blocks)])
 
         @torch.no_grad()
-        def walk() -> None:
-            for batch in batches:
-                fit.begin_batch()
-                model(**batch, logits_to_keep=1)
+        def run(batch: Batch) -> None:
+            model(**batch, logits_to_keep=1)
 
+        walk = Walks(fit, batches, run, look)
         try:
             walk()
-            if not fit.images:
-                raise InputError(
-                    "fitprune: the calibration data hold no images",
-                    hint="--calibration FILE.jsonl with rows of image and question",
-                )
-            shares = fit_shares(fit, walk, lambda done: None)
+            shares = fit_shares(fit, walk)
         finally:
             detach(model, "fit")
         before = [1.0, *shares]

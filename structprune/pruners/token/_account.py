@@ -1,0 +1,71 @@
+"""What an image costs with fewer tokens, in all the units that people ask in; and what choosing costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from structprune.runtime.flops import BlockCost, tower_operations, visual_operations
+
+
+@dataclass(frozen=True)
+class Account:
+    """What is computed of an image.
+
+    Attributes:
+        config: The model's, in which every image has the same size.
+        size: Tokens of the image.
+        counts: Of every block how many its attention and its feed-forward compute.
+        seen: Patches that the vision tower computes.
+        choosing: Operations that choosing costs.
+    """
+
+    config: PreTrainedConfig
+    size: int
+    counts: Sequence[tuple[int, int]]
+    seen: int
+    choosing: int
+
+    @property
+    def full(self) -> int:
+        """Return what all its tokens cost in the blocks."""
+        return visual_operations(BlockCost.of(self.config), [(self.size, self.size)] * len(self.counts))
+
+    @property
+    def run(self) -> int:
+        """Return what they cost as they are run."""
+        return visual_operations(BlockCost.of(self.config), self.counts)
+
+    @property
+    def towers(self) -> tuple[int, int]:
+        """Return what tower and projector cost as they are run, and of the whole image."""
+        return tower_operations(self.config, self.seen), tower_operations(self.config, self.size)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is left."""
+        left, full, run, (tower, whole) = self.counts[-1][1], self.full, self.run, self.towers
+        return {
+            "visual_tokens": self.size,
+            "keep_ratio": left / self.size,
+            "tokens": left,
+            "avg_tokens": sum(entering for entering, _ in self.counts) / len(self.counts),
+            "visual_flops": run / full,
+            "image_flops": (tower + run) / (whole + full),
+            "selection_flops": self.choosing / full,
+            "counted": "visual tokens in the blocks of the language model, multiply and add as one; for "
+            "image_flops in the vision tower and the projector too; selection_flops: what choosing costs",
+        }
+
+    def notes(self, method: str) -> tuple[str, ...]:
+        """Return what to say where choosing costs more than it saves; nothing is changed by it."""
+        tower, whole = self.towers
+        return too_dear(method, self.choosing, self.full - self.run + whole - tower)
+
+
+def too_dear(method: str, spent: int, saved: int) -> tuple[str, ...]:
+    """Return a sentence where at most so much is spent on choosing and saved by it, if that is a loss."""
+    if spent <= saved:
+        return ()
+    said = f"costs up to {spent:.3g} operations, more than the {saved:.3g} that it saves"
+    return (f"{method}: to choose tokens of an image {said}: keep fewer, or drop them earlier",)
