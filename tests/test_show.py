@@ -116,6 +116,15 @@ class TestCommand:
             )
             assert done.code == 2 and "no plan in it drops visual tokens" in done.err
 
+    def test_a_folder_whose_images_are_made_smaller_is_refused(
+        self, seeing: Path, picture: Path, tmp_path: Path, command: Command
+    ) -> None:
+        pruner = catalogue.find("downsample")(target={"tokens": 4})
+        structprune.prune(seeing, tmp_path / "out", pruner, writing=QUICK["writing"])
+        words = ("show", tmp_path / "out", "--image", picture, "--question", "What?")
+        done = command(*words, "-o", tmp_path / "kept.png")
+        assert done.code == 2 and "its images are made smaller" in done.err
+
     def test_no_input_is_written_over(self, pruned: Path, picture: Path, command: Command) -> None:
         before = picture.read_bytes()
         for file in (picture, pruned / "kept.png"):
@@ -185,6 +194,10 @@ class TestPicture:
         config = vision_model("llava").config
         found = patches_of(config, batch, reader, 17)
         assert found.parts(torch.arange(17)).flatten().tolist() == [*range(1, 17)]
+        # A tower whose first token is no such token may lack that of the first patch.
+        found = patches_of(config, batch, reader, 15)
+        kept = found.parts(torch.ones(15, dtype=torch.bool))
+        assert kept.dtype == torch.bool and kept.flatten().tolist() == [False] + [True] * 15
         with pytest.raises(UsageError, match="llava: where its 20 visual tokens stand"):
             patches_of(config, batch, reader, 20)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 STYLES: dict[str, dict[str, Any]] = {
     "random_tokens": {"color": PALETTE[7], "marker": "x", "linestyle": "--"},
     "grid_tokens": {"color": PALETTE[7], "marker": "+", "linestyle": ":"},
+    "downsample": {"color": PALETTE[5], "marker": "v", "linestyle": "-."},
     "divprune": {"color": PALETTE[0], "marker": "o"},
     "fastv": {"color": PALETTE[1], "marker": "s"},
     "fitprune": {"color": PALETTE[2], "marker": "^"},

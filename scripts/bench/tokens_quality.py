@@ -51,7 +51,8 @@ NOTE = (
     "downsample leaves the nearest square number of tokens. Papers find it strong where a tower has seen "
     "images of many sizes; the demo's was trained on one size, with scenes drawn on a grid of its patches, "
     "and loses most of what is lost already at 121 of 144 tokens. With tower: operations of an image in the "
-    "tower, the projector and the blocks, against dense."
+    "tower, the projector and the blocks, against dense. Answer patches: of those that hold a part of what "
+    "is asked about, the share that the last block computes."
 )
 
 
@@ -95,7 +96,8 @@ class Bench:
             with engine.watching() as watched:
                 found = answer(self.model, part, batch, self.processor).right
             kept = watched[max(watched)][-1][batch["input_ids"] == placeholder(self.model.config)]
-            asked = self.patches[len(right) : len(right) + len(part)]
+            # What is left of a smaller image stands for other patches.
+            asked = [] if engine.smaller else self.patches[len(right) : len(right) + len(part)]
             pairs = zip(kept.view(len(part), -1), asked, strict=bool(asked))
             left += [float(row[about].float().mean()) for row, about in pairs if bool(about.any())]
             right += found
@@ -148,13 +150,10 @@ def section(kept: Mapping[str, Any]) -> str:
             cells = [one for one in kept["cells"] if (one["method"], one["share"]) == (method, share)]
             if cells:
                 rows.append(row(method, share, cells, dense, kinds, names))
-    header = ["method", "tokens left", "visual FLOPs", "with tower", "right", *names]
-    header += ["p against dense", "answer patches"]
-    return (
-        f"### {kept['model']}\n\n![right answers against tokens kept]({file_of(kept)})\n\n"
-        f"{kept['protocol']}. Answer patches: the share of those with a part of what is asked about that the "
-        f"last block computes. {kept['processor']}, {kept['date']}. {NOTE}\n\n{markdown(header, rows)}"
-    )
+    header = ["method", "tokens left", "visual FLOPs", "with tower", "right", *names, "p against dense"]
+    told = f"{kept['protocol']}. {kept['processor']}, {kept['date']}. {NOTE}"
+    picture = f"![right answers against tokens kept]({file_of(kept)})"
+    return f"### {kept['model']}\n\n{picture}\n\n{told}\n\n{markdown([*header, 'answer patches'], rows)}"
 
 
 def row(

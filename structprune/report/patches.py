@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from structprune.errors import UsageError
@@ -19,7 +20,7 @@ class Patches:
         pixels: As the model sees it: resized, cropped; shape [3, height, width], uint8, red green blue.
         rows: Parts from top to bottom.
         columns: Parts from left to right; tokens go row by row.
-        before: Tokens before the first part, which stand for no place.
+        before: Tokens before the first part, which stand for no place; -1 where the first part has none.
     """
 
     pixels: Tensor
@@ -29,7 +30,7 @@ class Patches:
 
     def parts(self, tokens: Tensor) -> Tensor:
         """Return what is said of each visual token, shape [tokens], by its place, shape [rows, columns]."""
-        return tokens[self.before :].view(self.rows, self.columns)
+        return functional.pad(tokens, (-self.before, 0)).view(self.rows, self.columns)
 
 
 def patches_of(config: PreTrainedConfig, batch: Batch, processor: ProcessorMixin, tokens: int) -> Patches:
@@ -57,7 +58,8 @@ def patches_of(config: PreTrainedConfig, batch: Batch, processor: ProcessorMixin
         return Patches(_unscaled(picture, images), rows // merged, columns // merged)
     if config.model_type == "llava" and pixels.ndim == 4:
         rows, columns = (side // vision.patch_size for side in pixels.shape[-2:])
-        if tokens - rows * columns in (0, 1):  # one more: the token of a tower that stands for all of it
+        # One more is a tower's token for all of it. "default" leaves out the first, whichever that is.
+        if tokens - rows * columns in (-1, 0, 1):
             return Patches(_unscaled(pixels[0], images), rows, columns, tokens - rows * columns)
     raise UsageError(
         f"{config.model_type}: where its {tokens} visual tokens stand on the picture is not known",
