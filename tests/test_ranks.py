@@ -201,7 +201,9 @@ class TestTorchrun:
             assert capsys.readouterr().err.startswith(said)
 
     @pytest.mark.slow
-    def test_when_one_is_killed_all_end_and_the_same_command_resumes(self, tmp_path: Path) -> None:
+    def test_when_one_is_killed_all_end_and_the_same_command_resumes(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         model = home("sparsegpt").save(tmp_path / "model")
         more = ["--method", "sparsegpt", "--samples", 900]
         whole = torchrun(2, *self.words(tmp_path / "whole", model, *more))
@@ -215,6 +217,8 @@ class TestTorchrun:
         killed.communicate(timeout=120)
         assert killed.returncode != 0
         assert time.monotonic() - before < 60
+        assert main([str(word) for word in self.words(tmp_path / "out", model, *more)]) == 4
+        assert "an interrupted run differs in ranks" in capsys.readouterr().err
         again = torchrun(2, *self.words(tmp_path / "out", model, *more), "--json")
         said, errors = again.communicate(timeout=600)
         assert again.returncode == 0, errors
