@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -133,13 +134,15 @@ def give_back_memory() -> None:
 
 def versions() -> dict[str, str | None]:
     """Return the versions of Python and of all packages that matter; None where one is missing."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+@cache  # what is imported stays what it is; to read it again is an eighth of a small run
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def machine() -> dict[str, Any]:

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from structprune.cli import main
+from structprune.pipeline import finish
 from tests.forks import Parent
 from tests.fresh import FreshProcesses, place_fresh_processes
 from tests.specimens import Finished, write_specimens
 from tests.tiny import save_tiny
 
+DRAW = finish.draw
 Command = Callable[..., Finished]
 
 
@@ -39,6 +41,20 @@ def fresh_processes() -> Iterator[None]:
 def really_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start fresh processes as a user's run does, imports included."""
     place_fresh_processes(monkeypatch, subprocess)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_plots() -> Iterator[None]:
+    """Draw no plots, a third of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "draw", lambda *_: None)
+        yield
+
+
+@pytest.fixture
+def plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw them as a user's run does."""
+    monkeypatch.setattr(finish, "draw", DRAW)
 
 
 @pytest.fixture

@@ -90,6 +90,7 @@ def test_laws_5_and_8_every_method_holds_what_was_asked_and_reloads_to_the_same_
         assert torch.equal(child.logits.float(), ours.float())
 
 
+@pytest.mark.usefixtures("plots")
 def test_the_input_is_never_touched_and_the_output_is_complete(llama: Path, tmp_path: Path) -> None:
     before = digests(llama, of="*.*")
     report = structprune.prune(llama, tmp_path / "out", "wanda", **QUICK)
@@ -101,6 +102,8 @@ def test_the_input_is_never_touched_and_the_output_is_complete(llama: Path, tmp_
     wanted = {"output", "method", "stages", "sparsity", "parameters", "bytes", "seconds"}
     assert wanted | {"peak_rss_bytes", "blocks_resumed", "loads_in"} <= report.keys()
     assert json.loads((tmp_path / "out" / "structprune" / "report.json").read_text())["sparsity"] == 0.5
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "out" / "structprune" / "plots" / "sparsity.png").is_file()
 
 
 @pytest.mark.parametrize("stream", [False, True])

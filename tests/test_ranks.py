@@ -143,8 +143,14 @@ def worker_of(launcher: int, rank: int) -> int:
 
 
 class TestTorchrun:
+    def text(self, model: Path) -> Path:
+        """Write a text that lasts for some thousand batches beside a model."""
+        path = model.with_name("text.txt")
+        path.write_text(Path(TEXT).read_text() * 40)
+        return path
+
     def words(self, output: Path, model: Path, *more: object) -> list[object]:
-        data = ["--calibration", TEXT, "--length", 32, "--set", "calibration.batch_size=2"]
+        data = ["--calibration", self.text(model), "--length", 32, "--set", "calibration.batch_size=2"]
         return ["prune", model, output, "--no-evaluate", *data, *more]
 
     def test_two_processes_write_what_one_does(self, tmp_path: Path) -> None:
