@@ -202,8 +202,10 @@ class TestReferring:
         one, other = (read_manifest(folder) for folder in (referring, tmp_path / "copy"))
         assert one is not None and other is not None
         assert (one.weights, one.tensors) == (other.weights, other.tensors)
-        for words in (("inspect", referring), ("evaluate", referring, "--questions", save_rows(tmp_path))):
-            assert command(*words).code == 0, words
+        said = " ".join(command("inspect", referring).out.split())
+        assert "divprune drops visual tokens while structprune runs it; under any other program" in said
+        assert f"those in {tmp_path / 'base'}: only structprune opens this folder" in said
+        assert command("evaluate", referring, "--questions", save_rows(tmp_path)).code == 0
         assert verify(referring, seeing).ok
         assert (
             contender("out", referring, Opening()).as_json()["file_bytes"] == (seeing / FILE).stat().st_size

@@ -1,7 +1,8 @@
 """Questions on images: what a vision-language model is calibrated and measured on, read from JSON lines.
 
 A row is `{"image": PATH, "question": TEXT}`, with `"answer"` where it is measured and `"kind"` where figures
-are to be told apart by it. Paths are relative to the file.
+are to be told apart by it. Paths are relative to the file, or whole; they may lead anywhere, as those that a
+user writes on the command line may.
 """
 
 import warnings
@@ -124,8 +125,13 @@ def _question(row: dict[str, Any], path: Path, where: str) -> ImageQuestion:
             said = f"holds {value!r:.40}, expected text" if key in row else "is missing"
             raise InputError(f"{where}: key {key!r} {said}", hint=f"a row is such as {EXAMPLE}")
     image = path.parent / values["image"]
-    if not image.is_file():
+    try:
+        there = image.is_file()
+    except OSError:  # a name that no file can have
+        there = False
+    if not there:
         raise InputError(
-            f"{where}: {image}: no such image", hint="paths are relative to the file of the questions"
+            f"{where}: {image!s:.200}: no such image",
+            hint="paths are relative to the file of the questions, or whole",
         )
     return ImageQuestion(image, values["question"], values.get("answer"), values.get("kind", ""), where)

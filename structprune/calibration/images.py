@@ -9,6 +9,7 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from structprune.models.streamed import Batch, Model
 from structprune.models.walk import capture
 
 logger = logging.getLogger(__name__)
+
+# What processors raise of images that they cannot resize, cut or put side by side.
+PROCESSOR_ERRORS = (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError)
 
 
 def load_questions(
@@ -82,7 +86,8 @@ def batch_of(questions: Sequence[ImageQuestion], processor: ProcessorMixin) -> B
         processor: The model's; its tensors come as it makes them (`pixel_values`, `image_grid_thw`, ...).
 
     Raises:
-        InputError: An image cannot be read, or a question holds the placeholder of an image.
+        InputError: An image cannot be read, the processor refuses its size, or a question holds the
+            placeholder of an image.
         EnvironmentFailure: pillow is not installed.
     """
     call: Any = processor
@@ -90,15 +95,32 @@ def batch_of(questions: Sequence[ImageQuestion], processor: ProcessorMixin) -> B
     start = call.tokenizer.bos_token
     # A template that writes the token itself must not get a second one from the tokenizer.
     written = start is not None and prompts[0].startswith(start)
-    made = call(
-        images=[one.open_image() for one in questions],
-        text=prompts,
+    images = [one.open_image() for one in questions]
+    make = partial(
+        call,
         padding=True,
         # Whatever the tokenizer's own side: an answer goes on where the prompt ends.
         padding_side="left",
         return_tensors="pt",
         **({"add_special_tokens": False} if written else {}),
     )
+    try:
+        made = make(images=images, text=prompts)
+    except PROCESSOR_ERRORS as error:
+        for one, image, prompt in zip(questions, images, prompts, strict=True):
+            try:
+                make(images=[image], text=[prompt])
+            except PROCESSOR_ERRORS as alone:
+                raise InputError(
+                    f"{one.where}: the model's processor refuses an image of {image.width} x {image.height} "
+                    f"pixels: {' '.join(str(alone).split())[:200]}",
+                    hint="give the image another size, or take the row out",
+                ) from alone
+        raise InputError(
+            f"{questions[0].where}: the model's processor makes no batch of {len(images)} images: "
+            f"{' '.join(str(error).split())[:200]}",
+            hint="give all images the same size, or ask for batches of one",
+        ) from error
     return {name: value for name, value in made.items() if isinstance(value, Tensor)}
 
 

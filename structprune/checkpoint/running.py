@@ -27,6 +27,11 @@ def carry_on(model: Model, folder: Path) -> Model:
     return model
 
 
+def running_methods(folder: Path) -> list[str]:
+    """Return the methods of a folder's plans that work while its model runs, in order."""
+    return [plan.method for plan in _plans(folder) if _pruner_of(plan).at_run_time]
+
+
 def check_stored(folder: Path) -> None:
     """Check that all that was decided on a folder's model is in its weights, so that nothing would be lost.
 

@@ -9,6 +9,9 @@ from structprune.report.figures import bytes_text, percent, scaled
 
 Result = Mapping[str, Any]
 
+RUNNING = "{} drops visual tokens while structprune runs it; under any other program nothing is saved"
+ELSEWHERE = "those in {}: only structprune opens this folder"
+
 
 def inspection_lines(result: Result) -> str:
     """Return what a model is, what it costs, and what each method can do with it."""
@@ -30,6 +33,8 @@ def _facts(result: Result) -> Sequence[tuple[str, str]]:
         ("prunable", prunable),
         ("experts", experts),
         ("pruned", result["pruned"] or ("no" if not zeros else f"no, {counted(zeros, 'weight')} are zero")),
+        ("saving", RUNNING.format(" and ".join(running)) if (running := result["while_running"]) else ""),
+        ("weights", ELSEWHERE.format(base) if (base := result["weights_in"]) else ""),
         (
             "constant",
             f"{counted(len(constant), 'matrix')} of one value only: {', '.join(constant[:3])}"

@@ -158,10 +158,11 @@ def _reached(stage: Result) -> str:
     """Return what a stage removed as measured, and what whole units allow where that is something else."""
     if left := stage.get("while_running"):
         if "tokens" not in left:  # how many that is depends on the image
-            return f"{stage['asked']} of the visual tokens, while structprune runs it"
+            return f"{stage['asked']} of the visual tokens, only while structprune runs it"
         tokens = f"{left['tokens']} of {left['visual_tokens']} visual tokens of an image left at the end"
         cost = f"{_exact(left['visual_flops'])} of their operations"
-        return f"{tokens}, {cost} ({_exact(left['image_flops'])} with the tower), while structprune runs it"
+        cost += f" ({_exact(left['image_flops'])} with the tower)"
+        return f"{tokens}, {cost}, only while structprune runs it"
     if stage["measured"] is None:  # the files that it was measured against are not those of this run
         return f"{_exact(stage['reachable'])} of the {stage['unit']} removed before"
     removed = f"{_exact(stage['measured'])} of the {stage['unit']} removed"

@@ -5,6 +5,7 @@ from typing import Any
 
 from structprune.calibration.data import positions
 from structprune.checkpoint.locate import resolve
+from structprune.checkpoint.running import running_methods
 from structprune.checkpoint.source import open_outline
 from structprune.errors import UsageError
 from structprune.models.arch import arch_of, blocks, linears
@@ -56,6 +57,8 @@ def inspect(model: str, opening: Opening = Opening(), *, revision: str | None = 
         "sparsity": cost.sparsity,
         "pruned": str(prior) if prior.pruned else None,
         "found": prior.as_json(),
+        "while_running": running_methods(folder),
+        "weights_in": str(opened.reader.weights_folder) if opened.reader.refers else None,
         "constant_matrices": list(scan.constant),
         "dtype": str(opened.dtype).removeprefix("torch."),
         "bytes": cost.bytes_on_disk,

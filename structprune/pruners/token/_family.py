@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from structprune.calibration.notebook import Look, Notebook
 from structprune.decide.token_target import Target, count_at, rounded_up
-from structprune.errors import QualityError, UsageError
+from structprune.errors import InputError, QualityError, UsageError
 from structprune.models.arch import block_prefixes
 from structprune.models.edit import left_of
-from structprune.models.identity import applied, weights_of
+from structprune.models.identity import applied, architecture_of, weights_of
 from structprune.models.streamed import Batch, Model, StreamedModel
 from structprune.models.tensor_edit import Outline
 from structprune.plan.key import Key
@@ -258,7 +258,12 @@ class TokenPruner(Pruner):
         return model
 
     def drops(self, plan: Plan, model: Model) -> list[Drop]:
-        """Return what the engine carries out on a model."""
+        """Return what the engine carries out on a model.
+
+        Raises:
+            InputError: The plan names a block that the model does not have, or leaves what no image can have.
+        """
+        _check_tokens(plan, block_prefixes(model))
         compact = (self.positions or self.paper_positions) == "compact" and not _several_axes(model)
         numbered = ((int(key.name.rpartition(".")[2]), plan[key]) for key in plan if key.kind == "tokens")
         return [Drop(block, self.within, tokens, self, compact) for block, tokens in numbered]
@@ -267,13 +272,15 @@ class TokenPruner(Pruner):
         """Let a model run with fewer tokens; returns the same model. Its parameters stay as they are.
 
         Raises:
-            InputError: The plan belongs to another architecture.
+            InputError: The plan belongs to another architecture, or says what no model can do.
             UsageError: The model is streamed, so it cannot run as a whole.
         """
         whole = self._in_memory(model)
+        fits = plan.architecture == architecture_of(whole)
+        drops = self.drops(plan, whole) if fits else []
         # Nothing stored is edited: the plan is held against the architecture and noted like any other.
         super().apply(whole, plan)
-        if drops := self.drops(plan, whole):
+        if drops:
             attach(whole, plan.id, drops)
         return model
 
@@ -282,6 +289,25 @@ class TokenPruner(Pruner):
         detach(self._in_memory(model), plan.id)
         if plan.id in applied(model):
             applied(model).remove(plan.id)
+
+
+def _check_tokens(plan: Plan, blocks: Sequence[str]) -> None:
+    for key in plan:
+        if key.kind != "tokens":
+            continue
+        if key.name not in blocks:
+            raise InputError(
+                f"plan key {str(key)!r}: no such block, the model has {blocks[0]} to {blocks[-1]}",
+                hint="the plan belongs to another model",
+            )
+        tokens = plan[key]
+        share = tokens.is_floating_point()
+        if tokens.numel() != 1 or not (0 < float(tokens) <= 1 if share else int(tokens) >= 1):
+            raise InputError(
+                f"plan key {str(key)!r}: leaves {tokens.tolist()}, expected a number of tokens from 1, or a "
+                "share above 0 and at most 1",
+                hint="the plan is damaged: prune again with its recipe",
+            )
 
 
 def _several_axes(model: Model) -> bool:
