@@ -5,7 +5,9 @@ model of which it drops nothing, over the plain one. Fewer: a pruned prefill ove
 image that has as many tokens from the start (`inputs_embeds` of that length), what choosing takes apart.
 Choosing alone: over a dense prefill. One process and one thread, whose seconds on the
 processor are counted: other programs do not show in them. In every round all take turns, and each figure is
-the median of the rounds' own ratios.
+the median of the rounds' own ratios. Memory: by how much the process grows at its peak while it reads the
+prompt, which is activations and cache; over the plain model's. `--memory` measures that alone, and takes the
+rest from the JSON of an earlier call.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from structprune.machine import environment
+from structprune.machine import environment, give_back_memory, own_peak_rss, reset_peak_rss
 from structprune.pruners.catalogue import find
 from structprune.pruners.token._family import TokenPruner
 from structprune.pruners.while_running import pruning
@@ -100,6 +102,28 @@ def cache_bytes(cache: Cache) -> int:
 
 
 @torch.no_grad()
+def growth(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> int:
+    """Return by how many bytes this process grows at its peak while it reads a prompt."""
+    give_back_memory()
+    reset_peak_rss()
+    before = own_peak_rss()
+    model(**batch, use_cache=True, logits_to_keep=1)
+    return own_peak_rss() - before
+
+
+def memory(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> dict[str, float]:
+    """Return the growth of each kind of run, of the plain model's."""
+    growth(model, batch)  # the first time kernels take memory of their own
+    dense = growth(model, batch)
+    with keeping_all(model):
+        found = {"keep all": growth(model, batch) / dense}
+    for name, fields in METHODS.items():
+        with pruning(model, find(name).model_validate(fields)):
+            found[name] = growth(model, batch) / dense
+    return found
+
+
+@torch.no_grad()
 def embedded(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> Tensor:
     """Return what the language model reads of a prompt, shape [1, tokens, hidden]."""
     found: list[Tensor] = []
@@ -142,9 +166,8 @@ class Timed:
         return found
 
 
-def measure(rounds: int) -> dict[str, Any]:
-    """Return the medians of all ratios."""
-    model, batch = random_llava(), prompt()
+def measure(model: LlavaForConditionalGeneration, batch: dict[str, Tensor], rounds: int) -> dict[str, Any]:
+    """Return the medians of all ratios of time, and what the caches take."""
     tokens = batch["input_ids"].shape[1]
     plain = embedded(model, batch)
     rows: dict[str, list[dict[str, float]]] = {}
@@ -195,16 +218,17 @@ def section(found: dict[str, Any], rounds: int) -> str:
             name,
             *(f"{row[key]:.2f}" for key in ("of dense", "as short")),
             f"{row['choosing']:.2%}",
-            *(f"{row[key]:.2f}" for key in ("decode", "decode as short", "cache")),
+            *(f"{row[key]:.2f}" for key in ("decode", "decode as short", "cache", "memory")),
         ]
         for name, row in found["rows"].items()
         if name != "keep all"
     ]
     header = ["keep_ratio 0.25", "prefill / dense", "prefill / as many tokens", "choosing / dense prefill"]
-    header += ["decode / dense", "decode / as many tokens", "cache bytes / dense"]
+    header += ["decode / dense", "decode / as many tokens", "cache bytes / dense", "memory / dense"]
     return (
-        f"{markdown(header, rows)}\n\nThe engine attached and nothing dropped: prefill "
-        f"{whole['prefill']:.2f}, decode {whole['decode']:.2f} of the plain model's. Random LLaVA of "
+        f"{markdown(header, rows)}\n\nMemory: activations and cache of a prefill at their peak. The engine "
+        f"attached and nothing dropped: prefill {whole['prefill']:.2f}, decode {whole['decode']:.2f}, memory "
+        f"{whole['memory']:.2f} of the plain model's. Random LLaVA of "
         f"{found['parameters'] / 1e6:.0f} M parameters, float32, {found['tokens']} tokens, {NEW} decoded, "
         f"SDPA, one thread, medians of {rounds} rounds. {environment()['machine']['processor']}."
     )
@@ -215,10 +239,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--memory", action="store_true", help="measure memory alone, the rest is in --json")
     parser.add_argument("--write", action="store_true", help="write the section of README.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = measure(options.rounds)
+    model, batch = random_llava(), prompt()
+    found = json.loads(options.json.read_text()) if options.memory else measure(model, batch, options.rounds)
+    for name, share in memory(model, batch).items():
+        found["rows"][name]["memory"] = share
     if options.json:
         options.json.write_text(json.dumps(found))
     print(json.dumps(found, indent=1))

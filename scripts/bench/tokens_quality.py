@@ -55,6 +55,18 @@ NOTE = (
     "is asked about, the share that the last block computes."
 )
 
+SHOWN = """What two methods keep of a picture, beside as many tokens at random; `fastv` chooses after
+two blocks, in which tokens have read one another:
+
+    structprune prune demo-vision OUT --method divprune --set target.keep_ratio=0.11
+    structprune show OUT --image structprune/demo/vision/calibration/000.png \\
+        --question "What colour is the triangle?" -o scripts/bench/demo-vision-divprune.png
+
+![tokens that divprune keeps](demo-vision-divprune.png)
+
+![tokens that fastv keeps](demo-vision-fastv.png)
+"""
+
 
 class Bench:
     """A model with its questions, and what it answers dense.
@@ -153,7 +165,9 @@ def section(kept: Mapping[str, Any]) -> str:
     header = ["method", "tokens left", "visual FLOPs", "with tower", "right", *names, "p against dense"]
     told = f"{kept['protocol']}. {kept['processor']}, {kept['date']}. {NOTE}"
     picture = f"![right answers against tokens kept]({file_of(kept)})"
-    return f"### {kept['model']}\n\n{picture}\n\n{told}\n\n{markdown([*header, 'answer patches'], rows)}"
+    shown = f"\n\n{SHOWN}" if kept["model"] == DEMO_VISION else ""
+    table = markdown([*header, "answer patches"], rows)
+    return f"### {kept['model']}\n\n{picture}\n\n{told}\n\n{table}{shown}"
 
 
 def row(
