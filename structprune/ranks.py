@@ -230,7 +230,7 @@ def joined_ranks() -> Iterator[Ranks]:
         said = " ".join(str(error).split())[:200]
         raise EnvironmentFailure(
             f"the {place.count} processes of this run do not find each other: {said}",
-            hint="start them with torchrun --nproc-per-node N -m structprune ...",
+            hint="start them with torchrun, which tells each where the others are",
         ) from error
     try:
         yield Ranks.here()

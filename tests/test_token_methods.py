@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from structprune.errors import QualityError, UsageError
-from structprune.pruners.token._family import ScoredTokens
+from structprune.pruners.token._scored import ScoredTokens
 from structprune.runtime.drop import Drop
 from structprune.runtime.engine import attach, detach
 from structprune.runtime.view import View

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from structprune.calibration.notebook import Look, Notebook
 from structprune.decide.token_target import Target, count_at, rounded_up
-from structprune.errors import InputError, QualityError, UsageError
+from structprune.errors import InputError, UsageError
 from structprune.models.arch import block_prefixes
 from structprune.models.edit import left_of
 from structprune.models.identity import applied, architecture_of, weights_of
@@ -313,31 +313,3 @@ def _check_tokens(plan: Plan, blocks: Sequence[str]) -> None:
 def _several_axes(model: Model) -> bool:
     text = model.config.get_text_config()
     return AXES in (getattr(text, "rope_parameters", None) or {})
-
-
-class ScoredTokens(TokenPruner):
-    """A pruner that keeps the tokens of the highest score."""
-
-    @abstractmethod
-    def score(self, seen: View) -> Tensor:
-        """Return a score for every token, float32 [images, tokens]; higher is kept."""
-
-    @final
-    def choose(self, seen: View, keep: Tensor) -> Tensor:
-        """Return the tokens of the highest scores; of equal ones the first.
-
-        Raises:
-            QualityError: A score is not a number.
-        """
-        scores = self.score(seen)
-        if not bool(scores[seen.real].isfinite().all()):
-            raise QualityError(
-                f"{self.method()}: a score of a visual token is not finite",
-                hint="look whether the model computes NaN on this input, in this dtype",
-            )
-        scores = scores.masked_fill(~seen.real, -torch.inf)
-        order = scores.argsort(dim=1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter(
-            1, order, torch.arange(order.shape[1]).expand_as(order).to(order)
-        )
-        return (rank < keep[:, None]) & seen.real

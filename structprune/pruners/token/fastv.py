@@ -11,7 +11,7 @@ from torch import Tensor
 
 from structprune.decide.token_target import Target
 from structprune.errors import UsageError
-from structprune.pruners.token._family import ScoredTokens
+from structprune.pruners.token._scored import ScoredTokens
 from structprune.runtime.flops import BlockCost
 from structprune.runtime.view import View
 

@@ -22,7 +22,7 @@ from structprune.models.arch import block_prefixes
 from structprune.models.streamed import Batch, Model
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.token._account import too_dear
-from structprune.pruners.token._family import ScoredTokens
+from structprune.pruners.token._scored import ScoredTokens
 from structprune.runtime.drop import Drop
 from structprune.runtime.engine import attach, detach
 from structprune.runtime.flops import BlockCost, image_tokens

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from structprune.pruners.token._family import ScoredTokens
+from structprune.pruners.token._scored import ScoredTokens
 from structprune.runtime.view import View
 
 
