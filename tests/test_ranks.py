@@ -259,7 +259,7 @@ class TestDivision:
         assert min(map(len, shares)) >= 2
 
     def test_jobs_go_to_whoever_has_least_to_do(self) -> None:
-        assert Ranks(0, 2).divide([1, 5, 3, 2]) == [1, 0, 1, 1]
+        assert Ranks(0, 2).divide([1, 5, 3, 2]) == [0, 0, 1, 1]
         assert Ranks(0, 1).divide([1, 5]) == [0, 0]
 
 

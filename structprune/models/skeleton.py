@@ -5,7 +5,12 @@ No code of the folder runs unless it is trusted.
 
 import logging
 from collections import Counter
+<<<<<<< HEAD
 from typing import Any, Literal
+=======
+from contextlib import nullcontext
+from typing import Any
+>>>>>>> suite
 
 import torch
 from accelerate import init_empty_weights
@@ -22,6 +27,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 
 from structprune.errors import InputError
 from structprune.models import factored, native
@@ -110,8 +116,10 @@ def build_skeleton(reader: Reader, config: PreTrainedConfig, dtype: torch.dtype)
         )
     factory: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     try:
-        # Buffers stay real: rotary tables and the like are computed, not stored.
-        with init_empty_weights(include_buffers=False):
+        # Buffers stay real: rotary tables and the like are computed, not stored. To draw values for
+        # parameters without memory takes half of the time; code of others may make its buffers there.
+        undrawn = nullcontext() if custom else no_init_weights()
+        with init_empty_weights(include_buffers=False), undrawn:
             skeleton: PreTrainedModel = factory.from_config(config, dtype=dtype, trust_remote_code=custom)
     except CONFIG_ERRORS as error:
         raise InputError(f"{reader.folder / 'config.json'}: {_one_line(error)}", hint=CONFIG_HINT) from error
