@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 from structprune.errors import UsageError
 from structprune.pruners.token._family import TokenPruner
 from structprune.runtime.engine import paused
-from structprune.runtime.flops import tower_operations
+from structprune.runtime.flops import image_tokens, tower_operations
 from structprune.runtime.tower import grid_places
 from tests.oracle import pictures, pruned, token_pruner, worst
-from tests.pictures import IMAGE, vision_model
+from tests.pictures import CLIP, IMAGE, TEXT, vision_model
 
 
 def _pruner(tokens: int = 4, **fields: Any) -> TokenPruner:
@@ -101,6 +102,26 @@ def test_towers_of_many_sizes_are_refused(family: str) -> None:
     with pytest.raises(UsageError, match="cannot be made smaller") as caught:
         _pruner().forecast(vision_model(family))
     assert "processor" in caught.value.hint
+
+
+def test_a_tower_without_a_class_token_is_made_smaller_too() -> None:
+    vision = {name: value for name, value in CLIP.items() if name != "projection_dim"}
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
+        text_config=LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        vision_feature_select_strategy="full",
+    )
+    model, batch = LlavaForConditionalGeneration(config).eval(), pictures("llava", 1).batch()
+    # "default" leaves out the first of all tokens, which is a patch here: no square is left.
+    assert image_tokens(model.config) == 16
+    with pruned(model, _pruner(), batch), torch.no_grad():
+        layer = model(**batch, use_cache=True).past_key_values.layers[0]
+    assert layer.get_seq_length() - layer.keys.shape[-2] == 12
+    model.config.vision_feature_select_strategy = "default"
+    assert image_tokens(model.config) == 15
+    with pytest.raises(UsageError, match="cannot be made smaller"):
+        _pruner().forecast(model)
 
 
 def test_features_of_the_whole_image_are_refused() -> None:
