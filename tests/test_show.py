@@ -21,7 +21,7 @@ from structprune.runtime.engine import engine_of
 from tests.conftest import Command
 from tests.methods import QUICK, Home, short_runs
 from tests.oracle import token_pruner
-from tests.pictures import BLOCKS, FAMILIES, IMAGE, Pictures, vision_model
+from tests.pictures import BLOCKS, END, FAMILIES, IMAGE, START, Pictures, vision_model
 from tests.seeing import save_rows
 
 Image = pytest.importorskip("PIL.Image")
@@ -76,6 +76,35 @@ class TestCommand:
         assert "before block 2  4 of 16 visual tokens kept" in again.out
         other = command(*words, "--overwrite", "--seed", 1, "--json").json
         assert other["kept"] == found["kept"] and other["at_random"] != found["at_random"]
+
+    @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+    def test_images_of_any_size_are_shown_too(
+        self, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from transformers import Qwen2VLImageProcessorPil
+
+        # Their processors need torchvision for videos: what is put into a prompt is made by hand.
+        images = Qwen2VLImageProcessorPil(patch_size=8, min_pixels=256, max_pixels=4096)
+        reader = type("Reader", (), {"image_processor": images})()
+
+        def batch(questions: list[ImageQuestion], _: object) -> dict[str, Tensor]:
+            made = images(questions[0].open_image(), return_tensors="pt")
+            count = int(made["image_grid_thw"].prod()) // 4
+            ids = torch.tensor([[1, START, *[IMAGE] * count, END, 5, 6]])
+            return {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE).int(), **made}
+
+        monkeypatch.setattr("structprune.pipeline.show.processor", lambda *_: reader)
+        monkeypatch.setattr("structprune.pipeline.show.batch_of", batch)
+        vision_model(family).save_pretrained(tmp_path / "model")
+        pruner = catalogue.find("fastv")(target={"tokens": 2}, block=1)
+        structprune.prune(tmp_path / "model", tmp_path / "out", pruner, writing=QUICK["writing"])
+        Image.new("RGB", (96, 64), "red").save(tmp_path / "wide.png")
+        found = structprune.show(
+            tmp_path / "out", tmp_path / "wide.png", "What is it?", tmp_path / "kept.png"
+        )
+        assert found["drops"] == [{"block": 1, "place": "before", "kept": 2}] and len(found["kept"]) == 2
+        assert found["columns"] > found["rows"] and found["tokens"] == found["rows"] * found["columns"]
+        assert (tmp_path / "kept.png").is_file()
 
     @pytest.mark.parametrize(
         ("flag", "value", "code", "said"),
