@@ -5,12 +5,8 @@ No code of the folder runs unless it is trusted.
 
 import logging
 from collections import Counter
-<<<<<<< HEAD
-from typing import Any, Literal
-=======
 from contextlib import nullcontext
-from typing import Any
->>>>>>> suite
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
