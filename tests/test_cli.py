@@ -56,6 +56,8 @@ FOUND = {
     "prunable": 1_500_000,
     "pruned": None,
     "found": {"zeros": 3},
+    "while_running": [],
+    "weights_in": None,
     "constant_matrices": ["model.layers.0.mlp.up_proj.weight"],
     "dtype": "bfloat16",
     "bytes": 4_012_345,
