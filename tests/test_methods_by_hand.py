@@ -208,7 +208,7 @@ class TestSparsegpt:
         batches = data(model, 8)
         block = next(iter(Walk(model, batches)))
         seen: dict[str, list[Tensor]] = {}
-        block.observe(lambda one, inputs: seen.setdefault(one.label, []).append(inputs), block.linears)
+        block.observe(lambda _, one, inputs: seen.setdefault(one.label, []).append(inputs), block.linears)
         errors: dict[str, dict[str, float]] = {}
         for method in ("wanda", "sparsegpt", "thanos", "alps"):
             pruner = find(method).model_validate({"skip": "1"})

@@ -109,7 +109,7 @@ class Bench:
                 found = answer(self.model, part, batch, self.processor).right
             kept = watched[max(watched)][-1][batch["input_ids"] == placeholder(self.model.config)]
             # What is left of a smaller image stands for other patches.
-            asked = [] if engine.smaller else self.patches[len(right) : len(right) + len(part)]
+            asked = [] if engine.smaller() else self.patches[len(right) : len(right) + len(part)]
             pairs = zip(kept.view(len(part), -1), asked, strict=bool(asked))
             left += [float(row[about].float().mean()) for row, about in pairs if bool(about.any())]
             right += found

@@ -27,7 +27,8 @@ def read_plans(folder: Path) -> list[Plan]:
     plans = plans_of(folder)
     if not plans:
         raise InputError(f"{folder}: holds no plan", hint="give a folder that `structprune prune` wrote")
-    if any(block.referred for plan in plans for block in plan.blocks):
+    # Without a need for them the weights may be out of reach.
+    if (folder / PLANS).is_dir() and any(block.referred for plan in plans for block in plan.blocks):
         reader = CheckpointReader(folder)
         for number, plan in enumerate(plans):
             plan.read_from(_read_through(plans[number:], reader))

@@ -61,6 +61,8 @@ def _apply(run: ApplyRun, opening: Opening, writing: Writing, progress: Progress
     clock = Clock()
     with clock.phase("read"):
         folder = resolve(run.model, revision=run.revision)
+        check_side_files(folder, opening)
+        check_stored(folder)
         plans = read_plans(plan)
         chosen = [find(one.method).model_validate(one.config) for one in plans]
         final = check_output(
@@ -73,8 +75,6 @@ def _apply(run: ApplyRun, opening: Opening, writing: Writing, progress: Progress
             overwrite=writing.overwrite,
             needed_bytes=bytes_written(folder, chosen, run.output, writing),
         )
-        check_side_files(folder, opening)
-        check_stored(folder)
         source = open_source(run.model, folder, opening)
         if plans[0].weights != source.scan.weights:
             raise InputError(

@@ -77,7 +77,7 @@ class Engine:
             hook(block.get_submodule(self._attention), before=partial(self._note_attention, index))
             mlp = block.get_submodule(self._mlp)
             hook(mlp, before=partial(self._enter_mlp, index), after=partial(self._leave_mlp, index))
-        features = ImageFeatures(self._base.get_image_features, self._note_sizes, lambda: self.smaller)
+        features = ImageFeatures(self._base.get_image_features, self._note_sizes, self.smaller)
         self._replace(self._base, "get_image_features", features)
         self._replace(self._root, "generate", Guarded(self._root, self._is_paused))
         if hasattr(self._language, "_deepstack_process"):
@@ -156,7 +156,7 @@ class Engine:
     def _note_sizes(self, sizes: Sequence[int]) -> None:
         self._local.sizes = sizes
 
-    @property
+    # No property: the bound method goes along when the model is copied, a closure would stay behind.
     def smaller(self) -> SmallerImages | None:
         """Return what makes images smaller for the vision tower; None where nothing does now."""
         every = (drop.images for drops in self.drops.values() for drop in drops)
