@@ -31,8 +31,8 @@ from structprune.plan.promise import Promises
 from structprune.pruners.blockwise import BlockwisePruner
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import UNMEASURED, Seen
-from structprune.pruners.side_by_side import solve_on_ranks
 from structprune.pruners.weight._promises import Promise, removed_promises
+from structprune.pruners.weight._side_by_side import solve_on_ranks
 from structprune.ranks import Ranks
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
 from structprune.solvers.plan_tensors import block_facts, plan_tensors
