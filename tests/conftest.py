@@ -16,6 +16,7 @@ from structprune.cli import main
 from structprune.pipeline import finish
 from tests.forks import Parent
 from tests.fresh import FreshProcesses, place_fresh_processes
+from tests.seeing import save_seeing
 from tests.specimens import Finished, write_specimens
 from tests.tiny import save_tiny
 
@@ -74,6 +75,12 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a tiny Llama, for tests that only read it."""
     return save_tiny("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a tiny LLaVA of four blocks with its processor, for tests that only read it."""
+    return save_seeing(tmp_path_factory.mktemp("seeing") / "model", depth=4)
 
 
 @pytest.fixture(scope="session")

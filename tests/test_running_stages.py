@@ -44,11 +44,6 @@ def short() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Home("llava", depth=4, images=True).save(tmp_path_factory.mktemp("seeing") / "model")
-
-
-@pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_rows(tmp_path_factory.mktemp("rows"))
 

@@ -19,7 +19,7 @@ from structprune.report.kept_tokens import DIMMED, kept_tokens
 from structprune.report.patches import Patches, patches_of
 from structprune.runtime.engine import engine_of
 from tests.conftest import Command
-from tests.methods import QUICK, Home, short_runs
+from tests.methods import QUICK, short_runs
 from tests.oracle import token_pruner
 from tests.pictures import BLOCKS, END, FAMILIES, IMAGE, START, Pictures, vision_model
 from tests.seeing import save_rows
@@ -31,11 +31,6 @@ Image = pytest.importorskip("PIL.Image")
 def short() -> Iterator[None]:
     with short_runs():
         yield
-
-
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Home("llava", depth=4, images=True).save(tmp_path_factory.mktemp("seeing") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from structprune.storage.unchanged import place_file
 from tests.checkpoints import fingerprint
 from tests.conftest import Command
 from tests.killing import is_killed_at
-from tests.methods import QUICK, Home, short_runs
+from tests.methods import QUICK, short_runs
 from tests.pictures import Pictures
 from tests.seeing import save_rows
 from tests.tiny import save_tiny
@@ -47,11 +47,6 @@ QUIETLY = pytest.mark.filterwarnings("ignore")
 def short() -> Iterator[None]:
     with short_runs():
         yield
-
-
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Home("llava", depth=4, images=True).save(tmp_path_factory.mktemp("seeing") / "model")
 
 
 @pytest.fixture(scope="module")
