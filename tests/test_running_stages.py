@@ -26,6 +26,7 @@ from structprune.pruners import catalogue
 from structprune.recipe.recipe import assemble
 from tests.conftest import Command
 from tests.methods import QUICK, TOKEN_METHODS, Home, home, quick, short_runs
+from tests.oracle import pictures
 from tests.pictures import Pictures, vision_model
 from tests.seeing import save_rows
 from tests.specimens import leave_out_fresh_process
@@ -213,13 +214,30 @@ class TestGoals:
         model = vision_model("qwen2_5_vl")
         plan = quick("divprune", target={"keep_ratio": 0.5}).calibrate(model, [])
         (row,) = stages([plan])
-        assert (
-            row["asked"] == "keep_ratio 0.5"
-            and "reachable" not in row
-            and "tokens" not in row["while_running"]
-        )
+        assert row["asked"] == "keep_ratio 0.5" and "reachable" not in row
+        # It is told of an image of a size that is said; the tower is left out.
+        told = row["while_running"]
+        assert (told["visual_tokens"], told["tokens"]) == (1024, 512) and "image_flops" not in told
+        assert "of an image of 1024 tokens" in told["counted"]
         with pytest.raises(UsageError, match="depends on the image"):
             quick("divprune", target={"visual_flops": 0.5}).calibrate(model, [])
+
+    @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "qwen3_vl"])
+    def test_an_image_of_any_size_may_cost_more_to_choose_from_than_it_saves(
+        self, family: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model = vision_model(family)
+        dear = quick("fastv", block=3, target={"keep_ratio": 0.9992})
+        (note,) = dear.forecast(model).notes
+        assert note.startswith("fastv: to choose tokens of an image costs")
+        dear.calibrate(model, [])
+        assert note in caplog.text
+        assert not quick("fastv", block=1, target={"keep_ratio": 0.01}).forecast(model).notes
+
+    def test_what_data_decides_may_be_asked_for_in_operations_for_images_of_any_size(self) -> None:
+        model, batch = vision_model("qwen2_5_vl"), pictures("qwen2_5_vl", 2).batch()
+        plan = quick("fitprune", target={"visual_flops": 0.5}).calibrate(model, [batch])
+        assert 0.3 < plan.facts["visual_flops"] < 0.7 and plan.facts["tokens"] < 1024
 
 
 class TestWords:

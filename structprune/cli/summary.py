@@ -157,11 +157,15 @@ def key_lines(result: Result) -> str:
 def _reached(stage: Result) -> str:
     """Return what a stage removed as measured, and what whole units allow where that is something else."""
     if left := stage.get("while_running"):
-        if "tokens" not in left:  # how many that is depends on the image
+        if "tokens" not in left:  # a plan that was made before it told
             return f"{stage['asked']} of the visual tokens, only while structprune runs it"
-        tokens = f"{left['tokens']} of {left['visual_tokens']} visual tokens of an image left at the end"
         cost = f"{_exact(left['visual_flops'])} of their operations"
-        cost += f" ({_exact(left['image_flops'])} with the tower)"
+        if "image_flops" in left:
+            tokens = f"{left['tokens']} of {left['visual_tokens']} visual tokens of an image left at the end"
+            cost += f" ({_exact(left['image_flops'])} with the tower)"
+        else:  # how many there are depends on the image
+            tokens = f"{stage['asked']} of the visual tokens left"
+            cost = f"of {left['visual_tokens']} in an image {cost}"
         return f"{tokens}, {cost}, only while structprune runs it"
     if stage["measured"] is None:  # the files that it was measured against are not those of this run
         return f"{_exact(stage['reachable'])} of the {stage['unit']} removed before"

@@ -34,9 +34,10 @@ RUNNING = (
 )
 LEFT = (
     ": of the {visual_tokens} of an image {tokens} are left in the last block and {avg_tokens:.4g} in a "
-    "block on average, which is {visual_flops:.2%} of the operations that they cost there, and "
-    "{image_flops:.2%} with the vision tower; to choose them costs {selection_flops:.2%} ({counted})"
+    "block on average, which is {visual_flops:.2%} of the operations that they cost there{tower}; to choose "
+    "them costs {selection_flops:.2%} ({counted})"
 )
+WITH_TOWER = ", and {image_flops:.2%} with the vision tower"
 # Of weight files that no stage changed: what they are in this folder.
 WAYS = {
     "copied": "a copy of those of `{base}`, byte for byte",
@@ -107,7 +108,9 @@ def _sections(folder: Path, report: Mapping[str, Any], name: str, base: str, rec
     running = [stage for stage in report.get("stages", ()) if "while_running" in stage]
     for stage in running:
         left = stage["while_running"]
-        yield RUNNING.format(method=stage["method"], left=LEFT.format(**left) if "tokens" in left else "")
+        tower = WITH_TOWER.format(**left) if "image_flops" in left else ""
+        told = LEFT.format(tower=tower, **left) if "tokens" in left else ""
+        yield RUNNING.format(method=stage["method"], left=told)
     yield from _unchanged(report, base)
     yield from (f"Note: {stage['note']}." for stage in report.get("stages", ()) if "note" in stage)
     yield "## Dense and pruned"

@@ -6,7 +6,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from structprune.runtime.flops import BlockCost, tower_operations, visual_operations
+from structprune.runtime.flops import BlockCost, image_tokens, tower_operations, visual_operations
+
+# Of a model whose images differ in size, what one of so many tokens costs is told.
+TYPICAL_SIZE = 1024
+COUNTED = "visual tokens in the blocks of the language model, multiply and add as one; "
+WITH_TOWER = "for image_flops in the vision tower and the projector too; "
+CHOOSING = "selection_flops: what choosing costs"
+VARYING = f"; of an image of {TYPICAL_SIZE} tokens, for their number depends on the image"
 
 
 @dataclass(frozen=True)
@@ -14,7 +21,7 @@ class Account:
     """What is computed of an image.
 
     Attributes:
-        config: The model's, in which every image has the same size.
+        config: The model's.
         size: Tokens of the image.
         counts: Of every block how many its attention and its feed-forward compute.
         seen: Patches that the vision tower computes.
@@ -38,28 +45,32 @@ class Account:
         return visual_operations(BlockCost.of(self.config), self.counts)
 
     @property
-    def towers(self) -> tuple[int, int]:
-        """Return what tower and projector cost as they are run, and of the whole image."""
+    def towers(self) -> tuple[int, int] | None:
+        """Return what tower and projector cost as they are run, and of the whole image.
+
+        None where that depends on the image: a method that spares the tower takes no such model.
+        """
+        if image_tokens(self.config) is None:
+            return None
         return tower_operations(self.config, self.seen), tower_operations(self.config, self.size)
 
     def facts(self) -> dict[str, Any]:
         """Return what is left."""
-        left, full, run, (tower, whole) = self.counts[-1][1], self.full, self.run, self.towers
+        left, full, run, towers = self.counts[-1][1], self.full, self.run, self.towers
         return {
             "visual_tokens": self.size,
             "keep_ratio": left / self.size,
             "tokens": left,
             "avg_tokens": sum(entering for entering, _ in self.counts) / len(self.counts),
             "visual_flops": run / full,
-            "image_flops": (tower + run) / (whole + full),
+            **({"image_flops": (towers[0] + run) / (towers[1] + full)} if towers else {}),
             "selection_flops": self.choosing / full,
-            "counted": "visual tokens in the blocks of the language model, multiply and add as one; for "
-            "image_flops in the vision tower and the projector too; selection_flops: what choosing costs",
+            "counted": COUNTED + (WITH_TOWER + CHOOSING if towers else CHOOSING + VARYING),
         }
 
     def notes(self, method: str) -> tuple[str, ...]:
         """Return what to say where choosing costs more than it saves; nothing is changed by it."""
-        tower, whole = self.towers
+        tower, whole = self.towers or (0, 0)
         return too_dear(method, self.choosing, self.full - self.run + whole - tower)
 
 

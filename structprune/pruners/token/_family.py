@@ -28,7 +28,7 @@ from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Computed, Promises
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.pruner import Pruner
-from structprune.pruners.token._account import Account
+from structprune.pruners.token._account import TYPICAL_SIZE, Account
 from structprune.runtime.drop import Drop
 from structprune.runtime.engine import attach, detach
 from structprune.runtime.flops import BlockCost, image_tokens
@@ -144,8 +144,10 @@ class TokenPruner(Pruner):
         size = image_tokens(model.config)
         left = left_of(model, Outline({}), {})
         if size is None:
-            self._tokens(model)
-            return Forecast(UNIT, str(self.target), None, 0, left)
+            start = self.start(len(block_prefixes(model)))
+            counts = self._counted(model, {start: self._tokens(model)}, TYPICAL_SIZE)
+            notes = self._account(model, counts, TYPICAL_SIZE).notes(self.method())
+            return Forecast(UNIT, str(self.target), None, 0, left, notes=notes)
         counts = self.counts(model, size)
         computed = sum(leaving for _, leaving in counts)
         of, notes = size * len(counts), self._account(model, counts, size).notes(self.method())
@@ -204,12 +206,12 @@ class TokenPruner(Pruner):
         if not found:
             return writer.finish({})
         size = image_tokens(model.config)
-        if size is None:
-            return writer.finish({"unit": UNIT, "asked": str(self.target)})
-        counts = self._counted(model, found, size)
-        account = self._account(model, counts, size)
+        counts = self._counted(model, found, size or TYPICAL_SIZE)
+        account = self._account(model, counts, size or TYPICAL_SIZE)
         for note in account.notes(self.method()):
             logger.warning("%s", note)
+        if size is None:
+            return writer.finish({"unit": UNIT, "asked": str(self.target), **account.facts()})
         return writer.finish(account.facts(), promises=self._promises(model, counts, size))
 
     def _decided(self, model: Model, batches: Sequence[Batch], writer: PlanWriter) -> dict[int, Tensor]:

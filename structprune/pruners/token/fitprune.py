@@ -21,7 +21,7 @@ from structprune.decide.token_target import Target, count_at
 from structprune.models.arch import block_prefixes
 from structprune.models.streamed import Batch, Model
 from structprune.pruners.forecast import Forecast
-from structprune.pruners.token._account import too_dear
+from structprune.pruners.token._account import TYPICAL_SIZE, too_dear
 from structprune.pruners.token._scored import ScoredTokens
 from structprune.runtime.drop import Drop
 from structprune.runtime.engine import attach, detach
@@ -41,9 +41,9 @@ class FitPrune(ScoredTokens):
 
     def forecast(self, model: Model) -> Forecast:
         """Return how many tokens there are; where they go is what the data decides."""
-        known, size = super().forecast(model), image_tokens(model.config)
+        known, size = super().forecast(model), image_tokens(model.config) or TYPICAL_SIZE
         notes: tuple[str, ...] = ()
-        if size is not None and (left := self._at_once(model, size)) < size:
+        if (left := self._at_once(model, size)) < size:
             cost, blocks = BlockCost.of(model.config), len(block_prefixes(model))
             # At most it looks in every block, and saves what it saves were all dropped at once.
             most = self.operations(cost, size, [(size, left)] * blocks)
@@ -65,6 +65,10 @@ class FitPrune(ScoredTokens):
         # Nothing that is dropped later leaves more than what is dropped at once.
         self._at_once(model, size)
         return [(size, size)] * len(block_prefixes(model))
+
+    def _tokens(self, model: Model) -> Tensor:
+        """Return that all are left, as long as nothing is known of the data."""
+        return torch.tensor(1.0, dtype=torch.float64)
 
     def _at_once(self, model: Model, size: int) -> int:
         return count_at(self.target, size, Fraction(0), BlockCost.of(model.config).operations)
