@@ -50,6 +50,17 @@ def test_it_is_the_plain_model_behind_a_processor_of_a_lower_resolution(side: in
         assert torch.equal(vision_model("llava")(**batch).logits, dense)
 
 
+@pytest.mark.parametrize("method", ["divprune", "downsample", "fastv", "grid_tokens", "random_tokens"])
+def test_of_an_image_that_ends_the_prompt_the_last_token_may_be_the_one_that_is_left(method: str) -> None:
+    model, batch = vision_model("llava"), pictures("llava", 1).batch()
+    end = int(batch["input_ids"][0].eq(IMAGE).nonzero().max()) + 1
+    batch |= {name: batch[name][:, :end] for name in ("input_ids", "attention_mask")}
+    words = int(batch["input_ids"].ne(IMAGE).sum())
+    with pruned(model, token_pruner(method, target={"tokens": 1}), batch), torch.no_grad():
+        rows = model(**batch, use_cache=True).past_key_values.layers[-1].keys.shape[-2]
+    assert rows == words + 1
+
+
 def test_features_stand_at_the_last_patch_of_their_region() -> None:
     assert grid_places(2, 4).tolist() == [5, 7, 13, 15]
     assert grid_places(3, 4).tolist() == [0, 1, 3, 4, 5, 7, 12, 13, 15]

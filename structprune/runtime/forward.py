@@ -123,8 +123,10 @@ class Forward:
         if not bool(free.any()):
             return
         seen = View(images, self.kept, states, there, free, self.read)
-        # What may not be dropped counts as kept, so that a count is what is computed.
-        keep = (drop.keep(seen.sizes) - seen.protected).clamp(min=1).minimum(seen.left)
+        # What may not be dropped counts as kept, so that a count is what is computed; newlines alone show
+        # nothing of an image.
+        least = (~seen.shown).long()
+        keep = (drop.keep(seen.sizes) - seen.protected).maximum(least).minimum(seen.left)
         if drop.tokens is not None and bool((keep == seen.left).all()):
             return
         chosen = drop.chooser.choose(seen, keep)

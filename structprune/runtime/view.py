@@ -58,8 +58,20 @@ class View:
     @cached_property
     def protected(self) -> Tensor:
         """Return how many tokens of each image go on whatever is chosen, shape [images]."""
-        staying = self.images.number[self.images.visual & self.there & ~self.candidates]
-        return torch.bincount(staying, minlength=len(self.images.sizes))[self.number]
+        return self._counted(self._staying)
+
+    @cached_property
+    def shown(self) -> Tensor:
+        """Return whether a patch of each image goes on whatever is chosen, shape [images]."""
+        return self._counted(self._staying & ~self.images.newline) > 0
+
+    @property
+    def _staying(self) -> Tensor:
+        return self.images.visual & self.there & ~self.candidates
+
+    def _counted(self, tokens: Tensor) -> Tensor:
+        """Return how many of some tokens of the forward each image has, shape [images]."""
+        return torch.bincount(self.images.number[tokens], minlength=len(self.images.sizes))[self.number]
 
     @cached_property
     def left(self) -> Tensor:
