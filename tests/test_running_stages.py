@@ -154,6 +154,8 @@ class TestGoals:
         self, seeing: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         leave_out_fresh_process(monkeypatch)
+        # One of 16 tokens, in the last block, saves 34688 operations.
+        monkeypatch.setattr(catalogue.find("fastv"), "operations", lambda *_: 600_000)
         words = ("prune", seeing, tmp_path / "out", "--method", "fastv", "--set", "block=3")
         words = (*words, "--set", "target.tokens=15", "--json")
         for more in (("--dry-run",), ("--no-evaluate",)):
@@ -162,7 +164,6 @@ class TestGoals:
             (stage,) = done.json["stages"]
             if "--dry-run" in more:
                 assert "more than the" in stage["notes"][0]
-        # One of 16 tokens, in the last block.
         told = stage["while_running"]
         assert told["tokens"] == 15 and told["selection_flops"] > 1 - told["visual_flops"]
         assert (
@@ -221,18 +222,6 @@ class TestGoals:
         assert "of an image of 1024 tokens" in told["counted"]
         with pytest.raises(UsageError, match="depends on the image"):
             quick("divprune", target={"visual_flops": 0.5}).calibrate(model, [])
-
-    @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "qwen3_vl"])
-    def test_an_image_of_any_size_may_cost_more_to_choose_from_than_it_saves(
-        self, family: str, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        model = vision_model(family)
-        dear = quick("fastv", block=3, target={"keep_ratio": 0.9992})
-        (note,) = dear.forecast(model).notes
-        assert note.startswith("fastv: to choose tokens of an image costs")
-        dear.calibrate(model, [])
-        assert note in caplog.text
-        assert not quick("fastv", block=1, target={"keep_ratio": 0.01}).forecast(model).notes
 
     def test_what_data_decides_may_be_asked_for_in_operations_for_images_of_any_size(self) -> None:
         model, batch = vision_model("qwen2_5_vl"), pictures("qwen2_5_vl", 2).batch()

@@ -1,12 +1,12 @@
 """Rows of a block's attention, computed anew for a few queries, whatever kernel the model runs.
 
-Projections are called as the modules that they are, so that adapters on them count; everything after is
-float32, because probabilities of one in thousands tie in bfloat16.
+What the projections returned to the attention is used again; adapters on them count, as they are part of the
+module. Everything after is float32, because probabilities of one in thousands tie in bfloat16.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from structprune.errors import UsageError
 from structprune.runtime.keep_set import gather
+
+# The modules of an attention whose outputs its rows are computed from.
+PROJECTIONS = frozenset({"q_proj", "k_proj"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +30,7 @@ class AttentionInput:
         mask: As its kernel gets it.
         layer: The block's cache layer, which holds keys of earlier forwards and of this one, rotated; None
             without a cache.
+        projected: What the projections of queries and keys returned, [batch, tokens, heads * size], by name.
     """
 
     module: Any
@@ -34,11 +38,12 @@ class AttentionInput:
     rotary: tuple[Tensor, Tensor]
     mask: Tensor | None
     layer: CacheLayerMixin | None
+    projected: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def keys(self) -> Tensor:
         """Return all keys, rotated, float32 [batch, key-value heads, keys, size]."""
-        found = _rotated(_heads(self.module, "k", self.states), *self.rotary)
+        found = _rotated(self._heads("k"), *self.rotary)
         earlier = 0 if self.layer is None or self.layer.keys is None else self.layer.keys.shape[2]
         if (earlier := earlier - self.states.shape[1]) <= 0:
             return found
@@ -48,23 +53,45 @@ class AttentionInput:
         return torch.cat([self.layer.keys[:, :, :earlier].float(), found], 2)
 
     def rows(self, queries: Tensor) -> Tensor:
-        """Return how the attention of some tokens spreads over all keys.
+        """Return how the attention of some tokens spreads over the keys.
 
         Args:
             queries: Which tokens of the block, shape [batch, queries].
 
         Returns:
-            Probabilities, float32 [batch, heads, queries, keys]; a query that may see nothing has zeros.
+            Probabilities, float32 [batch, heads, queries, keys], of all keys up to the last one that any of
+            the queries may see; a query that may see nothing has zeros.
         """
+        seen = self._seen(queries, self.keys.shape[2])
+        # Under a causal mask half of all products are those of keys that come later.
+        last = int(seen.any(2).any(1).any(0).nonzero().max()) + 1 if bool(seen.any()) else 1
+        seen = seen[..., :last]
         cos, sin = (gather(one, queries) for one in self.rotary)
-        asked = _rotated(_heads(self.module, "q", gather(self.states, queries)), cos, sin)
-        keys = self.keys
+        asked = _rotated(self._heads("q", queries), cos, sin)
+        keys = self.keys[:, :, :last]
         batch, groups = keys.shape[:2]
-        asked = asked.view(batch, groups, -1, *asked.shape[2:])
-        scores: Tensor = torch.einsum("bghqd,bgkd->bghqk", asked, keys).flatten(1, 2) * self.module.scaling
-        seen = self._seen(queries, keys.shape[2])
-        scores = scores.masked_fill(~seen, -torch.inf)
-        return scores.softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0)
+        asked = asked.view(batch, groups, -1, *asked.shape[2:]) * self.module.scaling
+        scores: Tensor = torch.einsum("bghqd,bgkd->bghqk", asked, keys).flatten(1, 2)
+        # In place: the scores of many queries are the largest thing here.
+        shares = scores.masked_fill_(~seen, -torch.inf).softmax(-1)
+        blind = ~seen.any(-1, keepdim=True)
+        return shares.masked_fill_(blind, 0) if bool(blind.any()) else shares
+
+    def _heads(self, which: Literal["q", "k"], tokens: Tensor | None = None) -> Tensor:
+        """Return queries or keys of some tokens before rotation, float32 [batch, heads, tokens, size]."""
+        module, name = self.module, f"{which}_proj"
+        projection = getattr(module, name, None)
+        if projection is None:
+            raise UsageError(
+                f"the attention {type(module).__name__} has no {name}, so its rows cannot be computed anew",
+                hint="choose a method that asks for no attention, such as divprune",
+            )
+        known = self.projected.get(name)
+        found = self.states if known is None else known
+        found = found if tokens is None else gather(found, tokens)
+        heads: Tensor = (projection(found) if known is None else found).unflatten(-1, (-1, module.head_dim))
+        norm = getattr(module, f"{which}_norm", None)
+        return (heads if norm is None else norm(heads)).transpose(1, 2).float()
 
     def _seen(self, queries: Tensor, keys: int) -> Tensor:
         """Return what each query may see, bool [batch, 1, queries, keys]."""
@@ -78,20 +105,6 @@ class AttentionInput:
         if self.mask is not None:
             seen = seen & self.mask.bool()[:, None, :]
         return seen[:, None]
-
-
-def _heads(module: Any, which: str, states: Tensor) -> Tensor:
-    """Return queries or keys before rotation, float32 [batch, heads, tokens, size]."""
-    projection = getattr(module, f"{which}_proj", None)
-    if projection is None:
-        raise UsageError(
-            f"the attention {type(module).__name__} has no {which}_proj, so its rows cannot be computed anew",
-            hint="choose a method that asks for no attention, such as divprune",
-        )
-    found: Tensor = projection(states).unflatten(-1, (-1, module.head_dim))
-    norm = getattr(module, f"{which}_norm", None)
-    found = found if norm is None else norm(found)
-    return found.transpose(1, 2).float()
 
 
 def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

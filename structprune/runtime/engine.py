@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from structprune.errors import UsageError
 from structprune.models.arch import arch_of, blocks
 from structprune.models.streamed import Model
-from structprune.runtime.attention import AttentionInput
+from structprune.runtime.attention import PROJECTIONS, AttentionInput
 from structprune.runtime.cache import check_cache
 from structprune.runtime.drop import Drop
 from structprune.runtime.forward import Forward
@@ -74,7 +74,10 @@ class Engine:
         hook(self._language, before=self._begin_language, after=self._end_language)
         for index, block in enumerate(self._blocks):
             hook(block, before=partial(self._enter_block, index))
-            hook(block.get_submodule(self._attention), before=partial(self._note_attention, index))
+            attention = block.get_submodule(self._attention)
+            hook(attention, before=partial(self._note_attention, index))
+            for name in PROJECTIONS & {*attention._modules}:
+                hook(attention.get_submodule(name), after=partial(self._note_projected, name))
             mlp = block.get_submodule(self._mlp)
             hook(mlp, before=partial(self._enter_mlp, index), after=partial(self._leave_mlp, index))
         features = ImageFeatures(self._base.get_image_features, self._note_sizes, self.smaller)
@@ -94,8 +97,9 @@ class Engine:
         self._handles.clear()
         self._replaced.clear()
 
-    def _hook(self, module: nn.Module, before: Any, after: Any = None) -> None:
-        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+    def _hook(self, module: nn.Module, before: Any = None, after: Any = None) -> None:
+        if before is not None:
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if after is not None:
             # Also after an exception: nothing of a forward that failed may meet the next one.
             self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
@@ -218,6 +222,12 @@ class Engine:
         run.read = AttentionInput(
             module, states, kwargs["position_embeddings"], kwargs.get("attention_mask"), layer
         )
+
+    def _note_projected(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        read = None if self._local.run is None else self._local.run.read
+        # What was wrapped since then, such as by an adapter, is only a part of the projection.
+        if read is not None and output is not None and read.module._modules[name] is module:
+            read.projected[name] = output
 
     def _enter_mlp(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = self._local.run

@@ -14,7 +14,7 @@ from structprune.runtime.images import Images
 from structprune.runtime.keep_set import KeepSet
 
 # Queries whose attention is in memory at once: rows of all tokens would be as large as an eager kernel's.
-CHUNK = 128
+CHUNK = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +122,7 @@ class View:
     def paid_by_last(self) -> Tensor:
         """Return the attention that the last real token pays, mean over heads, float32 [images, tokens]."""
         last = self._here(self.images.last).int().argmax(1, keepdim=True)
-        rows = self._own(self._attention().rows(last))
-        return self.spread(rows.mean(1)[:, 0])
+        return self.spread(self._own(self._attention().rows(last).mean(1))[:, 0])
 
     @cached_property
     def received(self) -> tuple[Tensor, Tensor]:
@@ -141,7 +140,7 @@ class View:
         first = int((number >= 0).any(0).nonzero().min())
         own, text = (self.states.new_zeros(number.shape, dtype=torch.float32) for _ in range(2))
         for queries in torch.split(slots[first:], CHUNK):
-            most = self._own(self._attention().rows(queries.expand(len(number), -1))).amax(1)
+            most = self._own(self._attention().rows(queries.expand(len(number), -1)).amax(1))
             asking = number[:, queries]
             alike = (asking[..., None] == number[:, None]) & (number >= 0)[:, None]
             own += (most * alike).sum(1)
@@ -154,5 +153,7 @@ class View:
         return self.read
 
     def _own(self, rows: Tensor) -> Tensor:
-        """Return probabilities over the tokens of this forward alone, without those of earlier ones."""
-        return rows[..., rows.shape[-1] - self.states.shape[1] :]
+        """Return probabilities over the tokens of this forward alone, of all of them."""
+        own = self.states.shape[1]
+        found = rows[..., self._attention().keys.shape[2] - own :]
+        return torch.nn.functional.pad(found, (0, own - found.shape[-1]))

@@ -40,8 +40,8 @@ class FastV(ScoredTokens):
         return self.block
 
     def operations(self, cost: BlockCost, size: int, counts: Sequence[tuple[int, int]]) -> int:
-        """Return what one row of attention costs, computed anew: all keys, one query, their products."""
-        return size * cost.hidden * cost.keys + cost.hidden * cost.queries + size * cost.queries
+        """Return what one row of attention costs: the products of one query with all keys."""
+        return size * cost.queries
 
     def score(self, seen: View) -> Tensor:
         """Return the last row of attention, mean over heads, float32, shape [images, tokens]."""

@@ -51,10 +51,8 @@ class FitPrune(ScoredTokens):
         return replace(known, reachable=None, notes=notes)
 
     def operations(self, cost: BlockCost, size: int, counts: Sequence[tuple[int, int]]) -> int:
-        """Return what attention costs that is computed anew in every block that deletes."""
-        looked_at = [entering for entering, leaving in counts if leaving < entering]
-        projections = sum(looked_at) * cost.hidden * (cost.queries + cost.keys)
-        return projections + sum(entering**2 for entering in looked_at) * cost.queries
+        """Return at most what attention costs that is computed anew in every block that deletes."""
+        return sum(entering**2 for entering, leaving in counts if leaving < entering) * cost.queries
 
     def counts(self, model: Model, size: int) -> list[tuple[int, int]]:
         """Return what an image costs where nothing is known of the data yet: all of it, in every block.
