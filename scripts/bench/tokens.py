@@ -1,22 +1,24 @@
 """What running with fewer visual tokens costs and saves, on a random LLaVA of 300 M parameters.
 
 Prefill of a prompt with one image of 576 tokens, and decoding after it. Keep all: the engine attached to a
-model of which it drops nothing, over the plain one. Fewer: a pruned prefill over the plain model's with an
-image that has as many tokens from the start (`inputs_embeds` of that length), what choosing takes apart.
-Choosing alone: over a dense prefill. One process and one thread, whose seconds on the
-processor are counted: other programs do not show in them. In every round all take turns, and each figure is
-the median of the rounds' own ratios. Memory: by how much the process grows at its peak while it reads the
-prompt, which is activations and cache; over the plain model's. `--memory` measures that alone, and takes the
-rest from the JSON of an earlier call.
+model of which it drops nothing, over the plain one. Fewer: a pruned prefill over the plain model's with as
+many tokens in every block, what choosing takes apart: the plain one is timed with `inputs_embeds` of three
+lengths, and what a block takes of another is read off the parabola through them. Choosing alone: over a
+dense prefill, also of an image of 2916 tokens, which each method reads once. One process and one thread,
+whose seconds on the processor are counted: other programs do not show in them. In every round all take
+turns, and each figure is the median of the rounds' own ratios. Memory: by how much the process grows at its
+peak while it reads the prompt, which is activations and cache; over the plain model's. `--memory` measures
+that alone, and takes the rest from the JSON of an earlier call.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -40,24 +42,57 @@ from structprune.runtime.engine import attach, detach
 SIDE, PATCH, TEXT, NEW = 336, 14, 64, 16
 BLOCKS, HIDDEN = 22, 1024
 VOCABULARY = 4096
+Counts = Sequence[tuple[int, int]]
 IMAGE = VOCABULARY - 1
-# What is measured, with its target: FitPrune's plan is made by hand, for a random model has none to fit.
-METHODS: dict[str, dict[str, Any]] = {
-    "random_tokens": {"target": {"keep_ratio": 0.25}},
-    "divprune": {"target": {"keep_ratio": 0.25}},
-    "fastv": {"target": {"keep_ratio": 0.25}},
-}
+# Of an image of high resolution, about as many tokens as LLaVA-NeXT's largest has.
+LARGE = 756
+# Lengths of which the plain model is timed: all tokens, a quarter of the image's, and one between.
+SIZES = (576, 320, 144)
+METHODS = ("random_tokens", "grid_tokens", "divprune", "fastv", "fitprune")
+# FitPrune's plan is made by hand, for a random model has none to fit: of every block what is left after it.
+SHARES = [max(0.22, 1 - 0.06 * number) for number in range(1, BLOCKS + 1)]
 
 
-def random_llava() -> LlavaForConditionalGeneration:
-    """Return a LLaVA with random weights; its tower is small, for it is not what is measured."""
+@contextmanager
+def running(model: LlavaForConditionalGeneration, method: str) -> Iterator[tuple[TokenPruner, Counts]]:
+    """Let a model run with fewer tokens, for the length of a `with`.
+
+    Yields:
+        The pruner, and of every block how many tokens of an image its attention and feed-forward compute.
+    """
+    size = (model.config.vision_config.image_size // PATCH) ** 2
+    pruner = find(method).model_validate({} if method == "fitprune" else {"target": {"keep_ratio": 0.25}})
+    assert isinstance(pruner, TokenPruner)
+    if method != "fitprune":
+        with pruning(model, pruner):
+            yield pruner, pruner.counts(model, size)
+        return
+    left = [size, *(round(share * size) for share in SHARES)]
+    drops = [
+        Drop(block, True, torch.tensor(share, dtype=torch.float64), pruner)
+        for block, share in enumerate(SHARES)
+        if left[block + 1] < left[block]
+    ]
+    attach(model, method, drops)
+    try:
+        yield pruner, [*pairwise(left)]
+    finally:
+        detach(model, method)
+
+
+def random_llava(side: int = SIDE) -> LlavaForConditionalGeneration:
+    """Return a LLaVA with random weights; its tower is small, for it is not what is measured.
+
+    Args:
+        side: Pixels of an image each way.
+    """
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=1,
         num_attention_heads=2,
-        image_size=SIDE,
+        image_size=side,
         patch_size=PATCH,
     )
     text = LlamaConfig(
@@ -75,13 +110,13 @@ def random_llava() -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config).eval()
 
 
-def prompt() -> dict[str, Tensor]:
-    """Return half of the text, an image, the other half."""
+def prompt(side: int = SIDE) -> dict[str, Tensor]:
+    """Return half of the text, an image of so many pixels each way, the other half."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(10, VOCABULARY - 1, (1, TEXT), generator=generator)
-    image = torch.full((1, (SIDE // PATCH) ** 2), IMAGE)
+    image = torch.full((1, (side // PATCH) ** 2), IMAGE)
     ids = torch.cat([words[:, : TEXT // 2], image, words[:, TEXT // 2 :]], 1)
-    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, SIDE, SIDE, generator=generator)}
+    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, side, side, generator=generator)}
 
 
 @torch.no_grad()
@@ -117,8 +152,8 @@ def memory(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> di
     dense = growth(model, batch)
     with keeping_all(model):
         found = {"keep all": growth(model, batch) / dense}
-    for name, fields in METHODS.items():
-        with pruning(model, find(name).model_validate(fields)):
+    for name in METHODS:
+        with running(model, name):
             found[name] = growth(model, batch) / dense
     return found
 
@@ -146,6 +181,17 @@ def keeping_all(model: LlavaForConditionalGeneration) -> Iterator[None]:
         yield
     finally:
         detach(model, "all")
+
+
+@contextmanager
+def timing(pruner: TokenPruner) -> Iterator["Timed"]:
+    """Time what a pruner chooses, for the length of a `with`."""
+    timed = Timed(type(pruner).choose.__get__(pruner))
+    object.__setattr__(pruner, "choose", timed)
+    try:
+        yield timed
+    finally:
+        object.__delattr__(pruner, "choose")
 
 
 class Timed:
@@ -178,29 +224,19 @@ def measure(model: LlavaForConditionalGeneration, batch: dict[str, Tensor], roun
             kept, kept_decode, _ = seconds(model, batch)
         if number:  # the first round warms up
             rows.setdefault("keep all", []).append({"prefill": kept / dense, "decode": kept_decode / decode})
-        for name, fields in METHODS.items():
-            pruner = find(name).model_validate(fields)
-            assert isinstance(pruner, TokenPruner)
-            with pruning(model, pruner) as plan:
-                timed = Timed(type(pruner).choose.__get__(pruner))
-                object.__setattr__(pruner, "choose", timed)
+        short = [seconds(model, {"inputs_embeds": plain[:, : size + TEXT].clone()})[:2] for size in SIZES]
+        for name in METHODS:
+            with running(model, name) as (pruner, counts), timing(pruner) as timed:
                 mine, my_decode, cache = seconds(model, batch)
-                object.__delattr__(pruner, "choose")
-                left = int(plan.facts["tokens"]) + TEXT
-            short, short_decode, _ = seconds(model, {"inputs_embeds": plain[:, :left].clone()})
-            # Blocks before the drop compute all tokens.
-            whole = pruner.start(BLOCKS) / BLOCKS
-            short, short_decode = (
-                whole * long + (1 - whole) * part for long, part in ((dense, short), (decode, short_decode))
-            )
+            as_short, as_short_decode = (plain_seconds(one, counts) for one in zip(*short, strict=True))
             if number:
                 rows.setdefault(name, []).append(
                     {
                         "of dense": mine / dense,
-                        "as short": (mine - timed.seconds) / short,
+                        "as short": (mine - timed.seconds) / as_short,
                         "choosing": timed.seconds / dense,
                         "decode": my_decode / decode,
-                        "decode as short": my_decode / short_decode,
+                        "decode as short": my_decode / as_short_decode,
                         "cache": cache_bytes(cache) / full_bytes,
                     }
                 )
@@ -210,6 +246,32 @@ def measure(model: LlavaForConditionalGeneration, batch: dict[str, Tensor], roun
     return {"rows": found, "tokens": tokens, "parameters": sum(one.numel() for one in model.parameters())}
 
 
+def plain_seconds(timed: Sequence[float], counts: Counts) -> float:
+    """Return what a plain model would take with so many tokens in its blocks.
+
+    Args:
+        timed: What it takes with each of `SIZES` in all of them.
+        counts: Of every block the tokens of its attention and of its feed-forward.
+    """
+    # What a block takes grows with its tokens and with their square.
+    powers = torch.tensor([[size**power for power in range(3)] for size in SIZES], dtype=torch.float64)
+    curve = torch.linalg.solve(powers, torch.tensor(timed, dtype=torch.float64)).tolist()
+    sizes = [fmean(pair) for pair in counts]
+    return fmean(sum(factor * size**power for power, factor in enumerate(curve)) for size in sizes)
+
+
+def of_a_large_image() -> dict[str, float]:
+    """Return what choosing among the tokens of a large image takes, of a dense prefill, by method."""
+    model, batch = random_llava(LARGE), prompt(LARGE)
+    dense, _, _ = seconds(model, batch)
+    found = {}
+    for name in METHODS:
+        with running(model, name) as (pruner, _), timing(pruner) as timed:
+            seconds(model, batch)
+        found[name] = timed.seconds / dense
+    return found
+
+
 def section(found: dict[str, Any], rounds: int) -> str:
     """Return the table."""
     whole = found["rows"]["keep all"]
@@ -217,16 +279,25 @@ def section(found: dict[str, Any], rounds: int) -> str:
         [
             name,
             *(f"{row[key]:.2f}" for key in ("of dense", "as short")),
-            f"{row['choosing']:.2%}",
+            *(f"{row[key]:.2%}" for key in ("choosing", "choosing, large")),
             *(f"{row[key]:.2f}" for key in ("decode", "decode as short", "cache", "memory")),
         ]
         for name, row in found["rows"].items()
         if name != "keep all"
     ]
-    header = ["keep_ratio 0.25", "prefill / dense", "prefill / as many tokens", "choosing / dense prefill"]
-    header += ["decode / dense", "decode / as many tokens", "cache bytes / dense", "memory / dense"]
+    large = (LARGE // PATCH) ** 2
+    header = ["method", "prefill / dense", "prefill / as many tokens", "choosing / dense prefill"]
+    header += [
+        f"of {large} tokens",
+        "decode / dense",
+        "decode / as many tokens",
+        "cache bytes / dense",
+        "memory / dense",
+    ]
     return (
-        f"{markdown(header, rows)}\n\nMemory: activations and cache of a prefill at their peak. The engine "
+        f"{markdown(header, rows)}\n\nA quarter of the tokens is left; FitPrune deletes 6% of them "
+        f"in each of {len({*SHARES})} blocks until {SHARES[-1]:.0%} are. Memory: activations and cache of a "
+        "prefill at their peak. The engine "
         f"attached and nothing dropped: prefill {whole['prefill']:.2f}, decode {whole['decode']:.2f}, memory "
         f"{whole['memory']:.2f} of the plain model's. Random LLaVA of "
         f"{found['parameters'] / 1e6:.0f} M parameters, float32, {found['tokens']} tokens, {NEW} decoded, "
@@ -247,6 +318,10 @@ def main() -> None:
     found = json.loads(options.json.read_text()) if options.memory else measure(model, batch, options.rounds)
     for name, share in memory(model, batch).items():
         found["rows"][name]["memory"] = share
+    del model
+    if not options.memory:
+        for name, share in of_a_large_image().items():
+            found["rows"][name]["choosing, large"] = share
     if options.json:
         options.json.write_text(json.dumps(found))
     print(json.dumps(found, indent=1))
