@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -24,6 +24,8 @@ SECONDS_TO_AGREE = 10.0
 SECONDS_BEHIND = 1.0
 # The word of a process that has nothing to say but that another has ended.
 LOST = "lost"
+# Counts those who have read the word of the first.
+READ = "read"
 
 # Where the processes of each meeting of this one have written, the last one's last.
 _boards: list[Store] = []
@@ -94,12 +96,25 @@ def is_told(error: BaseException) -> bool:
     board = _boards[-1]
     if isinstance(error, RankLost):
         time.sleep(SECONDS_BEHIND)
+        if place.rank:
+            return True
         words = (_read(board, rank) for rank in range(place.count))
-        return place.rank > 0 or any(word not in (None, LOST) for word in words)
-    deadline = time.monotonic() + SECONDS_TO_AGREE
-    while place.rank and _read(board, 0) is None and time.monotonic() < deadline:
+        return any(word not in (None, LOST) for word in words)
+    with suppress(RuntimeError):  # The board is where no launcher keeps it the first one's, and goes with it.
+        if place.rank == 0:
+            _poll(SECONDS_BEHIND, lambda: board.add(READ, 0) == place.count - 1)
+            return False
+        _poll(SECONDS_TO_AGREE, lambda: _read(board, 0) is not None)
+        told = any(_read(board, rank) == _word(error) for rank in range(place.rank))
+        board.add(READ, 1)
+        return told
+    return False
+
+
+def _poll(seconds: float, ends: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + seconds
+    while not ends() and time.monotonic() < deadline:
         time.sleep(0.05)
-    return any(_read(board, rank) == _word(error) for rank in range(place.rank))
 
 
 def _meet(place: Launch) -> Store:
@@ -125,8 +140,5 @@ def _word(error: BaseException) -> str:
 
 
 def _read(board: Store, rank: int) -> str | None:
-    """Return the last word of a process; None where it gave none, or the board has gone with the first."""
-    with suppress(RuntimeError):
-        if board.check([_word_of(rank)]):
-            return str(board.get(_word_of(rank)), "utf-8")
-    return None
+    """Return the last word of a process; None where it has given none."""
+    return str(board.get(_word_of(rank)), "utf-8") if board.check([_word_of(rank)]) else None

@@ -195,8 +195,8 @@ class Ranks:
                     hint="give every rank the same model, data, recipe and versions",
                 )
 
-    def share(self, count: int) -> range:
-        """Return which of so many things in a row this process takes: neighbours."""
+    def portion(self, count: int) -> range:
+        """Return which of so many things in a row are this process's: neighbours."""
         return range(count * self.number // self.count, count * (self.number + 1) // self.count)
 
     def divide(self, costs: Sequence[float]) -> list[int]:

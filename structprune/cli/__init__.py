@@ -240,13 +240,13 @@ def _fail_beside_others(
 
     The first process owes whoever reads its stdout an answer all the same.
     """
-    failure.message = f"rank {place.rank}: {failure.message}"
     meeting = sys.modules.get("structprune.meeting")  # before torch is imported they cannot have met
     with unstoppable():  # the launcher ends those that are left, and this one may have a word to say
         if isinstance(failure, Interrupted):
             silent = True
         else:
             silent = meeting.is_told(error) if meeting else place.local_rank > 0
+        failure.message = f"rank {place.rank}: {failure.message}"
         if as_json and place.rank == 0:
             say_json(error_json(failure))
         if not silent:

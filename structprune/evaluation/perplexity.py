@@ -123,7 +123,7 @@ def score(
     """
     _check_vocabulary(text.inputs, model, dense)
     batches: list[Batch] = [{"input_ids": part.clone()} for part in torch.split(text.inputs, batch_size)]
-    share = ranks.share(len(batches))
+    share = ranks.portion(len(batches))
     starts = text.starts[share.start * batch_size :]
     own = _score_batches(model, batches[share.start : share.stop], starts, dense, say or outputs)
     scores = Scores()

@@ -241,7 +241,7 @@ def _batches(
     exam: QuestionExam, size: int, ranks: Ranks
 ) -> Iterator[tuple[int, tuple[ImageQuestion, ...], dict[str, Tensor]]]:
     """Yield the number, the questions and the inputs of each batch that one process asks."""
-    for number in ranks.share(math.ceil(len(exam.questions) / size)):
+    for number in ranks.portion(math.ceil(len(exam.questions) / size)):
         asked = exam.questions[number * size : (number + 1) * size]
         yield number, asked, batch_of(asked, exam.processor)
 
