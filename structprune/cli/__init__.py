@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -116,7 +116,7 @@ def _carry_out(line: Sequence[str]) -> int:
                 raise UsageError(f"{line[0]} is the work of one process", hint="leave the launcher out")
             # Libraries print as they like; stdout is for the result alone.
             with (
-                logging_to_stderr(verbose=job.talk.verbose) if speaks else nullcontext(),
+                logging_to_stderr(verbose=job.talk.verbose, silent=not speaks),
                 progress_on_stderr(check, quiet=job.talk.quiet or not speaks) as progress,
                 redirect_stdout(sys.stderr),
             ):
