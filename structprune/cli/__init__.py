@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -25,11 +25,11 @@ from structprune.cli.terminal import (
     say,
     say_json,
     stoppable,
+    unstoppable,
 )
 from structprune.errors import (
     EnvironmentFailure,
     Interrupted,
-    RankLost,
     StructpruneError,
     UsageError,
     VerificationError,
@@ -38,7 +38,11 @@ from structprune.errors import (
 from structprune.machine import Launch, check_process, launch
 from structprune.version import __version__
 
+# What several processes of one launch do together; of all else each would do the same.
+LAUNCHED = ("prune", "recover", "evaluate")
+LAUNCH_LINE = "In N processes: torchrun --nproc-per-node N -m structprune {} ..."
 app = typer.Typer(
+    epilog=LAUNCH_LINE.format("|".join(LAUNCHED)),
     help="Prune a language model checkpoint, prove what was done, evaluate it and recover it.",
     no_args_is_help=True,
     add_completion=False,
@@ -69,10 +73,9 @@ for _run in (
     readers.methods,
     readers.env,
 ):
-    app.command(context_settings={"help_option_names": ["-h", "--help"]})(_run)
+    _launches = LAUNCH_LINE.format(_run.__name__) if _run.__name__ in LAUNCHED else None
+    app.command(epilog=_launches, context_settings={"help_option_names": ["-h", "--help"]})(_run)
 
-# What several processes of one launch do together; of all else each would do the same.
-LAUNCHED = ("prune", "recover")
 # What every job stands on but those that only list something.
 HEAVY = ("torch", "transformers")
 MEMORY_HINT = "try --stream, --samples 32, --length 512 or --device cpu, or raise the limit (`ulimit -v`)"
@@ -116,7 +119,7 @@ def _carry_out(line: Sequence[str]) -> int:
                 raise UsageError(f"{line[0]} is the work of one process", hint="leave the launcher out")
             # Libraries print as they like; stdout is for the result alone.
             with (
-                logging_to_stderr(verbose=job.talk.verbose) if speaks else nullcontext(),
+                logging_to_stderr(verbose=job.talk.verbose, silent=not speaks),
                 progress_on_stderr(check, quiet=job.talk.quiet or not speaks) as progress,
                 redirect_stdout(sys.stderr),
             ):
@@ -124,15 +127,17 @@ def _carry_out(line: Sequence[str]) -> int:
                     _load(progress)
                 result = job.run(progress)
     except BaseException as error:
-        failure = _failure(error, line)
-        if failure is None:
-            _report_bug(error, as_json)
-            raise
+        failure = _failure(error, line) or _bug(error)
         if "--debug" in line:
             say("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
         if place.count > 1:
-            return _fail_beside_others(failure, place, as_json)
-        return _fail(failure, as_json)
+            spoken = _fail_beside_others(error, failure, place, as_json)
+        else:
+            spoken = True
+            _fail(failure, as_json)
+        if spoken and failure.kind == StructpruneError.kind:
+            raise
+        return failure.exit_code
     if not result or not speaks:  # another process of the same launch reports
         return 0
     if result.get("ok") is False:
@@ -231,12 +236,25 @@ def _fail(failure: StructpruneError, as_json: bool) -> int:
     return failure.exit_code
 
 
-def _fail_beside_others(failure: StructpruneError, place: Launch, as_json: bool) -> int:
-    """Say which process failed; one leaves the word to the first if that fails alike, or failed before."""
-    if place.rank and isinstance(failure, UsageError | RankLost | Interrupted):
-        return failure.exit_code
-    failure.message = f"rank {place.rank}: {failure.message}"
-    return _fail(failure, as_json and not place.rank)
+def _fail_beside_others(
+    error: BaseException, failure: StructpruneError, place: Launch, as_json: bool
+) -> bool:
+    """Say which of several processes failed, if no other says it and no signal ended this one; tell if so.
+
+    The first process owes whoever reads its stdout an answer all the same.
+    """
+    meeting = sys.modules.get("structprune.meeting")  # before torch is imported they cannot have met
+    with unstoppable():  # the launcher ends those that are left, and this one may have a word to say
+        if isinstance(failure, Interrupted):
+            silent = True
+        else:
+            silent = meeting.is_told(error) if meeting else place.local_rank > 0
+        failure.message = f"rank {place.rank}: {failure.message}"
+        if as_json and place.rank == 0:
+            say_json(error_json(failure))
+        if not silent:
+            complain(failure)
+    return not silent
 
 
 def _finish_unverified(result: Mapping[str, Any], job: Job, as_json: bool) -> int:
@@ -252,11 +270,8 @@ def _finish_unverified(result: Mapping[str, Any], job: Job, as_json: bool) -> in
     return failure.exit_code
 
 
-def _report_bug(error: BaseException, as_json: bool) -> None:
+def _bug(error: BaseException) -> StructpruneError:
     said = f"{type(error).__name__}: {error}"
-    bug = StructpruneError(
+    return StructpruneError(
         said, hint="a bug in structprune: report it with the traceback and `structprune env`"
     )
-    if as_json:
-        say_json(error_json(bug))
-    complain(bug)

@@ -18,6 +18,7 @@ from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress
 from structprune.proof.verification import Verification
 from structprune.proof.verify import verify
+from structprune.ranks import Ranks
 from structprune.recipe.recipe import Recipe
 from structprune.report import card, plots, report
 from structprune.report.figures import plain
@@ -52,7 +53,7 @@ def finish(
     *,
     exam: Exam,
     dense: Source | None = None,
-    memory: Memory | None = None,
+    evaluation: Evaluation | None = None,
     progress: Progress,
 ) -> dict[str, Any]:
     """Measure, prove, report and publish a written folder; return the report.
@@ -64,7 +65,7 @@ def finish(
         record: What the run did.
         exam: What to measure it on.
         dense: What to compare with; the source as it was unless given.
-        memory: What the dense model said already.
+        evaluation: What the exam gave, where it has been held.
         progress: Told (stage, done, total).
 
     Raises:
@@ -72,8 +73,9 @@ def finish(
         QualityError: The quality gate was missed; nothing is published.
     """
     compared = dense or source
-    with clock.phase("evaluate"):
-        evaluation = measure(source, compared, exam, memory)
+    if evaluation is None:
+        with clock.phase("evaluate"):
+            evaluation = measure(source, compared, exam)
     with clock.phase("prove"):
         verification = prove(work, source, record, progress)
     if exam.workload is not None:
@@ -148,7 +150,13 @@ def draw(work: Delivery, made: Mapping[str, Any]) -> None:
             raise
 
 
-def measure(source: Source, dense: Source | None, exam: Exam, memory: Memory | None = None) -> Evaluation:
+def measure(
+    source: Source,
+    dense: Source | None,
+    exam: Exam,
+    memory: Memory | None = None,
+    ranks: Ranks = Ranks(),
+) -> Evaluation:
     """Evaluate a run's model, and the dense one in the same run.
 
     Args:
@@ -156,6 +164,7 @@ def measure(source: Source, dense: Source | None, exam: Exam, memory: Memory | N
         dense: Opened again from its files and measured too; None for no comparison.
         exam: What to measure it on.
         memory: What the dense model said already.
+        ranks: Those who share the work; all of them come here.
     """
     if not exam.asks:
         return nothing_measured(exam)
@@ -166,4 +175,5 @@ def measure(source: Source, dense: Source | None, exam: Exam, memory: Memory | N
         dense=dense.reopen_model() if dense else None,
         dense_tokenizer=dense.tokenizer if dense else None,
         memory=memory,
+        ranks=ranks,
     )
