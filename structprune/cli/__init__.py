@@ -249,7 +249,8 @@ def _fail_beside_others(
             silent = True
         else:
             silent = meeting.is_told(error) if meeting else place.local_rank > 0
-        failure.message = f"rank {place.rank}: {failure.message}"
+        number = place.rank if failure.rank is None else failure.rank
+        failure.message = f"rank {number}: {failure.message}"
         if as_json and place.rank == 0:
             say_json(error_json(failure))
         if not silent:

@@ -178,11 +178,11 @@ class BlockwisePruner(Pruner):
         return self.propagate == "dense" or not (input_parts(self.solving) or self.solves_passes)
 
     @final
-    def remembered_bytes(self, model: Model) -> int:
-        """Return at most how many bytes the Gram matrices, gradients and fits of one block take."""
+    def remembered_bytes(self, model: Model, ranks: int = 1) -> int:
+        """Return at most how many bytes Gram matrices, gradients and fits of a block take in each process."""
         parts = self.solving | self.measuring
         pairs = zip(self.all_targets(model), all_linears(model), strict=True)
-        return max(remembered_bytes(*pair, parts) for pair in pairs) + self.solving_bytes(model)
+        return max(remembered_bytes(*pair, parts, ranks) for pair in pairs) + self.solving_bytes(model)
 
     def solving_bytes(self, model: Model) -> int:
         """Return at most how many bytes `solve_block` takes beside the statistics that it is given."""

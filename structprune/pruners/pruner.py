@@ -97,8 +97,13 @@ class Pruner(BaseModel, ABC):
         """
         return None
 
-    def remembered_bytes(self, model: Model) -> int:
-        """Return at most how many bytes calibration remembers of one block, beside the activations."""
+    def remembered_bytes(self, model: Model, ranks: int = 1) -> int:
+        """Return at most how many bytes calibration remembers of one block, beside the activations.
+
+        Args:
+            model: In memory or streamed.
+            ranks: Of each of so many processes that share the run.
+        """
         return 0
 
     def whole_units(self, model: Model) -> WholeUnits | None:

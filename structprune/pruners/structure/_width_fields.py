@@ -76,8 +76,8 @@ class WidthFields(GoalPruner):
     @property
     @final
     def measuring(self) -> Parts:
-        """Return what a budget for the whole model must see of every block first."""
-        return self._read if self.looks_first else NOTHING
+        """Return what a budget for the whole model must see of every block first: no repair's Gram matrix."""
+        return self.needs | (self._read - {"gram"}) if self.looks_first else NOTHING
 
     @property
     @final

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self, final
 from pydantic import model_validator
 from torch import Tensor
 
+from structprune.calibration.dispatch import owners_of
 from structprune.calibration.statistics import NOTHING, Parts, Statistics
 from structprune.decide.budgets.union import AnyBudget
 from structprune.decide.counts import Compare, reached_near, removed_weights
@@ -260,7 +261,9 @@ class WeightPruner(Targets, BlockwisePruner):
             matrix = self.matrix_to_prune(linear, leaving, seen.of(linear))
             sums = matrix.seen.inputs
             groups.setdefault(linear.label if sums is None else id(sums), []).append(matrix)
-        found = solve_on_ranks(self._solve_and_repair, list(groups.values()), Ranks.here())
+        ranks = Ranks.here()
+        owners = seen.sums.owners or owners_of([[linear] for linear in targets], ranks)
+        found = solve_on_ranks(self._solve_and_repair, list(groups.values()), owners, ranks)
         # In the order of the block, whichever was solved first: the same plan whoever solved them.
         pruned = {linear.label: found[linear.label] for linear in targets}
         return self.decided(model, targets, pruned), block_facts(pruned, seen.sums)
