@@ -7,6 +7,8 @@ of an input what method, budget and repair declare together.
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import add
 from typing import Any, ClassVar, Literal, Self, final
 
 from pydantic import model_validator
@@ -31,9 +33,11 @@ from structprune.plan.promise import Promises
 from structprune.pruners.blockwise import BlockwisePruner
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import UNMEASURED, Seen
+from structprune.pruners.weight._keys import check_keys
 from structprune.pruners.weight._promises import Promise, removed_promises
 from structprune.pruners.weight._side_by_side import solve_on_ranks
 from structprune.ranks import Ranks
+from structprune.solvers.effort import Effort, effort_of_ranking
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
 from structprune.solvers.plan_tensors import block_facts, plan_tensors
 from structprune.solvers.repairs.union import AnyRepair
@@ -80,6 +84,22 @@ class WeightPruner(Targets, BlockwisePruner):
         """Return what the method reads of a matrix's statistics, with the fields as they are."""
         return self.parts
 
+    def effort(self, rows: int, inputs: int) -> Effort:
+        """Return what solving matrices takes that read the same input; unless told otherwise, ranking them.
+
+        Args:
+            rows: Their outputs together.
+            inputs: How many they read.
+        """
+        return effort_of_ranking(rows, inputs)
+
+    @final
+    def efforts(self, groups: Sequence[Sequence[Linear]]) -> list[Effort]:
+        """Return what solving a block takes, group by group, with the repair."""
+        each = [self.effort, *([] if self.repair is None else [self.repair.effort])]
+        sizes = [(sum(len(one.weight) for one in group), group[0].weight.shape[1]) for group in groups]
+        return [reduce(add, (effort(*size) for effort in each)) for size in sizes]
+
     @property
     def leaves_zeros(self) -> bool:
         """Tell whether the written matrices hold the zeros."""
@@ -119,19 +139,8 @@ class WeightPruner(Targets, BlockwisePruner):
     @classmethod
     def _know_keys_that_moved(cls, data: object) -> object:
         """Refuse keys of older recipes by name, and scores of a method that has none."""
-        if not isinstance(data, Mapping):
-            return data
-        repair = data.get("repair")
-        by_name = isinstance(repair, str) and repair != "none"
-        if "damping" in data and ("damping" not in cls.model_fields or by_name):
-            name = repair if by_name else "obs"
-            raise ValueError(
-                f"damping: it is a field of the repair; write repair: {{name: {name}, damping: ...}}"
-            )
-        if data.get("keep_scores") and "keep_scores" not in cls.model_fields:
-            raise ValueError(
-                f"keep_scores: {cls.method()} chooses and updates at once and has no scores to keep"
-            )
+        if isinstance(data, Mapping):
+            check_keys(cls.method(), cls.model_fields, data)
         return data
 
     @model_validator(mode="after")

@@ -1,0 +1,172 @@
+"""What deciding takes, counted before anything runs: operations, bytes that are read, bytes that are sent.
+
+Of several processes the busiest counts. What is sent is the sum over all of them: of a gathering and of a
+broadcast everything but what a process keeps to itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from structprune.calibration.statistics import PANEL, Parts, gradient_means
+from structprune.models.arch import Linear
+from structprune.models.rank_batches import RankBatches
+from structprune.models.streamed import Batch
+from structprune.ranks import Ranks
+from structprune.solvers.effort import Effort
+
+# Sums of features are float64, those of pairs and of gradients float32.
+FEATURE_BYTES, PAIR_BYTES = 8, 4
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How much data is looked at, and by how many processes.
+
+    Attributes:
+        samples: Sequences.
+        length: Tokens of each.
+        batch_size: Sequences per forward.
+        ranks: Processes, at most as many as batches.
+        streamed: The weights are read anew on every walk; else once, before the first.
+        routed: To how many of its experts a mixture sends each token.
+    """
+
+    samples: int
+    length: int
+    batch_size: int
+    ranks: int = 1
+    streamed: bool = False
+    routed: int = 1
+
+    @property
+    def chunks(self) -> int:
+        """Return how many chunks they form."""
+        return self._shares[0].chunks
+
+    @property
+    def sizes(self) -> list[int]:
+        """Return how many sequences each batch has."""
+        whole, rest = divmod(self.samples, self.batch_size)
+        return [self.batch_size] * whole + [rest] * bool(rest)
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens the process looks at that looks at most."""
+        sizes = self.sizes
+        return self.length * max(sum(sizes[one.number(at)] for at in range(len(one))) for one in self._shares)
+
+    def tokens_of(self, linear: Linear) -> float:
+        """Return how many tokens a linear reads; of a mixture, where its experts are asked equally often."""
+        if linear.expert is None:
+            return self.tokens
+        return self.tokens * self.routed / len(linear.whole)
+
+    @property
+    def _shares(self) -> list[RankBatches]:
+        nothing: list[Batch] = [{} for _ in self.sizes]
+        return [RankBatches(nothing, Ranks(number, self.ranks)) for number in range(self.ranks)]
+
+    def summed(self, nbytes: float) -> float:
+        """Return the bytes sent for a sum that all get: gathered in one place, and told to the others."""
+        return 2 * (self.ranks - 1) * nbytes
+
+    def told(self, nbytes: float) -> float:
+        """Return the bytes sent for what one of them tells the others."""
+        return (self.ranks - 1) * nbytes
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What deciding takes, on a block or on all.
+
+    Attributes:
+        read_bytes: Of weights that one process reads while it walks; 0 where they are in memory.
+        forward: Operations of the model itself, in its dtype, two per multiply-add.
+        products: Operations of statistics in float32: Gram matrices, gradients.
+        squares: Numbers whose squares are summed.
+        solving: What the answers take.
+        sent_bytes: Of statistics, gradients and answers, all processes together.
+    """
+
+    read_bytes: float = 0.0
+    forward: float = 0.0
+    products: float = 0.0
+    squares: float = 0.0
+    solving: Effort = field(default_factory=Effort)
+    sent_bytes: float = 0.0
+
+    def __add__(self, other: "Demand") -> "Demand":
+        """Return what both take, one after the other."""
+        return Demand(
+            self.read_bytes + other.read_bytes,
+            self.forward + other.forward,
+            self.products + other.products,
+            self.squares + other.squares,
+            self.solving + other.solving,
+            self.sent_bytes + other.sent_bytes,
+        )
+
+
+def distinct_inputs(found: Sequence[Linear]) -> list[list[Linear]]:
+    """Return the linears of a block in groups that read the same input, as far as their places tell."""
+    groups: dict[object, list[Linear]] = {}
+    for one in found:
+        # Each expert reads tokens of its own. In an attention or a feed-forward those share an input that
+        # read the states; what reads heads or channels reads alone.
+        place = one.label.rpartition(".")[0]
+        key = one.label if one.expert is not None else (place, one.reads, one.weight.shape[1])
+        groups.setdefault(key, []).append(one)
+    return list(groups.values())
+
+
+def demand_of_sums(groups: Sequence[Sequence[Linear]], parts: Parts, sharing: Sharing) -> Demand:
+    """Return what remembering the inputs of a block takes.
+
+    Args:
+        groups: Linears that read the same input are one.
+        parts: What is remembered of an input.
+        sharing: Of how many tokens, by how many processes.
+    """
+    found, experts = Demand(), 0
+    for first, *_ in groups:
+        width, tokens = first.weight.shape[1], sharing.tokens_of(first)
+        features = width if parts & {"norm", "moments"} else 0
+        sums = FEATURE_BYTES * sharing.chunks * (1 + features + (width if "moments" in parts else 0))
+        found += Demand(squares=tokens * features, sent_bytes=sharing.summed(sums))
+        if "gram" in parts:
+            # Panels on and above the diagonal: half of the matrix, and half a panel more.
+            numbers = sum(min(PANEL, width - at) * (width - at) for at in range(0, width, PANEL))
+            sent = sharing.summed(PAIR_BYTES * numbers)
+            found += Demand(products=2 * tokens * numbers, sent_bytes=sent)
+        experts += first.expert is not None
+    if "routing" in parts:
+        found += Demand(sent_bytes=sharing.summed(FEATURE_BYTES * sharing.chunks * 2 * experts))
+    return found
+
+
+def demand_of_gradients(found: Sequence[Linear], parts: Parts, sharing: Sharing) -> Demand:
+    """Return what the gradients of a block's weights take, beside the model's own backward.
+
+    Args:
+        found: All linears of the block.
+        parts: What is remembered of each.
+        sharing: Of how many tokens, by how many processes.
+    """
+    kept = len(gradient_means(parts)) * PAIR_BYTES * sum(one.weight.numel() for one in found)
+    products = sum(2 * one.weight.numel() * sharing.tokens_of(one) for one in found)
+    return Demand(products=products, sent_bytes=sharing.summed(kept))
+
+
+def demand_of_answers(efforts: Sequence[Effort], sharing: Sharing) -> Demand:
+    """Return what the answers of a block take.
+
+    Args:
+        efforts: Of each part that one process solves alone.
+        sharing: How many processes divide them.
+    """
+    owners = Ranks(0, sharing.ranks).divide([one.cost for one in efforts])
+    shares = [Effort() for _ in range(sharing.ranks)]
+    for owner, one in zip(owners, efforts, strict=True):
+        shares[owner] += one
+    busiest = max(shares, key=lambda one: one.cost)
+    return Demand(solving=busiest, sent_bytes=sharing.told(sum(one.told_bytes for one in efforts)))
