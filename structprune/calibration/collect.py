@@ -1,5 +1,6 @@
 """Collects the statistics of a block's inputs: one object per distinct input, not one per linear."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor
 
 from structprune.calibration.routing import RoutingSums
-from structprune.calibration.statistics import InputSums, Parts, gradient_means
+from structprune.calibration.statistics import InputSums, Parts, gradient_means, pair_bytes
 from structprune.errors import EnvironmentFailure
 from structprune.models.arch import Linear
 from structprune.models.walk import Block
+from structprune.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -22,18 +24,21 @@ class BlockSums:
         inputs: By label; linears that read the same input share one object.
         scarce: Tokens of the experts that fewer tokens reached than they have inputs, by label.
         routing: What a mixture sent to each of its experts; None unless asked.
+        owners: Which process of the run has the Gram matrix of a linear's input, and solves it, by label.
     """
 
     inputs: Mapping[str, InputSums] = field(default_factory=dict)
     scarce: Mapping[str, int] = field(default_factory=dict)
     routing: RoutingSums | None = None
+    owners: Mapping[str, int] = field(default_factory=dict)
 
 
 def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, advance: bool) -> BlockSums:
     """Run the calibration data through a block and remember what some of its linears read.
 
-    An expert that fewer tokens reached than it has inputs borrows the missing ones from the average of the
-    block's experts.
+    Of several processes each sees its own batches; all get the sums, but of a Gram matrix only the one that
+    solves what reads the input. An expert that fewer tokens reached than it has inputs borrows the missing
+    ones from the average of the block's experts.
 
     Args:
         block: The current block of a walk.
@@ -76,21 +81,38 @@ def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, ad
         routing.add(batches.chunk(position), expert, outputs, weights)
 
     block.observe(observe, list(observed), advance=advance, routed=routed if routing else None)
+    owners = owners_of(_readers(observed, sums), batches.ranks)
     # In the order of the block: which expert is reached first may differ from process to process.
-    for linear in observed:
-        if linear.label in feeding:
-            feeding[linear.label].add_up(batches.ranks)
+    order = [linear for linear in observed if linear.label in feeding]
+    for linear in order:
+        feeding[linear.label].add_up_features(batches.ranks)
     if routing is not None:
         batches.ranks.add_apart(routing.chunks)
     tokens = {linear.label: sums[linear.label].tokens for linear in experts}
-    scarce = {
-        linear.label: tokens[linear.label]
-        for linear in experts
-        if tokens[linear.label] < linear.weight.shape[1]
+    scarce = {one.label: tokens[one.label] for one in experts if tokens[one.label] < one.weight.shape[1]}
+    lenders = {
+        name: _average([sums[one.label] for one in experts if one.name == name], batches.ranks)
+        for name in sorted({one.name for one in experts if one.label in scarce})
     }
-    for name in sorted({linear.name for linear in experts if linear.label in scarce}):
-        _borrow_tokens([linear for linear in experts if linear.name == name], sums)
-    return BlockSums(sums, scarce, routing)
+    for linear in order:
+        feeding[linear.label].add_up_pairs(batches.ranks, owners[linear.label])
+    for linear in experts:
+        if linear.label in scarce:
+            sums[linear.label] = _filled_up(sums[linear.label], lenders[linear.name], linear.weight.shape[1])
+    return BlockSums(sums, scarce, routing, owners)
+
+
+def owners_of(groups: Sequence[Sequence[Linear]], ranks: Ranks) -> dict[str, int]:
+    """Return which process of a run solves a linear, by label.
+
+    Args:
+        groups: Linears that are solved together, as those that read the same input are.
+        ranks: Those who share the run.
+    """
+    # What a solver does to a row grows with the square of its length, to a matrix with the cube.
+    costs = [sum(float(one.weight.numel()) * one.weight.shape[1] for one in group) for group in groups]
+    pairs = zip(groups, ranks.divide(costs), strict=True)
+    return {one.label: owner for group, owner in pairs for one in group}
 
 
 def remembered_bytes(observed: Sequence[Linear], found: Sequence[Linear], parts: Parts) -> int:
@@ -101,26 +123,37 @@ def remembered_bytes(observed: Sequence[Linear], found: Sequence[Linear], parts:
         found: All of the block: a walk backward makes the gradients of each.
         parts: What is remembered.
     """
-    gram = sum(linear.weight.shape[1] ** 2 for linear in observed) if "gram" in parts else 0
-    return 4 * (gram + len(gradient_means(parts)) * sum(linear.weight.numel() for linear in found))
+    widths = [linear.weight.shape[1] for linear in observed] if "gram" in parts else []
+    gradients = 4 * len(gradient_means(parts)) * sum(linear.weight.numel() for linear in found)
+    return sum(map(pair_bytes, widths)) + gradients
 
 
-def _borrow_tokens(experts: Sequence[Linear], sums: dict[str, InputSums]) -> None:
-    """Fill up the sums of the experts of one projection to as many tokens as they have inputs."""
-    width, device = experts[0].weight.shape[1], experts[0].weight.device
-    parts = sums[experts[0].label].parts
-    average = InputSums(parts, width, device, sums[experts[0].label].chunks)
-    for linear in experts:
-        average.merge(sums[linear.label])
+def _readers(observed: Sequence[Linear], sums: Mapping[str, InputSums]) -> list[list[Linear]]:
+    """Return the linears that read the same input, input by input."""
+    found: dict[int, list[Linear]] = {}
+    for linear in observed:
+        found.setdefault(id(sums[linear.label]), []).append(linear)
+    return list(found.values())
+
+
+def _average(every: Sequence[InputSums], ranks: Ranks) -> InputSums:
+    """Return the sums over all experts of a projection; all processes get those of pairs, too."""
+    first = every[0]
+    average = InputSums(first.parts, first.width, first.device, first.chunks)
+    for one in every:
+        average.merge(one)
+    average.add_up_pairs(ranks)
+    return average
+
+
+def _filled_up(own: InputSums, average: InputSums, width: int) -> InputSums:
+    """Return an expert's sums with as many tokens as inputs: fewer make no Gram matrix of full rank."""
     if average.tokens == 0:
-        return
-    for linear in experts:
-        own = sums[linear.label]
-        if own.tokens < width:  # fewer tokens than inputs make no Gram matrix of full rank
-            # A new object: the old one may serve another linear of the expert too.
-            sums[linear.label] = InputSums(parts, width, device, own.chunks)
-            sums[linear.label].merge(own)
-            sums[linear.label].merge(average, (width - own.tokens) / average.tokens)
+        return own
+    # A new object: the old one may serve another linear of the expert too.
+    filled = copy.deepcopy(own)
+    filled.merge(average, (width - own.tokens) / average.tokens)
+    return filled
 
 
 @contextmanager
@@ -133,6 +166,6 @@ def _failing_by_name(linear: Linear, width: int) -> Iterator[None]:
             raise
         raise EnvironmentFailure(
             f"{linear.label}: no memory for the statistics of its {width} inputs "
-            f"(a Gram matrix of {width} x {width} takes {width * width * 4 / 2**30:.2f} GiB)",
+            f"(a Gram matrix of {width} x {width} takes {pair_bytes(width) / 2**30:.2f} GiB)",
             hint="hold less beside it: --stream, a smaller batch_size or fewer samples; or --exclude it",
         ) from None

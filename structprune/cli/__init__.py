@@ -233,9 +233,10 @@ def _fail(failure: StructpruneError, as_json: bool) -> int:
 
 def _fail_beside_others(failure: StructpruneError, place: Launch, as_json: bool) -> int:
     """Say which process failed; one leaves the word to the first if that fails alike, or failed before."""
-    if place.rank and isinstance(failure, UsageError | RankLost | Interrupted):
+    shared = failure.rank is not None
+    if place.rank and (shared or isinstance(failure, UsageError | RankLost | Interrupted)):
         return failure.exit_code
-    failure.message = f"rank {place.rank}: {failure.message}"
+    failure.message = f"rank {failure.rank if shared else place.rank}: {failure.message}"
     return _fail(failure, as_json and not place.rank)
 
 

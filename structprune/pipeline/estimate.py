@@ -75,7 +75,9 @@ def seconds_of(demand: Demand, rates: Rates, dtype: str) -> dict[str, float]:
     parts = {
         "read": demand.read_bytes / rates.read_bytes,
         "forward": demand.forward / rates.flops[dtype],
-        "statistics": demand.products / single + demand.squares / rates.squared,
+        "statistics": demand.products / single
+        + demand.squares / rates.squared
+        + demand.moved_bytes / rates.moved_bytes,
         "solve": demand.solving.products / single + demand.solving.ranked / rates.ranked,
     }
     if rates.sent_bytes is not None:

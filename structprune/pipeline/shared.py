@@ -7,12 +7,22 @@ from typing import Any
 from structprune.calibration.data import Calibration
 from structprune.checkpoint.source import Source
 from structprune.errors import UsageError
-from structprune.pipeline.decision import decide
+from structprune.pipeline.decision import decide, shaping_versions
 from structprune.progress import silent
 from structprune.pruners.pruner import Pruner
 from structprune.ranks import Ranks
 from structprune.recipe.recipe import Recipe
 from structprune.storage.scratch import scratch_folder
+
+
+def check_command(recipe: Recipe, ranks: Ranks) -> None:
+    """Check that the processes of a run, before they do anything together, are asked for the same.
+
+    Raises:
+        InputError: One is asked for something else, or has another version.
+    """
+    steps = [{"method": step.method(), **step.model_dump(mode="json")} for step in recipe.prune]
+    ranks.check_alike("this run", {"prune": steps, "versions": shaping_versions()})
 
 
 def check_shared(

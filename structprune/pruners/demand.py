@@ -4,9 +4,12 @@ Of several processes the busiest counts. What is sent is the sum over all of the
 broadcast everything but what a process keeps to itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 
+from structprune.calibration.collect import owners_of
 from structprune.calibration.statistics import PANEL, Parts, gradient_means
 from structprune.models.arch import Linear
 from structprune.models.rank_batches import RankBatches
@@ -14,8 +17,8 @@ from structprune.models.streamed import Batch
 from structprune.ranks import Ranks
 from structprune.solvers.effort import Effort
 
-# Sums of features are float64, those of pairs and of gradients float32.
-FEATURE_BYTES, PAIR_BYTES = 8, 4
+# Sums over tokens are float64, products of a batch and gradients float32.
+SUM_BYTES, PRODUCT_BYTES = 8, 4
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class Sharing:
         return self.tokens * self.routed / len(linear.whole)
 
     @property
+    def first_tokens(self) -> int:
+        """Return how many tokens its first batch has."""
+        return self.length * min(self.samples, self.batch_size)
+
+    @property
     def _shares(self) -> list[RankBatches]:
         nothing: list[Batch] = [{} for _ in self.sizes]
         return [RankBatches(nothing, Ranks(number, self.ranks)) for number in range(self.ranks)]
@@ -84,6 +92,7 @@ class Demand:
         forward: Operations of the model itself, in its dtype, two per multiply-add.
         products: Operations of statistics in float32: Gram matrices, gradients.
         squares: Numbers whose squares are summed.
+        moved_bytes: Read and written while products of batches are added up.
         solving: What the answers take.
         sent_bytes: Of statistics, gradients and answers, all processes together.
     """
@@ -92,6 +101,7 @@ class Demand:
     forward: float = 0.0
     products: float = 0.0
     squares: float = 0.0
+    moved_bytes: float = 0.0
     solving: Effort = field(default_factory=Effort)
     sent_bytes: float = 0.0
 
@@ -102,6 +112,7 @@ class Demand:
             self.forward + other.forward,
             self.products + other.products,
             self.squares + other.squares,
+            self.moved_bytes + other.moved_bytes,
             self.solving + other.solving,
             self.sent_bytes + other.sent_bytes,
         )
@@ -119,6 +130,19 @@ def distinct_inputs(found: Sequence[Linear]) -> list[list[Linear]]:
     return list(groups.values())
 
 
+def efforts_of(
+    groups: Sequence[Sequence[Linear]], each: Sequence[Callable[[int, int], Effort]]
+) -> list[Effort]:
+    """Return what each of some groups of linears takes in all.
+
+    Args:
+        groups: Linears that read the same input are one.
+        each: What one thing after the other takes, told all outputs of a group and how many inputs they read.
+    """
+    sizes = [(sum(len(one.weight) for one in group), group[0].weight.shape[1]) for group in groups]
+    return [reduce(add, (effort(*size) for effort in each), Effort()) for size in sizes]
+
+
 def demand_of_sums(groups: Sequence[Sequence[Linear]], parts: Parts, sharing: Sharing) -> Demand:
     """Return what remembering the inputs of a block takes.
 
@@ -131,16 +155,20 @@ def demand_of_sums(groups: Sequence[Sequence[Linear]], parts: Parts, sharing: Sh
     for first, *_ in groups:
         width, tokens = first.weight.shape[1], sharing.tokens_of(first)
         features = width if parts & {"norm", "moments"} else 0
-        sums = FEATURE_BYTES * sharing.chunks * (1 + features + (width if "moments" in parts else 0))
+        sums = SUM_BYTES * sharing.chunks * (1 + features + (width if "moments" in parts else 0))
         found += Demand(squares=tokens * features, sent_bytes=sharing.summed(sums))
         if "gram" in parts:
             # Panels on and above the diagonal: half of the matrix, and half a panel more.
             numbers = sum(min(PANEL, width - at) * (width - at) for at in range(0, width, PANEL))
-            sent = sharing.summed(PAIR_BYTES * numbers)
-            found += Demand(products=2 * tokens * numbers, sent_bytes=sent)
+            # A batch's product is written and read, the sum that it is added to as well.
+            batches = sharing.tokens / sharing.length / sharing.batch_size
+            moved = 2 * (PRODUCT_BYTES + SUM_BYTES) * numbers * batches
+            # Only who solves what reads the input gets the sum.
+            sent = sharing.told(SUM_BYTES * numbers)
+            found += Demand(products=2 * tokens * numbers, moved_bytes=moved, sent_bytes=sent)
         experts += first.expert is not None
     if "routing" in parts:
-        found += Demand(sent_bytes=sharing.summed(FEATURE_BYTES * sharing.chunks * 2 * experts))
+        found += Demand(sent_bytes=sharing.summed(SUM_BYTES * sharing.chunks * 2 * experts))
     return found
 
 
@@ -152,21 +180,24 @@ def demand_of_gradients(found: Sequence[Linear], parts: Parts, sharing: Sharing)
         parts: What is remembered of each.
         sharing: Of how many tokens, by how many processes.
     """
-    kept = len(gradient_means(parts)) * PAIR_BYTES * sum(one.weight.numel() for one in found)
+    kept = len(gradient_means(parts)) * PRODUCT_BYTES * sum(one.weight.numel() for one in found)
     products = sum(2 * one.weight.numel() * sharing.tokens_of(one) for one in found)
     return Demand(products=products, sent_bytes=sharing.summed(kept))
 
 
-def demand_of_answers(efforts: Sequence[Effort], sharing: Sharing) -> Demand:
+def demand_of_answers(
+    groups: Sequence[Sequence[Linear]], efforts: Sequence[Effort], sharing: Sharing
+) -> Demand:
     """Return what the answers of a block take.
 
     Args:
-        efforts: Of each part that one process solves alone.
+        groups: Linears that one process solves.
+        efforts: What each group takes.
         sharing: How many processes divide them.
     """
-    owners = Ranks(0, sharing.ranks).divide([one.cost for one in efforts])
+    owners = owners_of(groups, Ranks(0, sharing.ranks))
     shares = [Effort() for _ in range(sharing.ranks)]
-    for owner, one in zip(owners, efforts, strict=True):
-        shares[owner] += one
+    for (first, *_), one in zip(groups, efforts, strict=True):
+        shares[owners[first.label]] += one
     busiest = max(shares, key=lambda one: one.cost)
     return Demand(solving=busiest, sent_bytes=sharing.told(sum(one.told_bytes for one in efforts)))

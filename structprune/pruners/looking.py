@@ -87,7 +87,7 @@ class LookingPruner(Pruner):
 
     @final
     def remembered_bytes(self, model: Model, ranks: int = 1) -> int:
-        """Return at most how many bytes the Gram matrices, gradients and fits of one block take."""
+        """Return at most how many bytes Gram matrices, gradients and fits of a block take in each process."""
         parts = self.solving | self.measuring
         pairs = zip(self.all_targets(model), all_linears(model), strict=True)
         return max(remembered_bytes(*pair, parts) for pair in pairs) + self.solving_bytes(model)
@@ -102,12 +102,12 @@ class LookingPruner(Pruner):
         return [self.target_linears(index, found) for index, found in enumerate(all_linears(model))]
 
     def efforts(self, groups: Sequence[Sequence[Linear]]) -> list[Effort]:
-        """Return what solving a block takes, part by part: processes divide the parts.
+        """Return what solving a block takes, group by group: processes divide the groups.
 
         Args:
             groups: The block's targets; those that read the same input are one.
         """
-        return []
+        return [Effort()] * len(groups)
 
     @final
     def demand(self, model: Model, sharing: Sharing) -> Demand:
@@ -117,13 +117,13 @@ class LookingPruner(Pruner):
         sharing = replace(sharing, routed=routed or 1)
         found = self._walks(model, sharing)
         for every, targets in zip(all_linears(model), self.all_targets(model), strict=True):
-            groups = distinct_inputs(targets)
+            groups = distinct_inputs(targets) if input_parts(self.solving) else [[one] for one in targets]
             for walk in (self.measuring, self.solving):
                 if input_parts(walk):
                     found += demand_of_sums(groups, walk, sharing)
             if gradient_means(parts):
                 found += demand_of_gradients(every, parts, sharing)
-            found += demand_of_answers(self.efforts(groups), sharing)
+            found += demand_of_answers(groups, self.efforts(groups), sharing)
         return found
 
     def _walks(self, model: Model, sharing: Sharing) -> Demand:
@@ -138,10 +138,17 @@ class LookingPruner(Pruner):
             read += sum(stored.blocks)
         trials = self.forecast(model).trials if self.searches else 0
         read, forwards = read + trials * (stored.walk + stored.head), forwards + trials
-        if input_parts(self.solving) or self.solves_passes:
-            read += stored.walk
-            forwards += 1 if self.propagate == "dense" and not self.solves_passes else 2
+        spared = 0.0
+        if self.solves_passes or (input_parts(self.solving) and self.propagate == "pruned"):
+            # Nobody reads what comes out of the last block; and who only looks stops before the last product,
+            # but for the first batch, in which it shows which that is.
+            read, forwards = read + stored.walk, forwards + 2 - 1 / len(stored.blocks)
+            looks = sharing.tokens - sharing.first_tokens
+            last = [found[-1] for found in all_linears(model) if found[-1].expert is None]
+            spared = 0.0 if self.solves_passes else sum(2 * one.weight.numel() * looks for one in last)
+        elif input_parts(self.solving):
+            read, forwards = read + stored.walk, forwards + 1
         else:
             read += sum(stored.blocks)
         flops = body_flops(model, sharing.length) or 0.0
-        return Demand(read * sharing.streamed, forwards * flops * sharing.tokens)
+        return Demand(read * sharing.streamed, forwards * flops * sharing.tokens - spared)

@@ -99,7 +99,12 @@ class Pruner(BaseModel, ABC):
         return None
 
     def remembered_bytes(self, model: Model, ranks: int = 1) -> int:
-        """Return at most how many bytes calibration remembers of one block, beside the activations."""
+        """Return at most how many bytes calibration remembers of one block, beside the activations.
+
+        Args:
+            model: In memory or streamed.
+            ranks: Of each of so many processes that share the run.
+        """
         return 0
 
     def demand(self, model: Model, sharing: Sharing) -> Demand | None:

@@ -7,13 +7,12 @@ of an input what method, budget and repair declare together.
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import reduce
-from operator import add
 from typing import Any, ClassVar, Literal, Self, final
 
 from pydantic import model_validator
 from torch import Tensor
 
+from structprune.calibration.collect import owners_of
 from structprune.calibration.statistics import NOTHING, Parts, Statistics
 from structprune.decide.budgets.union import AnyBudget
 from structprune.decide.counts import Compare, reached_near, removed_weights
@@ -31,6 +30,7 @@ from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Promises
 from structprune.pruners.blockwise import BlockwisePruner
+from structprune.pruners.demand import efforts_of
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import UNMEASURED, Seen
 from structprune.pruners.weight._keys import check_keys
@@ -97,8 +97,7 @@ class WeightPruner(Targets, BlockwisePruner):
     def efforts(self, groups: Sequence[Sequence[Linear]]) -> list[Effort]:
         """Return what solving a block takes, group by group, with the repair."""
         each = [self.effort, *([] if self.repair is None else [self.repair.effort])]
-        sizes = [(sum(len(one.weight) for one in group), group[0].weight.shape[1]) for group in groups]
-        return [reduce(add, (effort(*size) for effort in each)) for size in sizes]
+        return efforts_of(groups, each)
 
     @property
     def leaves_zeros(self) -> bool:
@@ -225,13 +224,9 @@ class WeightPruner(Targets, BlockwisePruner):
         """Return how many weights leave each target, by label."""
         targets = self.all_targets(model)
         if self.budget is None:
-            return {
-                one.label: removed_weights(
-                    (len(one.weight), one.weight.shape[1]), self.sparsity, self.compare
-                )
-                for block in targets
-                for one in block
-            }
+            every = [(one.label, one.weight) for block in targets for one in block]
+            asked = self.sparsity, self.compare
+            return {label: removed_weights((len(one), one.shape[1]), *asked) for label, one in every}
         sizes = [{one.label: one.weight.numel() for one in block} for block in targets]
         counts: dict[str, int] = self.budget.counts(sizes, self.sparsity, skeleton(model), measured)
         return counts
@@ -269,7 +264,9 @@ class WeightPruner(Targets, BlockwisePruner):
             matrix = self.matrix_to_prune(linear, leaving, seen.of(linear))
             sums = matrix.seen.inputs
             groups.setdefault(linear.label if sums is None else id(sums), []).append(matrix)
-        found = solve_on_ranks(self._solve_and_repair, list(groups.values()), Ranks.here())
+        ranks = Ranks.here()
+        owners = seen.sums.owners or owners_of([[linear] for linear in targets], ranks)
+        found = solve_on_ranks(self._solve_and_repair, list(groups.values()), owners, ranks)
         # In the order of the block, whichever was solved first: the same plan whoever solved them.
         pruned = {linear.label: found[linear.label] for linear in targets}
         return self.decided(model, targets, pruned), block_facts(pruned, seen.sums)
