@@ -100,13 +100,13 @@ def _reading_rate(file: Path | None, slowest: Slowest) -> float:
                 written.flush()
                 os.fsync(written.fileno())
         descriptor = stack.enter_context(open_regular(file))
-        size = min(os.fstat(descriptor).st_size, READ_BYTES) // CHUNK_BYTES * CHUNK_BYTES
+        size = min(os.fstat(descriptor).st_size, READ_BYTES)
 
         def read() -> None:
             if hasattr(os, "posix_fadvise"):  # elsewhere it may be memory that is measured
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             for start in range(0, size, CHUNK_BYTES):
-                read_at(descriptor, buffer, start, file)
+                read_at(descriptor, buffer[: size - start], start, file)
 
         return slowest(size, read)
 

@@ -9,11 +9,12 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 
 from structprune.errors import InputError
 from structprune.machine import machine
@@ -26,6 +27,10 @@ logger = logging.getLogger(__name__)
 FILE_LIMIT = 1 << 20
 
 
+# A file that says zero, or what is no number, would make every estimate one.
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 @dataclass(frozen=True)
 class Place:
     """Where figures were measured.
@@ -33,7 +38,7 @@ class Place:
     Attributes:
         processor: Its name.
         device: "cpu", or the name of the accelerator.
-        threads: Of PyTorch.
+        threads: Of PyTorch, in each process.
         ranks: Processes that measured at the same time.
         torch: Its version.
     """
@@ -53,8 +58,10 @@ class Place:
             ranks: Processes that work side by side.
         """
         name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-        found = machine()
-        return cls(found["processor"], name, found["threads"], ranks, torch.__version__)
+        found, chosen = machine(), "OMP_NUM_THREADS" in os.environ
+        # torchrun gives each of several processes one thread, unless it is told how many.
+        threads = found["threads"] if ranks == 1 or chosen else 1
+        return cls(found["processor"], name, threads, ranks, torch.__version__)
 
 
 @dataclass(frozen=True)
@@ -72,12 +79,15 @@ class Rates:
     """
 
     place: Place
-    flops: Mapping[str, float] = field(default_factory=dict)
-    moved_bytes: float = 0.0
-    read_bytes: float = 0.0
-    squared: float = 0.0
-    ranked: float = 0.0
-    sent_bytes: float | None = None
+    flops: Mapping[str, Rate]
+    moved_bytes: Rate
+    read_bytes: Rate
+    squared: Rate
+    ranked: Rate
+    sent_bytes: Rate | None
+
+
+_FILE = TypeAdapter(list[Rates])
 
 
 def rates_file() -> Path:
@@ -97,7 +107,7 @@ def save_rates(rates: Rates, path: Path) -> None:
     kept = [one for one in read_rates(path) if one.place != rates.place]
     with blame(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"rates": [asdict(one) for one in [*kept, rates]]}, indent=1)
+    text = json.dumps([asdict(one) for one in [*kept, rates]], indent=1)
     with DurableFile(path) as file:
         file.write(f"{text}\n".encode())
 
@@ -107,12 +117,10 @@ def read_rates(path: Path) -> list[Rates]:
     if not path.exists():
         return []
     try:
-        return [
-            Rates(**{**one, "place": Place(**one["place"])})
-            for one in read_json(path, limit_bytes=FILE_LIMIT)["rates"]
-        ]
-    except (InputError, LookupError, TypeError) as error:
-        logger.warning("%s: not figures of this version, passed over: %s", path, error)
+        return _FILE.validate_python(read_json(path, limit_bytes=FILE_LIMIT))
+    except (InputError, ValidationError) as error:
+        said = error.message if isinstance(error, InputError) else "not figures of this version"
+        logger.warning("%s: %s; passed over", path, said)
         return []
 
 
