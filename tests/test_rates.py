@@ -12,7 +12,7 @@ import structprune
 from structprune.cli import main
 from structprune.errors import UsageError
 from structprune.evaluation import measuring
-from structprune.evaluation.rates import Place, Rates, choose_rates, rates_file, read_rates, save_rates
+from structprune.evaluation.rates import Site, Rates, choose_rates, rates_file, read_rates, save_rates
 from structprune.models.opening import Opening
 from structprune.pipeline.estimate import seconds_of
 from structprune.pruners.demand import Demand
@@ -21,7 +21,7 @@ from structprune.solvers.effort import Effort
 from tests.methods import CALIBRATION
 from tests.tiny import save_tiny
 
-HERE = Place("a processor", "cpu", 1, 1, "2.13")
+HERE = Site("a processor", "cpu", 1, 1, "2.13")
 RATES = Rates(HERE, {"float32": 100.0, "bfloat16": 200.0}, 50.0, 20.0, 10.0, 5.0, None)
 
 
@@ -168,7 +168,7 @@ def test_a_method_without_data_is_shared_by_any_number(folder: Path) -> None:
     ("line", "message"),
     [
         (["bench"], "MODEL is missing"),
-        (["bench", "--rates", "--length", "8"], "--rates measures the machine, not a model"),
+        (["bench", "--rates", "--length", "8"], "--rates measures the machine"),
         (["bench", "nowhere", "--rates"], "nowhere"),
         (["prune", "demo", "OUT", "--method", "wanda", "--ranks", "2"], "--ranks 2: only --dry-run reads it"),
     ],
@@ -185,5 +185,5 @@ def test_the_command_prints_its_rates(capsys: pytest.CaptureFixture[str], cache:
     said = capsys.readouterr().out
     assert "products, float32" in said and "GFLOP/s" in said and str(cache) in said
     assert len(read_rates(cache)) == 1
-    assert read_rates(cache)[0].place == Place.here()
+    assert read_rates(cache)[0].place == Site.here()
     assert torch.get_num_threads() == read_rates(cache)[0].place.threads

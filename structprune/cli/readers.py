@@ -149,11 +149,10 @@ def bench(
     flags = run | {"device": device, "dtype": dtype, "revision": revision}
     asked = choose_settings(BENCH, config=config, sets=sets or (), flags=flags)
     if rates:
-        given = [key.removeprefix("bench.") for key, value in {**run, "compare": compare}.items() if value]
-        if given:
+        if compare or any(value is not None for value in run.values()):
             raise UsageError(
-                f"--rates measures the machine, not a model: --{given[0]} says nothing to it",
-                hint=f"leave --{given[0]} out, or --rates",
+                "--rates measures the machine, which has no length, batch or dense model",
+                hint="leave --rates out, or what is asked of a model",
             )
         return Job(
             lambda _: structprune.bench_rates(

@@ -116,7 +116,7 @@ def prune(
     if ranks is not None:
         raise UsageError(
             f"--ranks {ranks}: only --dry-run reads it",
-            hint="a launcher starts several: torchrun --nproc-per-node N -m structprune prune ...",
+            hint="add --dry-run; or start the run itself with torchrun",
         )
     return _pruning(request, asks.goals(), opening, writes.writing(), scores)
 

@@ -14,7 +14,7 @@ import torch
 
 from structprune.calibration.statistics import InputSums
 from structprune.decide.select import mask_rows
-from structprune.evaluation.rates import Place, Rates
+from structprune.evaluation.rates import Site, Rates
 from structprune.models.opening import DTYPES
 from structprune.ranks import Ranks
 from structprune.storage.durable import blame
@@ -57,7 +57,7 @@ def measure_rates(device: str, ranks: Ranks, file: Path | None = None) -> Rates:
     moved, target = torch.zeros(2, MOVED_BYTES // 8, device=place)
     sums = InputSums(frozenset({"norm"}), WIDTH, place)
     return Rates(
-        Place.here(device, ranks.count),
+        Site.here(device, ranks.count),
         flops,
         moved_bytes=slowest(MOVED_BYTES, lambda: target.copy_(moved)),
         read_bytes=_reading_rate(file, slowest),

@@ -32,7 +32,7 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
-class Place:
+class Site:
     """Where figures were measured.
 
     Attributes:
@@ -78,7 +78,7 @@ class Rates:
         sent_bytes: Sent from process to process, of all together; None where there was only one.
     """
 
-    place: Place
+    place: Site
     flops: Mapping[str, Rate]
     moved_bytes: Rate
     read_bytes: Rate
@@ -124,7 +124,7 @@ def read_rates(path: Path) -> list[Rates]:
         return []
 
 
-def choose_rates(found: Sequence[Rates], place: Place) -> tuple[Rates | None, str]:
+def choose_rates(found: Sequence[Rates], place: Site) -> tuple[Rates | None, str]:
     """Return the figures that hold for a place, or None; and what is to be known of them, "" for nothing.
 
     Args:

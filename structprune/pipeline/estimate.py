@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from structprune.evaluation.rates import Place, Rates, choose_rates, rates_file, read_rates
+from structprune.evaluation.rates import Site, Rates, choose_rates, rates_file, read_rates
 from structprune.models.cost import stored_bytes
 from structprune.models.streamed import Model
 from structprune.pruners.demand import Demand, Sharing
@@ -29,7 +29,7 @@ def estimate_run(
         walks read, those that all processes send for a block and in all, and "seconds" by what takes them;
         "seconds" of all together, and "time", what they are made of; None where no rates were measured.
     """
-    place = Place.here(device, sharing.ranks)
+    place = Site.here(device, sharing.ranks)
     rates, word = choose_rates(read_rates(rates_file()), place)
     stored = stored_bytes(models[0])
     first = {"check_bytes": stored.all // sharing.ranks, "load_bytes": 0 if sharing.streamed else stored.all}
