@@ -12,7 +12,7 @@ import structprune
 from structprune.cli import main
 from structprune.errors import UsageError
 from structprune.evaluation import measuring
-from structprune.evaluation.rates import Site, Rates, choose_rates, rates_file, read_rates, save_rates
+from structprune.evaluation.rates import Rates, Site, choose_rates, rates_file, read_rates, save_rates
 from structprune.models.opening import Opening
 from structprune.pipeline.estimate import seconds_of
 from structprune.pruners.demand import Demand

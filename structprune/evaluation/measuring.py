@@ -14,7 +14,7 @@ import torch
 
 from structprune.calibration.statistics import InputSums
 from structprune.decide.select import mask_rows
-from structprune.evaluation.rates import Site, Rates
+from structprune.evaluation.rates import Rates, Site
 from structprune.models.opening import DTYPES
 from structprune.ranks import Ranks
 from structprune.storage.durable import blame

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from structprune.evaluation.rates import Site, Rates, choose_rates, rates_file, read_rates
+from structprune.evaluation.rates import Rates, Site, choose_rates, rates_file, read_rates
 from structprune.models.cost import stored_bytes
 from structprune.models.streamed import Model
 from structprune.pruners.demand import Demand, Sharing
