@@ -17,14 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from structprune.errors import (
-    EnvironmentFailure,
-    InputError,
-    QualityError,
-    RankLost,
-    StructpruneError,
-    UsageError,
-)
+from structprune.errors import EnvironmentFailure, InputError, QualityError, RankLost, UsageError
 from structprune.machine import launch
 
 # Of a tensor that is added up this much is in memory side by side: a piece of every process's.
@@ -109,11 +102,7 @@ class Ranks:
                 piece.copy_(there)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Return what all give, one after the other, shape [count * values].
-
-        Args:
-            values: Shape [values], as many from each.
-        """
+        """Return values [values] of all, as many from each, one after the other, shape [count * values]."""
         if self.alone:
             return values
         there = _sendable(values)
@@ -121,6 +110,23 @@ class Ranks:
         with _blaming_peers():
             dist.all_gather(parts, there)
         return torch.cat(parts).to(values.device)
+
+    def exchange(self, values: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send each process rows of its own; return what all sent to this one, from the first to the last.
+
+        Args:
+            values: Rows for the first process, then for the second ..., shape [rows, features].
+            sent: How many of them go to each.
+            received: How many come from each.
+        """
+        if self.alone:
+            return values
+        # As bytes: not every way of talking knows every kind of number.
+        there = _sendable(values).view(torch.uint8)
+        rows = there.new_empty(sum(received), there.shape[1])
+        with _blaming_peers():
+            dist.all_to_all_single(rows, there, list(received), list(sent))
+        return rows.view(values.dtype).to(values.device)
 
     def average(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Return the mean of each tensor over all processes; all of them travel as one."""
@@ -182,26 +188,24 @@ class Ranks:
             work: Returns JSON values, and tensors by name.
 
         Raises:
-            StructpruneError: One process met it; all raise what the first of those did. Whatever is none of
-                ours ends its process alone, and the others with a RankLost.
+            StructpruneError: One process met it; all raise what the first of those did. What is none of ours
+                ends its process, and the others with a RankLost.
         """
-        said: Any = None
-        tensors: Mapping[str, Tensor] = {}
-        error: StructpruneError | None = None
+        said, tensors, failure = None, dict[str, Tensor](), None
         try:
-            said, tensors = work()
-        except _TOLD as met:
-            if self.alone or isinstance(met, RankLost):
+            said, found = work()
+            tensors |= found
+        except _TOLD as error:
+            if self.alone or isinstance(error, RankLost):
                 raise
-            error = met
-        failure = None if error is None else [type(error).__name__, error.message, error.hint]
+            failure = [type(error).__name__, error.message, error.hint]
         made = self.tell_each({"failure": failure, "said": said}, tensors)
         for number, (one, _) in enumerate(made):
-            if one["failure"] is not None:
+            if one["failure"]:
                 kind, message, hint = one["failure"]
                 known = next(each for each in _TOLD if each.__name__ == kind)(message, hint=hint)
                 known.rank = number
-                raise known from error
+                raise known
         return [(one["said"], found) for one, found in made]
 
     def copy_files(self, folder: Path) -> None:

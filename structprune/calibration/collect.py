@@ -1,6 +1,5 @@
 """Collects the statistics of a block's inputs: one object per distinct input, not one per linear."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from structprune.calibration.dispatch import ExpertDispatch, owners_of
 from structprune.calibration.routing import RoutingSums
 from structprune.calibration.statistics import InputSums, Parts, gradient_means, pair_bytes
 from structprune.errors import EnvironmentFailure
@@ -54,6 +54,8 @@ def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, ad
     previous: list[tuple[Tensor, InputSums]] = []
 
     batches = block.batches
+    experts = [linear for linear in observed if linear.expert is not None]
+    dispatch = ExpertDispatch(experts if "gram" in parts else [], batches)
 
     def observe(position: int, linear: Linear, inputs: Tensor) -> None:
         # In the first batch it shows who reads the same tensor: the first of them adds it, for all batches.
@@ -63,14 +65,15 @@ def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, ad
                 sums[linear.label] = previous[0][1]
                 return
             with _failing_by_name(linear, inputs.shape[-1]):
-                made = InputSums(parts, inputs.shape[-1], inputs.device, batches.chunks)
+                pairs = dispatch.keeps(linear)
+                made = InputSums(parts, inputs.shape[-1], inputs.device, batches.chunks, pairs=pairs)
             sums[linear.label] = feeding[linear.label] = made
             previous[:] = [(inputs, made)]
         if linear.label in feeding:
             with _failing_by_name(linear, inputs.shape[-1]):
-                feeding[linear.label].add(inputs, batches.chunk(position))
+                feeding[linear.label].add_features(inputs, batches.chunk(position))
+                dispatch.add_pairs(linear, inputs, feeding)
 
-    experts = [linear for linear in observed if linear.expert is not None]
     routing: RoutingSums | None = None
     if "routing" in parts and experts:
         whole = experts[0].whole
@@ -81,59 +84,69 @@ def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, ad
         routing.add(batches.chunk(position), expert, outputs, weights)
 
     block.observe(observe, list(observed), advance=advance, routed=routed if routing else None)
-    owners = owners_of(_readers(observed, sums), batches.ranks)
-    # In the order of the block: which expert is reached first may differ from process to process.
-    order = [linear for linear in observed if linear.label in feeding]
-    for linear in order:
-        feeding[linear.label].add_up_features(batches.ranks)
+    dispatch.finish(feeding)
     if routing is not None:
         batches.ranks.add_apart(routing.chunks)
+    return _add_up(observed, sums, routing, dispatch.owners, batches.ranks)
+
+
+def _add_up(
+    observed: Sequence[Linear],
+    sums: Mapping[str, InputSums],
+    routing: RoutingSums | None,
+    owners: Mapping[str, int],
+    ranks: Ranks,
+) -> BlockSums:
+    """Return the sums of all processes.
+
+    Args:
+        observed: Linears, in the order of the block: which expert is reached first may differ.
+        sums: Of this process, by label.
+        routing: What a mixture sent to its experts.
+        owners: Which process has the Gram matrix of what an expert reads already.
+        ranks: Those who share the run.
+    """
+    groups: dict[int, list[Linear]] = {}
+    for linear in observed:
+        groups.setdefault(id(sums[linear.label]), []).append(linear)
+    for linear, *_ in groups.values():
+        sums[linear.label].add_up_features(ranks)
+    experts = [linear for linear in observed if linear.expert is not None]
     tokens = {linear.label: sums[linear.label].tokens for linear in experts}
     scarce = {one.label: tokens[one.label] for one in experts if tokens[one.label] < one.weight.shape[1]}
     lenders = {
-        name: _average([sums[one.label] for one in experts if one.name == name], batches.ranks)
+        name: _average([sums[one.label] for one in experts if one.name == name], ranks)
         for name in sorted({one.name for one in experts if one.label in scarce})
     }
-    for linear in order:
-        feeding[linear.label].add_up_pairs(batches.ranks, owners[linear.label])
     for linear in experts:
         if linear.label in scarce:
-            sums[linear.label] = _filled_up(sums[linear.label], lenders[linear.name], linear.weight.shape[1])
+            sums[linear.label].fill_up(lenders[linear.name])
+    whole = [group for group in groups.values() if group[0].label not in owners]
+    owners = {**owners, **owners_of(whole, ranks)}
+    for linear, *_ in whole:
+        sums[linear.label].add_up_pairs(ranks, owners[linear.label])
     return BlockSums(sums, scarce, routing, owners)
 
 
-def owners_of(groups: Sequence[Sequence[Linear]], ranks: Ranks) -> dict[str, int]:
-    """Return which process of a run solves a linear, by label.
-
-    Args:
-        groups: Linears that are solved together, as those that read the same input are.
-        ranks: Those who share the run.
-    """
-    # What a solver does to a row grows with the square of its length, to a matrix with the cube.
-    costs = [sum(float(one.weight.numel()) * one.weight.shape[1] for one in group) for group in groups]
-    pairs = zip(groups, ranks.divide(costs), strict=True)
-    return {one.label: owner for group, owner in pairs for one in group}
-
-
-def remembered_bytes(observed: Sequence[Linear], found: Sequence[Linear], parts: Parts) -> int:
+def remembered_bytes(
+    observed: Sequence[Linear], found: Sequence[Linear], parts: Parts, ranks: int = 1
+) -> int:
     """Return at most how many bytes Gram matrices and gradients of a block take.
 
     Args:
         observed: The linears whose inputs are remembered.
         found: All of the block: a walk backward makes the gradients of each.
         parts: What is remembered.
+        ranks: In each of so many processes, which divide the experts' Gram matrices among them.
     """
-    widths = [linear.weight.shape[1] for linear in observed] if "gram" in parts else []
+    pairs = [0] * ranks
+    owners = owners_of([[one] for one in observed if one.expert is not None], Ranks(0, ranks))
+    for linear in observed if "gram" in parts else ():
+        for number in range(ranks):
+            if owners.get(linear.label, number) == number:
+                pairs[number] += pair_bytes(linear.weight.shape[1])
     gradients = 4 * len(gradient_means(parts)) * sum(linear.weight.numel() for linear in found)
-    return sum(map(pair_bytes, widths)) + gradients
-
-
-def _readers(observed: Sequence[Linear], sums: Mapping[str, InputSums]) -> list[list[Linear]]:
-    """Return the linears that read the same input, input by input."""
-    found: dict[int, list[Linear]] = {}
-    for linear in observed:
-        found.setdefault(id(sums[linear.label]), []).append(linear)
-    return list(found.values())
+    return max(pairs) + gradients
 
 
 def _average(every: Sequence[InputSums], ranks: Ranks) -> InputSums:
@@ -144,16 +157,6 @@ def _average(every: Sequence[InputSums], ranks: Ranks) -> InputSums:
         average.merge(one)
     average.add_up_pairs(ranks)
     return average
-
-
-def _filled_up(own: InputSums, average: InputSums, width: int) -> InputSums:
-    """Return an expert's sums with as many tokens as inputs: fewer make no Gram matrix of full rank."""
-    if average.tokens == 0:
-        return own
-    # A new object: the old one may serve another linear of the expert too.
-    filled = copy.deepcopy(own)
-    filled.merge(average, (width - own.tokens) / average.tokens)
-    return filled
 
 
 @contextmanager

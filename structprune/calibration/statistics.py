@@ -41,6 +41,7 @@ class InputSums:
         width: Number of input features.
         device: Where the sums live.
         chunks: How many chunks the batches form.
+        pairs: Whether sums of pairs of features are kept here; False where another process keeps them.
 
     Attributes:
         parts: As given.
@@ -48,11 +49,15 @@ class InputSums:
         device: As given.
     """
 
-    def __init__(self, parts: Parts, width: int, device: torch.device, chunks: int = 1) -> None:
+    def __init__(
+        self, parts: Parts, width: int, device: torch.device, chunks: int = 1, *, pairs: bool = True
+    ) -> None:
         self.parts, self.width, self.device = parts, width, device
         # float64, so that how tokens are batched does not show in a sum, and a row for each chunk, so that
         # nor does it show who summed it; [chunks, 0] where it is not needed.
-        per_feature, per_pair = width if parts & {"norm", "moments"} else 0, width if "gram" in parts else 0
+        per_feature, per_pair = (
+            width * bool(one) for one in (parts & {"norm", "moments"}, pairs and "gram" in parts)
+        )
         widths = [1, per_feature, width if "moments" in parts else 0]
         self._chunks = torch.zeros(chunks, sum(widths), dtype=torch.float64, device=device)
         self._tokens, self._squares, self._sums = torch.split(self._chunks, widths, dim=1)
@@ -67,15 +72,18 @@ class InputSums:
 
     def add(self, inputs: Tensor, chunk: int = 0) -> None:
         """Add real tokens of a chunk, shape [tokens, in]."""
+        self.add_features(inputs, chunk)
+        self.add_pairs(inputs)
+
+    def add_features(self, inputs: Tensor, chunk: int = 0) -> None:
+        """Add real tokens of a chunk, shape [tokens, in], but not to the Gram matrix."""
         self._tokens[chunk] += inputs.shape[0]
         if self._squares.shape[1]:
             # Rows go in pieces whose squares stay in the processor's cache: three times faster than one pass.
             for piece in torch.split(inputs, max(1, CACHE_ELEMENTS // inputs.shape[1])):
-                self._add_features(piece, chunk)
-        if "gram" in self.parts:
-            self._add_pairs(inputs)
+                self._add_piece(piece, chunk)
 
-    def _add_features(self, piece: Tensor, chunk: int) -> None:
+    def _add_piece(self, piece: Tensor, chunk: int) -> None:
         # float32 because the squares of float16 activations overflow. The few rows of a piece are summed in
         # it, too: sixteen times faster than to widen every value first.
         rows = piece.float()
@@ -83,8 +91,11 @@ class InputSums:
         if self._sums.shape[1]:
             self._sums[chunk] += rows.sum(dim=0)
 
-    def _add_pairs(self, inputs: Tensor) -> None:
+    def add_pairs(self, inputs: Tensor) -> None:
+        """Add real tokens, shape [tokens, in], to the Gram matrix alone, if it is kept here."""
         assert self._gram is None
+        if not self._panels:
+            return
         # float32 because products of float16 activations overflow, and their sums lose small terms.
         rows = inputs.float()
         for panel in self._panels:
@@ -100,6 +111,12 @@ class InputSums:
         self._tokens[0] = tokens
         for panel, more in zip(self._panels, other._panels):  # of pairs where both know any
             panel.add_(more, alpha=share)
+
+    def fill_up(self, average: Self) -> None:
+        """Borrow as many tokens of a like input as are missing: fewer than features make no full rank."""
+        missing = self.width - self.tokens
+        if missing > 0 and average.tokens:
+            self.merge(average, missing / average.tokens)
 
     def add_up_features(self, ranks: Ranks) -> None:
         """Add what the other processes of a run saw of the features of the same input; all get it.

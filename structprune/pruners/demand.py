@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 
-from structprune.calibration.collect import owners_of
+from structprune.calibration.dispatch import owners_of
 from structprune.calibration.statistics import PANEL, Parts, gradient_means
 from structprune.models.arch import Linear
 from structprune.models.rank_batches import RankBatches
@@ -163,8 +163,12 @@ def demand_of_sums(groups: Sequence[Sequence[Linear]], parts: Parts, sharing: Sh
             # A batch's product is written and read, the sum that it is added to as well.
             batches = sharing.tokens / sharing.length / sharing.batch_size
             moved = 2 * (PRODUCT_BYTES + SUM_BYTES) * numbers * batches
-            # Only who solves what reads the input gets the sum.
+            # Only who solves what reads the input gets the sum; of an expert's the tokens themselves, unless
+            # they are there already.
             sent = sharing.told(SUM_BYTES * numbers)
+            if first.expert is not None:
+                rows = sharing.samples * sharing.length * sharing.routed / len(first.whole)
+                sent = sharing.told(rows * width * first.weight.element_size()) / sharing.ranks
             found += Demand(products=2 * tokens * numbers, moved_bytes=moved, sent_bytes=sent)
         experts += first.expert is not None
     if "routing" in parts:

@@ -90,7 +90,7 @@ class LookingPruner(Pruner):
         """Return at most how many bytes Gram matrices, gradients and fits of a block take in each process."""
         parts = self.solving | self.measuring
         pairs = zip(self.all_targets(model), all_linears(model), strict=True)
-        return max(remembered_bytes(*pair, parts) for pair in pairs) + self.solving_bytes(model)
+        return max(remembered_bytes(*pair, parts, ranks) for pair in pairs) + self.solving_bytes(model)
 
     def solving_bytes(self, model: Model) -> int:
         """Return at most how many bytes `solve_block` takes beside the statistics that it is given."""

@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from structprune.calibration.collect import owners_of
+from structprune.calibration.dispatch import owners_of
 from structprune.decide.budgets.sigmoid import mean_distance
 from structprune.decide.unit_counts import Multiples, UnitCounts, WidthUnit
 from structprune.decide.units import UnitBlock, chosen_units, first_units, unit_blocks, unit_tensors

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Self, final
 from pydantic import model_validator
 from torch import Tensor
 
-from structprune.calibration.collect import owners_of
+from structprune.calibration.dispatch import owners_of
 from structprune.calibration.statistics import NOTHING, Parts, Statistics
 from structprune.decide.budgets.union import AnyBudget
 from structprune.decide.counts import Compare, reached_near, removed_weights
