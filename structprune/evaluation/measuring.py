@@ -112,7 +112,7 @@ def _reading_rate(file: Path | None, slowest: Slowest) -> float:
 
 
 def _sending_rate(ranks: Ranks, device: torch.device) -> float:
-    """Return how many bytes a second all processes together send for a sum that all get."""
+    """Return how many bytes a second pass the process that adds up a sum, which all then get."""
     sums, best = torch.zeros(SENT_BYTES // 4 // WIDTH, WIDTH, device=device), float("inf")
     for _ in range(ROUNDS):  # however fast: every process must come as often as the others
         ranks.wait()
@@ -120,5 +120,6 @@ def _sending_rate(ranks: Ranks, device: torch.device) -> float:
         ranks.add_in_order(sums)
         _finish(device)
         best = min(best, time.perf_counter() - start)
-    sent = 2 * (ranks.count - 1) * sums.nbytes
+    # Gathered from all others, and told once to them.
+    sent = ranks.count * sums.nbytes
     return float(ranks.gather(torch.tensor([sent / best], dtype=torch.float64)).min())

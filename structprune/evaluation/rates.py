@@ -75,7 +75,7 @@ class Rates:
         read_bytes: Read from a file that is not in memory yet.
         squared: Numbers whose squares are summed.
         ranked: Numbers that are scored and ranked.
-        sent_bytes: Sent from process to process, of all together; None where there was only one.
+        sent_bytes: That pass one process on their way to or from others; None where there was only one.
     """
 
     place: Site

@@ -20,15 +20,14 @@ from structprune.errors import UsageError
 from structprune.evaluation.exam import read_exam
 from structprune.evaluation.footprint import bytes_needed, check_room
 from structprune.evaluation.speed import Workload, workload_of
-from structprune.models.arch import blocks
 from structprune.models.cost import file_bytes, parameters_of, weight_bytes
 from structprune.models.identity import stored_layout
-from structprune.models.opening import RESIDENT_COPIES, Opening
+from structprune.models.opening import Opening
 from structprune.models.processor import processor
 from structprune.models.streamed import Model, StreamedModel
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
 from structprune.pipeline.decision import check_kind
-from structprune.pipeline.estimate import estimate_run
+from structprune.pipeline.estimate import RUNTIME_BYTES, estimate_run, memory_bytes
 from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import may_stand
 from structprune.pipeline.room import bytes_written
@@ -40,8 +39,6 @@ from structprune.pruners.forecast import Forecast, forecast_all
 from structprune.recipe.recipe import Recipe
 from structprune.storage.reader import CheckpointReader
 
-# What Python, torch and transformers take before any weight is read; measured on Linux, CPU build.
-RUNTIME_BYTES = 450_000_000
 ZEROS = "zeros make neither the files smaller nor dense kernels faster"
 SMALLER = "the files are smaller, and whatever opens them has less to compute"
 RUNNING = "the saving of {} exists only while structprune runs the model: other programs compute all there is"
@@ -119,7 +116,7 @@ def dry_run(
         # Zeros stay in the dense files, so that every loader opens them: they take the room they took.
         "bytes": {"dense": size, "pruned": file_bytes(stored_layout(left), opened.reader.metadata)},
         "streamed": streamed,
-        "memory_bytes": max(_memory(opened, recipe, alone), timing),
+        "memory_bytes": max(memory_bytes(recipe.prune, opened, alone), timing),
         "disk_bytes": needed + opened.reader.nbytes // 16,
         "loads_in": _loaders(left, writing),
         "bench": asdict(load) if load is not None else None,
@@ -144,7 +141,7 @@ def _shared(
 ) -> dict[str, Any]:
     """Return what a run takes of each of the processes that share it."""
     models: list[Model] = [opened, *(one.left for one in forecasts[:-1])]
-    count = {"count": sharing.ranks, "memory_bytes": _memory(opened, recipe, sharing)}
+    count = {"count": sharing.ranks, "memory_bytes": memory_bytes(recipe.prune, opened, sharing)}
     return count | estimate_run(recipe.prune, models, sharing, device)
 
 
@@ -206,16 +203,3 @@ def _timing_memory(
         return 0
     held = 0 if streamed else opened.reader.nbytes
     return RUNTIME_BYTES + held + bytes_needed([opened.skeleton, left], load)
-
-
-def _memory(opened: StreamedModel, recipe: Recipe, sharing: Sharing) -> int:
-    """Return the peak that each process is expected to need: runtime, weights held at once, activations."""
-    item = opened.dtype.itemsize
-    largest = max(info.nbytes for info in opened.reader.tensors.values())
-    one = [sum(p.numel() for p in block.parameters()) * item for _, block in blocks(opened)]
-    held = max(3 * max(one), 2 * largest) if sharing.streamed else int(opened.reader.nbytes * RESIDENT_COPIES)
-    hidden: int = opened.config.get_text_config().hidden_size
-    activations = sharing.tokens * hidden * item
-    needs_data = any(pruner.looks_at_data for pruner in recipe.prune)
-    looked_at = max(pruner.remembered_bytes(opened, sharing.ranks) for pruner in recipe.prune)
-    return RUNTIME_BYTES + held + (2 * activations + looked_at if needs_data else 0)

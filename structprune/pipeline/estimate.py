@@ -4,11 +4,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from structprune.evaluation.rates import Rates, Site, choose_rates, rates_file, read_rates
+from structprune.models.arch import blocks
 from structprune.models.cost import stored_bytes
+from structprune.models.identity import skeleton, stored_layout
+from structprune.models.opening import RESIDENT_COPIES
 from structprune.models.streamed import Model
 from structprune.pruners.demand import Demand, Sharing
 from structprune.pruners.pruner import Pruner
+from structprune.storage.tensor_file import nbytes_of
 
+# What Python, torch and transformers take before any weight is read; measured on Linux, CPU build.
+RUNTIME_BYTES = 450_000_000
 MEASURE = "structprune bench --rates"
 CONSISTS = "of deciding, each part after the other; writing, measuring and proving come on top"
 
@@ -63,6 +69,25 @@ def estimate_run(
     }
 
 
+def memory_bytes(stages: Sequence[Pruner], model: Model, sharing: Sharing) -> int:
+    """Return the peak that each process is expected to need: runtime, weights held at once, activations.
+
+    Args:
+        stages: In order.
+        model: What the first finds; its files tell how large its tensors are.
+        sharing: How much data is looked at, and by how many processes.
+    """
+    item = model.dtype.itemsize
+    sizes = [nbytes_of(dtype, shape) for one in stored_layout(model).values() for _, dtype, shape in one]
+    one = [sum(p.numel() for p in block.parameters()) * item for _, block in blocks(skeleton(model))]
+    held = max(3 * max(one), 2 * max(sizes)) if sharing.streamed else int(sum(sizes) * RESIDENT_COPIES)
+    hidden: int = model.config.get_text_config().hidden_size
+    activations = sharing.tokens * hidden * item
+    needs_data = any(pruner.looks_at_data for pruner in stages)
+    looked_at = max(pruner.remembered_bytes(model, sharing.ranks) for pruner in stages)
+    return RUNTIME_BYTES + held + (2 * activations + looked_at if needs_data else 0)
+
+
 def seconds_of(demand: Demand, rates: Rates, dtype: str) -> dict[str, float]:
     """Return how long each part of deciding takes; "reduce" where its rate was measured.
 
@@ -81,5 +106,5 @@ def seconds_of(demand: Demand, rates: Rates, dtype: str) -> dict[str, float]:
         "solve": demand.solving.products / single + demand.solving.ranked / rates.ranked,
     }
     if rates.sent_bytes is not None:
-        parts["reduce"] = demand.sent_bytes / rates.sent_bytes
+        parts["reduce"] = demand.link_bytes / rates.sent_bytes
     return parts

@@ -1,7 +1,7 @@
 """What deciding takes, counted before anything runs: operations, bytes that are read, bytes that are sent.
 
-Of several processes the busiest counts. What is sent is the sum over all of them: of a gathering and of a
-broadcast everything but what a process keeps to itself.
+Of several processes the busiest counts. What is sent is the sum over all of them: everything but what a
+process keeps to itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -74,13 +74,24 @@ class Sharing:
         nothing: list[Batch] = [{} for _ in self.sizes]
         return [RankBatches(nothing, Ranks(number, self.ranks)) for number in range(self.ranks)]
 
-    def summed(self, nbytes: float) -> float:
-        """Return the bytes sent for a sum that all get: gathered in one place, and told to the others."""
-        return 2 * (self.ranks - 1) * nbytes
+    def added(self, nbytes: float) -> "Demand":
+        """Return what a sum takes that all get, in whatever order: each sends it on once, and the result."""
+        others = self.ranks - 1
+        return Demand(sent_bytes=2 * others * nbytes, link_bytes=2 * others / self.ranks * nbytes)
 
-    def told(self, nbytes: float) -> float:
-        """Return the bytes sent for what one of them tells the others."""
-        return (self.ranks - 1) * nbytes
+    def gathered(self, nbytes: float) -> "Demand":
+        """Return what a sum takes that one process gets, in order: all send it to that one."""
+        others = self.ranks - 1
+        return Demand(sent_bytes=others * nbytes, link_bytes=others * nbytes)
+
+    def told(self, nbytes: float) -> "Demand":
+        """Return what it takes that one tells the others, who pass it on."""
+        return Demand(sent_bytes=(self.ranks - 1) * nbytes, link_bytes=nbytes * (self.ranks > 1))
+
+    def exchanged(self, nbytes: float) -> "Demand":
+        """Return what it takes that all send each other an equal part of so many bytes at once."""
+        sent = nbytes * (self.ranks - 1) / self.ranks
+        return Demand(sent_bytes=sent, link_bytes=sent / self.ranks)
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,7 @@ class Demand:
         moved_bytes: Read and written while products of batches are added up.
         solving: What the answers take.
         sent_bytes: Of statistics, gradients and answers, all processes together.
+        link_bytes: How many of these pass the process that sends or receives most, one call after the other.
     """
 
     read_bytes: float = 0.0
@@ -104,6 +116,7 @@ class Demand:
     moved_bytes: float = 0.0
     solving: Effort = field(default_factory=Effort)
     sent_bytes: float = 0.0
+    link_bytes: float = 0.0
 
     def __add__(self, other: "Demand") -> "Demand":
         """Return what both take, one after the other."""
@@ -115,6 +128,7 @@ class Demand:
             self.moved_bytes + other.moved_bytes,
             self.solving + other.solving,
             self.sent_bytes + other.sent_bytes,
+            self.link_bytes + other.link_bytes,
         )
 
 
@@ -156,7 +170,7 @@ def demand_of_sums(groups: Sequence[Sequence[Linear]], parts: Parts, sharing: Sh
         width, tokens = first.weight.shape[1], sharing.tokens_of(first)
         features = width if parts & {"norm", "moments"} else 0
         sums = SUM_BYTES * sharing.chunks * (1 + features + (width if "moments" in parts else 0))
-        found += Demand(squares=tokens * features, sent_bytes=sharing.summed(sums))
+        found += Demand(squares=tokens * features) + sharing.added(sums)
         if "gram" in parts:
             # Panels on and above the diagonal: half of the matrix, and half a panel more.
             numbers = sum(min(PANEL, width - at) * (width - at) for at in range(0, width, PANEL))
@@ -165,14 +179,14 @@ def demand_of_sums(groups: Sequence[Sequence[Linear]], parts: Parts, sharing: Sh
             moved = 2 * (PRODUCT_BYTES + SUM_BYTES) * numbers * batches
             # Only who solves what reads the input gets the sum; of an expert's the tokens themselves, unless
             # they are there already.
-            sent = sharing.told(SUM_BYTES * numbers)
+            sent = sharing.gathered(SUM_BYTES * numbers)
             if first.expert is not None:
                 rows = sharing.samples * sharing.length * sharing.routed / len(first.whole)
-                sent = sharing.told(rows * width * first.weight.element_size()) / sharing.ranks
-            found += Demand(products=2 * tokens * numbers, moved_bytes=moved, sent_bytes=sent)
+                sent = sharing.exchanged(rows * width * first.weight.element_size())
+            found += Demand(products=2 * tokens * numbers, moved_bytes=moved) + sent
         experts += first.expert is not None
     if "routing" in parts:
-        found += Demand(sent_bytes=sharing.summed(SUM_BYTES * sharing.chunks * 2 * experts))
+        found += sharing.added(SUM_BYTES * sharing.chunks * 2 * experts)
     return found
 
 
@@ -186,7 +200,7 @@ def demand_of_gradients(found: Sequence[Linear], parts: Parts, sharing: Sharing)
     """
     kept = len(gradient_means(parts)) * PRODUCT_BYTES * sum(one.weight.numel() for one in found)
     products = sum(2 * one.weight.numel() * sharing.tokens_of(one) for one in found)
-    return Demand(products=products, sent_bytes=sharing.summed(kept))
+    return Demand(products=products) + sharing.gathered(kept) + sharing.told(kept)
 
 
 def demand_of_answers(
@@ -204,4 +218,4 @@ def demand_of_answers(
     for (first, *_), one in zip(groups, efforts, strict=True):
         shares[owners[first.label]] += one
     busiest = max(shares, key=lambda one: one.cost)
-    return Demand(solving=busiest, sent_bytes=sharing.told(sum(one.told_bytes for one in efforts)))
+    return Demand(solving=busiest) + sharing.told(sum(one.told_bytes for one in efforts))

@@ -112,19 +112,27 @@ class LookingPruner(Pruner):
     @final
     def demand(self, model: Model, sharing: Sharing) -> Demand:
         """Return what all walks and all answers take."""
-        parts = self.solving | self.measuring
         routed = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
         sharing = replace(sharing, routed=routed or 1)
         found = self._walks(model, sharing)
+        known: dict[object, Demand] = {}  # most blocks are alike, and a mixture has thousands of linears
         for every, targets in zip(all_linears(model), self.all_targets(model), strict=True):
-            groups = distinct_inputs(targets) if input_parts(self.solving) else [[one] for one in targets]
-            for walk in (self.measuring, self.solving):
-                if input_parts(walk):
-                    found += demand_of_sums(groups, walk, sharing)
-            if gradient_means(parts):
-                found += demand_of_gradients(every, parts, sharing)
-            found += demand_of_answers(groups, self.efforts(groups), sharing)
+            alike = _outline(every), _outline(targets)
+            if alike not in known:
+                known[alike] = self._on_block(every, targets, sharing)
+            found += known[alike]
         return found
+
+    def _on_block(self, every: Sequence[Linear], targets: Sequence[Linear], sharing: Sharing) -> Demand:
+        """Return what a block takes beside the walks."""
+        parts, found = self.solving | self.measuring, Demand()
+        groups = distinct_inputs(targets) if input_parts(self.solving) else [[one] for one in targets]
+        for walk in (self.measuring, self.solving):
+            if input_parts(walk):
+                found += demand_of_sums(groups, walk, sharing)
+        if gradient_means(parts):
+            found += demand_of_gradients(every, parts, sharing)
+        return found + demand_of_answers(groups, self.efforts(groups), sharing)
 
     def _walks(self, model: Model, sharing: Sharing) -> Demand:
         """Return what the walks themselves take: what they read, and the model's own operations."""
@@ -152,3 +160,8 @@ class LookingPruner(Pruner):
             read += sum(stored.blocks)
         flops = body_flops(model, sharing.length) or 0.0
         return Demand(read * sharing.streamed, forwards * flops * sharing.tokens - spared)
+
+
+def _outline(found: Sequence[Linear]) -> tuple[object, ...]:
+    """Return what a block's linears are, whichever block it is."""
+    return tuple((one.label.rpartition(".")[2], one.weight.shape) for one in found)
