@@ -39,7 +39,7 @@ from structprune.machine import Launch, check_process, launch
 from structprune.version import __version__
 
 # What several processes of one launch do together; of all else each would do the same.
-LAUNCHED = ("prune", "recover", "evaluate")
+LAUNCHED = ("prune", "recover", "evaluate", "bench")
 LAUNCH_LINE = "In N processes: torchrun --nproc-per-node N -m structprune {} ..."
 app = typer.Typer(
     epilog=LAUNCH_LINE.format("|".join(LAUNCHED)),
