@@ -17,7 +17,7 @@ from structprune.errors import InputError, QualityError
 from structprune.models.streamed import StreamedModel
 from structprune.plan.plan import Plan
 from structprune.progress import Progress
-from structprune.ranks import Ranks
+from structprune.ranks import Ranks, computing_together
 from structprune.recipe.options import RecoverOptions
 from structprune.recovery.loop import Loop
 from structprune.recovery.masked_lora import MaskedLayers
@@ -119,7 +119,7 @@ def train_divided(
     if teacher is not None:
         check_teacher(model.skeleton, teacher.skeleton)
     shards = Shards(model)
-    with _seeded(options):
+    with _seeded(options), computing_together():
         names = trained_names(shards.module)
         layers = _layers(shards.module, names, options)
         shards.divide(names, plans)
@@ -133,10 +133,11 @@ def train_divided(
     if recovery.best_step == 0:
         raise _no_gain(recovery)
     divided, recovery.factors = recovery.factors, {}
-    for name, part in divided.items():
-        factors = LowRankChange(whole(part.left), whole(part.right), part.scaling)
-        if ranks.first:
-            recovery.factors[name] = factors
+    with computing_together():
+        for name, part in divided.items():
+            factors = LowRankChange(whole(part.left), whole(part.right), part.scaling)
+            if ranks.first:
+                recovery.factors[name] = factors
     recovery.zeros = shards.zeros
     return recovery
 
