@@ -92,6 +92,7 @@ class RecoverOptions(OptionGroup):
         temperature: Softens the teacher's predictions; 1 leaves them as they are.
         seed: Of the data's order, the held-out split and the first factors; the recipe's unless given.
         keep_adapter: Save the change beside the model instead of merging it.
+        shard: Divide the model among the processes of the run, for one that does not fit each of them.
         samples: The most sequences read; all there are unless given.
         column: Which column holds the text.
         split: Which split of a data set.
@@ -118,6 +119,7 @@ class RecoverOptions(OptionGroup):
     temperature: Positive = 1.0
     seed: Seed = 0
     keep_adapter: bool = False
+    shard: bool = False
     samples: Count | None = None
     column: Text | None = None
     split: Text = "train"
