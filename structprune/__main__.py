@@ -30,8 +30,10 @@ def run() -> int:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature that signal calls
+    # Of several processes that a launcher started the one that failed speaks, not those that it then ends.
     with contextlib.suppress(OSError):
-        os.write(2, f"error: stopped by signal {number}\n".encode())
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            os.write(2, f"error: stopped by signal {number}\n".encode())
     os._exit(128 + number)
 
 

@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,11 +18,10 @@ from torch import Tensor
 
 from structprune.errors import EnvironmentFailure, InputError, QualityError, RankLost, UsageError
 from structprune.machine import launch
+from structprune.meeting import check_launch, joined
 
 # Of a tensor that is added up this much is in memory side by side: a piece of every process's.
 PIECE_BYTES = 32 << 20
-# Longer than the longest solve: a rank waits for the answer of another.
-PATIENCE = timedelta(hours=12)
 # What one process meets and all raise.
 _TOLD = (UsageError, InputError, EnvironmentFailure, QualityError)
 
@@ -249,6 +247,10 @@ class Ranks:
                     hint="give every rank the same model, data, recipe and versions",
                 )
 
+    def portion(self, count: int) -> range:
+        """Return which of so many things in a row are this process's: neighbours."""
+        return range(count * self.number // self.count, count * (self.number + 1) // self.count)
+
     def divide(self, costs: Sequence[float]) -> list[int]:
         """Return for every one of some jobs which process does it, so that all end at nearly the same time.
 
@@ -269,31 +271,22 @@ def joined_ranks() -> Iterator[Ranks]:
     Raises:
         EnvironmentFailure: They cannot be reached.
     """
-    place = launch()
-    if place.count == 1 or not dist.is_available() or dist.is_initialized():
+    check_launch()
+    if launch().count == 1 or not dist.is_available() or dist.is_initialized():
         yield Ranks.here()
         return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    try:
-        if backend == "nccl":
-            torch.cuda.set_device(place.local_rank)
-        dist.init_process_group(backend, timeout=PATIENCE)
-    except (ValueError, RuntimeError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise EnvironmentFailure(
-            f"the {place.count} processes of this run do not find each other: {said}",
-            hint="start them with torchrun, which tells each where the others are",
-        ) from error
-    try:
+    with joined():
         yield Ranks.here()
-    finally:
-        dist.destroy_process_group()
 
 
 def _sendable(values: Tensor) -> Tensor:
     """Return values where the processes' way of talking takes them from, in one piece."""
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    device = torch.device("cuda" if _on_cards() else "cpu")
     return values.detach().to(device).contiguous()
+
+
+def _on_cards() -> bool:
+    return "nccl" in dist.get_backend_config()
 
 
 def _broadcast(values: Tensor, source: int) -> None:
@@ -305,9 +298,13 @@ def _broadcast(values: Tensor, source: int) -> None:
 def _blaming_peers() -> Iterator[None]:
     """Turn a broken connection into an error of the environment: another process has ended."""
     try:
+        if _on_cards():
+            dist.all_reduce(torch.zeros(1))  # Over gloo: it notices who is gone, cards would wait for ever.
         yield
     except RuntimeError as error:
         said = " ".join(str(error).split())[:200]
+        if "allocate" in said:  # This one has no memory for what it is sent.
+            raise
         raise RankLost(
             f"another process of the run has ended: {said}",
             hint="see what that one says, and run the same command again: it resumes",

@@ -5,10 +5,11 @@ The parent is `python -m tests.warm`. Nothing of a child survives it, so a test 
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -117,10 +118,11 @@ class Parent:
         limit: float = 60.0,
     ) -> None:
         """Begin a command in the folder `place`; only what it does there is counted."""
-        job = {"words": [str(word) for word in words], "place": str(place.resolve()), "limit": limit}
-        job |= {"stop": asdict(stop) if stop else None, "around": asdict(around)}
+        self._begin([_job(words, place, stop, around, limit)])
+
+    def _begin(self, jobs: Sequence[Mapping[str, Any]]) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.write(json.dumps(jobs) + "\n")
         self._process.stdin.flush()
 
     @property
@@ -130,9 +132,45 @@ class Parent:
 
     def finish(self) -> Ended:
         """Wait for the command that was begun."""
+        (ended,) = self._finish()
+        return ended
+
+    def _finish(self) -> list[Ended]:
         assert self._process.stdout is not None
-        answer = json.loads(self._process.stdout.readline())
-        return Ended(**answer | {"calls": tuple(answer["calls"])})
+        answers = json.loads(self._process.stdout.readline())
+        return [Ended(**answer | {"calls": tuple(answer["calls"])}) for answer in answers]
+
+    def launch(
+        self,
+        lines: Sequence[Sequence[object]],
+        place: Path,
+        arounds: Mapping[int, Around] = {},
+        stops: Mapping[int, Stop] = {},
+        *,
+        limit: float = 60.0,
+    ) -> list[Ended]:
+        """Run command lines as the processes of one launch, told what a launcher tells them.
+
+        Args:
+            lines: One per process.
+            place: As for `start`.
+            arounds: What is around some of them, by number.
+            stops: How some of them are stopped, by number.
+            limit: As for `start`.
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        count = str(len(lines))
+        jobs = []
+        for number, words in enumerate(lines):
+            around = arounds.get(number, ALONE)
+            told = {"RANK": str(number), "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
+            told |= {"LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": count, "MASTER_PORT": str(port)}
+            around = replace(around, variables=told | dict(around.variables))
+            jobs.append(_job(words, place, stops.get(number), around, limit))
+        self._begin(jobs)
+        return self._finish()
 
     def run(
         self,
@@ -146,3 +184,10 @@ class Parent:
         """Run a command to its end."""
         self.start(words, place, stop, around, limit=limit)
         return self.finish()
+
+
+def _job(
+    words: Sequence[object], place: Path, stop: Stop | None, around: Around, limit: float
+) -> dict[str, Any]:
+    job = {"words": [str(word) for word in words], "place": str(place.resolve()), "limit": limit}
+    return job | {"stop": asdict(stop) if stop else None, "around": asdict(around)}

@@ -12,12 +12,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from structprune.calibration.collect import collect_inputs
 from structprune.errors import InputError, QualityError, StructpruneError
 from structprune.models.opening import Opening
+from structprune.models.rank_batches import RankBatches
 from structprune.models.streamed import Model, open_model
+from structprune.models.walk import Walk
 from structprune.pruners.pruner import Pruner
 from structprune.ranks import Ranks
 from structprune.storage import scan
@@ -77,6 +81,18 @@ def decide(folder: Path, group: str) -> dict[str, dict[str, list[str]]]:
         if dist.get_rank() == 0:
             plan.save(folder / f"{group}-{name}")
     return found
+
+
+def grams(ranks: Ranks) -> dict[str, float]:
+    """Return of the Gram matrices of a mixture's block that a process has the sums of all elements."""
+    here = Home("mixtral")
+    block = next(iter(Walk(here.model(), RankBatches(here.batches(count=BATCHES), ranks))))
+    found = collect_inputs(block, block.linears, frozenset({"gram"}), advance=False)
+    mine = {label for label, owner in found.owners.items() if owner == ranks.number}
+    for label in found.inputs.keys() - mine:
+        with pytest.raises(LookupError, match="another process"):
+            _ = found.inputs[label].gram
+    return {label: float(found.inputs[label].gram.double().sum()) for label in mine}
 
 
 def read(folder: Path, ranks: Ranks) -> dict[str, Any]:
@@ -139,6 +155,7 @@ def talk(folder: Path) -> dict[str, Any]:
     sent = torch.arange(ranks.count)[:, None] + 10 * ranks.number
     return {
         **read(folder, ranks),
+        "grams": grams(ranks),
         "met": refusal(lambda: ranks.share(lambda: fail(ranks))),
         "exchanged": ranks.exchange(sent, [1] * ranks.count, [1] * ranks.count).flatten().tolist(),
         "told": [

@@ -2,11 +2,15 @@
 
 import errno
 import os
+import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from structprune.plan.plan import PlanWriter
 from structprune.storage.writer import ShardWriter
 
 
@@ -53,6 +57,54 @@ def raise_in_forward(error: BaseException) -> None:
 
     torch.nn.functional.linear = forward  # type: ignore[assignment]  # dies with the child
     torch.nn.Linear.forward = forward  # type: ignore[assignment]  # the same
+
+
+def at_the_second_block(happens: Callable[[], object]) -> None:
+    """Let something happen as soon as a block has been decided and another is about to be noted."""
+    real = PlanWriter.write
+
+    def write(self: PlanWriter, *args: Any) -> None:
+        if self.finished == 1:
+            happens()
+        real(self, *args)
+
+    PlanWriter.write = write  # type: ignore[method-assign]  # dies with the child
+
+
+def killed_at_a_block() -> None:
+    """The process is killed."""
+    at_the_second_block(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def interrupted_at_a_block() -> None:
+    """Somebody sends the process what Ctrl-C sends."""
+    at_the_second_block(lambda: os.kill(os.getpid(), signal.SIGINT))
+
+
+def terminated_at_a_block() -> None:
+    """Somebody sends the process what a cluster's scheduler sends."""
+    at_the_second_block(lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def no_memory_at_a_block() -> None:
+    """The process asks for more memory than any machine has."""
+    at_the_second_block(lambda: torch.empty(1 << 60))
+
+
+def full_disk_at_a_block() -> None:
+    """The disk is full from now on."""
+
+    def write(descriptor: int, _: Any) -> int:
+        raise OSError(
+            errno.ENOSPC, os.strerror(errno.ENOSPC), str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        )
+
+    at_the_second_block(lambda: setattr(os, "write", write))
+
+
+def bug_at_a_block() -> None:
+    """Something fails that nobody has thought of."""
+    at_the_second_block(lambda: {}["nobody"])
 
 
 def clock_that_jumps() -> None:

@@ -25,7 +25,7 @@ TIERS = [
     models
     plan
     storage
-    ranks
+    ranks meeting
     errors machine progress version
     """.strip().splitlines()
 ]

@@ -29,7 +29,7 @@ from structprune.pruners.blockwise import BlockwisePruner
 from structprune.ranks import Ranks
 from structprune.recipe.fields import build
 from structprune.recipe.recipe import Recipe
-from tests.methods import TEXT, home
+from tests.methods import TEXT, Home, home, quick
 from tests.ranked import CASES, WORKERS
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +132,16 @@ class TestAGroup:
         _, said = decided
         for (count, rank), found in said.items():
             assert found[""]["exchanged"] == [10 * number + rank for number in range(count)]
+
+    def test_a_gram_matrix_is_in_one_process(self, decided: Any) -> None:
+        _, said = decided
+        alone = said[1, 0][""]["grams"]
+        for count in range(2, WORKERS + 1):
+            parts = [said[count, rank][""]["grams"] for rank in range(count)]
+            assert sum(map(len, parts)) == len(alone)
+            # Of four experts' two matrices everybody has some.
+            assert all(sum("experts" in label for label in part) >= 2 for part in parts)
+            assert {key: value for part in parts for key, value in part.items()} == pytest.approx(alone)
 
     def test_weights_are_read_once_by_all_together(self, decided: Any) -> None:
         _, said = decided
@@ -300,6 +310,15 @@ class TestDivision:
     def test_jobs_go_to_whoever_has_least_to_do(self) -> None:
         assert Ranks(0, 2).divide([1, 5, 3, 2]) == [0, 0, 1, 1]
         assert Ranks(0, 1).divide([1, 5]) == [0, 0]
+
+
+class TestMemory:
+    def test_what_each_remembers_of_experts_falls_with_the_processes(self) -> None:
+        pruner = quick("sparsegpt")
+        mixture, dense = (home.model() for home in (Home("mixtral"), Home("llama")))
+        found = [pruner.remembered_bytes(mixture, count) for count in (1, 2, 4)]
+        assert found == sorted({*found}, reverse=True)
+        assert pruner.remembered_bytes(dense, 1) == pruner.remembered_bytes(dense, 4)
 
 
 class TestAlone:

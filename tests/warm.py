@@ -14,8 +14,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def _serve() -> None:
     _warm_up()
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a fork would copy one of several threads"
     for line in sys.stdin:
-        print(json.dumps(asdict(_fork(json.loads(line)))), flush=True)
+        print(json.dumps([asdict(ended) for ended in _fork(json.loads(line))]), flush=True)
 
 
 def _warm_up() -> None:
@@ -105,31 +105,36 @@ def _warm_up() -> None:
         specimens.write_specimens(Path(folder) / "specimens")
 
 
-def _fork(job: Mapping[str, Any]) -> Ended:
-    stop = Stop(**job["stop"]) if job["stop"] else None
-    with tempfile.TemporaryDirectory(prefix="fork-") as name:
-        told = Path(name)
-        before, began = _resident(), time.monotonic()
-        child = os.fork()
-        if child == 0:
-            _be_a_command(job, stop, told)
-        limit = stop.number if stop and stop.at == "seconds" else job["limit"]
-        killed = not _ends_within(child, limit)
-        if killed:
-            os.kill(child, signal.SIGKILL)
-        _, status, usage = os.wait4(child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        if killed and not (stop and stop.at == "seconds"):
-            code = TIMED_OUT
-        calls = told / "calls"
-        return Ended(
-            code=code,
-            out=(told / "out").read_text(errors="replace"),
-            err=(told / "err").read_text(errors="replace"),
-            seconds=time.monotonic() - began,
-            growth=usage.ru_maxrss * 1024 - before,
-            calls=tuple(json.loads(calls.read_text())) if calls.exists() else (),
-        )
+def _fork(jobs: Sequence[Mapping[str, Any]]) -> list[Ended]:
+    """Run commands at the same time, each in a child; return how each ended."""
+    with ExitStack() as folders:
+        begun = []
+        for job in jobs:
+            told = Path(folders.enter_context(tempfile.TemporaryDirectory(prefix="fork-")))
+            before, moment = _resident(), time.monotonic()
+            child = os.fork()
+            if child == 0:
+                _be_a_command(job, Stop(**job["stop"]) if job["stop"] else None, told)
+            begun.append((job, told, before, moment, child))
+        return [_wait_for(*one) for one in begun]
+
+
+def _wait_for(job: Mapping[str, Any], told: Path, before: int, began: float, child: int) -> Ended:
+    stops = job["stop"] is not None and job["stop"]["at"] == "seconds"
+    limit = job["stop"]["number"] if stops else job["limit"]
+    killed = not _ends_within(child, max(began + limit - time.monotonic(), 0))
+    if killed:
+        os.kill(child, signal.SIGKILL)
+    _, status, usage = os.wait4(child, 0)
+    calls = told / "calls"
+    return Ended(
+        code=TIMED_OUT if killed and not stops else os.waitstatus_to_exitcode(status),
+        out=(told / "out").read_text(errors="replace"),
+        err=(told / "err").read_text(errors="replace"),
+        seconds=time.monotonic() - began,
+        growth=usage.ru_maxrss * 1024 - before,
+        calls=tuple(json.loads(calls.read_text())) if calls.exists() else (),
+    )
 
 
 def _ends_within(child: int, seconds: float) -> bool:

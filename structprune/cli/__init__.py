@@ -25,11 +25,11 @@ from structprune.cli.terminal import (
     say,
     say_json,
     stoppable,
+    unstoppable,
 )
 from structprune.errors import (
     EnvironmentFailure,
     Interrupted,
-    RankLost,
     StructpruneError,
     UsageError,
     VerificationError,
@@ -72,7 +72,7 @@ for _run in (
     app.command(context_settings={"help_option_names": ["-h", "--help"]})(_run)
 
 # What several processes of one launch do together; of all else each would do the same.
-LAUNCHED = ("prune", "recover", "bench")
+LAUNCHED = ("prune", "recover", "evaluate", "bench")
 # What every job stands on but those that only list something.
 HEAVY = ("torch", "transformers")
 MEMORY_HINT = "try --stream, --samples 32, --length 512 or --device cpu, or raise the limit (`ulimit -v`)"
@@ -124,15 +124,17 @@ def _carry_out(line: Sequence[str]) -> int:
                     _load(progress)
                 result = job.run(progress)
     except BaseException as error:
-        failure = _failure(error, line)
-        if failure is None:
-            _report_bug(error, as_json)
-            raise
+        failure = _failure(error, line) or _bug(error)
         if "--debug" in line:
             say("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
         if place.count > 1:
-            return _fail_beside_others(failure, place, as_json)
-        return _fail(failure, as_json)
+            spoken = _fail_beside_others(error, failure, place, as_json)
+        else:
+            spoken = True
+            _fail(failure, as_json)
+        if spoken and failure.kind == StructpruneError.kind:
+            raise
+        return failure.exit_code
     if not result or not speaks:  # another process of the same launch reports
         return 0
     if result.get("ok") is False:
@@ -231,13 +233,26 @@ def _fail(failure: StructpruneError, as_json: bool) -> int:
     return failure.exit_code
 
 
-def _fail_beside_others(failure: StructpruneError, place: Launch, as_json: bool) -> int:
-    """Say which process failed; one leaves the word to the first if that fails alike, or failed before."""
-    shared = failure.rank is not None
-    if place.rank and (shared or isinstance(failure, UsageError | RankLost | Interrupted)):
-        return failure.exit_code
-    failure.message = f"rank {failure.rank if shared else place.rank}: {failure.message}"
-    return _fail(failure, as_json and not place.rank)
+def _fail_beside_others(
+    error: BaseException, failure: StructpruneError, place: Launch, as_json: bool
+) -> bool:
+    """Say which of several processes failed, if no other says it and no signal ended this one; tell if so.
+
+    The first process owes whoever reads its stdout an answer all the same.
+    """
+    meeting = sys.modules.get("structprune.meeting")  # before torch is imported they cannot have met
+    with unstoppable():  # the launcher ends those that are left, and this one may have a word to say
+        if isinstance(failure, Interrupted):
+            silent = True
+        else:
+            silent = meeting.is_told(error) if meeting else place.local_rank > 0
+        number = place.rank if failure.rank is None else failure.rank
+        failure.message = f"rank {number}: {failure.message}"
+        if as_json and place.rank == 0:
+            say_json(error_json(failure))
+        if not silent:
+            complain(failure)
+    return not silent
 
 
 def _finish_unverified(result: Mapping[str, Any], job: Job, as_json: bool) -> int:
@@ -253,11 +268,8 @@ def _finish_unverified(result: Mapping[str, Any], job: Job, as_json: bool) -> in
     return failure.exit_code
 
 
-def _report_bug(error: BaseException, as_json: bool) -> None:
+def _bug(error: BaseException) -> StructpruneError:
     said = f"{type(error).__name__}: {error}"
-    bug = StructpruneError(
+    return StructpruneError(
         said, hint="a bug in structprune: report it with the traceback and `structprune env`"
     )
-    if as_json:
-        say_json(error_json(bug))
-    complain(bug)

@@ -115,6 +115,19 @@ def stoppable() -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
+def unstoppable() -> Iterator[None]:
+    """Ignore the stopping signals for the length of a `with`."""
+    former: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        former = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def logging_to_stderr(*, verbose: bool = False) -> Iterator[None]:
     """Show the library's warnings, or all it notes, as lines on stderr, as long as the context lasts."""
     level = logging.INFO if verbose else logging.WARNING

@@ -24,8 +24,9 @@ from structprune.evaluation.harness import save as save_results
 from structprune.evaluation.memory import Memory
 from structprune.evaluation.perplexity import NOT_FINITE, Scores, score
 from structprune.evaluation.protocol import dtype_of, same_footing, stamped_versions
-from structprune.evaluation.questions import QuestionExam, ask_questions
+from structprune.evaluation.questions import ask_questions
 from structprune.models.streamed import Model, StreamedModel
+from structprune.ranks import Ranks
 from structprune.recipe.options import EvaluateOptions
 
 __all__ = ["Evaluation", "evaluate", "gate", "generations", "harness"]
@@ -88,6 +89,7 @@ def evaluate(
     dense: Model | None = None,
     dense_tokenizer: PreTrainedTokenizerBase | None = None,
     memory: Memory | None = None,
+    ranks: Ranks = Ranks(),
 ) -> Evaluation:
     """Measure a model and, in the same run, the dense model it was made from.
 
@@ -98,6 +100,8 @@ def evaluate(
         dense: The model to compare with, opened from what `options.compare` names or from anything else.
         dense_tokenizer: The dense model's, to check that both read the same tokens.
         memory: What the dense model said in an earlier evaluation on this exam, and where to keep it.
+        ranks: Those who share windows and questions; what generates text, and lm-eval, run on the first
+            alone, and are missing in what the others return.
 
     Raises:
         UsageError: A size is impossible, a task is unknown, or both models do not share the protocol.
@@ -117,14 +121,26 @@ def evaluate(
         result.protocol["texts"][text.name] = text.stamp | {"dtype": dtype_of(model)}
         say = memory.outputs if dense is not None else None
         found = score(
-            model, text.windows, dense=dense, say=say, batch_size=options.batch_size, name=text.name
+            model,
+            text.windows,
+            dense=dense,
+            say=say,
+            batch_size=options.batch_size,
+            name=text.name,
+            ranks=ranks,
         )
         _add_text(result, text.name, found)
     if exam.questions is not None:
-        _add_questions(result, exam.questions, model, dense, options.batch_size, memory)
+        _add_questions(result, exam, model, dense, memory, ranks)
+    if not ranks.first:
+        return result
     if exam.prompts:
         result.generations = _side_by_side(exam.prompts, model, dense, tokenizer, memory)
     if options.tasks:
+        if not ranks.alone:
+            said = "lm-eval runs on the first process alone"
+            log.warning(said)
+            result.protocol["flags"].append(said)
         for which, one in (("model", model), ("dense", dense)):
             if one is not None:
                 log.info("lm-eval on the %s: %s", which, ", ".join(options.tasks))
@@ -168,19 +184,21 @@ def gate(evaluation: Evaluation, max_ppl_ratio: float) -> None:
 
 def _add_questions(
     result: Evaluation,
-    exam: QuestionExam,
+    exam: Exam,
     model: Model,
     dense: Model | None,
-    batch_size: int,
     memory: Memory,
+    ranks: Ranks,
 ) -> None:
     # Reading the exam has refused a streamed model.
     assert isinstance(model, PreTrainedModel) and not isinstance(dense, StreamedModel)
-    log.info("%d questions on images: %s", len(exam.questions), exam.name)
-    found = ask_questions(model, exam, dense=dense, batch_size=batch_size, memory=memory)
-    stamp = exam.stamp | {"sha256": found.pop("sha256"), "dtype": dtype_of(model)}
-    result.questions[exam.name] = found
-    result.protocol["questions"] = {exam.name: stamp}
+    questions, size = exam.questions, exam.options.batch_size
+    assert questions is not None
+    log.info("%d questions on images: %s", len(questions.questions), questions.name)
+    found = ask_questions(model, questions, dense=dense, batch_size=size, memory=memory, ranks=ranks)
+    stamp = questions.stamp | {"sha256": found.pop("sha256"), "dtype": dtype_of(model)}
+    result.questions[questions.name] = found
+    result.protocol["questions"] = {questions.name: stamp}
 
 
 def _side_by_side(

@@ -7,9 +7,9 @@ give errors that are too small.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice, repeat
+from itertools import islice, repeat, zip_longest
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from structprune.calibration.data import begin, cut
 from structprune.errors import InputError, QualityError
 from structprune.models.outputs import Output, outputs, per_token
 from structprune.models.streamed import Batch, Model
+from structprune.ranks import Ranks
 
 # Hidden states that a streamed model keeps between two blocks; past it the model is read once more.
 HIDDEN_BYTES = 2**29
@@ -103,6 +104,7 @@ def score(
     say: Callable[[Model, Sequence[Batch]], Iterator[Output]] | None = None,
     batch_size: int = 8,
     name: str = "the text",
+    ranks: Ranks = Ranks(),
 ) -> Scores:
     """Score a text under a model and, in the same run, under the model it was made from.
 
@@ -113,37 +115,61 @@ def score(
         say: Yields what the dense model says of batches, where it need not be asked again.
         batch_size: Windows per forward.
         name: What to call the text in an error.
+        ranks: Those who share the batches; each returns the scores of all windows.
 
     Raises:
         InputError: A token id is outside a model's vocabulary, or the two vocabularies differ.
-        QualityError: A loss is not finite; the run stops at the first batch that has one.
+        QualityError: A loss is not finite; no batch is run after the first that has one.
     """
     _check_vocabulary(text.inputs, model, dense)
-    config = model.config.get_text_config()
-    held = max(1, HIDDEN_BYTES // (text.inputs.shape[1] * config.hidden_size * 4 * batch_size))
     batches: list[Batch] = [{"input_ids": part.clone()} for part in torch.split(text.inputs, batch_size)]
+    share = ranks.portion(len(batches))
+    starts = text.starts[share.start * batch_size :]
+    own = _score_batches(model, batches[share.start : share.stop], starts, dense, say or outputs)
     scores = Scores()
-    starts = iter(text.starts)
+    for found, _ in ranks.tell_each(asdict(own)):
+        for which, sums in found.items():
+            getattr(scores, which).extend(sums)
+    _refuse_not_finite(scores, name)
+    return scores
+
+
+def _score_batches(
+    model: Model,
+    batches: Sequence[Batch],
+    starts: Sequence[int],
+    dense: Model | None,
+    say: Callable[[Model, Sequence[Batch]], Iterator[Output]],
+) -> Scores:
+    """Return the scores of the windows in some batches, up to the first with a loss that is not finite."""
+    scores = Scores()
+    if not batches:
+        return scores
+    config = model.config.get_text_config()
+    length = batches[0]["input_ids"].numel()
+    held = max(1, HIDDEN_BYTES // (length * config.hidden_size * 4))
+    left = iter(starts)
     for low in range(0, len(batches), held):
         group = batches[low : low + held]
         others: Iterator[Output | None] = repeat(None, len(group))
         if dense is not None:
-            others = (say or outputs)(dense, group)
+            others = say(dense, group)
         for batch, mine, other in zip(group, outputs(model, group), others, strict=True):
             ids = batch["input_ids"]
-            _add(scores, ids, list(islice(starts, len(ids))), mine, other)
-            _refuse_not_finite(scores, name)
+            _add(scores, ids, list(islice(left, len(ids))), mine, other)
+            if not all(map(math.isfinite, scores.model + scores.dense)):
+                return scores
     return scores
 
 
 def _refuse_not_finite(scores: Scores, name: str) -> None:
-    for which, sums in (("model", scores.model), ("dense model", scores.dense)):
-        window = next((index for index, loss in enumerate(sums) if not math.isfinite(loss)), None)
-        if window is not None:
-            raise QualityError(
-                f"the loss of the {which} on {name} is not finite: {sums[window]} in window {window}",
-                hint=NOT_FINITE,
-            )
+    for window, losses in enumerate(zip_longest(scores.model, scores.dense, fillvalue=0.0)):
+        for which, loss in zip(("model", "dense model"), losses, strict=True):
+            if not math.isfinite(loss):
+                raise QualityError(
+                    f"the loss of the {which} on {name} is not finite: {loss} in window {window}",
+                    hint=NOT_FINITE,
+                )
 
 
 def _check_vocabulary(ids: Tensor, model: Model, dense: Model | None) -> None:

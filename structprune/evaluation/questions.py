@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from structprune.demo.scenes import render
 from structprune.demo.sights import HELD_OUT_SEED, visual_questions
 from structprune.errors import InputError, QualityError, UsageError
 from structprune.evaluation.memory import Memory
+from structprune.ranks import Ranks
 from structprune.runtime.engine import paused
 
 # Enough to tell 85 from 80 percent; a small model answers them within seconds.
@@ -129,6 +131,7 @@ def ask_questions(
     dense: PreTrainedModel | None = None,
     batch_size: int = 8,
     memory: Memory | None = None,
+    ranks: Ranks = Ranks(),
 ) -> dict[str, Any]:
     """Ask a model, and in the same run the dense model, and return the figures, JSON-safe.
 
@@ -138,6 +141,7 @@ def ask_questions(
         dense: The model to compare with, in memory.
         batch_size: Questions per forward.
         memory: What the dense model said in an earlier evaluation on this exam, and where to keep it.
+        ranks: Those who share the batches; each returns the figures of all questions.
 
     Returns:
         "asked"; "accuracy" ("model", "dense": share of right answers, 0-1); "kinds" (kind -> the same); "kl"
@@ -152,13 +156,13 @@ def ask_questions(
     memory = memory or Memory()
     right: dict[str, list[bool]] = {"model": [], "dense": []}
     divergences: list[float] = []
-    digest = hashlib.sha256()
-    for number, (asked, batch) in enumerate(_batches(exam, batch_size)):
-        if number == 0:
+    hashes: list[str] = []
+    for number, asked, batch in _batches(exam, batch_size, ranks):
+        if not hashes:
             placed = {name: value.to(model.device) for name, value in batch.items()}
             with paused(model):  # its blocks are not run, so nothing could choose in them
                 check_placeholders(model, placed)
-        digest.update(hash_of_batches([batch]).encode())
+        hashes.append(hash_of_batches([batch]))
         mine = answer(model, asked, batch, exam.processor)
         right["model"] += mine.right
         if dense is not None:
@@ -166,7 +170,12 @@ def ask_questions(
             right["dense"] += theirs.right
             parts = theirs.first.exp() * (theirs.first - mine.first)
             divergences += parts.sum(-1).clamp(min=0).tolist()
-    return _figures(exam, right, divergences) | {"sha256": digest.hexdigest()}
+    shares = [said for said, _ in ranks.tell_each([right["model"], right["dense"], divergences, hashes])]
+    model_right, dense_right, divergences, hashes = (
+        list(chain(*parts)) for parts in zip(*shares, strict=True)
+    )
+    digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return _figures(exam, {"model": model_right, "dense": dense_right}, divergences) | {"sha256": digest}
 
 
 @torch.no_grad()
@@ -228,10 +237,13 @@ def mcnemar(one_only: int, other_only: int) -> float:
     return min(1.0, 2 * tail / (1 << count))
 
 
-def _batches(exam: QuestionExam, size: int) -> Iterator[tuple[tuple[ImageQuestion, ...], dict[str, Tensor]]]:
-    for start in range(0, len(exam.questions), size):
-        asked = exam.questions[start : start + size]
-        yield asked, batch_of(asked, exam.processor)
+def _batches(
+    exam: QuestionExam, size: int, ranks: Ranks
+) -> Iterator[tuple[int, tuple[ImageQuestion, ...], dict[str, Tensor]]]:
+    """Yield the number, the questions and the inputs of each batch that one process asks."""
+    for number in ranks.portion(math.ceil(len(exam.questions) / size)):
+        asked = exam.questions[number * size : (number + 1) * size]
+        yield number, asked, batch_of(asked, exam.processor)
 
 
 def _figures(exam: QuestionExam, right: dict[str, list[bool]], divergences: list[float]) -> dict[str, Any]:

@@ -5,13 +5,16 @@ from typing import Any
 
 from structprune.calibration.text_source import DEMO, DEMO_VISION
 from structprune.checkpoint.locate import resolve
-from structprune.checkpoint.source import open_measured
+from structprune.checkpoint.source import Source, open_measured
 from structprune.errors import UsageError
 from structprune.evaluation.evaluation import gate
+from structprune.evaluation.exam import Exam
 from structprune.models.opening import Opening
+from structprune.pipeline.decision import shaping_versions
 from structprune.pipeline.examine import prepare_exam
 from structprune.pipeline.finish import measure
 from structprune.progress import Progress, silent
+from structprune.ranks import joined_ranks
 from structprune.recipe.options import EvaluateOptions
 
 logger = logging.getLogger(__name__)
@@ -38,16 +41,35 @@ def evaluate(
     Raises:
         UsageError: `options.max_ppl_ratio` is given without `compare`, or as for `prepare_exam`.
         QualityError: `options.max_ppl_ratio` was missed.
+        InputError: A process of the launch has another model, other texts or another version.
+
+    Returns:
+        The figures; of several processes that a launcher started the first one's, and {} for the others.
     """
     options = _with_text(options or EvaluateOptions(), model)
-    progress("evaluate", 0, 1)
-    source = open_measured(model, resolve(model, revision=revision), opening)
-    dense = open_measured(options.compare, resolve(options.compare), opening) if options.compare else None
-    result = measure(source, dense, prepare_exam(options, source, None, dense))
-    progress("evaluate", 1, 1)
-    if options.max_ppl_ratio is not None:
-        gate(result, options.max_ppl_ratio)
-    return result.as_json()
+    with joined_ranks() as ranks:
+        progress("evaluate", 0, 1)
+        source = open_measured(model, resolve(model, revision=revision), opening)
+        dense = open_measured(options.compare, resolve(options.compare), opening) if options.compare else None
+        exam = prepare_exam(options, source, None, dense)
+        ranks.check_alike("this evaluation", _fingerprint(source, dense, exam))
+        result = measure(source, dense, exam, ranks=ranks)
+        progress("evaluate", 1, 1)
+        if options.max_ppl_ratio is not None:
+            gate(result, options.max_ppl_ratio)
+    return result.as_json() if ranks.first else {}
+
+
+def _fingerprint(source: Source, dense: Source | None, exam: Exam) -> dict[str, Any]:
+    """Return what shapes the figures."""
+    return {
+        "weights": source.scan.weights,
+        "compare": dense.scan.weights if dense else None,
+        "evaluate": exam.options.model_dump(mode="json"),
+        "texts": {text.name: text.stamp for text in exam.texts},
+        "dtype": source.opening.dtype,
+        "versions": shaping_versions(),
+    }
 
 
 def _with_text(options: EvaluateOptions, model: str) -> EvaluateOptions:

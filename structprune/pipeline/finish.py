@@ -18,6 +18,7 @@ from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress
 from structprune.proof.verification import Verification
 from structprune.proof.verify import verify
+from structprune.ranks import Ranks
 from structprune.recipe.recipe import Recipe
 from structprune.report import card, plots, report
 from structprune.report.figures import plain
@@ -148,7 +149,13 @@ def draw(work: Delivery, made: Mapping[str, Any]) -> None:
             raise
 
 
-def measure(source: Source, dense: Source | None, exam: Exam, memory: Memory | None = None) -> Evaluation:
+def measure(
+    source: Source,
+    dense: Source | None,
+    exam: Exam,
+    memory: Memory | None = None,
+    ranks: Ranks = Ranks(),
+) -> Evaluation:
     """Evaluate a run's model, and the dense one in the same run.
 
     Args:
@@ -156,6 +163,7 @@ def measure(source: Source, dense: Source | None, exam: Exam, memory: Memory | N
         dense: Opened again from its files and measured too; None for no comparison.
         exam: What to measure it on.
         memory: What the dense model said already.
+        ranks: Those who share the work; all of them come here.
     """
     if not exam.asks:
         return nothing_measured(exam)
@@ -166,4 +174,5 @@ def measure(source: Source, dense: Source | None, exam: Exam, memory: Memory | N
         dense=dense.reopen_model() if dense else None,
         dense_tokenizer=dense.tokenizer if dense else None,
         memory=memory,
+        ranks=ranks,
     )
