@@ -72,7 +72,7 @@ for _run in (
     app.command(context_settings={"help_option_names": ["-h", "--help"]})(_run)
 
 # What several processes of one launch do together; of all else each would do the same.
-LAUNCHED = ("prune", "recover", "evaluate")
+LAUNCHED = ("prune", "recover", "evaluate", "bench")
 # What every job stands on but those that only list something.
 HEAVY = ("torch", "transformers")
 MEMORY_HINT = "try --stream, --samples 32, --length 512 or --device cpu, or raise the limit (`ulimit -v`)"

@@ -20,6 +20,7 @@ from structprune.models.streamed import Batch, Model
 from structprune.plan.origin import Origin
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.progress import Progress, silent
+from structprune.pruners.demand import Demand, Sharing
 from structprune.pruners.forecast import Forecast, WholeUnits
 
 
@@ -105,6 +106,15 @@ class Pruner(BaseModel, ABC):
             ranks: Of each of so many processes that share the run.
         """
         return 0
+
+    def demand(self, model: Model, sharing: Sharing) -> Demand | None:
+        """Return what deciding takes, counted before anything runs; None where nobody has counted it.
+
+        Args:
+            model: In memory, streamed, or what an earlier stage's forecast leaves.
+            sharing: How much data is looked at, and by how many processes.
+        """
+        return None
 
     def whole_units(self, model: Model) -> WholeUnits | None:
         """Return how many whole units can leave where they are few; None where nearly any share can.
