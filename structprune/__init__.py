@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from structprune.pipeline.inspect import inspect as inspect
     from structprune.pipeline.methods import methods as methods
     from structprune.pipeline.prune import prune as prune
+    from structprune.pipeline.rates import bench_rates as bench_rates
     from structprune.pipeline.recover import recover as recover
     from structprune.pipeline.show import show as show
     from structprune.pipeline.sweep import prune_each as prune_each
@@ -63,6 +64,7 @@ _HOMES = {
     "Writing": "checkpoint.writing",
     "apply": "pipeline.apply",
     "bench": "pipeline.bench",
+    "bench_rates": "pipeline.rates",
     "choose_recipe": "recipe.recipe",
     "dry_run": "pipeline.dry_run",
     "environment": "machine",
@@ -101,6 +103,7 @@ __all__ = [
     "__version__",
     "apply",
     "bench",
+    "bench_rates",
     "choose_recipe",
     "dry_run",
     "environment",

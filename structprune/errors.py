@@ -20,10 +20,14 @@ class StructpruneError(Exception):
     Args:
         message: What was found and what was expected, naming the file, tensor or key; one line.
         hint: What the user can do; one line, never empty.
+
+    Attributes:
+        rank: Which process of a run met it, where all raise it; None: this one alone does.
     """
 
     exit_code: int = 1
     kind: ClassVar[str] = "bug"
+    rank: int | None = None
 
     def __init__(self, message: str, *, hint: str) -> None:
         assert hint, "whoever refuses says what to do"

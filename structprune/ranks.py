@@ -5,7 +5,7 @@ decided from what was added up or told is then decided alike everywhere.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,14 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from structprune.errors import InputError, RankLost
+from structprune.errors import EnvironmentFailure, InputError, QualityError, RankLost, UsageError
 from structprune.machine import launch
 from structprune.meeting import check_launch, joined
 
-# Of a tensor that is added up this much travels at once: every process's piece is in memory side by side.
-PIECE_BYTES = 16 << 20
+# Of a tensor that is added up this much is in memory side by side: a piece of every process's.
+PIECE_BYTES = 32 << 20
+# What one process meets and all raise.
+_TOLD = (UsageError, InputError, EnvironmentFailure, QualityError)
 
 
 @dataclass(frozen=True)
@@ -70,31 +72,35 @@ class Ranks:
                 dist.all_reduce(there)
             values.copy_(there)
 
-    def add_in_order(self, values: Tensor) -> None:
-        """Add up what all hold, in place, from the first process to the last: the same bits every time."""
+    def add_in_order(self, values: Tensor, owner: int | None = None) -> None:
+        """Add up what all hold, in place, from the first process to the last: the same bits every time.
+
+        Args:
+            values: Shape [rows, ...].
+            owner: The only process that gets the sum, what the others hold stays as it is; None: all get it.
+        """
         if self.alone:
             return
-        rows = max(1, PIECE_BYTES // max(1, values[:1].numel() * values.element_size()))
+        # However many there are, whoever adds holds as much.
+        rows = max(1, PIECE_BYTES // max(1, values[:1].numel() * values.element_size() * self.count))
         for number, piece in enumerate(torch.split(values, rows)):
             # In turns, so that no process adds, and receives, more than the others.
-            owner = number % self.count
+            adder = number % self.count if owner is None else owner
             there = _sendable(piece)
-            parts = [torch.empty_like(there) for _ in range(self.count)] if owner == self.number else None
+            parts = [torch.empty_like(there) for _ in range(self.count)] if adder == self.number else None
             with _blaming_peers():
-                dist.gather(there, parts, dst=owner)
+                dist.gather(there, parts, dst=adder)
             if parts is not None:
                 there = parts[0]
                 for part in parts[1:]:
                     there += part
-            _broadcast(there, owner)
-            piece.copy_(there)
+            if owner is None:
+                _broadcast(there, adder)
+            if owner in (None, self.number):
+                piece.copy_(there)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Return what all give, one after the other, shape [count * values].
-
-        Args:
-            values: Shape [values], as many from each.
-        """
+        """Return values [values] of all, as many from each, one after the other, shape [count * values]."""
         if self.alone:
             return values
         there = _sendable(values)
@@ -102,6 +108,23 @@ class Ranks:
         with _blaming_peers():
             dist.all_gather(parts, there)
         return torch.cat(parts).to(values.device)
+
+    def exchange(self, values: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send each process rows of its own; return what all sent to this one, from the first to the last.
+
+        Args:
+            values: Rows for the first process, then for the second ..., shape [rows, features].
+            sent: How many of them go to each.
+            received: How many come from each.
+        """
+        if self.alone:
+            return values
+        # As bytes: not every way of talking knows every kind of number.
+        there = _sendable(values).view(torch.uint8)
+        rows = there.new_empty(sum(received), there.shape[1])
+        with _blaming_peers():
+            dist.all_to_all_single(rows, there, list(received), list(sent))
+        return rows.view(values.dtype).to(values.device)
 
     def average(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Return the mean of each tensor over all processes; all of them travel as one."""
@@ -153,6 +176,35 @@ class Ranks:
     ) -> list[tuple[Any, dict[str, Tensor]]]:
         """Return what every process says, from the first to the last."""
         return [self.tell(source, said, tensors) for source in range(self.count)]
+
+    def share(
+        self, work: Callable[[], tuple[Any, Mapping[str, Tensor]]]
+    ) -> list[tuple[Any, dict[str, Tensor]]]:
+        """Do this process's part of something and return what all made of theirs, from the first to the last.
+
+        Args:
+            work: Returns JSON values, and tensors by name.
+
+        Raises:
+            StructpruneError: One process met it; all raise what the first of those did. What is none of ours
+                ends its process, and the others with a RankLost.
+        """
+        said, tensors, failure = None, dict[str, Tensor](), None
+        try:
+            said, found = work()
+            tensors |= found
+        except _TOLD as error:
+            if self.alone or isinstance(error, RankLost):
+                raise
+            failure = [type(error).__name__, error.message, error.hint]
+        made = self.tell_each({"failure": failure, "said": said}, tensors)
+        for number, (one, _) in enumerate(made):
+            if one["failure"]:
+                kind, message, hint = one["failure"]
+                known = next(each for each in _TOLD if each.__name__ == kind)(message, hint=hint)
+                known.rank = number
+                raise known
+        return [(one["said"], found) for one, found in made]
 
     def copy_files(self, folder: Path) -> None:
         """Write what the first process has in a folder into the others' folder of that name.

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from structprune.calibration.dispatch import ExpertDispatch, owners_of
 from structprune.calibration.routing import RoutingSums
-from structprune.calibration.statistics import InputSums, Parts, gradient_means
+from structprune.calibration.statistics import InputSums, Parts, gradient_means, pair_bytes
 from structprune.errors import EnvironmentFailure
 from structprune.models.arch import Linear
 from structprune.models.walk import Block
+from structprune.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -22,18 +24,21 @@ class BlockSums:
         inputs: By label; linears that read the same input share one object.
         scarce: Tokens of the experts that fewer tokens reached than they have inputs, by label.
         routing: What a mixture sent to each of its experts; None unless asked.
+        owners: Which process of the run has the Gram matrix of a linear's input, and solves it, by label.
     """
 
     inputs: Mapping[str, InputSums] = field(default_factory=dict)
     scarce: Mapping[str, int] = field(default_factory=dict)
     routing: RoutingSums | None = None
+    owners: Mapping[str, int] = field(default_factory=dict)
 
 
 def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, advance: bool) -> BlockSums:
     """Run the calibration data through a block and remember what some of its linears read.
 
-    An expert that fewer tokens reached than it has inputs borrows the missing ones from the average of the
-    block's experts.
+    Of several processes each sees its own batches; all get the sums, but of a Gram matrix only the one that
+    solves what reads the input. An expert that fewer tokens reached than it has inputs borrows the missing
+    ones from the average of the block's experts.
 
     Args:
         block: The current block of a walk.
@@ -49,6 +54,8 @@ def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, ad
     previous: list[tuple[Tensor, InputSums]] = []
 
     batches = block.batches
+    experts = [linear for linear in observed if linear.expert is not None]
+    dispatch = ExpertDispatch(experts if "gram" in parts else [], batches)
 
     def observe(position: int, linear: Linear, inputs: Tensor) -> None:
         # In the first batch it shows who reads the same tensor: the first of them adds it, for all batches.
@@ -58,14 +65,15 @@ def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, ad
                 sums[linear.label] = previous[0][1]
                 return
             with _failing_by_name(linear, inputs.shape[-1]):
-                made = InputSums(parts, inputs.shape[-1], inputs.device, batches.chunks)
+                pairs = dispatch.keeps(linear)
+                made = InputSums(parts, inputs.shape[-1], inputs.device, batches.chunks, pairs=pairs)
             sums[linear.label] = feeding[linear.label] = made
             previous[:] = [(inputs, made)]
         if linear.label in feeding:
             with _failing_by_name(linear, inputs.shape[-1]):
-                feeding[linear.label].add(inputs, batches.chunk(position))
+                feeding[linear.label].add_features(inputs, batches.chunk(position))
+                dispatch.add_pairs(linear, inputs, feeding)
 
-    experts = [linear for linear in observed if linear.expert is not None]
     routing: RoutingSums | None = None
     if "routing" in parts and experts:
         whole = experts[0].whole
@@ -76,51 +84,79 @@ def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, ad
         routing.add(batches.chunk(position), expert, outputs, weights)
 
     block.observe(observe, list(observed), advance=advance, routed=routed if routing else None)
-    # In the order of the block: which expert is reached first may differ from process to process.
-    for linear in observed:
-        if linear.label in feeding:
-            feeding[linear.label].add_up(batches.ranks)
+    dispatch.finish(feeding)
     if routing is not None:
         batches.ranks.add_apart(routing.chunks)
+    return _add_up(observed, sums, routing, dispatch.owners, batches.ranks)
+
+
+def _add_up(
+    observed: Sequence[Linear],
+    sums: Mapping[str, InputSums],
+    routing: RoutingSums | None,
+    owners: Mapping[str, int],
+    ranks: Ranks,
+) -> BlockSums:
+    """Return the sums of all processes.
+
+    Args:
+        observed: Linears, in the order of the block: which expert is reached first may differ.
+        sums: Of this process, by label.
+        routing: What a mixture sent to its experts.
+        owners: Which process has the Gram matrix of what an expert reads already.
+        ranks: Those who share the run.
+    """
+    groups: dict[int, list[Linear]] = {}
+    for linear in observed:
+        groups.setdefault(id(sums[linear.label]), []).append(linear)
+    for linear, *_ in groups.values():
+        sums[linear.label].add_up_features(ranks)
+    experts = [linear for linear in observed if linear.expert is not None]
     tokens = {linear.label: sums[linear.label].tokens for linear in experts}
-    scarce = {
-        linear.label: tokens[linear.label]
-        for linear in experts
-        if tokens[linear.label] < linear.weight.shape[1]
+    scarce = {one.label: tokens[one.label] for one in experts if tokens[one.label] < one.weight.shape[1]}
+    lenders = {
+        name: _average([sums[one.label] for one in experts if one.name == name], ranks)
+        for name in sorted({one.name for one in experts if one.label in scarce})
     }
-    for name in sorted({linear.name for linear in experts if linear.label in scarce}):
-        _borrow_tokens([linear for linear in experts if linear.name == name], sums)
-    return BlockSums(sums, scarce, routing)
+    for linear in experts:
+        if linear.label in scarce:
+            sums[linear.label].fill_up(lenders[linear.name])
+    whole = [group for group in groups.values() if group[0].label not in owners]
+    owners = {**owners, **owners_of(whole, ranks)}
+    for linear, *_ in whole:
+        sums[linear.label].add_up_pairs(ranks, owners[linear.label])
+    return BlockSums(sums, scarce, routing, owners)
 
 
-def remembered_bytes(observed: Sequence[Linear], found: Sequence[Linear], parts: Parts) -> int:
+def remembered_bytes(
+    observed: Sequence[Linear], found: Sequence[Linear], parts: Parts, ranks: int = 1
+) -> int:
     """Return at most how many bytes Gram matrices and gradients of a block take.
 
     Args:
         observed: The linears whose inputs are remembered.
         found: All of the block: a walk backward makes the gradients of each.
         parts: What is remembered.
+        ranks: In each of so many processes, which divide the experts' Gram matrices among them.
     """
-    gram = sum(linear.weight.shape[1] ** 2 for linear in observed) if "gram" in parts else 0
-    return 4 * (gram + len(gradient_means(parts)) * sum(linear.weight.numel() for linear in found))
+    pairs = [0] * ranks
+    owners = owners_of([[one] for one in observed if one.expert is not None], Ranks(0, ranks))
+    for linear in observed if "gram" in parts else ():
+        for number in range(ranks):
+            if owners.get(linear.label, number) == number:
+                pairs[number] += pair_bytes(linear.weight.shape[1])
+    gradients = 4 * len(gradient_means(parts)) * sum(linear.weight.numel() for linear in found)
+    return max(pairs) + gradients
 
 
-def _borrow_tokens(experts: Sequence[Linear], sums: dict[str, InputSums]) -> None:
-    """Fill up the sums of the experts of one projection to as many tokens as they have inputs."""
-    width, device = experts[0].weight.shape[1], experts[0].weight.device
-    parts = sums[experts[0].label].parts
-    average = InputSums(parts, width, device, sums[experts[0].label].chunks)
-    for linear in experts:
-        average.merge(sums[linear.label])
-    if average.tokens == 0:
-        return
-    for linear in experts:
-        own = sums[linear.label]
-        if own.tokens < width:  # fewer tokens than inputs make no Gram matrix of full rank
-            # A new object: the old one may serve another linear of the expert too.
-            sums[linear.label] = InputSums(parts, width, device, own.chunks)
-            sums[linear.label].merge(own)
-            sums[linear.label].merge(average, (width - own.tokens) / average.tokens)
+def _average(every: Sequence[InputSums], ranks: Ranks) -> InputSums:
+    """Return the sums over all experts of a projection; all processes get those of pairs, too."""
+    first = every[0]
+    average = InputSums(first.parts, first.width, first.device, first.chunks)
+    for one in every:
+        average.merge(one)
+    average.add_up_pairs(ranks)
+    return average
 
 
 @contextmanager
@@ -133,6 +169,6 @@ def _failing_by_name(linear: Linear, width: int) -> Iterator[None]:
             raise
         raise EnvironmentFailure(
             f"{linear.label}: no memory for the statistics of its {width} inputs "
-            f"(a Gram matrix of {width} x {width} takes {width * width * 4 / 2**30:.2f} GiB)",
+            f"(a Gram matrix of {width} x {width} takes {pair_bytes(width) / 2**30:.2f} GiB)",
             hint="hold less beside it: --stream, a smaller batch_size or fewer samples; or --exclude it",
         ) from None

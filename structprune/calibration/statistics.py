@@ -29,7 +29,7 @@ GRADIENTS: Mapping[Part, GradientMean] = {"gradient": "signed", "gradient_l1": "
 
 # 1 MiB of float32: half of a common level-2 cache.
 CACHE_ELEMENTS = 2**18
-# Columns of a Gram matrix added at once: narrower pieces multiply slower, wider ones skip less of a triangle.
+# Rows of a Gram matrix added at once: narrower panels multiply slower, wider ones skip less of a triangle.
 PANEL = 256
 
 
@@ -41,30 +41,49 @@ class InputSums:
         width: Number of input features.
         device: Where the sums live.
         chunks: How many chunks the batches form.
+        pairs: Whether sums of pairs of features are kept here; False where another process keeps them.
+
+    Attributes:
+        parts: As given.
+        width: As given.
+        device: As given.
     """
 
-    def __init__(self, parts: Parts, width: int, device: torch.device, chunks: int = 1) -> None:
-        self.parts = parts
+    def __init__(
+        self, parts: Parts, width: int, device: torch.device, chunks: int = 1, *, pairs: bool = True
+    ) -> None:
+        self.parts, self.width, self.device = parts, width, device
         # float64, so that how tokens are batched does not show in a sum, and a row for each chunk, so that
         # nor does it show who summed it; [chunks, 0] where it is not needed.
-        per_feature, per_pair = width if parts & {"norm", "moments"} else 0, width if "gram" in parts else 0
+        per_feature, per_pair = (
+            width * bool(one) for one in (parts & {"norm", "moments"}, pairs and "gram" in parts)
+        )
         widths = [1, per_feature, width if "moments" in parts else 0]
         self._chunks = torch.zeros(chunks, sum(widths), dtype=torch.float64, device=device)
         self._tokens, self._squares, self._sums = torch.split(self._chunks, widths, dim=1)
-        # Right only on and above the diagonal: the matrix is symmetric, half of its products are enough.
-        self._upper = torch.zeros(per_pair, per_pair, device=device)
+        # Panels of rows from the diagonal on: the matrix is symmetric, half of its products are enough. In
+        # float64 they take what all of it does in float32, and sums of the batches' float32 products are all
+        # but exact: who added which, and in which order, hardly ever shows in the float32 that is read.
+        self._panels = [
+            torch.zeros(min(PANEL, per_pair - first), per_pair - first, dtype=torch.float64, device=device)
+            for first in range(0, per_pair, PANEL)
+        ]
+        self._gram: Tensor | None = None
 
     def add(self, inputs: Tensor, chunk: int = 0) -> None:
         """Add real tokens of a chunk, shape [tokens, in]."""
+        self.add_features(inputs, chunk)
+        self.add_pairs(inputs)
+
+    def add_features(self, inputs: Tensor, chunk: int = 0) -> None:
+        """Add real tokens of a chunk, shape [tokens, in], but not to the Gram matrix."""
         self._tokens[chunk] += inputs.shape[0]
         if self._squares.shape[1]:
             # Rows go in pieces whose squares stay in the processor's cache: three times faster than one pass.
             for piece in torch.split(inputs, max(1, CACHE_ELEMENTS // inputs.shape[1])):
-                self._add_features(piece, chunk)
-        if len(self._upper):
-            self._add_products(inputs)
+                self._add_piece(piece, chunk)
 
-    def _add_features(self, piece: Tensor, chunk: int) -> None:
+    def _add_piece(self, piece: Tensor, chunk: int) -> None:
         # float32 because the squares of float16 activations overflow. The few rows of a piece are summed in
         # it, too: sixteen times faster than to widen every value first.
         rows = piece.float()
@@ -72,12 +91,16 @@ class InputSums:
         if self._sums.shape[1]:
             self._sums[chunk] += rows.sum(dim=0)
 
-    def _add_products(self, inputs: Tensor) -> None:
+    def add_pairs(self, inputs: Tensor) -> None:
+        """Add real tokens, shape [tokens, in], to the Gram matrix alone, if it is kept here."""
+        assert self._gram is None
+        if not self._panels:
+            return
         # float32 because products of float16 activations overflow, and their sums lose small terms.
         rows = inputs.float()
-        for first in range(0, rows.shape[1], PANEL):
-            panel = slice(first, first + PANEL)
-            self._upper[panel, first:].addmm_(rows[:, panel].T, rows[:, first:])
+        for panel in self._panels:
+            first = rows.shape[1] - panel.shape[1]
+            panel += rows[:, first : first + len(panel)].T @ rows[:, first:]
 
     def merge(self, other: Self, share: float = 1.0) -> None:
         """Add what was seen of a like input, or a share of it."""
@@ -86,16 +109,33 @@ class InputSums:
         # Whole tokens in all: which chunk they are of no longer matters.
         self._tokens.zero_()
         self._tokens[0] = tokens
-        self._upper += share * other._upper
+        for panel, more in zip(self._panels, other._panels):  # of pairs where both know any
+            panel.add_(more, alpha=share)
 
-    def add_up(self, ranks: Ranks) -> None:
-        """Add what the other processes of a run saw of the same input.
+    def fill_up(self, average: Self) -> None:
+        """Borrow as many tokens of a like input as are missing: fewer than features make no full rank."""
+        missing = self.width - self.tokens
+        if missing > 0 and average.tokens:
+            self.merge(average, missing / average.tokens)
 
-        Features are added chunk by chunk: the same bits, however many processes share the chunks.
+    def add_up_features(self, ranks: Ranks) -> None:
+        """Add what the other processes of a run saw of the features of the same input; all get it.
+
+        Chunk by chunk: the same bits, however many processes share the chunks.
         """
         ranks.add_apart(self._chunks)
-        for first in range(0, len(self._upper), PANEL):
-            ranks.add_in_order(self._upper[first : first + PANEL, first:])
+
+    def add_up_pairs(self, ranks: Ranks, owner: int | None = None) -> None:
+        """Add what they saw of pairs of features, the Gram matrix.
+
+        Args:
+            ranks: Those who share the run.
+            owner: The only one that gets it, while the others forget theirs; None: all get it.
+        """
+        for panel in self._panels:
+            ranks.add_in_order(panel, owner)
+        if owner not in (None, ranks.number):
+            self._panels.clear()
 
     @property
     def chunks(self) -> int:
@@ -141,12 +181,20 @@ class InputSums:
 
     @property
     def gram(self) -> Tensor:
-        """Return X^T X, shape [in, in], float32; the next tokens are added to the same memory."""
+        """Return X^T X, shape [in, in], float32, to the process that owns it; then no token is added."""
         self._require("gram")
-        for first in range(0, len(self._upper), PANEL):
-            panel, below = slice(first, first + PANEL), slice(first + PANEL, None)
-            self._upper[below, panel] = self._upper[panel, below].T
-        return self._upper
+        if self._gram is None:
+            if not self._panels:
+                raise LookupError("another process of the run has this Gram matrix, and solves what reads it")
+            width = self.width
+            self._gram = self._panels[0].new_empty(width, width, dtype=torch.float32)
+            while self._panels:  # each goes once it is copied, so that both are hardly in memory at once
+                panel = self._panels.pop(0)
+                first = width - panel.shape[1]
+                here, below = slice(first, first + len(panel)), slice(first + len(panel), None)
+                self._gram[here, first:] = panel
+                self._gram[below, here] = self._gram[here, below].T
+        return self._gram
 
     def _require(self, part: Part) -> None:
         if part not in self.parts:
@@ -214,6 +262,12 @@ class Statistics:
         if self.inputs is None:
             raise LookupError("nothing was collected of the inputs: declare what is read in `parts`")
         return self.inputs
+
+
+def pair_bytes(width: int) -> int:
+    """Return at most how many bytes the Gram matrix of an input takes while it is collected or read."""
+    # Half of it in float64, or all in float32; a panel's product, that in float64, and a panel's excess.
+    return 4 * width**2 + 16 * PANEL * width
 
 
 def input_parts(parts: Parts) -> Parts:

@@ -17,6 +17,7 @@ from structprune.models.processor import processor
 from structprune.models.remembered import remembered
 from structprune.models.streamed import Model, StreamedModel, build_model, open_reader, open_skeleton
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
+from structprune.ranks import Ranks
 from structprune.storage.reader import CheckpointReader
 from structprune.storage.scan import Scan
 
@@ -86,13 +87,14 @@ class Source:
         return processor(self.folder, self.opening)
 
 
-def open_source(name: str, folder: Path, opening: Opening) -> Source:
+def open_source(name: str, folder: Path, opening: Opening, ranks: Ranks = Ranks()) -> Source:
     """Open a model folder after every check of its files.
 
     Args:
         name: What the user called it.
         folder: Where it is.
         opening: How.
+        ranks: Processes that all open it, and share the reading for the checks.
 
     Raises:
         InputError: The folder is damaged, or is one of ours and no longer holds what was written.
@@ -101,7 +103,7 @@ def open_source(name: str, folder: Path, opening: Opening) -> Source:
     reader = open_reader(folder, opening)
     opening = opening.resolve(folder, reader.nbytes)
     model = build_model(reader, opening)
-    scan = reader.scan(names_of(model).ignored)
+    scan = reader.scan(names_of(model).ignored, ranks)
     remembered(model).zeros = scan.zeros
     check_weights(manifest, reader, scan.hashes)
     return Source(

@@ -39,7 +39,7 @@ from structprune.machine import Launch, check_process, launch
 from structprune.version import __version__
 
 # What several processes of one launch do together; of all else each would do the same.
-LAUNCHED = ("prune", "recover", "evaluate")
+LAUNCHED = ("prune", "recover", "evaluate", "bench")
 LAUNCH_LINE = "In N processes: torchrun --nproc-per-node N -m structprune {} ..."
 app = typer.Typer(
     epilog=LAUNCH_LINE.format("|".join(LAUNCHED)),
@@ -249,7 +249,8 @@ def _fail_beside_others(
             silent = True
         else:
             silent = meeting.is_told(error) if meeting else place.local_rank > 0
-        failure.message = f"rank {place.rank}: {failure.message}"
+        number = place.rank if failure.rank is None else failure.rank
+        failure.message = f"rank {number}: {failure.message}"
         if as_json and place.rank == 0:
             say_json(error_json(failure))
         if not silent:

@@ -26,6 +26,8 @@ from structprune.cli.flags import (
     command,
 )
 from structprune.cli.inspection import inspection_lines
+from structprune.errors import UsageError
+from structprune.machine import launch
 from structprune.pruners.catalogue import check_name
 from structprune.recipe.changes import BENCH, EVALUATE, SHOW
 from structprune.recipe.request import choose_settings
@@ -118,7 +120,9 @@ def evaluate(
 
 @command
 def bench(
-    model: Model,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A folder, a hub name, or a built-in model.")
+    ] = None,
     compare: Annotated[str | None, typer.Option(metavar="DENSE", help="Measured in the same rounds.")] = None,
     length: Annotated[
         int | None, typer.Option("--length", "--seqlen", help="Tokens of each prompt (default 512)")
@@ -129,6 +133,9 @@ def bench(
         typer.Option("--batch", "--batch-size", metavar="N,M", help="Prompts at once (default 1,8)"),
     ] = None,
     repeats: Annotated[int | None, typer.Option(help="Rounds (default 5)")] = None,
+    rates: Annotated[
+        bool, typer.Option("--rates", help="Measure this machine instead, for `prune --dry-run --ranks`.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
     config: Config = None,
@@ -138,16 +145,25 @@ def bench(
     opens: OpeningFlags,
 ) -> Job:
     """Measure tokens per second, time to first token, memory and bytes, beside a dense model."""
-    flags = {
-        "bench.length": length,
-        "bench.new": new,
-        "bench.batch": batch,
-        "bench.repeats": repeats,
-        "device": device,
-        "dtype": dtype,
-        "revision": revision,
-    }
+    run = {"bench.length": length, "bench.new": new, "bench.batch": batch, "bench.repeats": repeats}
+    flags = run | {"device": device, "dtype": dtype, "revision": revision}
     asked = choose_settings(BENCH, config=config, sets=sets or (), flags=flags)
+    if rates:
+        if compare or any(value is not None for value in run.values()):
+            raise UsageError(
+                "--rates measures the machine, which has no length, batch or dense model",
+                hint="leave --rates out, or what is asked of a model",
+            )
+        return Job(
+            lambda _: structprune.bench_rates(
+                model, opening=opens.opening(where=asked), revision=asked.revision
+            ),
+            summary.rates_lines,
+        )
+    if launch().count > 1:
+        raise UsageError("bench times models in one process", hint="leave the launcher out, or give --rates")
+    if model is None:
+        raise UsageError("MODEL is missing", hint="give the model to measure, or --rates for this machine")
     return Job(
         lambda progress: structprune.bench(
             model,

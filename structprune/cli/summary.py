@@ -100,6 +100,18 @@ def bench_lines(result: Result) -> str:
     return "\n".join([table(speed_rows(result), speed_header(result)), "", *notes])
 
 
+def rates_lines(result: Result) -> str:
+    """Return what this machine does in a second, and where that was measured."""
+    rates, place = result["rates"], result["rates"]["place"]
+    rows = [(f"products, {dtype}", f"{rate / 1e9:,.3g} GFLOP/s") for dtype, rate in rates["flops"].items()]
+    for name, key in (("memory", "moved_bytes"), ("file", "read_bytes"), ("processes", "sent_bytes")):
+        rows += [(name, f"{bytes_text(rates[key])}/s")] if rates[key] is not None else []
+    rows += [(f"numbers {key}", f"{rates[key] / 1e6:,.3g} M/s") for key in ("squared", "ranked")]
+    where = f"{place['processor']}, {place['device']}, {counted(place['threads'], 'thread')}"
+    rows += [("measured", f"{where}, {counted(place['ranks'], 'rank')} at once")]
+    return table([*rows, ("kept in", result["file"])])
+
+
 def show_lines(result: Result) -> str:
     """Return how many tokens are left from where on, and where the picture is."""
     of = result["tokens"]

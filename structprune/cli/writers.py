@@ -64,6 +64,9 @@ def prune(
     leaves: DetailFlags,
     scores: Annotated[Path | None, typer.Option(metavar="DIR", help="Decide from kept scores.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    ranks: Annotated[
+        int | None, typer.Option(metavar="N", help="With --dry-run: what N processes take, and how long.")
+    ] = None,
     from_dense: Annotated[
         bool, typer.Option("--from-dense", help="Refuse a model that is pruned already.")
     ] = False,
@@ -99,7 +102,23 @@ def prune(
     def opening() -> "Opening":
         return opens.opening(stream=stream, writes=True, from_dense=from_dense)
 
-    return _pruning(request, asks.goals(), opening, writes.writing(), scores, dry_run=dry_run)
+    if dry_run:
+        return Job(
+            lambda _: structprune.dry_run(
+                structprune.Recipe.of(request),
+                asks.goals(),
+                opening=opening(),
+                writing=writes.writing(),
+                ranks=ranks,
+            ),
+            summary.key_lines,
+        )
+    if ranks is not None:
+        raise UsageError(
+            f"--ranks {ranks}: only --dry-run reads it",
+            hint="add --dry-run; or start the run itself with torchrun",
+        )
+    return _pruning(request, asks.goals(), opening, writes.writing(), scores)
 
 
 def _pruning(
@@ -108,17 +127,8 @@ def _pruning(
     opening: Callable[[], "Opening"],
     writing: "Writing",
     scores: Path | None,
-    *,
-    dry_run: bool,
 ) -> Job:
-    """Return what is to be done: say what would be, prune for each of several goals, or prune once."""
-    if dry_run:
-        return Job(
-            lambda _: structprune.dry_run(
-                structprune.Recipe.of(request), goals, opening=opening(), writing=writing
-            ),
-            summary.key_lines,
-        )
+    """Return what is to be done: prune for each of several goals, or prune once."""
     if goals:
         return Job(
             lambda progress: structprune.prune_each(

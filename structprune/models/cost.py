@@ -15,7 +15,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from structprune.models.arch import HasSkeleton
+from structprune.models.arch import HasSkeleton, block_prefixes
+from structprune.models.identity import names_of, skeleton, stored_layout
+from structprune.models.streamed import Model
 from structprune.models.tensor_edit import Layout
 from structprune.models.twin import twin_of
 from structprune.storage.reference import read_reference
@@ -56,6 +58,31 @@ class Cost:
         return self.zeros / self.prunable if self.prunable else 0.0
 
 
+@dataclass(frozen=True)
+class StoredBytes:
+    """Where the bytes of a model's tensors are.
+
+    Attributes:
+        blocks: Of each decoder block.
+        body: Outside the blocks, without the head: embeddings, norms, a vision tower.
+        head: Of the head; 0 where it is tied to the embeddings.
+    """
+
+    blocks: tuple[int, ...]
+    body: int
+    head: int
+
+    @property
+    def walk(self) -> int:
+        """Return what one walk over the blocks reads."""
+        return self.body + sum(self.blocks)
+
+    @property
+    def all(self) -> int:
+        """Return what all tensors take."""
+        return self.walk + self.head
+
+
 def count(
     model: PreTrainedModel | HasSkeleton,
     *,
@@ -88,6 +115,35 @@ def count(
         bytes_on_disk=bytes_on_disk,
         length=length,
     )
+
+
+def stored_bytes(model: Model) -> StoredBytes:
+    """Return where the bytes of a model's tensors are, in the dtypes of its files.
+
+    Args:
+        model: In memory, streamed, or a twin without weights.
+    """
+    names, root = names_of(model), skeleton(model)
+    sizes = {
+        name: nbytes_of(dtype, shape)
+        for entries in stored_layout(model).values()
+        for name, dtype, shape in entries
+    }
+    prefixes = block_prefixes(root)
+    places: dict[str, int] = dict.fromkeys([*prefixes, "body", "head"], 0)
+    inside = f"{root.base_model_prefix}."
+    seen: set[str] = set()
+    for name, parts in names.stored_of.items():
+        outside = "body" if name.startswith(inside) else "head"
+        place = next((one for one in prefixes if name.startswith(f"{one}.")), outside)
+        places[place] += sum(sizes[part] for part in parts if part not in seen)
+        seen.update(parts)
+    return StoredBytes(tuple(places[one] for one in prefixes), places["body"], places["head"])
+
+
+def body_flops(model: Model, length: int) -> float | None:
+    """Return the FLOPs per token of all but the head, at `length` tokens a sequence; None as for `count`."""
+    return _per_token(skeleton(model), length, whole=False)[0]
 
 
 def default_length(model: PreTrainedModel | HasSkeleton) -> int:
@@ -140,10 +196,12 @@ def _module(model: PreTrainedModel | HasSkeleton) -> PreTrainedModel:
     return model if isinstance(model, PreTrainedModel) else model.skeleton
 
 
-def _per_token(model: PreTrainedModel, length: int) -> tuple[float | None, float | None]:
+def _per_token(
+    model: PreTrainedModel, length: int, *, whole: bool = True
+) -> tuple[float | None, float | None]:
     """Return FLOPs and cache bytes per token, or None and a warning where they cannot be counted."""
     try:
-        flops, cache = _forward(model, length)
+        flops, cache = _forward(model, length, whole=whole)
     except (RuntimeError, ValueError) as error:
         # A forward that looks into values cannot run there; a class may refuse the plain attention.
         reason = str(error).partition("\n")[0]
@@ -152,8 +210,14 @@ def _per_token(model: PreTrainedModel, length: int) -> tuple[float | None, float
     return flops / length, cache / length
 
 
-def _forward(model: PreTrainedModel, length: int) -> tuple[int, int]:
-    """Run `length` text tokens through a twin on the meta device; return FLOPs and bytes of the cache."""
+def _forward(model: PreTrainedModel, length: int, *, whole: bool) -> tuple[int, int]:
+    """Run `length` text tokens through a twin on the meta device; return FLOPs and bytes of the cache.
+
+    Args:
+        model: Its weights are not looked at.
+        length: Tokens.
+        whole: With the head.
+    """
     twin = twin_of(model)
     # The meta device runs these and the counter knows them: fused attention is not counted everywhere, and
     # grouped expert products refuse float32 there.
@@ -163,5 +227,7 @@ def _forward(model: PreTrainedModel, length: int) -> tuple[int, int]:
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     # The mask keeps transformers from looking into the ids for padding and packed sequences.
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        output = twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+        output = (twin if whole else twin.base_model)(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True
+        )
     return counter.get_total_flops(), cache_bytes(getattr(output, "past_key_values", None))

@@ -84,6 +84,10 @@ class Opening:
         stream = self.streams(nbytes)
         if self.stream is None:
             logger.info("%s is %s", folder, "streamed block by block" if stream else "held in memory")
+        return replace(self, stream=stream, device=self.place())
+
+    def place(self) -> str:
+        """Return the device that parameters are put on; errors are those of `resolve`."""
         there = devices()
         place = launch()
         if place.count > 1 and ":" in self.device:
@@ -98,7 +102,7 @@ class Opening:
             raise EnvironmentFailure(
                 f"device {chosen!r} is not there: this machine has {', '.join(there)}", hint=_way_on(chosen)
             )
-        return replace(self, stream=stream, device=chosen)
+        return chosen
 
 
 def devices() -> list[str]:

@@ -1,5 +1,6 @@
 """Which calibration batches a process runs, where several share a run: whole batches, in fixed chunks."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import overload
 
@@ -24,12 +25,15 @@ class RankBatches(Sequence[Batch]):
         every: The batches of the run.
         ranks: Those who share them.
         chunks: How many chunks there are.
+        most: How many batches the process with most of them runs.
     """
 
     def __init__(self, every: Sequence[Batch], ranks: Ranks = Ranks()) -> None:
         self.every, self.ranks = every, ranks
         self.chunks = max(1, min(max(CHUNKS, ranks.count), len(every)))
-        self._numbers = [number for number in range(len(every)) if self._rank_of(number) == ranks.number]
+        owners = [self._rank_of(number) for number in range(len(every))]
+        self._numbers = [number for number, owner in enumerate(owners) if owner == ranks.number]
+        self.most = max(Counter(owners).values(), default=0)
 
     def chunk(self, position: int) -> int:
         """Return the chunk that the batch at a position of this process belongs to."""

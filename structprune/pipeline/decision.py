@@ -35,7 +35,11 @@ logger = logging.getLogger(__name__)
 
 
 def open_recipe_model(
-    recipe: Recipe, folder: Path, ways: Sequence[Sequence[Pruner]], opening: Opening
+    recipe: Recipe,
+    folder: Path,
+    ways: Sequence[Sequence[Pruner]],
+    opening: Opening,
+    ranks: Ranks = Ranks(),
 ) -> Source:
     """Check the files of a recipe's model, open it and ask every stage whether it can prune it.
 
@@ -44,6 +48,7 @@ def open_recipe_model(
         folder: Where it is.
         ways: What will prune it, each time as it is now: stages, one after another.
         opening: How to open it otherwise.
+        ranks: Processes that all open it.
 
     Raises:
         InputError: It is pruned already, and `opening.from_dense` is set.
@@ -51,7 +56,7 @@ def open_recipe_model(
     """
     check_side_files(folder, recipe.opening(opening))
     check_stored(folder)
-    source = open_source(recipe.model, folder, recipe.opening(opening))
+    source = open_source(recipe.model, folder, recipe.opening(opening), ranks)
     prior = prior_of(source.model, source.reader, source.scan.zeros, opening)
     tell_prior(prior, folder, opening)
     for stages in ways:

@@ -16,28 +16,29 @@ from structprune.checkpoint.running import check_stored
 from structprune.checkpoint.side_files import check_side_files
 from structprune.checkpoint.source import open_outline
 from structprune.checkpoint.writing import Writing
+from structprune.errors import UsageError
 from structprune.evaluation.exam import read_exam
 from structprune.evaluation.footprint import bytes_needed, check_room
 from structprune.evaluation.speed import Workload, workload_of
-from structprune.models.arch import blocks
 from structprune.models.cost import file_bytes, parameters_of, weight_bytes
 from structprune.models.identity import stored_layout
-from structprune.models.opening import RESIDENT_COPIES, Opening
+from structprune.models.opening import Opening
 from structprune.models.processor import processor
-from structprune.models.streamed import StreamedModel
+from structprune.models.streamed import Model, StreamedModel
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
 from structprune.pipeline.decision import check_kind
+from structprune.pipeline.estimate import RUNTIME_BYTES, estimate_run, memory_bytes
 from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import may_stand
 from structprune.pipeline.room import bytes_written
+from structprune.pipeline.shared import check_division
 from structprune.pipeline.sweep import recipes_of
 from structprune.proof.prior import prior_of, tell_prior
-from structprune.pruners.forecast import forecast_all
+from structprune.pruners.demand import Sharing
+from structprune.pruners.forecast import Forecast, forecast_all
 from structprune.recipe.recipe import Recipe
 from structprune.storage.reader import CheckpointReader
 
-# What Python, torch and transformers take before any weight is read; measured on Linux, CPU build.
-RUNTIME_BYTES = 450_000_000
 ZEROS = "zeros make neither the files smaller nor dense kernels faster"
 SMALLER = "the files are smaller, and whatever opens them has less to compute"
 RUNNING = "the saving of {} exists only while structprune runs the model: other programs compute all there is"
@@ -49,6 +50,7 @@ def dry_run(
     *,
     opening: Opening = Opening(),
     writing: Writing = Writing(),
+    ranks: int | None = None,
 ) -> dict[str, Any]:
     """Say what a run would do and need, after every check that needs no computation; nothing is written.
 
@@ -57,14 +59,24 @@ def dry_run(
         goals: Those of `prune_each`, where there are several; what is complete may stand already.
         opening: As for `prune`.
         writing: As for `prune`.
+        ranks: Also say what it takes of each of so many processes that share it, and how long.
 
     Returns:
-        The forecast of the run; with goals "runs": that of each, by what it is written as.
+        The forecast of the run; "ranks": how many, "memory_bytes" of each, and what `estimate_run` says; with
+        goals "runs": that of each, by what it is written as.
     """
+    if ranks is not None and ranks < 1:
+        raise UsageError(f"--ranks {ranks}: expected at least 1", hint="give how many processes are to share")
+    if goals and ranks is not None and ranks > 1:
+        raise UsageError("--ranks: several goals are one process's work", hint="leave --ranks out")
     if goals:
         writing = replace(writing, keep=True)
-        runs = recipes_of(recipe, goals).items()
-        return {"runs": {name: dry_run(one, opening=opening, writing=writing) for name, one in runs}}
+        return {
+            "runs": {
+                name: dry_run(one, opening=opening, writing=writing, ranks=ranks)
+                for name, one in recipes_of(recipe, goals).items()
+            }
+        }
     folder = resolve(recipe.model, revision=recipe.revision)
     size = weight_bytes(folder)
     inputs = inputs_of_recipe(recipe, folder)
@@ -81,7 +93,9 @@ def dry_run(
     _check_inputs(recipe, opened, recipe.opening(opening), streamed)
     left = forecasts[-1].left
     load = _workload(recipe, opened, left, resolved.device)
-    memory = max(_memory(opened, recipe, streamed), _timing_memory(opened, left, load, streamed))
+    sharing = _sharing(recipe, opened, ranks or 1, streamed=streamed)
+    timing = _timing_memory(opened, left, load, streamed)
+    alone = replace(sharing, ranks=1)
     return {
         "output": str(recipe.output),
         "recipe": recipe.text(),
@@ -102,12 +116,33 @@ def dry_run(
         # Zeros stay in the dense files, so that every loader opens them: they take the room they took.
         "bytes": {"dense": size, "pruned": file_bytes(stored_layout(left), opened.reader.metadata)},
         "streamed": streamed,
-        "memory_bytes": memory,
+        "memory_bytes": max(memory_bytes(recipe.prune, opened, alone), timing),
         "disk_bytes": needed + opened.reader.nbytes // 16,
         "loads_in": _loaders(left, writing),
         "bench": asdict(load) if load is not None else None,
         "note": _note(recipe, opened, left),
+        **({} if ranks is None else {"ranks": _shared(recipe, opened, forecasts, sharing, resolved.device)}),
     }
+
+
+def _sharing(recipe: Recipe, opened: StreamedModel, ranks: int, *, streamed: bool) -> Sharing:
+    """Return how much data a run looks at, and who shares it; refuses what the run would refuse."""
+    data = recipe.calibration
+    length = window_length(data.length, positions(opened.config))
+    sharing = Sharing(data.samples, length, data.batch_size, ranks, streamed)
+    looks = any(pruner.looks_at_data for pruner in recipe.prune)
+    if ranks > 1:
+        check_division(recipe, sharing.sizes if looks else [], ranks)
+    return sharing
+
+
+def _shared(
+    recipe: Recipe, opened: StreamedModel, forecasts: Sequence[Forecast], sharing: Sharing, device: str
+) -> dict[str, Any]:
+    """Return what a run takes of each of the processes that share it."""
+    models: list[Model] = [opened, *(one.left for one in forecasts[:-1])]
+    count = {"count": sharing.ranks, "memory_bytes": memory_bytes(recipe.prune, opened, sharing)}
+    return count | estimate_run(recipe.prune, models, sharing, device)
 
 
 def _loaders(left: PreTrainedModel, writing: Writing) -> list[str]:
@@ -168,17 +203,3 @@ def _timing_memory(
         return 0
     held = 0 if streamed else opened.reader.nbytes
     return RUNTIME_BYTES + held + bytes_needed([opened.skeleton, left], load)
-
-
-def _memory(opened: StreamedModel, recipe: Recipe, streamed: bool) -> int:
-    """Return the peak that a run is expected to need: runtime, weights held at once, activations."""
-    length = window_length(recipe.calibration.length, positions(opened.config))
-    item = opened.dtype.itemsize
-    largest = max(info.nbytes for info in opened.reader.tensors.values())
-    one = [sum(p.numel() for p in block.parameters()) * item for _, block in blocks(opened)]
-    held = max(3 * max(one), 2 * largest) if streamed else int(opened.reader.nbytes * RESIDENT_COPIES)
-    hidden: int = opened.config.get_text_config().hidden_size
-    activations = recipe.calibration.samples * length * hidden * item
-    needs_data = any(pruner.looks_at_data for pruner in recipe.prune)
-    looked_at = max(pruner.remembered_bytes(opened) for pruner in recipe.prune)
-    return RUNTIME_BYTES + held + (2 * activations + looked_at if needs_data else 0)

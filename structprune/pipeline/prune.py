@@ -26,7 +26,7 @@ from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import kept_report, may_stand, write_recipe
 from structprune.pipeline.recover import check_recovery, recover_run
 from structprune.pipeline.room import bytes_written
-from structprune.pipeline.shared import assist, check_shared
+from structprune.pipeline.shared import assist, check_command, check_shared
 from structprune.progress import Clock, Progress, silent
 from structprune.pruners.pruner import Pruner
 from structprune.ranks import joined_ranks
@@ -103,7 +103,8 @@ def prune_recipe(
             if recipe.recover is not None:  # which makes the output from a pruned model beside it
                 pruned = recipe.output.with_name(f"{recipe.output.name}.pruned")
                 final = check_output(inputs, pruned, overwrite=True, needed_bytes=needed)
-            source = open_recipe_model(recipe, folder, [recipe.prune], opening)
+            check_command(recipe, ranks)
+            source = open_recipe_model(recipe, folder, [recipe.prune], opening, ranks)
             if recipe.recover is not None:
                 check_recovery(recipe.recover, source)
             kept = read_scores(Path(scores), recipe.prune, source) if scores else None

@@ -8,17 +8,17 @@ run that was killed goes on after its last whole block. What depends on a family
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, final
+from typing import Any, Self, final
 
 from torch import Tensor
 
-from structprune.calibration.collect import BlockSums, collect_inputs, remembered_bytes
+from structprune.calibration.collect import BlockSums, collect_inputs
 from structprune.calibration.masked_loss import MaskedLoss
 from structprune.calibration.notebook import Notebook
-from structprune.calibration.states import Reduce, noted_states
-from structprune.calibration.statistics import NOTHING, Parts, gradient_means, input_parts
+from structprune.calibration.states import noted_states
+from structprune.calibration.statistics import gradient_means, input_parts
 from structprune.models import edit
-from structprune.models.arch import Linear, all_linears, blocks
+from structprune.models.arch import blocks
 from structprune.models.backward import backward
 from structprune.models.gradients import GradientMeans
 from structprune.models.identity import names_of, weights_of
@@ -27,7 +27,7 @@ from structprune.models.streamed import Batch, Model
 from structprune.models.walk import Block, Walk, walk_weights
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
-from structprune.pruners.pruner import Pruner
+from structprune.pruners.looking import LookingPruner
 from structprune.pruners.seen import UNMEASURED, Seen
 from structprune.ranks import Ranks
 
@@ -35,48 +35,8 @@ from structprune.ranks import Ranks
 Leaving = Mapping[Any, Any]
 
 
-class BlockwisePruner(Pruner):
-    """A pruner that decides block by block, from statistics of what the linears of a block read.
-
-    Args:
-        propagate: Whether later blocks see the outputs of pruned or of dense blocks.
-    """
-
-    propagate: Literal["pruned", "dense"] = "pruned"
-
-    @abstractmethod
-    def target_linears(self, index: int, found: Sequence[Linear]) -> list[Linear]:
-        """Return the linears of block `index` that are decided on, or whose inputs decide."""
-
-    @property
-    @abstractmethod
-    def solving(self) -> Parts:
-        """Return what must be known of the targets when their block is solved."""
-
-    @property
-    def measuring(self) -> Parts:
-        """Return what must be known of every dense block's inputs before anything is decided."""
-        return NOTHING
-
-    @property
-    def watching(self) -> Reduce | None:
-        """Return what must be known of the states at both ends of every dense block before that."""
-        return None
-
-    @property
-    def measures_passes(self) -> bool:
-        """Tell whether `measure` itself runs the data through the block, by `Block.passes`."""
-        return False
-
-    @property
-    def solves_passes(self) -> bool:
-        """Tell whether `solve_block` does so."""
-        return False
-
-    @property
-    def looks_first(self) -> bool:
-        """Tell whether every block is measured before anything is decided; weights alone may be enough."""
-        return bool(self.measuring or self.watching or self.measures_passes)
+class BlockwisePruner(LookingPruner):
+    """A pruner that decides block by block, from what it looks at."""
 
     def reduce_gradients(
         self, model: Model, block: Block, found: Mapping[str, GradientMeans]
@@ -110,11 +70,6 @@ class BlockwisePruner(Pruner):
             model: For shapes; its weights may not be in memory.
             measured: What `measure` returned of each block; `UNMEASURED` where there was nothing to measure.
         """
-
-    @property
-    def searches(self) -> bool:
-        """Tell whether the decision tries what the model loses without some units."""
-        return False
 
     def search(self, model: Model, measured: Sequence[Tensor], loss: MaskedLoss) -> Leaving:
         """Return what leaves, as `decide` does, for those that try it out.
@@ -162,36 +117,6 @@ class BlockwisePruner(Pruner):
             leaving: What `decide` returned; empty where nothing leaves.
             facts: What was measured.
         """
-
-    @property
-    @final
-    def looks_at_data(self) -> bool:
-        """Tell whether the method, or what is chosen beside it, needs calibration data."""
-        passes = self.measures_passes or self.solves_passes
-        sums = self.solving or self.measuring or self.watching
-        return bool(self.needs_data or sums or passes or self.searches)
-
-    @property
-    @final
-    def one_look(self) -> bool:
-        """Tell whether what calibration sees is the same for every goal."""
-        return self.propagate == "dense" or not (input_parts(self.solving) or self.solves_passes)
-
-    @final
-    def remembered_bytes(self, model: Model) -> int:
-        """Return at most how many bytes the Gram matrices, gradients and fits of one block take."""
-        parts = self.solving | self.measuring
-        pairs = zip(self.all_targets(model), all_linears(model), strict=True)
-        return max(remembered_bytes(*pair, parts) for pair in pairs) + self.solving_bytes(model)
-
-    def solving_bytes(self, model: Model) -> int:
-        """Return at most how many bytes `solve_block` takes beside the statistics that it is given."""
-        return 0
-
-    @final
-    def all_targets(self, model: Model) -> list[list[Linear]]:
-        """Return the targets of every block, first to last."""
-        return [self.target_linears(index, found) for index, found in enumerate(all_linears(model))]
 
     @final
     def calibrate(self, model: Model, batches: Sequence[Batch], plan: PlanWriter | None = None) -> Plan:

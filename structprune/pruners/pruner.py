@@ -20,6 +20,7 @@ from structprune.models.streamed import Batch, Model
 from structprune.plan.origin import Origin
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.progress import Progress, silent
+from structprune.pruners.demand import Demand, Sharing
 from structprune.pruners.forecast import Forecast, WholeUnits
 
 
@@ -97,9 +98,23 @@ class Pruner(BaseModel, ABC):
         """
         return None
 
-    def remembered_bytes(self, model: Model) -> int:
-        """Return at most how many bytes calibration remembers of one block, beside the activations."""
+    def remembered_bytes(self, model: Model, ranks: int = 1) -> int:
+        """Return at most how many bytes calibration remembers of one block, beside the activations.
+
+        Args:
+            model: In memory or streamed.
+            ranks: Of each of so many processes that share the run.
+        """
         return 0
+
+    def demand(self, model: Model, sharing: Sharing) -> Demand | None:
+        """Return what deciding takes, counted before anything runs; None where nobody has counted it.
+
+        Args:
+            model: In memory, streamed, or what an earlier stage's forecast leaves.
+            sharing: How much data is looked at, and by how many processes.
+        """
+        return None
 
     def whole_units(self, model: Model) -> WholeUnits | None:
         """Return how many whole units can leave where they are few; None where nearly any share can.

@@ -17,7 +17,8 @@ from torch import Tensor
 from structprune.decide.counts import Compare, removed_count
 from structprune.decide.select import mask_groups, mask_matrix, mask_rows
 from structprune.decide.sparsity import Amount, pattern_of
-from structprune.solvers.conjugate_gradients import solve_rows_by_conjugate_gradients
+from structprune.solvers.conjugate_gradients import USUAL_STEPS, solve_rows_by_conjugate_gradients
+from structprune.solvers.effort import VALUE_BYTES, Effort, effort_of_ranking
 from structprune.solvers.hessian import DAMPING, damp_hessian, read_weight
 
 # The paper's schedule: the pull at the start, how often it is adapted, and by how much for which share of
@@ -32,6 +33,10 @@ RESTARTS = 3
 # Over all restarts; the fact `settled` says whether they were enough.
 ROUNDS = 300
 
+# For what is said of a run before it runs: rounds until a support settles, and what the
+# eigenvectors take in units of in^3 (in float64, and half of it in steps that are no products of matrices).
+USUAL_ROUNDS, EIGENVECTORS = 60, 60
+
 Project = Callable[[Tensor], Tensor]
 
 
@@ -45,6 +50,14 @@ class _Spectrum:
     def solve(self, target: Tensor, shift: float) -> Tensor:
         """Return target (H + shift I)^-1, shape [out, in]."""
         return (target @ self.vectors).div_(self.values + shift) @ self.vectors.T
+
+
+def effort_of_alps(rows: int, inputs: int) -> Effort:
+    """Return what is to be expected of a matrix [rows, inputs]; how soon it settles, the data decides."""
+    # A round multiplies by the eigenvectors and by their transpose, a step of the refit by the Hessian.
+    products = EIGENVECTORS * inputs**3 + (4 * USUAL_ROUNDS + 2 * USUAL_STEPS) * rows * inputs**2
+    once = effort_of_ranking(rows, inputs)
+    return Effort(products, USUAL_ROUNDS * once.ranked, once.told_bytes + VALUE_BYTES * rows * inputs)
 
 
 def solve_alps(

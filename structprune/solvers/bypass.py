@@ -69,12 +69,34 @@ class RidgeSums:
         self._read += read.sum(dim=0, dtype=torch.float64)
         self._due += due.sum(dim=0, dtype=torch.float64)
 
-    def add_up(self, ranks: Ranks) -> None:
-        """Add what the other processes of a run saw."""
+    def fit_together(
+        self, ranks: Ranks, owner: int, toward: Tensor, damping: float, *, offset: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Add up what the processes of a run saw, and return what one of them fits to it; see `fit`.
+
+        Args:
+            ranks: Those who share the run.
+            owner: The one that gets the sums.
+            toward: As for `fit`.
+            damping: As for `fit`.
+            offset: As for `fit`.
+
+        Raises:
+            QualityError: The sums are not finite, or the system is singular; all raise it.
+        """
         tokens = torch.tensor([float(self.tokens)], dtype=torch.float64)
         for sums in (tokens, self._gram, self._cross, self._read, self._due):
-            ranks.add_in_order(sums)
-        self.tokens = int(tokens)
+            ranks.add_in_order(sums, owner)
+
+        def fit() -> tuple[None, dict[str, Tensor]]:
+            if ranks.number != owner:
+                return None, {}
+            self.tokens = int(tokens)
+            fitted, shift = self.fit(toward, damping, offset=offset)
+            return None, {"fitted": fitted, "shift": shift}
+
+        _, found = ranks.share(fit)[owner]
+        return found["fitted"].to(toward.device), found["shift"].to(toward.device)
 
     def fit(self, toward: Tensor, damping: float, *, offset: bool) -> tuple[Tensor, Tensor]:
         """Return the map that is nearest to what is due, and its offset: [outputs, inputs] and [outputs].

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from structprune.calibration.statistics import Parts, Statistics
 from structprune.errors import QualityError
+from structprune.solvers.effort import VALUE_BYTES, Effort
 from structprune.solvers.hessian import DAMPING, Damping, damp_hessian, read_weight
 
 
@@ -43,6 +44,10 @@ class ColumnRepair(BaseModel, ABC):
     adds_bias: ClassVar[bool] = False
 
     @abstractmethod
+    def effort(self, rows: int, inputs: int) -> Effort:
+        """Return what it takes on a matrix [rows, inputs] of which few columns leave."""
+
+    @abstractmethod
     def repair(self, weight: Tensor, kept: Tensor, seen: Statistics) -> Repaired:
         """Return what makes up for the columns that are not kept.
 
@@ -68,6 +73,10 @@ class BiasRepair(ColumnRepair):
     parts: ClassVar[Parts] = frozenset({"moments"})
     adds_bias: ClassVar[bool] = True
 
+    def effort(self, rows: int, inputs: int) -> Effort:
+        """Return what a product with the mean takes."""
+        return Effort(products=2 * rows * inputs, told_bytes=VALUE_BYTES * rows)
+
     def repair(self, weight: Tensor, kept: Tensor, seen: Statistics) -> Repaired:
         """Return W (m * removed), shape [out], as a bias."""
         mean = seen.mean.clone()
@@ -87,6 +96,10 @@ class RefitRepair(ColumnRepair):
     damping: Damping = DAMPING
 
     parts: ClassVar[Parts] = frozenset({"gram"})
+
+    def effort(self, rows: int, inputs: int) -> Effort:
+        """Return what a Cholesky factor takes, what is missing, and two triangles for every row."""
+        return Effort(inputs**3 / 3 + 4 * rows * inputs**2, told_bytes=VALUE_BYTES * rows * inputs)
 
     def repair(self, weight: Tensor, kept: Tensor, seen: Statistics) -> Repaired:
         """Return W_K + W_R H_RK H_KK^-1: a ridge towards the weights as they were, not towards zero."""

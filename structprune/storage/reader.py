@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from structprune.errors import InputError
+from structprune.ranks import Ranks
 from structprune.storage.header import DTYPE_NAMES, MAX_NAMES, Header, TensorInfo, read_header
 from structprune.storage.scan import Scan, scan_files
 from structprune.storage.stored_config import read_config, refuse_quantised_tensors
@@ -171,18 +172,20 @@ class CheckpointReader(StoredTensors):
         """Return a weight file."""
         return StoredFile(self.weights_folder / file, self._weights_root, self._headers[file])
 
-    def scan(self, ignored: Callable[[str], bool] = lambda name: False) -> Scan:
+    def scan(self, ignored: Callable[[str], bool] = lambda name: False, ranks: Ranks = Ranks()) -> Scan:
         """Read every byte of the weights once; see `Scan`.
 
         Args:
             ignored: Tells which tensors the model's class passes over; they may hold infinity.
+            ranks: Processes that all scan at the same time, and read each byte once together.
 
         Raises:
             InputError: Another tensor holds NaN or infinity, and the reader does not allow it.
         """
+        where = self.weights_folder, self._headers, self._weights_root
         if not self._allow_nonfinite:
-            return scan_files(self.weights_folder, self._headers, self._weights_root, ignored)
-        scan = scan_files(self.weights_folder, self._headers, self._weights_root, lambda name: True)
+            return scan_files(*where, ignored, ranks)
+        scan = scan_files(*where, lambda name: True, ranks)
         bad = [name for name, found in scan.tensors.items() if found.nans or found.infinities]
         if bad := [name for name in bad if not ignored(name)]:
             logger.warning("%s: NaN or infinite values in %s", self.folder, ", ".join(bad[:5]))

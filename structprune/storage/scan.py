@@ -3,14 +3,16 @@
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from structprune.errors import InputError, counted
+from structprune.ranks import Ranks
 from structprune.storage.header import DTYPE_NAMES, Header, TensorInfo, stamp_of
 from structprune.storage.safe_open import CHUNK_BYTES, open_regular, read_at
 from structprune.storage.tensor_file import Entry
@@ -69,7 +71,11 @@ class Scan:
 
 
 def scan_files(
-    folder: Path, headers: Mapping[str, Header], root: Path | None, ignored: Callable[[str], bool]
+    folder: Path,
+    headers: Mapping[str, Header],
+    root: Path | None,
+    ignored: Callable[[str], bool],
+    ranks: Ranks = Ranks(),
 ) -> Scan:
     """Read every tensor once, in the order of the files, through one small buffer.
 
@@ -78,26 +84,42 @@ def scan_files(
         headers: File -> its header.
         root: See `safe_open.check_link`.
         ignored: Tells which tensors the model does not use; they may hold infinity (old attention masks do).
+        ranks: Processes that all scan now; those with the very same files each read some tensors of them.
 
     Raises:
         InputError: A tensor holds NaN or infinity (the message counts them), or a file changed meanwhile.
     """
-    # One buffer of one chunk, reused: the bytes are still in the core's cache when they are hashed.
-    buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
-    entries: dict[str, Entry] = {}
-    found: dict[str, TensorScan] = {}
-    for file, header in headers.items():
-        path = folder / file
-        with open_regular(path, root) as descriptor:
-            if stamp_of(descriptor) != header.stamp:
-                raise InputError(f"{path}: the file was changed while it was being read", hint="start again")
-            for name, info in header.tensors.items():
-                entries[name] = (name, info.dtype, info.shape)
-                found[name] = _scan_tensor(descriptor, path, info, buffer)
-                if not ignored(name):
-                    _refuse_not_finite(found[name], path, name)
-    found = dict(sorted(found.items()))
-    scan = Scan(combine({entries[name]: one.sha256 for name, one in found.items()}), found)
+    infos = {name: info for header in headers.values() for name, info in header.tensors.items()}
+    # What another process reads from files of its own says nothing of these.
+    here = {file: list(header.stamp) for file, header in headers.items()}
+    peers = [number for number, (there, _) in enumerate(ranks.tell_each(here)) if there == here]
+    costs = [info.end - info.start for info in infos.values()]
+    shares = Ranks(peers.index(ranks.number), len(peers)).divide(costs)
+    mine = {name for name, share in zip(infos, shares, strict=True) if peers[share] == ranks.number}
+
+    def read() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        # One buffer of one chunk, reused: the bytes are still in the core's cache when they are hashed.
+        buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+        scanned: dict[str, Any] = {}
+        for file, header in headers.items():
+            path = folder / file
+            with open_regular(path, root) as descriptor:
+                if stamp_of(descriptor) != header.stamp:
+                    raise InputError(
+                        f"{path}: the file was changed while it was being read", hint="start again"
+                    )
+                for name in filter(mine.__contains__, header.tensors):
+                    one = _scan_tensor(descriptor, path, header.tensors[name], buffer)
+                    if not ignored(name):
+                        _refuse_not_finite(one, path, name)
+                    scanned[name] = astuple(one)
+        return scanned, {}
+
+    told = ranks.share(read)
+    shared = [pair for number in peers for pair in told[number][0].items()]
+    found = {name: TensorScan(*values) for name, values in sorted(shared)}
+    hashes = {(name, infos[name].dtype, infos[name].shape): one.sha256 for name, one in found.items()}
+    scan = Scan(combine(hashes), found)
     if scan.constant:
         names = ", ".join(scan.constant[:5])
         logger.warning("%s: %s of one value only: %s", folder, counted(len(scan.constant), "matrix"), names)

@@ -117,12 +117,14 @@ def fit_bypass(model: Model, block: Block, wanted: Bypass) -> dict[Key, Tensor]:
     half, found = _feed_forward(block.module, arch, mlp), dict[str, Tensor]()
     dtype = half.gate.dtype
     hidden, width = half.gate.shape[1], half.gate.shape[0]
+    ranks = block.batches.ranks
+    owner = block.index % ranks.count
     if wanted.adapter:
         sums = RidgeSums(hidden, hidden, half.gate.device)
         for one in block.passes((arch.gate,)):
             sums.add(norm(one.before), one.read[arch.gate])
-        sums.add_up(block.batches.ranks)
-        half = half.merged(*sums.fit(torch.eye(hidden, device=half.gate.device), wanted.damping, offset=True))
+        identity = torch.eye(hidden, device=half.gate.device)
+        half = half.merged(*sums.fit_together(ranks, owner, identity, wanted.damping, offset=True))
         half = half.stored(dtype)
         found |= {f"{arch.gate}.weight": half.gate, f"{arch.gate}.bias": half.gate_bias}
         found |= {f"{arch.up}.weight": half.up, f"{arch.up}.bias": half.up_bias}
@@ -132,8 +134,10 @@ def fit_bypass(model: Model, block: Block, wanted: Bypass) -> dict[Key, Tensor]:
         for one in block.passes():
             due = one.after.float() - one.before.float() - (0 if down.bias is None else down.bias.float())
             sums.add(half.channels(norm(one.before)), due)
-        sums.add_up(block.batches.ranks)
-        found[f"{arch.down}.weight"] = sums.fit(down.weight.float(), wanted.damping, offset=False)[0]
+        before = down.weight.float()
+        found[f"{arch.down}.weight"], _ = sums.fit_together(
+            ranks, owner, before, wanted.damping, offset=False
+        )
     return _stored(model, block.prefix, found)
 
 

@@ -7,11 +7,13 @@ chosen beside it.
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from structprune.calibration.dispatch import owners_of
 from structprune.decide.budgets.sigmoid import mean_distance
 from structprune.decide.unit_counts import Multiples, UnitCounts, WidthUnit
 from structprune.decide.units import UnitBlock, chosen_units, first_units, unit_blocks, unit_tensors
@@ -29,6 +31,7 @@ from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import UNMEASURED, Seen
 from structprune.pruners.structure._family import check_untied, left_shapes
 from structprune.pruners.structure._goal import score_key
+from structprune.pruners.structure._side_by_side import Work, tensors_on_ranks
 from structprune.pruners.structure._width_block import NotedMean, WidthBlock, width_block
 from structprune.pruners.structure._width_fields import WidthFields
 from structprune.pruners.structure._width_goal import UNEQUAL, Share, WidthGoal
@@ -42,6 +45,7 @@ from structprune.pruners.structure._width_left import (
     with_biases,
     with_new_biases,
 )
+from structprune.ranks import Ranks
 
 
 class WidthPruner(WidthFields):
@@ -174,14 +178,18 @@ class WidthPruner(WidthFields):
         targets = self.readers(block)
         scores = share.scores or self.score_units(known, targets, seen)
         keep, stay = (chosen_units(known.sizes, one, scores) for one in (share.stored, share.stay))
-        tensors = unit_tensors(known, keep, names_of(model))
+        ranks = Ranks.here()
+        owners = seen.sums.owners or owners_of([[one] for one in targets.values()], ranks)
+        work: list[Work] = []
         for kind, linear in targets.items():
             kept = known.columns(kind, stay)
             if kept is not None and (self.repair is not None or share.room):
                 noted = share.means.get(kind)
                 one = seen.of(linear) if noted is None else NotedMean(noted=noted)
                 columns = Columns(kept, known.columns(kind, keep))
-                tensors |= repaired_tensors(model, linear, columns, self.repair, one)
+                repair = partial(repaired_tensors, model, linear, columns, self.repair, one)
+                work.append((owners[linear.label], repair))
+        tensors = unit_tensors(known, keep, names_of(model)) | tensors_on_ranks(work, ranks)
         for key, (dtype, rows) in created_biases(model, known, share, keep).items():
             tensors.setdefault(key, torch.zeros(rows, dtype=dtype))
         if self.keep_scores and share.measured.ndim:

@@ -12,10 +12,12 @@ from structprune.decide.targets import split_words
 from structprune.decide.unit_counts import WidthUnit
 from structprune.models.arch import Linear
 from structprune.models.walk import Block
+from structprune.pruners.demand import efforts_of
 from structprune.pruners.structure._family import check_named_once
 from structprune.pruners.structure._goal import GoalPruner
 from structprune.pruners.structure._width_block import ATTENTION
 from structprune.solvers.columns import AnyColumnRepair
+from structprune.solvers.effort import Effort
 
 READ: Mapping[str, Sequence[WidthUnit]] = {"heads": ATTENTION, "channels": ("channel",)}
 
@@ -76,8 +78,8 @@ class WidthFields(GoalPruner):
     @property
     @final
     def measuring(self) -> Parts:
-        """Return what a budget for the whole model must see of every block first."""
-        return self._read if self.looks_first else NOTHING
+        """Return what a budget for the whole model must see of every block first: no repair's Gram matrix."""
+        return self.needs | (self._read - {"gram"}) if self.looks_first else NOTHING
 
     @property
     @final
@@ -125,6 +127,11 @@ class WidthFields(GoalPruner):
         if self.skips(index):
             return []
         return [linear for linear in found if self._read_by(linear)]
+
+    @final
+    def efforts(self, groups: Sequence[Sequence[Linear]]) -> list[Effort]:
+        """Return what the repairs of a block take; beside them, ranking its units takes next to nothing."""
+        return efforts_of(groups, [] if self.repair is None else [self.repair.effort])
 
     def _read_by(self, linear: Linear) -> list[WidthUnit]:
         """Return the kind of unit that a matrix reads and that may leave, or none."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self, final
 from pydantic import model_validator
 from torch import Tensor
 
+from structprune.calibration.dispatch import owners_of
 from structprune.calibration.statistics import NOTHING, Parts, Statistics
 from structprune.decide.budgets.union import AnyBudget
 from structprune.decide.counts import Compare, reached_near, removed_weights
@@ -29,11 +30,14 @@ from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
 from structprune.plan.promise import Promises
 from structprune.pruners.blockwise import BlockwisePruner
+from structprune.pruners.demand import efforts_of
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.seen import UNMEASURED, Seen
+from structprune.pruners.weight._keys import check_keys
 from structprune.pruners.weight._promises import Promise, removed_promises
 from structprune.pruners.weight._side_by_side import solve_on_ranks
 from structprune.ranks import Ranks
+from structprune.solvers.effort import Effort, effort_of_ranking
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
 from structprune.solvers.plan_tensors import block_facts, plan_tensors
 from structprune.solvers.repairs.union import AnyRepair
@@ -80,6 +84,21 @@ class WeightPruner(Targets, BlockwisePruner):
         """Return what the method reads of a matrix's statistics, with the fields as they are."""
         return self.parts
 
+    def effort(self, rows: int, inputs: int) -> Effort:
+        """Return what solving matrices takes that read the same input; unless told otherwise, ranking them.
+
+        Args:
+            rows: Their outputs together.
+            inputs: How many they read.
+        """
+        return effort_of_ranking(rows, inputs)
+
+    @final
+    def efforts(self, groups: Sequence[Sequence[Linear]]) -> list[Effort]:
+        """Return what solving a block takes, group by group, with the repair."""
+        each = [self.effort, *([] if self.repair is None else [self.repair.effort])]
+        return efforts_of(groups, each)
+
     @property
     def leaves_zeros(self) -> bool:
         """Tell whether the written matrices hold the zeros."""
@@ -119,19 +138,8 @@ class WeightPruner(Targets, BlockwisePruner):
     @classmethod
     def _know_keys_that_moved(cls, data: object) -> object:
         """Refuse keys of older recipes by name, and scores of a method that has none."""
-        if not isinstance(data, Mapping):
-            return data
-        repair = data.get("repair")
-        by_name = isinstance(repair, str) and repair != "none"
-        if "damping" in data and ("damping" not in cls.model_fields or by_name):
-            name = repair if by_name else "obs"
-            raise ValueError(
-                f"damping: it is a field of the repair; write repair: {{name: {name}, damping: ...}}"
-            )
-        if data.get("keep_scores") and "keep_scores" not in cls.model_fields:
-            raise ValueError(
-                f"keep_scores: {cls.method()} chooses and updates at once and has no scores to keep"
-            )
+        if isinstance(data, Mapping):
+            check_keys(cls.method(), cls.model_fields, data)
         return data
 
     @model_validator(mode="after")
@@ -216,13 +224,9 @@ class WeightPruner(Targets, BlockwisePruner):
         """Return how many weights leave each target, by label."""
         targets = self.all_targets(model)
         if self.budget is None:
-            return {
-                one.label: removed_weights(
-                    (len(one.weight), one.weight.shape[1]), self.sparsity, self.compare
-                )
-                for block in targets
-                for one in block
-            }
+            every = [(one.label, one.weight) for block in targets for one in block]
+            asked = self.sparsity, self.compare
+            return {label: removed_weights((len(one), one.shape[1]), *asked) for label, one in every}
         sizes = [{one.label: one.weight.numel() for one in block} for block in targets]
         counts: dict[str, int] = self.budget.counts(sizes, self.sparsity, skeleton(model), measured)
         return counts
@@ -260,7 +264,9 @@ class WeightPruner(Targets, BlockwisePruner):
             matrix = self.matrix_to_prune(linear, leaving, seen.of(linear))
             sums = matrix.seen.inputs
             groups.setdefault(linear.label if sums is None else id(sums), []).append(matrix)
-        found = solve_on_ranks(self._solve_and_repair, list(groups.values()), Ranks.here())
+        ranks = Ranks.here()
+        owners = seen.sums.owners or owners_of([[linear] for linear in targets], ranks)
+        found = solve_on_ranks(self._solve_and_repair, list(groups.values()), owners, ranks)
         # In the order of the block, whichever was solved first: the same plan whoever solved them.
         pruned = {linear.label: found[linear.label] for linear in targets}
         return self.decided(model, targets, pruned), block_facts(pruned, seen.sums)

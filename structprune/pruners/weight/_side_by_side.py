@@ -1,10 +1,11 @@
 """Independent work on the threads that PyTorch may use, and on the processes of a run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from structprune.ranks import Ranks
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix, read_pruned, written_pruned
@@ -16,10 +17,17 @@ R = TypeVar("R")
 Solved = dict[str, PrunedMatrix]
 
 
-def run_side_by_side(work: Callable[[T], R], jobs: Sequence[T]) -> list[R]:
-    """Do independent work, each job with one thread of those that PyTorch may use; return the results."""
+def run_side_by_side(work: Callable[[T], R], jobs: Sequence[T], of: int) -> list[R]:
+    """Do independent work, each job with one thread of those that PyTorch may use; return the results.
+
+    Args:
+        work: Does one job.
+        jobs: Those of this process.
+        of: How many jobs all processes have: a single one gets all threads.
+    """
     threads = torch.get_num_threads()
-    if threads == 1 or len(jobs) < 2:
+    # Not by the jobs that are here: with how many threads one is done shows in its last bits.
+    if threads == 1 or of < 2 or not jobs:
         return [work(job) for job in jobs]
     try:
         # One thread a job: to split the small steps of a solver among threads costs more than it gains.
@@ -32,6 +40,7 @@ def run_side_by_side(work: Callable[[T], R], jobs: Sequence[T]) -> list[R]:
 def solve_on_ranks(
     solve: Callable[[Sequence[MatrixToPrune]], Solved],
     groups: Sequence[Sequence[MatrixToPrune]],
+    owners: Mapping[str, int],
     ranks: Ranks,
 ) -> Solved:
     """Return what becomes of the matrices of a block; every process solves some groups and is told the rest.
@@ -39,18 +48,22 @@ def solve_on_ranks(
     Args:
         solve: Solves one group.
         groups: Matrices that read the same input are one.
+        owners: Which process solves a matrix, by label; one and the same all of a group.
         ranks: Those who solve.
+
+    Raises:
+        StructpruneError: One process met it; all raise it.
     """
-    # What a solver does to a row grows with the square of its length, to a matrix with the cube.
-    costs = [sum(float(one.weight.numel()) * one.weight.shape[1] for one in group) for group in groups]
-    owners = ranks.divide(costs)
-    mine = [group for group, owner in zip(groups, owners, strict=True) if owner == ranks.number]
-    solved = {label: one for part in run_side_by_side(solve, mine) for label, one in part.items()}
-    if ranks.alone:
-        return solved
-    said, tensors = written_pruned(solved)
+    solved: Solved = {}
+
+    def work() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        mine = [group for group in groups if owners[group[0].label] == ranks.number]
+        for part in run_side_by_side(solve, mine, len(groups)):
+            solved.update(part)
+        return written_pruned(solved)
+
     devices = {one.label: one.weight.device for group in groups for one in group}
-    for number, told in enumerate(ranks.tell_each(said, tensors)):
+    for number, told in enumerate(ranks.share(work)):
         if number != ranks.number:
             solved |= read_pruned(*told, devices)
     return solved

@@ -9,7 +9,8 @@ from typing import ClassVar
 from structprune.calibration.statistics import Parts, Statistics
 from structprune.decide.counts import Compare
 from structprune.pruners.weight._family import WeightPruner
-from structprune.solvers.alps import solve_alps
+from structprune.solvers.alps import effort_of_alps, solve_alps
+from structprune.solvers.effort import Effort
 from structprune.solvers.hessian import DAMPING, Damping
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
 
@@ -27,6 +28,10 @@ class Alps(WeightPruner):
 
     parts: ClassVar[Parts] = frozenset({"gram"})
     repairs: ClassVar[tuple[str, ...]] = ()  # its last step is the exact refit already
+
+    def effort(self, rows: int, inputs: int) -> Effort:
+        """Return what the eigenvectors, the usual rounds and the refit take."""
+        return effort_of_alps(rows, inputs)
 
     def solve(self, matrices: Sequence[MatrixToPrune], seen: Statistics) -> list[PrunedMatrix]:
         """Return masks and refitted weights of the matrices that read the same input.

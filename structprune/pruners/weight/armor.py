@@ -21,7 +21,8 @@ from structprune.plan.key import Key
 from structprune.pruners.weight import _products
 from structprune.pruners.weight._family import WeightPruner
 from structprune.pruners.weight._promises import Promise
-from structprune.solvers.armor.descent import ArmorSearch, check_sizes, factorise_weight
+from structprune.solvers.armor.descent import ArmorSearch, check_sizes, effort_of_armor, factorise_weight
+from structprune.solvers.effort import Effort
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
 
 
@@ -36,8 +37,7 @@ class Armor(WeightPruner):
         rounds: Rounds of the solver at most; with "adam" so many steps.
         seed: Draws the groups of the core that move together; a recipe's seed unless given.
         fold: Write the product as an ordinary dense matrix: any loader opens it, and nothing in it is zero.
-        propagate: Whether later blocks see the outputs of pruned or of dense blocks; the paper's see dense
-            ones.
+        propagate: Which outputs later blocks see, of pruned or of dense blocks; the paper's see dense ones.
     """
 
     sparsity: Pattern = "2:4"
@@ -72,6 +72,10 @@ class Armor(WeightPruner):
             return error.message
         return ""
 
+    def effort(self, rows: int, inputs: int) -> Effort:
+        """Return what the rounds take at most."""
+        return effort_of_armor(rows, inputs, self.wrapper_size, self.rounds, gram=self.proxy == "gram")
+
     def solve(self, matrices: Sequence[MatrixToPrune], seen: Statistics) -> list[PrunedMatrix]:
         """Return the factors of the matrices that read the same input, or their products.
 
@@ -84,8 +88,7 @@ class Armor(WeightPruner):
     def _solved(self, matrix: MatrixToPrune, inputs: Tensor) -> PrunedMatrix:
         assert matrix.pattern is not None
         search = ArmorSearch(rounds=self.rounds, seed=self.seed, proxy=self.proxy, solver=self.solver)
-        wrappers = self._wrappers(matrix.weight)
-        found = factorise_weight(matrix.weight, inputs, matrix.pattern, wrappers, search)
+        found = factorise_weight(matrix.weight, inputs, matrix.pattern, self._wrappers(matrix.weight), search)
         facts = {"nowag_loss": found.initial, "losses": found.losses}
         if self.fold:  # nothing leaves a dense product: its mask is all True
             return PrunedMatrix(found.mask | True, weight=found.dense(), facts=facts)

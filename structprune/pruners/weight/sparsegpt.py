@@ -13,6 +13,7 @@ from pydantic import Field
 
 from structprune.calibration.statistics import Parts, Statistics
 from structprune.pruners.weight._family import WeightPruner
+from structprune.solvers.effort import Effort, effort_of_ranking, effort_of_updating
 from structprune.solvers.hessian import DAMPING, Damping, factor_inverse
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
 from structprune.solvers.sparsegpt import BLOCK, solve_sparsegpt
@@ -36,6 +37,10 @@ class Sparsegpt(WeightPruner):
     parts: ClassVar[Parts] = frozenset({"gram"})
     # Its update is that of "obs"; the exact refit still gains, because columns only look to their right.
     repairs: ClassVar[tuple[str, ...]] = ("least_squares",)
+
+    def effort(self, rows: int, inputs: int) -> Effort:
+        """Return what the factor, the sweep and its choices take."""
+        return effort_of_ranking(rows, inputs) + effort_of_updating(rows, inputs)
 
     def solve(self, matrices: Sequence[MatrixToPrune], seen: Statistics) -> list[PrunedMatrix]:
         """Return masks and updated weights of the matrices that read the same input, solved stacked.

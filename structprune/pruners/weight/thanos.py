@@ -10,6 +10,7 @@ from pydantic import Field
 
 from structprune.calibration.statistics import Parts, Statistics
 from structprune.pruners.weight._family import WeightPruner
+from structprune.solvers.effort import Effort, effort_of_ranking, effort_of_updating
 from structprune.solvers.hessian import DAMPING, Damping, factor_inverse
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
 from structprune.solvers.sparsegpt import BLOCK
@@ -32,6 +33,14 @@ class Thanos(WeightPruner):
     parts: ClassVar[Parts] = frozenset({"norm", "gram"})
     # Its own update is an "obs"; the exact refit still gains, because blocks only look to their right.
     repairs: ClassVar[tuple[str, ...]] = ("least_squares",)
+
+    def effort(self, rows: int, inputs: int) -> Effort:
+        """Return what the factor takes, per block a ranking of the rest, and per row and block a system."""
+        steps = -(-inputs // self.block)
+        # Half of a block leaves a row on average: a Cholesky factor of that many.
+        systems, ranked = rows * steps * (self.block / 2) ** 3 / 3, rows * inputs * (steps - 1) / 2
+        solved = effort_of_ranking(rows, inputs) + effort_of_updating(rows, inputs)
+        return solved + Effort(systems, ranked)
 
     def solve(self, matrices: Sequence[MatrixToPrune], seen: Statistics) -> list[PrunedMatrix]:
         """Return masks and updated weights of the matrices that read the same input.

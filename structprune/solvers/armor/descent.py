@@ -24,6 +24,7 @@ from structprune.solvers.armor.core import START_SHARE, Core, all_supports
 from structprune.solvers.armor.joint import joint_step
 from structprune.solvers.armor.problem import Problem, State
 from structprune.solvers.armor.wrappers import solve_left, solve_right
+from structprune.solvers.effort import MASK_BYTES, VALUE_BYTES, Effort
 from structprune.solvers.nowag import NormalisedWeight, importance, normalise_weight
 
 Proxy = Literal["diagonal", "gram"]
@@ -86,6 +87,24 @@ class ArmorFactors:
     def dense(self) -> Tensor:
         """Return the folded product, shape [out, in]."""
         return folded(self.left, self.core, self.right)
+
+
+def effort_of_armor(rows: int, inputs: int, wrapper: int | None, rounds: int, *, gram: bool) -> Effort:
+    """Return what a descent takes at most, and an answer in factors.
+
+    Args:
+        rows: Outputs of the matrices.
+        inputs: Their inputs.
+        wrapper: Side of the wrappers' blocks; None for the paper's.
+        rounds: At most so many.
+        gram: The loss is that of the outputs.
+    """
+    # Every step multiplies by both wrappers, and for the outputs' error by the Gram matrix.
+    side = wrapper or 128
+    step = 4.0 * rows * inputs * side + 2.0 * rows * inputs**2 * gram
+    steps = ADMM_STEPS + ADMM_REFITS + SWEEPS + REFITS + JOINT_MOST
+    told = (MASK_BYTES + VALUE_BYTES) * rows * inputs + VALUE_BYTES * (rows + inputs) * side
+    return Effort(products=rounds * steps * step, told_bytes=told)
 
 
 @torch.no_grad()

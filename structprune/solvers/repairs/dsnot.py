@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from structprune.calibration.statistics import Parts
+from structprune.solvers.effort import Effort
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
 from structprune.solvers.repairs.repair import Repair
 
@@ -31,6 +32,10 @@ class Dsnot(Repair):
     power: Annotated[float, Field(ge=0)] = 1.0
 
     parts: ClassVar[Parts] = frozenset({"norm", "moments"})
+
+    def effort(self, rows: int, inputs: int) -> Effort:
+        """Return what the rounds take at most: each looks once at every weight."""
+        return Effort(ranked=self.rounds * rows * inputs)
 
     def _repair(self, matrix: MatrixToPrune, pruned: PrunedMatrix) -> PrunedMatrix:
         seen = matrix.seen

@@ -1,6 +1,7 @@
 """The exact refit of the weights that stay: the best that any update on a mask can reach."""
 
 from dataclasses import replace
+from math import inf
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from structprune.calibration.statistics import Parts
 from structprune.errors import QualityError
-from structprune.solvers.conjugate_gradients import solve_rows_by_conjugate_gradients
+from structprune.solvers.conjugate_gradients import USUAL_STEPS, solve_rows_by_conjugate_gradients
+from structprune.solvers.effort import VALUE_BYTES, Effort
 from structprune.solvers.hessian import DAMPING, Damping, damp_hessian, read_weight
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
 from structprune.solvers.repairs.repair import Repair
@@ -34,6 +36,12 @@ class LeastSquares(Repair):
     damping: Damping = DAMPING
 
     parts: ClassVar[Parts] = frozenset({"gram"})
+
+    def effort(self, rows: int, inputs: int) -> Effort:
+        """Return what the systems of the rows take where half of the weights stay, or the usual steps."""
+        factors = rows * (inputs / 2) ** 3 / 3 if inputs**2 * FEWEST <= SYSTEMS else inf
+        products = min(factors, 2 * USUAL_STEPS * rows * inputs**2)
+        return Effort(products=products, told_bytes=VALUE_BYTES * rows * inputs)
 
     def _repair(self, matrix: MatrixToPrune, pruned: PrunedMatrix) -> PrunedMatrix:
         fitted, facts = refit_by_least_squares(

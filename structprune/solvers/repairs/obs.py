@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 from structprune.calibration.statistics import Parts
+from structprune.solvers.effort import Effort, effort_of_updating
 from structprune.solvers.hessian import DAMPING, Damping, factor_inverse
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
 from structprune.solvers.repairs.repair import Repair
@@ -25,6 +26,10 @@ class Obs(Repair):
     damping: Damping = DAMPING
 
     parts: ClassVar[Parts] = frozenset({"gram"})
+
+    def effort(self, rows: int, inputs: int) -> Effort:
+        """Return what the factor and the sweep take."""
+        return effort_of_updating(rows, inputs)
 
     def _repair(self, matrix: MatrixToPrune, pruned: PrunedMatrix) -> PrunedMatrix:
         factored = factor_inverse(matrix.seen.gram, self.damping)

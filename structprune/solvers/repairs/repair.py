@@ -6,6 +6,7 @@ from typing import ClassVar, final
 from pydantic import BaseModel, ConfigDict
 
 from structprune.calibration.statistics import Parts
+from structprune.solvers.effort import Effort
 from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
 
 
@@ -19,6 +20,15 @@ class Repair(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     parts: ClassVar[Parts]
+
+    @abstractmethod
+    def effort(self, rows: int, inputs: int) -> Effort:
+        """Return what it takes on matrices that read the same input.
+
+        Args:
+            rows: Their outputs together.
+            inputs: How many they read.
+        """
 
     @final
     def repair(self, matrix: MatrixToPrune, pruned: PrunedMatrix) -> PrunedMatrix:

@@ -1,0 +1,187 @@
+"""What two processes save: the processor's seconds of the busier one beside those of one process alone.
+
+    python scripts/bench/processes.py MODEL [--blocks 8] [--methods wanda,sparsegpt,alps,recover] [--write]
+    python scripts/bench/processes.py MODEL --before CHECKOUT --methods wanda,sparsegpt
+
+Two workers with one thread each take turns in every repeat: the first one alone on all data; both together on
+all data, half each; and both at once, each for itself, on half of the data. Of a method it is `calibrate`
+that is timed, all it reads and solves, resident; of recovery a few steps. Tokens are drawn at random. Whoever
+waits for the other takes no time of the processor: gloo sleeps, as the seconds inside its calls show. With
+--before nothing is shared: one process of this checkout and one of another take turns.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from figures import markdown, write_section
+from transformers import AutoModelForCausalLM
+
+from structprune.machine import machine
+
+WAYS = ("alone", "together", "halves")
+GOALS = {"wanda": 1.8, "sparsegpt": 1.8, "alps": 1.6, "recover": 1.6}
+ROOT = Path(__file__).parents[2]
+
+Took = dict[str, float]
+
+
+class Worker:
+    """One of two processes that do as they are told, line by line; see `processes_worker.py`.
+
+    Args:
+        options: What the script was asked for.
+        folder: The model.
+        number: Which of the two.
+        checkout: Whose structprune runs.
+    """
+
+    def __init__(self, options: argparse.Namespace, folder: Path, number: int, checkout: Path = ROOT) -> None:
+        script = Path(__file__).with_name("processes_worker.py")
+        sizes = [options.samples, options.length, options.batch]
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), str(folder), str(number), *map(str, sizes), options.dtype],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout)},
+        )
+
+    def begin(self, method: str, way: str, meeting: Path) -> None:
+        """Let it do something; what it took is asked for later."""
+        assert self._process.stdin is not None
+        print(json.dumps([method, way, str(meeting)]), file=self._process.stdin, flush=True)
+
+    def end(self) -> Took:
+        """Return the seconds that it took."""
+        assert self._process.stdout is not None
+        found: Took = json.loads(self._process.stdout.readline())
+        return found
+
+    def close(self) -> None:
+        """Let it end."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def cut(source: str, target: Path, blocks: int) -> None:
+    """Save the first blocks of a model."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    model.model.layers = model.model.layers[:blocks]
+    model.config.num_hidden_layers = blocks
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:blocks]
+    model.save_pretrained(target)
+
+
+def turns(workers: Sequence[Worker], methods: Sequence[str], repeats: int, place: Path) -> list[dict]:
+    """Let two workers do every method in every way, repeat by repeat; return what each took."""
+    rows = []
+    for repeat in range(repeats):
+        for method in methods:
+            row = {"method": method, "load": os.getloadavg()[0]}
+            for way in WAYS:
+                asked = workers[:1] if way == "alone" else workers
+                for one in asked:
+                    one.begin(method, way, place / f"{method}-{repeat}")
+                row[way] = [one.end() for one in asked]
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+    return rows
+
+
+def summary(rows: Sequence[dict], method: str) -> list[str]:
+    """Return a row of the table: medians over the repeats."""
+    mine = [row for row in rows if row["method"] == method]
+    median = statistics.median
+    alone = [row["alone"][0]["cpu"] for row in mine]
+    busiest = [max(one["cpu"] for one in row["together"]) for row in mine]
+    ratios = [one / two for one, two in zip(alone, busiest, strict=True)]
+    sending = [max(one["sending"] for one in row["together"]) for row in mine]
+    waiting = [max(one["inside"] - one["sending"] for one in row["together"]) for row in mine]
+    walls = [
+        max(one["wall"] for one in row["halves"]) / max(one["wall"] for one in row["together"])
+        for row in mine
+    ]
+    return [
+        method,
+        f"{median(alone):.2f}",
+        f"{median(busiest):.2f}",
+        f"{median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})",
+        f"{GOALS.get(method, 0):.1f}",
+        f"{median(sending):.2f}",
+        f"{median(waiting):.2f}",
+        f"{median(walls):.2f} ({min(walls):.2f} - {max(walls):.2f})",
+    ]
+
+
+HEADER = ["", "one", "busier of two", "one / busier", "goal", "sending", "waiting", "wall: halves / together"]
+
+
+def compare(options: argparse.Namespace, folder: Path, place: Path) -> str:
+    """Return a table of one process of this checkout and one of another, taking turns."""
+    workers = [Worker(options, folder, 0, one) for one in (options.before, ROOT)]
+    rows = []
+    for method in options.methods.split(","):
+        took: list[list[float]] = [[], []]
+        for repeat in range(options.repeats):
+            for side in (0, 1) if repeat % 2 else (1, 0):
+                workers[side].begin(method, "alone", place)
+                took[side].append(workers[side].end()["cpu"])
+        ratios = [now / before for before, now in zip(*took, strict=True)]
+        medians = [f"{statistics.median(one):.2f}" for one in took]
+        rows.append([method, *medians, f"{statistics.median(ratios):.3f}"])
+    for one in workers:
+        one.close()
+    return markdown(["", "before", "now", "now / before"], rows)
+
+
+def main() -> None:
+    """Measure, and print a table or write it into the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--methods", default="wanda,sparsegpt,alps,recover")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--before", type=Path)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        cut(options.model, place / "model", options.blocks)
+        if options.before:
+            print(compare(options, place / "model", place))
+            return
+        workers = [Worker(options, place / "model", number) for number in range(2)]
+        rows = turns(workers, options.methods.split(","), options.repeats, place)
+        for one in workers:
+            one.close()
+    table = markdown(HEADER, [summary(rows, method) for method in options.methods.split(",")])
+    said = (
+        f"{options.blocks} blocks of {Path(options.model).name}, {options.samples} x {options.length} tokens "
+        f"in batches of {options.batch}, dtype {options.dtype}, one thread a process; the processor's "
+        f"seconds, medians of {options.repeats} repeats (range). Sending: inside the calls of the group; "
+        "waiting: the seconds of the wall there beyond it. Halves: two processes side by side that share "
+        f"nothing, half of the data each. {machine()['processor']}, {machine()['cores']} cores, load "
+        f"{load:.1f} to {os.getloadavg()[0]:.1f}, torch {torch.__version__}."
+    )
+    print(f"{table}\n\n{said}")
+    if options.write:
+        write_section("processes.py", f"{table}\n\n{said}")
+
+
+if __name__ == "__main__":
+    main()
