@@ -120,11 +120,11 @@ def is_told(error: BaseException) -> bool:
     """Tell whether another process of the launch says what ends this one.
 
     Of what several find alike the first of them speaks, and of a lost process, which says nothing, the first
-    of all; before they have met, the first on each machine.
+    of all. Before they have met, each speaks.
     """
     place = launch()
     if not _boards:
-        return place.local_rank > 0
+        return False
     board = _boards[-1]
     if isinstance(error, RankLost):
         time.sleep(SECONDS_BEHIND)
