@@ -245,10 +245,9 @@ def _fail_beside_others(
     """
     meeting = sys.modules.get("structprune.meeting")  # before torch is imported they cannot have met
     with unstoppable():  # the launcher ends those that are left, and this one may have a word to say
-        if isinstance(failure, Interrupted):
-            silent = True
-        else:
-            silent = meeting.is_told(error) if meeting else place.local_rank > 0
+        # On one machine all have the same command line.
+        alike = isinstance(failure, UsageError) and place.local_rank > 0
+        silent = isinstance(failure, Interrupted) or alike or (meeting is not None and meeting.is_told(error))
         number = place.rank if failure.rank is None else failure.rank
         failure.message = f"rank {number}: {failure.message}"
         if as_json and place.rank == 0:
