@@ -12,14 +12,16 @@ import pytest
 import torch
 
 from structprune.errors import UsageError
+from structprune.models.identity import names_of
 from structprune.pipeline.recover import check_shares
 from structprune.ranks import Ranks
 from structprune.recipe.options import RecoverOptions
+from structprune.recovery.merged import MergedReader
 from structprune.storage.header import read_header
 from structprune.storage.tensor_file import read_tensors
 from tests.recovering import prune, trained
 from tests.tiny import tiny, tokenizer
-from tests.training_together import DEEP, DENSE, FAMILIES, FEW, STEPS, WORKERS, copied, facts
+from tests.training_together import DEEP, DENSE, FAMILIES, FEW, STEPS, WORKERS, copied, facts, streamed
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,7 +75,7 @@ class TestLosses:
     @pytest.mark.parametrize("way", ["copied", "divided"])
     def test_fifty_steps_of_two_processes_lose_what_those_of_one_do(self, together: Any, way: str) -> None:
         folder, said = together
-        alone = facts(copied(folder / "llama", steps=STEPS, check_every=1, learning_rate=5e-3))
+        alone = facts(copied(folder / "llama", steps=STEPS, check_every=1, learning_rate=5e-3)[0])
         assert len(alone["train"]) == STEPS
         assert alone["held_out"][-1] < 0.7 * alone["start"]
         assert_close(said[2, 0][f"long {way}"], alone)
@@ -81,7 +83,7 @@ class TestLosses:
     @pytest.mark.parametrize("way", ["copied", "divided"])
     def test_three_processes_lose_what_one_does(self, together: Any, way: str) -> None:
         folder, said = together
-        assert_close(said[3, 0][way], facts(copied(folder / "llama", **FEW, batch_size=6)))
+        assert_close(said[3, 0][way], facts(copied(folder / "llama", **FEW, batch_size=6)[0]))
 
     def test_all_of_a_group_say_the_same(self, together: Any) -> None:
         _, said = together
@@ -91,7 +93,7 @@ class TestLosses:
 
     def test_a_teacher_is_divided_too(self, together: Any) -> None:
         folder, said = together
-        alone = facts(copied(folder / "llama", folder / DENSE, **FEW))
+        alone = facts(copied(folder / "llama", folder / DENSE, **FEW)[0])
         assert_close(said[2, 0]["teacher"], alone)
         assert said[2, 0]["teacher"]["train"] != said[2, 0]["llama"]["train"]
 
@@ -103,7 +105,7 @@ class TestWeights:
     ) -> None:
         folder, said = together
         assert said[2, 0][family]["left"] == []
-        recovery = copied(folder / family, **FEW)
+        recovery, model = copied(folder / family, **FEW)
         assert_close(said[2, 0][family], facts(recovery))
         found = read_tensors(folder / f"divided-{family}")
         assert len(found) == 2 * len(recovery.factors)
@@ -112,6 +114,22 @@ class TestWeights:
             # Adam's first steps go by the sign of the gradient, which is noise where there is hardly any.
             assert float((left - factors.left).norm()) < 0.02 * float(factors.left.norm())
             assert float((right - factors.right).norm()) < 0.02 * float(factors.right.norm())
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_what_is_written_block_by_block_is_what_is_merged_in_memory(
+        self, together: Any, family: str
+    ) -> None:
+        folder, _ = together
+        recovery, model = copied(folder / family, **FEW)
+        reader = MergedReader(streamed(folder / family), [], recovery)
+        stored = names_of(model).to_stored(dict(model.named_parameters()))
+        before = streamed(folder / family).reader
+        assert set(reader.changed) < stored.keys() == reader.tensors.keys()
+        for name, value in stored.items():
+            found = reader.read(name)
+            assert torch.equal(found, value) and found.dtype == value.dtype, name
+            assert torch.equal(found == 0, before.read(name) == 0), name
+            assert torch.equal(found, before.read(name)) == (name not in reader.changed), name
 
     def test_two_processes_hold_less_each(self, together: Any) -> None:
         _, said = together
