@@ -105,7 +105,7 @@ class TestWeights:
     ) -> None:
         folder, said = together
         assert said[2, 0][family]["left"] == []
-        recovery, model = copied(folder / family, **FEW)
+        recovery, _ = copied(folder / family, **FEW)
         assert_close(said[2, 0][family], facts(recovery))
         found = read_tensors(folder / f"divided-{family}")
         assert len(found) == 2 * len(recovery.factors)
