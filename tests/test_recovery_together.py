@@ -16,6 +16,7 @@ from structprune.models.identity import names_of
 from structprune.pipeline.recover import check_shares
 from structprune.ranks import Ranks
 from structprune.recipe.options import RecoverOptions
+from structprune.recipe.recipe import assemble
 from structprune.recovery.merged import MergedReader
 from structprune.storage.header import read_header
 from structprune.storage.tensor_file import read_tensors
@@ -91,6 +92,13 @@ class TestLosses:
             assert said[2, 0][key] == said[2, 1][key]
         assert said[3, 0] == said[3, 1] == said[3, 2]
 
+    def test_products_in_bfloat16_hardly_show(self, together: Any) -> None:
+        folder, said = together
+        alone = facts(copied(folder / "llama", dtype="bfloat16", **FEW)[0])
+        assert said[2, 0]["bfloat16"]["train"] == pytest.approx(alone["train"], abs=5e-3)
+        difference = abs(alone["train"][-1] - said[2, 0]["llama"]["train"][-1])
+        assert 0 < difference < 0.02
+
     def test_a_teacher_is_divided_too(self, together: Any) -> None:
         folder, said = together
         alone = facts(copied(folder / "llama", folder / DENSE, **FEW)[0])
@@ -164,6 +172,10 @@ class TestResuming:
 
 
 class TestRefusals:
+    def test_float16_has_not_the_range(self) -> None:
+        with pytest.raises(UsageError, match=r"recover\.dtype: found 'float16', expected 'float32' or"):
+            assemble({"model": "m", "output": "o", "prune": "wanda", "recover": {"dtype": "float16"}})
+
     def test_one_process_cannot_divide_a_model(self) -> None:
         with pytest.raises(UsageError, match=r"recover\.shard") as refused:
             check_shares(RecoverOptions(shard=True), Ranks())

@@ -193,6 +193,7 @@ def two(folder: Path) -> dict[str, Any]:
     write_factors(folder / "resumed", recovery)
     found["resumed"] = facts(recovery) | {"steps": recovery.steps_resumed}
     copied(folder / "llama", state=TrainingState(folder / "copied"), **FEW)
+    found["bfloat16"] = facts(divided(folder / "llama", dtype="bfloat16", **FEW)[0])
     found["memory"] = memory(folder)
     return found
 

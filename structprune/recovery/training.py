@@ -1,7 +1,8 @@
 """Recovery: train a masked low-rank change on text, keep what helps on text that was kept away, merge it.
 
-Everything is computed in float32 whatever dtype the model is stored in: in half precision a step of this size
-is lost in rounding, or the loss explodes. What counts is measured with weights rounded to the stored dtype.
+Weights, gradients and moments are float32 whatever dtype the model is stored in: in half precision a step of
+this size is lost in rounding, or the loss explodes. Products may be taken in bfloat16, which has float32's
+range. What counts is measured in float32, with weights rounded to the stored dtype.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
