@@ -260,16 +260,3 @@ def _blaming_peers() -> Iterator[None]:
             f"another process of the run has ended: {said}",
             hint="see what that one says, and run the same command again: it resumes",
         ) from error
-
-
-@contextmanager
-def computing_together() -> Iterator[None]:
-    """Compute something that talks to the others by itself, and blame them for a connection that breaks."""
-    try:
-        yield
-    except RuntimeError as error:
-        # gloo has no exception of its own; its errors begin with the place in its source.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        with _blaming_peers():
-            raise

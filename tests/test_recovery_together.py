@@ -3,25 +3,33 @@
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+import structprune
+from structprune.checkpoint.writing import Writing
+from structprune.cli import main
 from structprune.errors import UsageError
 from structprune.models.identity import names_of
 from structprune.pipeline.recover import check_shares
+from structprune.pruners.catalogue import find
 from structprune.ranks import Ranks
-from structprune.recipe.options import RecoverOptions
+from structprune.recipe.options import EvaluateOptions, RecoverOptions
 from structprune.recipe.recipe import assemble
 from structprune.recovery.merged import MergedReader
 from structprune.storage.header import read_header
 from structprune.storage.tensor_file import read_tensors
 from tests.recovering import prune, trained
-from tests.tiny import tiny, tokenizer
+from tests.test_ranks import torchrun, worker_of
+from tests.tiny import save_tiny, tiny, tokenizer
 from tests.training_together import DEEP, DENSE, FAMILIES, FEW, STEPS, WORKERS, copied, facts, streamed
 
 ROOT = Path(__file__).parents[1]
@@ -181,3 +189,77 @@ class TestRefusals:
             check_shares(RecoverOptions(shard=True), Ranks())
         assert "torchrun" in refused.value.hint
         check_shares(RecoverOptions(shard=True), Ranks(0, 2))
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model that wanda pruned, and a text."""
+    folder = tmp_path_factory.mktemp("launched")
+    text = "".join(
+        f"{number} follows {number - 1}, and {number + 1} comes next. " for number in range(1, 400)
+    )
+    (folder / "text.txt").write_text(text)
+    source = save_tiny("llama", folder / "dense", dtype=torch.bfloat16)
+    calibration = {"source": str(folder / "text.txt"), "samples": 6, "length": 32}
+    structprune.prune(
+        source,
+        folder / "pruned",
+        find("wanda")(sparsity="2:4"),
+        calibration=calibration,
+        evaluate=EvaluateOptions(skip=True),
+        writing=Writing(reload=False),
+    )
+    return folder
+
+
+def words(pruned: Path, output: Path, *more: object) -> list[object]:
+    sizes = ["--steps", 120, "--set", "recover.check_every=4", "--length", 32, "--learning-rate", 0.01]
+    return ["recover", pruned / "pruned", output, "--data", pruned / "text.txt", "--rank", 4, *sizes, *more]
+
+
+@pytest.mark.slow
+class TestTorchrun:
+    def test_a_killed_launch_resumes_and_no_removed_weight_comes_back(
+        self, pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        whole = torchrun(2, *words(pruned, tmp_path / "whole", "--shard", "--json"))
+        said, errors = whole.communicate(timeout=600)
+        assert whole.returncode == 0, errors
+        assert json.loads(said)["sparsity"] == 0.5
+        before, after = (
+            read_tensors(at / "model.safetensors") for at in (pruned / "pruned", tmp_path / "whole")
+        )
+        assert all(torch.equal(value == 0, after[name] == 0) for name, value in before.items())
+        assert any(not torch.equal(value, after[name]) for name, value in before.items())
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "whole").dtype == torch.bfloat16
+        assert main(["verify", str(tmp_path / "whole")]) == 0
+
+        killed = torchrun(2, *words(pruned, tmp_path / "out", "--shard"))
+        while not [*tmp_path.glob("out.partial-*/structprune/training/state.json")]:
+            assert killed.poll() is None
+            time.sleep(0.01)
+        os.kill(worker_of(killed.pid, 1), signal.SIGKILL)
+        _, errors = killed.communicate(timeout=60)
+        assert killed.returncode != 0 and errors.count("rank 0: another process of the run has ended") == 1
+        other = torchrun(2, *words(pruned, tmp_path / "out"))
+        assert "an interrupted run differs in recover.shard" in other.communicate(timeout=600)[1]
+        capsys.readouterr()
+        assert main([str(word) for word in words(pruned, tmp_path / "out")]) == 4
+        assert "an interrupted run differs in ranks" in capsys.readouterr().err
+        again = torchrun(2, *words(pruned, tmp_path / "out", "--shard", "--json"))
+        said, errors = again.communicate(timeout=600)
+        assert again.returncode == 0, errors
+        assert json.loads(said)["recovery"]["steps_resumed"] >= 4
+        files = [tmp_path / name / "model.safetensors" for name in ("whole", "out")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+    def test_an_adapter_of_a_divided_model_says_what_merging_says(self, pruned: Path, tmp_path: Path) -> None:
+        more = ["--shard", "--set", "evaluate.skip=true", "--teacher", pruned / "dense"]
+        for name, flags in (("merged", []), ("adapter", ["--keep-adapter"])):
+            run = torchrun(2, *words(pruned, tmp_path / name, *more, *flags))
+            _, errors = run.communicate(timeout=600)
+            assert run.returncode == 0, errors
+        merged, _ = structprune.load(tmp_path / "merged")
+        opened, _ = structprune.load(tmp_path / "adapter")
+        assert all(torch.equal(p, opened.get_parameter(name)) for name, p in merged.named_parameters())
+        assert structprune.verify(tmp_path / "adapter")["ok"]

@@ -18,13 +18,13 @@ from structprune.errors import InputError, QualityError
 from structprune.models.streamed import StreamedModel
 from structprune.plan.plan import Plan
 from structprune.progress import Progress
-from structprune.ranks import Ranks, computing_together
+from structprune.ranks import Ranks
 from structprune.recipe.options import RecoverOptions
 from structprune.recovery.loop import Loop
 from structprune.recovery.masked_lora import MaskedLayers
 from structprune.recovery.masks import check_merged, reapply, trained_names, zeros
 from structprune.recovery.outcome import Recovery
-from structprune.recovery.sharding import Shards, whole
+from structprune.recovery.sharding import Shards, computing_together, whole
 from structprune.recovery.state import TrainingState
 from structprune.recovery.windows import split_off
 
