@@ -108,12 +108,17 @@ def exchange(call: Callable[..., object], *args: Any, **options: Any) -> None:
     except RuntimeError as error:
         if "allocate" in str(error):  # This one has no memory for what it is sent.
             raise
-        # Gloo names its source file before what happened, and guesses behind it.
-        said = " ".join(str(error).split()).rpartition("] ")[2].partition(". ")[0][:200]
-        raise RankLost(
-            f"another process of the run has ended: {said}",
-            hint="see what that one says, and run the same command again: it resumes",
-        ) from error
+        raise rank_lost(error) from error
+
+
+def rank_lost(error: RuntimeError) -> RankLost:
+    """Return the error that a broken connection is: another process has ended."""
+    # Gloo names its source file before what happened, and guesses behind it.
+    said = " ".join(str(error).split()).rpartition("] ")[2].partition(". ")[0][:200]
+    return RankLost(
+        f"another process of the run has ended: {said}",
+        hint="see what that one says, and run the same command again: it resumes",
+    )
 
 
 def is_told(error: BaseException) -> bool:

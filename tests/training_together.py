@@ -69,12 +69,12 @@ def divided(folder: Path, teacher: Path | None = None, **more: Any) -> tuple[Rec
     return found, model
 
 
-def copied(folder: Path, teacher: Path | None = None, **more: Any) -> Recovery:
-    """Train with the whole model in each process."""
+def copied(folder: Path, teacher: Path | None = None, **more: Any) -> tuple[Recovery, Any]:
+    """Train with the whole model in each process; return what came of it, and the model."""
     model: Any = open_model(folder, Opening(stream=False, device="cpu"))
     dense: Any = open_model(teacher, Opening(stream=False, device="cpu")) if teacher else None
     state = more.pop("state", None)
-    return train(
+    found = train(
         model,
         masks_of(model, []),
         walks(96, seed=20_000),
@@ -83,6 +83,7 @@ def copied(folder: Path, teacher: Path | None = None, **more: Any) -> Recovery:
         ranks=Ranks.here(),
         state=state,
     )
+    return found, model
 
 
 def facts(recovery: Recovery) -> dict[str, Any]:
@@ -163,15 +164,15 @@ def memory(folder: Path) -> dict[str, Any]:
 
 def three(folder: Path) -> dict[str, Any]:
     """Train as a group of three, which no size of the model is a multiple of."""
-    ways = {"copied": copied, "divided": lambda *args, **more: divided(*args, **more)[0]}
-    return {way: facts(run(folder / "llama", **FEW, batch_size=6)) for way, run in ways.items()}
+    ways: dict[str, Any] = {"copied": copied, "divided": divided}
+    return {way: facts(run(folder / "llama", **FEW, batch_size=6)[0]) for way, run in ways.items()}
 
 
 def two(folder: Path) -> dict[str, Any]:
     """Train as a group of two."""
     found: dict[str, Any] = {}
     long = {"steps": STEPS, "check_every": 1, "learning_rate": 5e-3}
-    found["long copied"] = facts(copied(folder / "llama", **long))
+    found["long copied"] = facts(copied(folder / "llama", **long)[0])
     found["long divided"] = facts(divided(folder / "llama", **long)[0])
     for family in FAMILIES:
         recovery, model = divided(folder / family, **FEW)
@@ -191,7 +192,8 @@ def two(folder: Path) -> dict[str, Any]:
     recovery, _ = divided(folder / "llama", state=TrainingState(state), **FEW)
     write_factors(folder / "resumed", recovery)
     found["resumed"] = facts(recovery) | {"steps": recovery.steps_resumed}
-    found["copied state"] = facts(copied(folder / "llama", state=TrainingState(folder / "copied"), **FEW))
+    copied(folder / "llama", state=TrainingState(folder / "copied"), **FEW)
+    found["bfloat16"] = facts(divided(folder / "llama", dtype="bfloat16", **FEW)[0])
     found["memory"] = memory(folder)
     return found
 

@@ -198,7 +198,7 @@ def check_shares(options: RecoverOptions, ranks: Ranks) -> None:
     if options.shard and ranks.alone:
         raise UsageError(
             "recover.shard: the model is divided among processes, and this is the only one",
-            hint="torchrun --nproc-per-node 2 -m structprune recover ..., or leave out --shard",
+            hint="start several with torchrun, or leave out --shard",
         )
     if rest := options.batch_size % ranks.count:
         fitting = options.batch_size - rest or ranks.count

@@ -119,7 +119,8 @@ class Loop:
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Return the loss of one batch, a scalar; with a teacher, both parts in their proportion."""
-        found = self.losses(tokens, self.teacher)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16"):
+            found = self.losses(tokens, self.teacher)
         loss = found.next_token.mean()
         if found.distillation is None:
             return loss

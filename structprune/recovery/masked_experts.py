@@ -5,6 +5,7 @@ Source: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -39,7 +40,8 @@ class MaskedExperts(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the changed parameter, shape [experts, out, in]."""
-        merged = add_masked(weight, self.factors().delta())
+        with in_full_precision(weight):
+            merged = add_masked(weight, self.factors().delta())
         if self.rounding is None:
             return merged
         return round_kept(merged, weight, self.rounding).to(weight.dtype)
@@ -47,6 +49,15 @@ class MaskedExperts(nn.Module):
     def factors(self) -> LowRankChange:
         """Return the factors of all experts."""
         return LowRankChange(self.left, self.right, self.scaling)
+
+
+def in_full_precision(weight: Tensor) -> AbstractContextManager[Any]:
+    """Compute in the dtypes that the tensors have, whatever is multiplied in around this.
+
+    Args:
+        weight: On the device of the computation.
+    """
+    return torch.autocast(weight.device.type, enabled=False)
 
 
 def built_once(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from structprune.checkpoint.adapter import LowRankChange, add_masked, round_kept
 from structprune.errors import EnvironmentFailure, InputError, UsageError
 from structprune.models.walk import replaced_forward
-from structprune.recovery.masked_experts import MaskedExperts, built_once
+from structprune.recovery.masked_experts import MaskedExperts, built_once, in_full_precision
 
 ADAPTER = "default"
 
@@ -31,6 +31,8 @@ N = TypeVar("N", int, float)
 
 class MaskedProduct(torch.autograd.Function):
     """Multiply with W + (W != 0) * scaling * B @ A, and keep none of that sum for the backward pass.
+
+    The sum is made in float32 and multiplied in the dtype of the inputs.
 
     Autograd would save the summed weight of every layer, a second model in memory; to rebuild it costs only
     rank / tokens of one product.
@@ -50,7 +52,7 @@ class MaskedProduct(torch.autograd.Function):
         """
         ctx.save_for_backward(inputs, weight, a, b)
         ctx.scaling = scaling
-        return nn.functional.linear(inputs, add_masked(weight, (b @ a) * scaling))
+        return nn.functional.linear(inputs, _changed(weight, a, b, scaling).to(inputs.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
@@ -64,13 +66,21 @@ class MaskedProduct(torch.autograd.Function):
         (gradient,) = gradients
         of_inputs = None
         if ctx.needs_input_grad[0]:
-            of_inputs = gradient @ add_masked(weight, (b @ a) * ctx.scaling)
-        of_sum = gradient.flatten(0, -2).T @ inputs.flatten(0, -2)
+            of_inputs = gradient @ _changed(weight, a, b, ctx.scaling).to(gradient.dtype)
+        of_sum = (gradient.flatten(0, -2).T @ inputs.flatten(0, -2)).to(weight.dtype)
         of_sum = of_sum.masked_fill_(weight == 0, 0.0).mul_(ctx.scaling)
         return of_inputs, None, b.T @ of_sum, of_sum @ a.T, None
 
 
+def _changed(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    with in_full_precision(weight):
+        return add_masked(weight, (b @ a) * scaling)
+
+
 def _multiply(inputs: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    kind = inputs.device.type
+    if torch.is_autocast_enabled(kind):
+        inputs = inputs.to(torch.get_autocast_dtype(kind))
     product: Tensor = MaskedProduct.apply(inputs, weight, a, b, scaling)  # type: ignore[no-untyped-call]  # torch's
     return product
 
@@ -94,7 +104,7 @@ def _masked_layer() -> type[nn.Module]:
             if self.rounding is None:
                 product = _multiply(x, weight, a, b, scaling)
             else:
-                merged = round_kept(add_masked(weight, (b @ a) * scaling), weight, self.rounding)
+                merged = round_kept(_changed(weight, a, b, scaling), weight, self.rounding)
                 product = nn.functional.linear(x, merged.to(weight.dtype))
             return product if base.bias is None else product + base.bias
 

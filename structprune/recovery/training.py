@@ -1,7 +1,8 @@
 """Recovery: train a masked low-rank change on text, keep what helps on text that was kept away, merge it.
 
-Everything is computed in float32 whatever dtype the model is stored in: in half precision a step of this size
-is lost in rounding, or the loss explodes. What counts is measured with weights rounded to the stored dtype.
+Weights, gradients and moments are float32 whatever dtype the model is stored in: in half precision a step of
+this size is lost in rounding, or the loss explodes. Products may be taken in bfloat16, which has float32's
+range. What counts is measured in float32, with weights rounded to the stored dtype.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,13 +18,13 @@ from structprune.errors import InputError, QualityError
 from structprune.models.streamed import StreamedModel
 from structprune.plan.plan import Plan
 from structprune.progress import Progress
-from structprune.ranks import Ranks, computing_together
+from structprune.ranks import Ranks
 from structprune.recipe.options import RecoverOptions
 from structprune.recovery.loop import Loop
 from structprune.recovery.masked_lora import MaskedLayers
 from structprune.recovery.masks import check_merged, reapply, trained_names, zeros
 from structprune.recovery.outcome import Recovery
-from structprune.recovery.sharding import Shards, whole
+from structprune.recovery.sharding import Shards, computing_together, whole
 from structprune.recovery.state import TrainingState
 from structprune.recovery.windows import split_off
 
