@@ -24,7 +24,15 @@ import torch
 from figures import markdown, write_section
 from transformers import AutoModelForCausalLM
 
+from structprune.evaluation.measuring import measure_rates
+from structprune.evaluation.rates import Rates
 from structprune.machine import machine
+from structprune.models.opening import Opening
+from structprune.models.streamed import open_skeleton
+from structprune.pipeline.estimate import seconds_of
+from structprune.pruners.catalogue import find
+from structprune.pruners.demand import Sharing
+from structprune.ranks import Ranks
 
 WAYS = ("alone", "together", "halves")
 GOALS = {"wanda": 1.8, "sparsegpt": 1.8, "alps": 1.6, "recover": 1.6}
@@ -98,8 +106,23 @@ def turns(workers: Sequence[Worker], methods: Sequence[str], repeats: int, place
     return rows
 
 
-def summary(rows: Sequence[dict], method: str) -> list[str]:
-    """Return a row of the table: medians over the repeats."""
+def estimates(folder: Path, options: argparse.Namespace, method: str, rates: Rates) -> list[float]:
+    """Return how many seconds of the processor one process is said to need, and the busier of two."""
+    if method == "recover":
+        return []
+    model = open_skeleton(folder, Opening(dtype=options.dtype))
+    found = []
+    for ranks in (1, 2):
+        sharing = Sharing(options.samples, options.length, options.batch, ranks)
+        demand = find(method).model_validate({"sparsity": 0.5}).demand(model, sharing)
+        assert demand is not None
+        dtype = str(model.dtype).removeprefix("torch.")
+        found.append(sum(seconds_of(demand, rates, dtype).values()))
+    return found
+
+
+def summary(rows: Sequence[dict], method: str, said: Sequence[float]) -> list[str]:
+    """Return a row of the table: medians over the repeats, and beside them what was said before."""
     mine = [row for row in rows if row["method"] == method]
     median = statistics.median
     alone = [row["alone"][0]["cpu"] for row in mine]
@@ -120,10 +143,12 @@ def summary(rows: Sequence[dict], method: str) -> list[str]:
         f"{median(sending):.2f}",
         f"{median(waiting):.2f}",
         f"{median(walls):.2f} ({min(walls):.2f} - {max(walls):.2f})",
+        ", ".join(f"{one / two:.2f}" for one, two in zip(said, (median(alone), median(busiest)))),
     ]
 
 
-HEADER = ["", "one", "busier of two", "one / busier", "goal", "sending", "waiting", "wall: halves / together"]
+HEADER = ["", "one", "busier of two", "one / busier", "goal", "sending", "waiting"]
+HEADER += ["wall: halves / together", "said / measured: one, two"]
 
 
 def compare(options: argparse.Namespace, folder: Path, place: Path) -> str:
@@ -166,21 +191,28 @@ def main() -> None:
             print(compare(options, place / "model", place))
             return
         workers = [Worker(options, place / "model", number) for number in range(2)]
-        rows = turns(workers, options.methods.split(","), options.repeats, place)
+        methods = options.methods.split(",")
+        rates = [measure_rates("cpu", Ranks())]
+        rows = turns(workers, methods, options.repeats, place)
         for one in workers:
             one.close()
-    table = markdown(HEADER, [summary(rows, method) for method in options.methods.split(",")])
-    said = (
+        rates.append(measure_rates("cpu", Ranks()))
+        # Whatever else runs makes a rate lower: the one that was measured at the quieter end.
+        best = max(rates, key=lambda one: one.flops["float32"])
+        said = {method: estimates(place / "model", options, method, best) for method in methods}
+    table = markdown(HEADER, [summary(rows, method, said[method]) for method in methods])
+    text = (
         f"{options.blocks} blocks of {Path(options.model).name}, {options.samples} x {options.length} tokens "
         f"in batches of {options.batch}, dtype {options.dtype}, one thread a process; the processor's "
         f"seconds, medians of {options.repeats} repeats (range). Sending: inside the calls of the group; "
         "waiting: the seconds of the wall there beyond it. Halves: two processes side by side that share "
-        f"nothing, half of the data each. {machine()['processor']}, {machine()['cores']} cores, load "
+        "nothing, half of the data each. Said: what the account of `--dry-run --ranks` says of its rates' "
+        f"seconds, {best.flops['float32'] / 1e9:.0f} GFLOP/s in float32. {machine()['processor']}, {machine()['cores']} cores, load "
         f"{load:.1f} to {os.getloadavg()[0]:.1f}, torch {torch.__version__}."
     )
-    print(f"{table}\n\n{said}")
+    print(f"{table}\n\n{text}")
     if options.write:
-        write_section("processes.py", f"{table}\n\n{said}")
+        write_section("processes.py", f"{table}\n\n{text}")
 
 
 if __name__ == "__main__":
