@@ -65,7 +65,8 @@ def launch() -> Launch:
 
 def is_launchers(variable: str) -> bool:
     """Tell whether an environment variable is for one process of a launch alone, and for no child of it."""
-    return variable in PLACE + MEETING or variable.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))
+    told = ("TORCHELASTIC_", "GROUP_", "ROLE_", "ACCELERATE_", "FSDP_")
+    return variable in PLACE + MEETING or variable.startswith(told)
 
 
 def check_process() -> None:

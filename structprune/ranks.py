@@ -302,9 +302,10 @@ def _blaming_peers() -> Iterator[None]:
             dist.all_reduce(torch.zeros(1))  # Over gloo: it notices who is gone, cards would wait for ever.
         yield
     except RuntimeError as error:
-        said = " ".join(str(error).split())[:200]
-        if "allocate" in said:  # This one has no memory for what it is sent.
+        if "allocate" in str(error):  # This one has no memory for what it is sent.
             raise
+        # Gloo names its source file before what happened, and guesses behind it.
+        said = " ".join(str(error).split()).rpartition("] ")[2].partition(". ")[0][:200]
         raise RankLost(
             f"another process of the run has ended: {said}",
             hint="see what that one says, and run the same command again: it resumes",

@@ -2,6 +2,12 @@
 
 import json
 import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +15,16 @@ import pytest
 import torch
 
 from structprune import meeting, ranks
+from structprune.cli import main
 from structprune.errors import EnvironmentFailure, QualityError
 from structprune.evaluation.perplexity import score, windows_of
-from structprune.machine import MEETING, PLACE
+from structprune.machine import MEETING, PLACE, launch
+from structprune.proof.fresh_process import child_environment
 from structprune.ranks import Ranks, joined_ranks
 from tests.conftest import Command
-from tests.forks import Around, Parent
+from tests.forks import ROOT, Around, Parent
 from tests.seeing import save_rows
-from tests.specimens import TEXT
+from tests.specimens import REPORT, TEXT
 from tests.tiny import save_tiny, tiny
 
 SINGLE = "calibration.batch_size=1"
@@ -198,6 +206,121 @@ class TestMeeting:
         ended = command("prune", place / "model", tmp_path / "out", "--method", "magnitude")
         assert ended.code == 4
         assert "error: rank 0: RANK is 0 of WORLD_SIZE 2, and MASTER_ADDR not set" in ended.err
+
+
+class TestLaunchers:
+    def words(self, place: Path, output: Path) -> list[str]:
+        data = ["--calibration", place / "text.txt", "--length", 16, "--samples", 6, "--set", SINGLE]
+        evaluation = {"text": place / "text.txt", "length": 16, "windows": 5, "batch_size": 2}
+        sets = [word for key, value in evaluation.items() for word in ("--set", f"evaluate.{key}={value}")]
+        words = ["prune", place / "model", output, "--method", "wanda", "--json", *data, *sets]
+        return [str(word) for word in words]
+
+    def test_what_several_prune_they_measure_as_one(
+        self, place: Path, tmp_path: Path, parent: Parent
+    ) -> None:
+        two = parent.launch([self.words(place, tmp_path / "two")] * 2, tmp_path)
+        assert [ended.code for ended in two] == [0, 0], [ended.err for ended in two]
+        assert two[1].out == two[1].err == ""
+        one = parent.run(self.words(place, tmp_path / "one"), tmp_path)
+        reports = [json.loads((tmp_path / name / REPORT).read_text()) for name in ("one", "two")]
+        assert one.code == 0
+        assert reports[0]["evaluation"] == reports[1]["evaluation"]
+        weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+        assert weights[0] == weights[1]
+
+    def test_another_exam_on_one_process_is_refused(
+        self, place: Path, tmp_path: Path, parent: Parent
+    ) -> None:
+        words = self.words(place, tmp_path / "out")
+        ended = parent.launch([words, [*words, "--no-evaluate"]], tmp_path)
+        assert [one.code for one in ended] == [3, 3]
+        assert "rank 1 differs from rank 0 in evaluate" in ended[0].err
+
+    @pytest.mark.slow
+    def test_two_launchers_write_what_one_process_does(self, place: Path, tmp_path: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        begun = []
+        for number in range(2):
+            there = ["--nnodes", 2, "--node-rank", number, "--master-addr", "127.0.0.1"]
+            launcher = ["torch.distributed.run", *there, "--master-port", port, "--nproc-per-node", 1]
+            words = [*launcher, "-m", "structprune", *self.words(place, tmp_path / "two")]
+            begun.append(start("-m", *words))
+        ended = [one.communicate(timeout=300) for one in begun]
+        assert [one.returncode for one in begun] == [0, 0], ended
+        assert json.loads(ended[0][0])["status"] == "ok"
+        assert ended[1][0] == ""
+        assert main(self.words(place, tmp_path / "one")) == 0
+        weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+        assert weights[0] == weights[1]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("way", ["flags", "file"])
+    def test_accelerate_starts_one_process_on_a_cpu(self, way: str, place: Path, tmp_path: Path) -> None:
+        """Whatever is asked of it; and it sets neither RANK nor WORLD_SIZE, though MASTER_ADDR."""
+        file = tmp_path / "accelerate.yaml"
+        file.write_text(
+            "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nmixed_precision: bf16\n"
+            "num_machines: 1\nnum_processes: 2\nmachine_rank: 0\nuse_cpu: true\n"
+        )
+        told = ["--cpu", "--num_processes", 2] if way == "flags" else ["--config_file", file]
+        words = [
+            "accelerate.commands.launch",
+            *told,
+            "-m",
+            "structprune",
+            *self.words(place, tmp_path / "out"),
+        ]
+        launched = start("-m", *words)
+        said, errors = launched.communicate(timeout=300)
+        assert launched.returncode == 0, errors
+        assert json.loads(said)["status"] == "ok"
+        assert main(self.words(place, tmp_path / "one")) == 0
+        weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "out")]
+        assert weights[0] == weights[1]
+
+    def test_what_accelerate_tells_is_no_launch_and_for_no_child(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        told = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "bf16", "FSDP_VERSION": "2"}
+        for name, value in {**told, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+            monkeypatch.setenv(name, value)
+        assert launch().count == 1
+        assert not told.keys() & child_environment(ours=True).keys()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_launcher_that_is_stopped_ends_all_silently(
+        self, number: int, place: Path, tmp_path: Path
+    ) -> None:
+        words = [one.replace("text.txt", "long.txt") for one in self.words(place, tmp_path / "out")]
+        words[words.index("6")] = "6000"
+        (place / "long.txt").write_text(TEXT * 100)
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+        launched = start("-m", *launcher, "-m", "structprune", *words)
+        while not [*tmp_path.glob("out.partial-*/structprune/plans")]:
+            assert launched.poll() is None
+            time.sleep(0.05)
+        launched.send_signal(number)
+        before = time.monotonic()
+        _, errors = launched.communicate(timeout=120)
+        assert launched.returncode not in (0, None)
+        assert time.monotonic() - before < 60
+        assert "error: " not in errors
+
+
+def start(*words: object) -> "subprocess.Popen[str]":
+    """Start Python."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_portions_are_neighbours_and_leave_nothing_out() -> None:

@@ -1,4 +1,4 @@
-"""What an expert reads goes to the process of a run that keeps the expert's Gram matrix, batch by batch.
+"""What an expert reads goes to the process of a run that keeps the expert's Gram matrix, in every batch.
 
 Every process sees tokens of all experts. Would each keep all Gram matrices until they are added up, many
 processes would help nobody's memory; so the tokens travel, and a matrix is in one place from its beginning.
@@ -16,10 +16,11 @@ from structprune.ranks import Ranks
 
 
 class ExpertDispatch:
-    """Puts a batch's tokens aside expert by expert, and then sends them where they are added.
+    """Puts tokens aside until some experts have read theirs, and then sends them where they are added.
 
     Args:
-        experts: Linears of the experts of one block whose Gram matrices are wanted, in the block's order.
+        experts: Linears of the experts of one block whose Gram matrices are wanted, in the order in which
+            they read a batch.
         batches: Of this process; every one sends as often as the one with most batches.
 
     Attributes:
@@ -29,19 +30,18 @@ class ExpertDispatch:
     def __init__(self, experts: Sequence[Linear], batches: RankBatches) -> None:
         self._ranks = batches.ranks
         self.owners = owners_of([[linear] for linear in experts], self._ranks)
-        self._left = batches.most if experts and not self._ranks.alone else 0
+        # About an expert for each process: all multiply at the same time, and few tokens are held.
+        size = 2 * self._ranks.count
+        self._rounds = [experts[first : first + size] for first in range(0, len(experts), size)]
+        self._left = 0 if self._ranks.alone else batches.most * len(self._rounds)
         self._aside: dict[str, Tensor] = {}
-        # The linears of a projection read one width, and travel together, those of one owner side by side.
-        self._projections: dict[str, list[Linear]] = {}
-        for linear in sorted(experts, key=lambda one: self.owners[one.label]):
-            self._projections.setdefault(linear.name, []).append(linear)
 
     def keeps(self, linear: Linear) -> bool:
         """Tell whether this process adds what a linear reads to a Gram matrix; of no expert's all do."""
         return self.owners.get(linear.label, self._ranks.number) == self._ranks.number
 
     def add_pairs(self, linear: Linear, inputs: Tensor, sums: Mapping[str, InputSums]) -> None:
-        """Add what a linear reads of a batch to its Gram matrix; experts' wait for the last one of the batch.
+        """Add what a linear reads of a batch to its Gram matrix; what experts do waits for some more of them.
 
         Args:
             linear: The next of the block.
@@ -52,7 +52,7 @@ class ExpertDispatch:
             sums[linear.label].add_pairs(inputs)
             return
         self._aside[linear.label] = inputs
-        if len(self._aside) == len(self.owners):
+        if len(self._aside) == len(self._round):
             self._send(sums)
 
     def finish(self, sums: Mapping[str, InputSums]) -> None:
@@ -60,9 +60,18 @@ class ExpertDispatch:
         while self._left:
             self._send(sums)
 
+    @property
+    def _round(self) -> Sequence[Linear]:
+        """Return the linears whose tokens travel next; the rounds of a batch come again with the next one."""
+        return self._rounds[-self._left % len(self._rounds)]
+
     def _send(self, sums: Mapping[str, InputSums]) -> None:
+        # The linears of a projection read one width: theirs travel together, those of one owner side by side.
+        projections: dict[str, list[Linear]] = {}
+        for linear in sorted(self._round, key=lambda one: self.owners[one.label]):
+            projections.setdefault(linear.name, []).append(linear)
         self._left -= 1
-        for served in self._projections.values():
+        for served in projections.values():
             nothing = served[0].weight.new_empty(0, served[0].weight.shape[1])
             mine = [self._aside.pop(one.label, nothing) for one in served]
             for linear, rows in self._exchange(served, mine):
@@ -90,6 +99,9 @@ def owners_of(groups: Sequence[Sequence[Linear]], ranks: Ranks) -> dict[str, int
         ranks: Those who share the run.
     """
     # What a solver does to a row grows with the square of its length, to a matrix with the cube.
-    costs = [sum(float(one.weight.numel()) * one.weight.shape[1] for one in group) for group in groups]
+    costs = [
+        sum(float(one.weight.numel()) * one.weight.shape[1] for one in group) + group[0].weight.shape[1] ** 3
+        for group in groups
+    ]
     pairs = zip(groups, ranks.divide(costs), strict=True)
     return {one.label: owner for group, owner in pairs for one in group}

@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -38,7 +38,11 @@ from structprune.errors import (
 from structprune.machine import Launch, check_process, launch
 from structprune.version import __version__
 
+# What several processes of one launch do together; of all else each would do the same.
+LAUNCHED = ("prune", "recover", "evaluate", "bench")
+LAUNCH_LINE = "In N processes: torchrun --nproc-per-node N -m structprune {} ..."
 app = typer.Typer(
+    epilog=LAUNCH_LINE.format("|".join(LAUNCHED)),
     help="Prune a language model checkpoint, prove what was done, evaluate it and recover it.",
     no_args_is_help=True,
     add_completion=False,
@@ -69,10 +73,9 @@ for _run in (
     readers.methods,
     readers.env,
 ):
-    app.command(context_settings={"help_option_names": ["-h", "--help"]})(_run)
+    _launches = LAUNCH_LINE.format(_run.__name__) if _run.__name__ in LAUNCHED else None
+    app.command(epilog=_launches, context_settings={"help_option_names": ["-h", "--help"]})(_run)
 
-# What several processes of one launch do together; of all else each would do the same.
-LAUNCHED = ("prune", "recover", "evaluate", "bench")
 # What every job stands on but those that only list something.
 HEAVY = ("torch", "transformers")
 MEMORY_HINT = "try --stream, --samples 32, --length 512 or --device cpu, or raise the limit (`ulimit -v`)"
@@ -116,7 +119,7 @@ def _carry_out(line: Sequence[str]) -> int:
                 raise UsageError(f"{line[0]} is the work of one process", hint="leave the launcher out")
             # Libraries print as they like; stdout is for the result alone.
             with (
-                logging_to_stderr(verbose=job.talk.verbose) if speaks else nullcontext(),
+                logging_to_stderr(verbose=job.talk.verbose, silent=not speaks),
                 progress_on_stderr(check, quiet=job.talk.quiet or not speaks) as progress,
                 redirect_stdout(sys.stderr),
             ):

@@ -128,9 +128,11 @@ def unstoppable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def logging_to_stderr(*, verbose: bool = False) -> Iterator[None]:
-    """Show the library's warnings, or all it notes, as lines on stderr, as long as the context lasts."""
+def logging_to_stderr(*, verbose: bool = False, silent: bool = False) -> Iterator[None]:
+    """Show the library's warnings, all it notes, or nothing on stderr, as long as the context lasts."""
     level = logging.INFO if verbose else logging.WARNING
+    if silent:  # Without any handler Python's own would show them.
+        level = logging.CRITICAL + 1
     handler = _StderrHandler(level)
     logger = logging.getLogger("structprune")
     former = logger.level

@@ -73,6 +73,15 @@ class Exam:
         """Return whether anything is measured but speed."""
         return bool(self.texts or self.questions or self.options.tasks)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what shapes its figures; JSON values."""
+        return {
+            "options": self.options.model_dump(mode="json"),
+            "texts": {text.name: text.stamp for text in self.texts},
+            "questions": self.questions.stamp if self.questions else None,
+        }
+
 
 def read_exam(
     options: EvaluateOptions,

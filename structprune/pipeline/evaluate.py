@@ -65,8 +65,7 @@ def _fingerprint(source: Source, dense: Source | None, exam: Exam) -> dict[str, 
     return {
         "weights": source.scan.weights,
         "compare": dense.scan.weights if dense else None,
-        "evaluate": exam.options.model_dump(mode="json"),
-        "texts": {text.name: text.stamp for text in exam.texts},
+        "evaluate": exam.facts,
         "dtype": source.opening.dtype,
         "versions": shaping_versions(),
     }

@@ -53,7 +53,7 @@ def finish(
     *,
     exam: Exam,
     dense: Source | None = None,
-    memory: Memory | None = None,
+    evaluation: Evaluation | None = None,
     progress: Progress,
 ) -> dict[str, Any]:
     """Measure, prove, report and publish a written folder; return the report.
@@ -65,7 +65,7 @@ def finish(
         record: What the run did.
         exam: What to measure it on.
         dense: What to compare with; the source as it was unless given.
-        memory: What the dense model said already.
+        evaluation: What the exam gave, where it has been held.
         progress: Told (stage, done, total).
 
     Raises:
@@ -73,8 +73,9 @@ def finish(
         QualityError: The quality gate was missed; nothing is published.
     """
     compared = dense or source
-    with clock.phase("evaluate"):
-        evaluation = measure(source, compared, exam, memory)
+    if evaluation is None:
+        with clock.phase("evaluate"):
+            evaluation = measure(source, compared, exam)
     with clock.phase("prove"):
         verification = prove(work, source, record, progress)
     if exam.workload is not None:

@@ -21,7 +21,7 @@ from structprune.pipeline.decision import (
     write,
 )
 from structprune.pipeline.examine import prepare_exam, with_bench
-from structprune.pipeline.finish import finish, record_of
+from structprune.pipeline.finish import finish, measure, record_of
 from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import kept_report, may_stand, write_recipe
 from structprune.pipeline.recover import check_recovery, recover_run
@@ -113,9 +113,9 @@ def prune_recipe(
             exam = with_bench(exam, recipe.bench, source)
         run = fingerprint(recipe, source, calibration) | ({"scores": kept.id} if kept else {})
         run |= writing.shaping
-        check_shared(recipe, calibration, run, ranks)
+        check_shared(recipe, calibration, run | {"evaluate": exam.facts}, ranks)
         if not ranks.first:
-            assist(recipe.prune, source, calibration, ranks)
+            assist(recipe.prune, source, calibration, exam, ranks)
             return {}
         report = kept_report(final, run, recipe, writing) if recipe.recover is None else None
         ranks.tell(0, {"decides": report is None})
@@ -127,13 +127,17 @@ def prune_recipe(
                 write_recipe(work, recipe)
                 with clock.phase("calibrate"):
                     plans, resumed = decide(recipe.prune, source, calibration, work.plans, progress, kept)
-                together.close()  # The others have done their part.
                 record = record_of(recipe, plans, calibration, resumed)
                 with clock.phase("write"):
                     write(source, work, plans, progress)
+                with clock.phase("evaluate"):
+                    evaluation = measure(source, source, exam, memory, ranks)
+                together.close()  # The others have done their part.
                 if recipe.recover is not None:  # the speed is that of what comes of it
                     exam = replace(exam, workload=None)
-                result = finish(work, source, clock, record, exam=exam, memory=memory, progress=progress)
+                result = finish(
+                    work, source, clock, record, exam=exam, evaluation=evaluation, progress=progress
+                )
             if recipe.recover is None:
                 return result
         else:

@@ -1,4 +1,4 @@
-"""A run that several processes share: all decide, the first one alone writes, proves and reports."""
+"""A run that several processes share: all decide and measure, the first alone writes, proves and reports."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,9 @@ from typing import Any
 from structprune.calibration.data import Calibration
 from structprune.checkpoint.source import Source
 from structprune.errors import UsageError
+from structprune.evaluation.exam import Exam
 from structprune.pipeline.decision import decide, shaping_versions
+from structprune.pipeline.finish import measure
 from structprune.progress import silent
 from structprune.pruners.pruner import Pruner
 from structprune.ranks import Ranks
@@ -33,7 +35,7 @@ def check_shared(
     Args:
         recipe: The run.
         calibration: What it looks at.
-        run: Its fingerprint, as this process sees it.
+        run: What shapes its bytes and its figures, as this process sees it.
         ranks: Those who share it.
 
     Raises:
@@ -77,16 +79,20 @@ def check_division(recipe: Recipe, batches: Sequence[int], count: int) -> None:
         )
 
 
-def assist(stages: Sequence[Pruner], source: Source, calibration: Calibration | None, ranks: Ranks) -> None:
-    """Decide beside the first process: what it writes is kept in a folder that goes.
+def assist(
+    stages: Sequence[Pruner], source: Source, calibration: Calibration | None, exam: Exam, ranks: Ranks
+) -> None:
+    """Decide and measure beside the first process: what it writes is kept in a folder that goes.
 
     Args:
         stages: In order.
         source: What is pruned, in place.
         calibration: What the stages look at.
+        exam: What the result is measured on.
         ranks: Those who share the run.
     """
     begun, _ = ranks.tell(0)
     if begun["decides"]:
         with scratch_folder("rank") as place:
             decide(stages, source, calibration, Path(place), silent)
+            measure(source, source, exam, ranks=ranks)

@@ -29,7 +29,7 @@ from structprune.pipeline.decision import (
     write,
 )
 from structprune.pipeline.examine import prepare_exam, with_bench
-from structprune.pipeline.finish import finish, record_of
+from structprune.pipeline.finish import finish, measure, record_of
 from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import kept_report, may_stand, write_recipe
 from structprune.pipeline.prune import prune_recipe
@@ -180,7 +180,11 @@ def sweep(
             record = record_of(one, [plan], calibration, resumed[name])
             pruner.apply(own.model, plan)
             write(own, works[name], [plan], progress)
-            runs[name] = finish(works[name], own, clock, record, exam=exam, memory=memory, progress=progress)
+            with clock.phase("evaluate"):
+                evaluation = measure(own, own, exam, memory)
+            runs[name] = finish(
+                works[name], own, clock, record, exam=exam, evaluation=evaluation, progress=progress
+            )
     return {"runs": runs}
 
 
