@@ -229,7 +229,7 @@ def demand_of_answers(
         efforts: What each group takes.
         sharing: How many processes divide them.
     """
-    owners = owners_of(groups, Ranks(0, sharing.ranks))
+    owners = owners_of(groups, Ranks(0, sharing.ranks), lambda _: [max(one.cost, 1.0) for one in efforts])
     shares = [Effort() for _ in range(sharing.ranks)]
     for (first, *_), one in zip(groups, efforts, strict=True):
         shares[owners[first.label]] += one

@@ -91,7 +91,9 @@ class LookingPruner(Pruner):
         """Return at most how many bytes Gram matrices, gradients and fits of a block take in each process."""
         parts = self.solving | self.measuring
         pairs = zip(self.all_targets(model), all_linears(model), strict=True)
-        return max(remembered_bytes(*pair, parts, ranks) for pair in pairs) + self.solving_bytes(model)
+        return max(remembered_bytes(*pair, parts, ranks, self.costs) for pair in pairs) + self.solving_bytes(
+            model
+        )
 
     def solving_bytes(self, model: Model) -> int:
         """Return at most how many bytes `solve_block` takes beside the statistics that it is given."""
@@ -109,6 +111,11 @@ class LookingPruner(Pruner):
             groups: The block's targets; those that read the same input are one.
         """
         return [Effort()] * len(groups)
+
+    @final
+    def costs(self, groups: Sequence[Sequence[Linear]]) -> list[float]:
+        """Return what solving takes, group by group, in one unit; at least 1."""
+        return [max(one.cost, 1.0) for one in self.efforts(groups)]
 
     @final
     def demand(self, model: Model, sharing: Sharing) -> Demand:
