@@ -23,14 +23,9 @@ from typing import Any
 
 import torch
 from figures import markdown, write_section
+from tokens_model import BLOCKS, PATCH, TEXT, prompt, random_llava
 from torch import Tensor
-from transformers import (
-    Cache,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import Cache, LlavaForConditionalGeneration
 
 from structprune.machine import environment, give_back_memory, own_peak_rss, reset_peak_rss
 from structprune.pruners.catalogue import find
@@ -39,11 +34,8 @@ from structprune.pruners.while_running import pruning
 from structprune.runtime.drop import Drop
 from structprune.runtime.engine import attach, detach
 
-SIDE, PATCH, TEXT, NEW = 336, 14, 64, 16
-BLOCKS, HIDDEN = 22, 1024
-VOCABULARY = 4096
+NEW = 16
 Counts = Sequence[tuple[int, int]]
-IMAGE = VOCABULARY - 1
 # Of an image of high resolution, about as many tokens as LLaVA-NeXT's largest has.
 LARGE = 756
 # Lengths of which the plain model is timed: all tokens, a quarter of the image's, and one between.
@@ -78,45 +70,6 @@ def running(model: LlavaForConditionalGeneration, method: str) -> Iterator[tuple
         yield pruner, [*pairwise(left)]
     finally:
         detach(model, method)
-
-
-def random_llava(side: int = SIDE) -> LlavaForConditionalGeneration:
-    """Return a LLaVA with random weights; its tower is small, for it is not what is measured.
-
-    Args:
-        side: Pixels of an image each way.
-    """
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=side,
-        patch_size=PATCH,
-    )
-    text = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=HIDDEN * 11 // 4,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        max_position_embeddings=4096,
-    )
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE, tie_word_embeddings=False
-    )
-    return LlavaForConditionalGeneration(config).eval()
-
-
-def prompt(side: int = SIDE) -> dict[str, Tensor]:
-    """Return half of the text, an image of so many pixels each way, the other half."""
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(10, VOCABULARY - 1, (1, TEXT), generator=generator)
-    image = torch.full((1, (side // PATCH) ** 2), IMAGE)
-    ids = torch.cat([words[:, : TEXT // 2], image, words[:, TEXT // 2 :]], 1)
-    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, side, side, generator=generator)}
 
 
 @torch.no_grad()
