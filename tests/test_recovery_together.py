@@ -180,6 +180,15 @@ class TestResuming:
 
 
 class TestRefusals:
+    def test_a_recipe_of_one_process_is_refused_before_it_prunes(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        model = save_tiny("llama", tmp_path / "model")
+        line = ["prune", str(model), str(tmp_path / "out"), "--method", "magnitude", "--no-evaluate"]
+        assert main([*line, "--set", "recover.data=demo", "--set", "recover.shard=true"]) == 2
+        assert "recover.shard: the model is divided among processes" in capsys.readouterr().err
+        assert not [*tmp_path.glob("out*")]
+
     def test_float16_has_not_the_range(self) -> None:
         with pytest.raises(UsageError, match=r"recover\.dtype: found 'float16', expected 'float32' or"):
             assemble({"model": "m", "output": "o", "prune": "wanda", "recover": {"dtype": "float16"}})

@@ -247,7 +247,7 @@ def _state(folder: Path) -> TrainingState:
 
 
 def _train(task: Task, ranks: Ranks, folder: Path) -> Recovery:
-    if not task.plans:
+    if not task.plans and ranks.first:
         logger.warning("%s holds no plans: what is zero now stays zero", task.source.folder)
     if task.options.shard:
         return train_divided(

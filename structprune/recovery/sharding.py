@@ -43,7 +43,6 @@ class Shards:
         self.module: PreTrainedModel = model.skeleton
         self.zeros: dict[str, int] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._hollow: dict[str, Tensor] = dict(self.module.state_dict(keep_vars=True))
         nothing = torch.zeros((), device=model.device)
         stand_ins: dict[Tensor, nn.Parameter] = {}
         for module in self.module.modules():
@@ -53,7 +52,8 @@ class Shards:
                 setattr(module, name, stand_ins[parameter])
             for _, buffer in module.named_buffers(recurse=False):
                 buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
-        self._hollow = dict(self.module.state_dict(keep_vars=True))
+        # By every name; what is filled leaves it, so that the whole of it can go.
+        self._hollow: dict[str, Tensor] = dict(self.module.state_dict(keep_vars=True))
 
     def divide(self, trained: Collection[str] = (), plans: Sequence[Plan] = ()) -> None:
         """Read block after block and keep a part of each; no more than one is ever whole.
