@@ -1,4 +1,4 @@
-"""What a worker of a group of processes does: methods decide, and what is read and sent is counted.
+"""What a worker of a group does: methods decide, what is read and sent is counted, and rates are measured.
 
 python -m tests.counted RENDEZVOUS RANK FOLDER
 """
@@ -7,6 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from structprune.evaluation import measuring
 from structprune.models.opening import Opening
 from structprune.models.streamed import Batch, open_model
 from structprune.pruners.catalogue import find
@@ -94,6 +96,9 @@ def main(rendezvous: str, rank: int, folder: Path) -> None:
         found.clear()
         pruner.calibrate(model, counted_batches(), pruner.writer(None, model, "weights"))
         said[name] = dict(found)
+    measuring.SECONDS, measuring.WIDTH, measuring.SENT_BYTES = 0.001, 32, 1 << 16
+    measuring.READ_BYTES = measuring.MOVED_BYTES = 1 << 20
+    said["rates"] = asdict(measuring.measure_rates("cpu", Ranks.here()))
     (folder / f"{rank}.json").write_text(json.dumps(said))
     dist.destroy_process_group()
 

@@ -131,6 +131,13 @@ def test_two_processes_read_and_send_what_was_said(
         assert sent == said.sent_bytes
 
 
+def test_processes_that_measure_together_agree_on_the_slowest(counted: list[dict[str, Any]]) -> None:
+    first, second = (one["rates"] for one in counted)
+    assert first == second
+    assert first["place"]["ranks"] == WORKERS
+    assert first["sent_bytes"] > 0
+
+
 def test_the_work_of_one_matrix_by_hand() -> None:
     # Wanda on the tiny Llama: 2 blocks, hidden 64, 32 key-value features, 96 channels.
     model = tiny(FAMILY, depth=DEPTH)

@@ -56,10 +56,10 @@ def dry_run(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def test_every_part_takes_its_amount_over_its_rate() -> None:
-    demand = Demand(40.0, 1000.0, 300.0, 20.0, 100.0, Effort(50.0, 10.0), 900.0, 700.0)
+    demand = Demand(40.0, 1000.0, 300.0, 20.0, 150.0, 100.0, Effort(50.0, 10.0), 900.0, 700.0)
     assert seconds_of(demand, RATES, "bfloat16") == {
         "read": 2.0,
-        "forward": 5.0,
+        "forward": 5.0 + 3.0,
         "statistics": 3.0 + 2.0 + 2.0,
         "solve": 0.5 + 2.0,
     }

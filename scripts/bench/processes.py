@@ -5,9 +5,9 @@
 
 Two workers with one thread each take turns in every repeat: the first one alone on all data; both together on
 all data, half each; and both at once, each for itself, on half of the data. Of a method it is `calibrate`
-that is timed, all it reads and solves, resident; of recovery a few steps. Tokens are drawn at random. Whoever
-waits for the other takes no time of the processor: gloo sleeps, as the seconds inside its calls show. With
---before nothing is shared: one process of this checkout and one of another take turns.
+that is timed, all it reads and solves, resident; of recovery a few steps. Whoever waits for the other takes
+no time of the processor: gloo sleeps, as the seconds inside its calls show. With --before nothing is shared:
+one process of this checkout and one of another take turns.
 """
 
 import argparse
@@ -22,11 +22,21 @@ from pathlib import Path
 
 import torch
 from figures import markdown, write_section
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from structprune.calibration import data
+from structprune.calibration.text_source import TextSource
+from structprune.evaluation.measuring import measure_rates
+from structprune.evaluation.rates import Rates
 from structprune.machine import machine
+from structprune.models.opening import Opening
+from structprune.models.streamed import open_skeleton
+from structprune.pipeline.estimate import seconds_of
+from structprune.pruners.catalogue import find
+from structprune.pruners.demand import Sharing
+from structprune.ranks import Ranks
 
-WAYS = ("alone", "together", "halves")
 GOALS = {"wanda": 1.8, "sparsegpt": 1.8, "alps": 1.6, "recover": 1.6}
 ROOT = Path(__file__).parents[2]
 
@@ -45,9 +55,8 @@ class Worker:
 
     def __init__(self, options: argparse.Namespace, folder: Path, number: int, checkout: Path = ROOT) -> None:
         script = Path(__file__).with_name("processes_worker.py")
-        sizes = [options.samples, options.length, options.batch]
         self._process = subprocess.Popen(
-            [sys.executable, str(script), str(folder), str(number), *map(str, sizes), options.dtype],
+            [sys.executable, str(script), str(folder), str(number), str(options.batch), options.dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -72,23 +81,29 @@ class Worker:
         self._process.wait()
 
 
-def cut(source: str, target: Path, blocks: int) -> None:
-    """Save the first blocks of a model."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    model.model.layers = model.model.layers[:blocks]
-    model.config.num_hidden_layers = blocks
+def prepare(options: argparse.Namespace, target: Path) -> None:
+    """Save the first blocks of a model, and beside them the tokens to look at."""
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    model.model.layers = model.model.layers[: options.blocks]
+    model.config.num_hidden_layers = options.blocks
     if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:blocks]
+        model.config.layer_types = model.config.layer_types[: options.blocks]
     model.save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    found = data.load(
+        TextSource(options.text), tokenizer, samples=options.samples, length=options.length, batch_size=1
+    )
+    ids = torch.cat([one["input_ids"] for one in found.batches])
+    save_file({"ids": ids}, target.with_name("ids.safetensors"))
 
 
-def turns(workers: Sequence[Worker], methods: Sequence[str], repeats: int, place: Path) -> list[dict]:
+def turns(options: argparse.Namespace, workers: Sequence[Worker], place: Path) -> list[dict]:
     """Let two workers do every method in every way, repeat by repeat; return what each took."""
     rows = []
-    for repeat in range(repeats):
-        for method in methods:
+    for repeat in range(options.repeats):
+        for method in options.methods.split(","):
             row = {"method": method, "load": os.getloadavg()[0]}
-            for way in WAYS:
+            for way in options.ways.split(","):
                 asked = workers[:1] if way == "alone" else workers
                 for one in asked:
                     one.begin(method, way, place / f"{method}-{repeat}")
@@ -98,8 +113,23 @@ def turns(workers: Sequence[Worker], methods: Sequence[str], repeats: int, place
     return rows
 
 
-def summary(rows: Sequence[dict], method: str) -> list[str]:
-    """Return a row of the table: medians over the repeats."""
+def estimates(folder: Path, options: argparse.Namespace, method: str, rates: Rates) -> list[float]:
+    """Return how many seconds of the processor one process is said to need, and the busier of two."""
+    if method == "recover":
+        return []
+    model = open_skeleton(folder, Opening(dtype=options.dtype))
+    found = []
+    for ranks in (1, 2):
+        sharing = Sharing(options.samples, options.length, options.batch, ranks)
+        demand = find(method).model_validate({"sparsity": 0.5}).demand(model, sharing)
+        assert demand is not None
+        dtype = str(model.dtype).removeprefix("torch.")
+        found.append(sum(seconds_of(demand, rates, dtype).values()))
+    return found
+
+
+def summary(rows: Sequence[dict], method: str, said: Sequence[float]) -> list[str]:
+    """Return a row of the table: medians over the repeats, and beside them what was said before."""
     mine = [row for row in rows if row["method"] == method]
     median = statistics.median
     alone = [row["alone"][0]["cpu"] for row in mine]
@@ -110,6 +140,7 @@ def summary(rows: Sequence[dict], method: str) -> list[str]:
     walls = [
         max(one["wall"] for one in row["halves"]) / max(one["wall"] for one in row["together"])
         for row in mine
+        if "halves" in row
     ]
     return [
         method,
@@ -119,11 +150,13 @@ def summary(rows: Sequence[dict], method: str) -> list[str]:
         f"{GOALS.get(method, 0):.1f}",
         f"{median(sending):.2f}",
         f"{median(waiting):.2f}",
-        f"{median(walls):.2f} ({min(walls):.2f} - {max(walls):.2f})",
+        f"{median(walls):.2f} ({min(walls):.2f} - {max(walls):.2f})" if walls else "",
+        ", ".join(f"{one / two:.2f}" for one, two in zip(said, (median(alone), median(busiest)))),
     ]
 
 
-HEADER = ["", "one", "busier of two", "one / busier", "goal", "sending", "waiting", "wall: halves / together"]
+HEADER = ["", "one", "busier of two", "one / busier", "goal", "sending", "waiting"]
+HEADER += ["wall: halves / together", "said / measured: one, two"]
 
 
 def compare(options: argparse.Namespace, folder: Path, place: Path) -> str:
@@ -155,32 +188,41 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ways", default="alone,together,halves")
+    parser.add_argument("--text", default="demo")
     parser.add_argument("--before", type=Path)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        cut(options.model, place / "model", options.blocks)
+        prepare(options, place / "model")
         if options.before:
             print(compare(options, place / "model", place))
             return
         workers = [Worker(options, place / "model", number) for number in range(2)]
-        rows = turns(workers, options.methods.split(","), options.repeats, place)
+        methods = options.methods.split(",")
+        rates = [measure_rates("cpu", Ranks())]
+        rows = turns(options, workers, place)
         for one in workers:
             one.close()
-    table = markdown(HEADER, [summary(rows, method) for method in options.methods.split(",")])
-    said = (
+        rates.append(measure_rates("cpu", Ranks()))
+        # Whatever else runs makes a rate lower: the one that was measured at the quieter end.
+        best = max(rates, key=lambda one: one.flops["float32"])
+        said = {method: estimates(place / "model", options, method, best) for method in methods}
+    table = markdown(HEADER, [summary(rows, method, said[method]) for method in methods])
+    text = (
         f"{options.blocks} blocks of {Path(options.model).name}, {options.samples} x {options.length} tokens "
         f"in batches of {options.batch}, dtype {options.dtype}, one thread a process; the processor's "
         f"seconds, medians of {options.repeats} repeats (range). Sending: inside the calls of the group; "
         "waiting: the seconds of the wall there beyond it. Halves: two processes side by side that share "
-        f"nothing, half of the data each. {machine()['processor']}, {machine()['cores']} cores, load "
-        f"{load:.1f} to {os.getloadavg()[0]:.1f}, torch {torch.__version__}."
+        "nothing, half of the data each. Said: what the account of `--dry-run --ranks` says of its rates' "
+        f"seconds, {best.flops['float32'] / 1e9:.0f} GFLOP/s in float32. {machine()['processor']}, "
+        f"{machine()['cores']} cores, load {load:.1f} to {os.getloadavg()[0]:.1f}, torch {torch.__version__}."
     )
-    print(f"{table}\n\n{said}")
+    print(f"{table}\n\n{text}")
     if options.write:
-        write_section("processes.py", f"{table}\n\n{said}")
+        write_section("processes.py", f"{table}\n\n{text}")
 
 
 if __name__ == "__main__":

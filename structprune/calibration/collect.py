@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from structprune.calibration.dispatch import ExpertDispatch, owners_of
+from structprune.calibration.dispatch import ExpertDispatch, Weigh, count_products, owners_of
 from structprune.calibration.routing import RoutingSums
 from structprune.calibration.statistics import InputSums, Parts, gradient_means, pair_bytes
 from structprune.errors import EnvironmentFailure
@@ -33,7 +33,14 @@ class BlockSums:
     owners: Mapping[str, int] = field(default_factory=dict)
 
 
-def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, advance: bool) -> BlockSums:
+def collect_inputs(
+    block: Block,
+    observed: Sequence[Linear],
+    parts: Parts,
+    *,
+    advance: bool,
+    weigh: Weigh = count_products,
+) -> BlockSums:
     """Run the calibration data through a block and remember what some of its linears read.
 
     Of several processes each sees its own batches; all get the sums, but of a Gram matrix only the one that
@@ -45,6 +52,7 @@ def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, ad
         observed: Linears of the block.
         parts: What is remembered of each input.
         advance: Also make the block's outputs the inputs of the next block.
+        weigh: Tells what solving takes, by which processes divide it.
 
     Raises:
         EnvironmentFailure: A statistic does not fit the memory; names the linear and the size.
@@ -55,7 +63,7 @@ def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, ad
 
     batches = block.batches
     experts = [linear for linear in observed if linear.expert is not None]
-    dispatch = ExpertDispatch(experts if "gram" in parts else [], batches)
+    dispatch = ExpertDispatch(experts if "gram" in parts else [], batches, weigh)
 
     def observe(position: int, linear: Linear, inputs: Tensor) -> None:
         # In the first batch it shows who reads the same tensor: the first of them adds it, for all batches.
@@ -87,7 +95,7 @@ def collect_inputs(block: Block, observed: Sequence[Linear], parts: Parts, *, ad
     dispatch.finish(feeding)
     if routing is not None:
         batches.ranks.add_apart(routing.chunks)
-    return _add_up(observed, sums, routing, dispatch.owners, batches.ranks)
+    return _add_up(observed, sums, routing, dispatch.owners, batches.ranks, weigh)
 
 
 def _add_up(
@@ -96,6 +104,7 @@ def _add_up(
     routing: RoutingSums | None,
     owners: Mapping[str, int],
     ranks: Ranks,
+    weigh: Weigh,
 ) -> BlockSums:
     """Return the sums of all processes.
 
@@ -105,6 +114,7 @@ def _add_up(
         routing: What a mixture sent to its experts.
         owners: Which process has the Gram matrix of what an expert reads already.
         ranks: Those who share the run.
+        weigh: Tells what solving takes.
     """
     groups: dict[int, list[Linear]] = {}
     for linear in observed:
@@ -122,14 +132,18 @@ def _add_up(
         if linear.label in scarce:
             sums[linear.label].fill_up(lenders[linear.name])
     whole = [group for group in groups.values() if group[0].label not in owners]
-    owners = {**owners, **owners_of(whole, ranks)}
+    owners = {**owners, **owners_of(whole, ranks, weigh)}
     for linear, *_ in whole:
         sums[linear.label].add_up_pairs(ranks, owners[linear.label])
     return BlockSums(sums, scarce, routing, owners)
 
 
 def remembered_bytes(
-    observed: Sequence[Linear], found: Sequence[Linear], parts: Parts, ranks: int = 1
+    observed: Sequence[Linear],
+    found: Sequence[Linear],
+    parts: Parts,
+    ranks: int = 1,
+    weigh: Weigh = count_products,
 ) -> int:
     """Return at most how many bytes Gram matrices and gradients of a block take.
 
@@ -138,9 +152,10 @@ def remembered_bytes(
         found: All of the block: a walk backward makes the gradients of each.
         parts: What is remembered.
         ranks: In each of so many processes, which divide the experts' Gram matrices among them.
+        weigh: Tells what solving takes.
     """
     pairs = [0] * ranks
-    owners = owners_of([[one] for one in observed if one.expert is not None], Ranks(0, ranks))
+    owners = owners_of([[one] for one in observed if one.expert is not None], Ranks(0, ranks), weigh)
     for linear in observed if "gram" in parts else ():
         for number in range(ranks):
             if owners.get(linear.label, number) == number:

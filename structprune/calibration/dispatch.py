@@ -4,7 +4,7 @@ Every process sees tokens of all experts. Would each keep all Gram matrices unti
 processes would help nobody's memory; so the tokens travel, and a matrix is in one place from its beginning.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from structprune.models.arch import Linear
 from structprune.models.rank_batches import RankBatches
 from structprune.ranks import Ranks
 
+Weigh = Callable[[Sequence[Sequence[Linear]]], Sequence[float]]
+"""Told groups of linears, those that read the same input in one; returns what solving each group takes."""
+
+
+def count_products(groups: Sequence[Sequence[Linear]]) -> list[float]:
+    """Return of each group of linears its weights times their inputs: what most updates take."""
+    return [sum(float(one.weight.numel()) * one.weight.shape[1] for one in group) for group in groups]
+
 
 class ExpertDispatch:
     """Puts tokens aside until some experts have read theirs, and then sends them where they are added.
@@ -22,14 +30,15 @@ class ExpertDispatch:
         experts: Linears of the experts of one block whose Gram matrices are wanted, in the order in which
             they read a batch.
         batches: Of this process; every one sends as often as the one with most batches.
+        weigh: Tells what solving each takes.
 
     Attributes:
         owners: Which process has the Gram matrix of what an expert's linear reads, by label.
     """
 
-    def __init__(self, experts: Sequence[Linear], batches: RankBatches) -> None:
+    def __init__(self, experts: Sequence[Linear], batches: RankBatches, weigh: Weigh) -> None:
         self._ranks = batches.ranks
-        self.owners = owners_of([[linear] for linear in experts], self._ranks)
+        self.owners = owners_of([[linear] for linear in experts], self._ranks, weigh)
         # About an expert for each process: all multiply at the same time, and few tokens are held.
         size = 2 * self._ranks.count
         self._rounds = [experts[first : first + size] for first in range(0, len(experts), size)]
@@ -91,17 +100,15 @@ class ExpertDispatch:
         return list(zip([served[place] for _ in every for place in kept], pieces, strict=True))
 
 
-def owners_of(groups: Sequence[Sequence[Linear]], ranks: Ranks) -> dict[str, int]:
+def owners_of(
+    groups: Sequence[Sequence[Linear]], ranks: Ranks, weigh: Weigh = count_products
+) -> dict[str, int]:
     """Return which process of a run solves a linear, by label.
 
     Args:
         groups: Linears that are solved together, as those that read the same input are.
         ranks: Those who share the run.
+        weigh: Tells what solving each group takes.
     """
-    # What a solver does to a row grows with the square of its length, to a matrix with the cube.
-    costs = [
-        sum(float(one.weight.numel()) * one.weight.shape[1] for one in group) + group[0].weight.shape[1] ** 3
-        for group in groups
-    ]
-    pairs = zip(groups, ranks.divide(costs), strict=True)
+    pairs = zip(groups, ranks.divide(weigh(groups)), strict=True)
     return {one.label: owner for group, owner in pairs for one in group}

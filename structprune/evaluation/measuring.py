@@ -23,11 +23,11 @@ from structprune.storage.scratch import scratch_folder
 
 # So long one operation is repeated.
 SECONDS = 0.4
-# Rows and columns of what is multiplied, squared and ranked: those of the linears of a small model, and few
-# enough operations that a processor without the instructions for a dtype is done in a second.
-WIDTH = 768
+# Rows and columns of what is multiplied, squared and ranked. On a processor a round takes less than the
+# millisecond or two that it is left to itself where others want it, too; an accelerator wants to be filled.
+WIDTH, DEVICE_WIDTH = 384, 4096
 # Larger than any cache, small enough for any memory.
-MOVED_BYTES, READ_BYTES = 256 << 20, 256 << 20
+MOVED_BYTES, READ_BYTES = 128 << 20, 256 << 20
 # What processes send each other of one matrix.
 SENT_BYTES, ROUNDS = 16 << 20, 3
 
@@ -51,18 +51,19 @@ def measure_rates(device: str, ranks: Ranks, file: Path | None = None) -> Rates:
         rate = torch.tensor([amount / _best_seconds(work, place)], dtype=torch.float64)
         return float(ranks.gather(rate).min())
 
-    one = torch.randn(WIDTH, WIDTH, device=place)
+    width = WIDTH if place.type == "cpu" else DEVICE_WIDTH
+    one = torch.randn(width, width, device=place)
     factors = {name: one.to(dtype) for name, dtype in DTYPES.items()}
-    flops = {name: slowest(2 * WIDTH**3, partial(torch.mm, each, each)) for name, each in factors.items()}
+    flops = {name: slowest(2 * width**3, partial(torch.mm, each, each)) for name, each in factors.items()}
     moved, target = torch.zeros(2, MOVED_BYTES // 8, device=place)
-    sums = InputSums(frozenset({"norm"}), WIDTH, place)
+    sums = InputSums(frozenset({"norm"}), width, place)
     return Rates(
         Site.here(device, ranks.count),
         flops,
         moved_bytes=slowest(MOVED_BYTES, lambda: target.copy_(moved)),
         read_bytes=_reading_rate(file, slowest),
-        squared=slowest(WIDTH**2, lambda: sums.add(one)),
-        ranked=slowest(WIDTH**2, lambda: mask_rows(one.abs() * one[0], WIDTH // 2)),
+        squared=slowest(width**2, lambda: sums.add(one)),
+        ranked=slowest(width**2, lambda: mask_rows(one.abs() * one[0], width // 2)),
         sent_bytes=None if ranks.alone else _sending_rate(ranks, place),
     )
 

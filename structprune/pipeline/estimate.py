@@ -99,7 +99,7 @@ def seconds_of(demand: Demand, rates: Rates, dtype: str) -> dict[str, float]:
     single = rates.flops["float32"]
     parts = {
         "read": demand.read_bytes / rates.read_bytes,
-        "forward": demand.forward / rates.flops[dtype],
+        "forward": demand.forward / rates.flops[dtype] + demand.state_bytes / rates.moved_bytes,
         "statistics": demand.products / single
         + demand.squares / rates.squared
         + demand.moved_bytes / rates.moved_bytes,

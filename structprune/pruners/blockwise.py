@@ -230,7 +230,7 @@ class BlockwisePruner(LookingPruner):
             elif block.index >= writer.finished:
                 targets = self.target_linears(block.index, block.linears)
                 # Dense outputs do not wait for the decision: one forward collects and advances.
-                yield block, collect_inputs(block, targets, parts, advance=dense)
+                yield block, collect_inputs(block, targets, parts, advance=dense, weigh=self.costs)
                 if dense:
                     continue
             if block.index < last:

@@ -103,7 +103,8 @@ class Demand:
         forward: Operations of the model itself, in its dtype, two per multiply-add.
         products: Operations of statistics in float32: Gram matrices, gradients.
         squares: Numbers whose squares are summed.
-        moved_bytes: Read and written while products of batches are added up.
+        state_bytes: Read and written of what is between the model's products.
+        moved_bytes: Read and written of statistics while products of batches are added up.
         solving: What the answers take.
         sent_bytes: Of statistics, gradients and answers, all processes together.
         link_bytes: How many of these pass the process that sends or receives most, one call after the other.
@@ -113,6 +114,7 @@ class Demand:
     forward: float = 0.0
     products: float = 0.0
     squares: float = 0.0
+    state_bytes: float = 0.0
     moved_bytes: float = 0.0
     solving: Effort = field(default_factory=Effort)
     sent_bytes: float = 0.0
@@ -125,6 +127,7 @@ class Demand:
             self.forward + other.forward,
             self.products + other.products,
             self.squares + other.squares,
+            self.state_bytes + other.state_bytes,
             self.moved_bytes + other.moved_bytes,
             self.solving + other.solving,
             self.sent_bytes + other.sent_bytes,
@@ -155,6 +158,19 @@ def efforts_of(
     """
     sizes = [(sum(len(one.weight) for one in group), group[0].weight.shape[1]) for group in groups]
     return [reduce(add, (effort(*size) for effort in each), Effort()) for size in sizes]
+
+
+def moved_states(found: Sequence[Linear], sharing: Sharing) -> float:
+    """Return how many bytes a forward reads and writes of what a block's linears read and write.
+
+    Args:
+        found: All linears of the block.
+        sharing: Of how many tokens.
+    """
+    # Written once, read once by a product, and once more by what stands between two: norm, activation, sum.
+    return sum(
+        3 * one.weight.element_size() * sum(one.weight.shape) * sharing.tokens_of(one) for one in found
+    )
 
 
 def demand_of_sums(groups: Sequence[Sequence[Linear]], parts: Parts, sharing: Sharing) -> Demand:
@@ -213,7 +229,7 @@ def demand_of_answers(
         efforts: What each group takes.
         sharing: How many processes divide them.
     """
-    owners = owners_of(groups, Ranks(0, sharing.ranks))
+    owners = owners_of(groups, Ranks(0, sharing.ranks), lambda _: [max(one.cost, 1.0) for one in efforts])
     shares = [Effort() for _ in range(sharing.ranks)]
     for (first, *_), one in zip(groups, efforts, strict=True):
         shares[owners[first.label]] += one

@@ -18,6 +18,7 @@ from structprune.pruners.demand import (
     demand_of_gradients,
     demand_of_sums,
     distinct_inputs,
+    moved_states,
 )
 from structprune.pruners.pruner import Pruner
 from structprune.solvers.effort import Effort
@@ -90,7 +91,9 @@ class LookingPruner(Pruner):
         """Return at most how many bytes Gram matrices, gradients and fits of a block take in each process."""
         parts = self.solving | self.measuring
         pairs = zip(self.all_targets(model), all_linears(model), strict=True)
-        return max(remembered_bytes(*pair, parts, ranks) for pair in pairs) + self.solving_bytes(model)
+        return max(remembered_bytes(*pair, parts, ranks, self.costs) for pair in pairs) + self.solving_bytes(
+            model
+        )
 
     def solving_bytes(self, model: Model) -> int:
         """Return at most how many bytes `solve_block` takes beside the statistics that it is given."""
@@ -110,16 +113,22 @@ class LookingPruner(Pruner):
         return [Effort()] * len(groups)
 
     @final
+    def costs(self, groups: Sequence[Sequence[Linear]]) -> list[float]:
+        """Return what solving takes, group by group, in one unit; at least 1."""
+        return [max(one.cost, 1.0) for one in self.efforts(groups)]
+
+    @final
     def demand(self, model: Model, sharing: Sharing) -> Demand:
         """Return what all walks and all answers take."""
         routed = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
         sharing = replace(sharing, routed=routed or 1)
-        found = self._walks(model, sharing)
+        found, forwards = self._walks(model, sharing)
         known: dict[object, Demand] = {}  # most blocks are alike, and a mixture has thousands of linears
         for every, targets in zip(all_linears(model), self.all_targets(model), strict=True):
             alike = _outline(every), _outline(targets)
             if alike not in known:
-                known[alike] = self._on_block(every, targets, sharing)
+                states = moved_states(every, sharing) * forwards
+                known[alike] = Demand(state_bytes=states) + self._on_block(every, targets, sharing)
             found += known[alike]
         return found
 
@@ -134,8 +143,8 @@ class LookingPruner(Pruner):
             found += demand_of_gradients(every, parts, sharing)
         return found + demand_of_answers(groups, self.efforts(groups), sharing)
 
-    def _walks(self, model: Model, sharing: Sharing) -> Demand:
-        """Return what the walks themselves take: what they read, and the model's own operations."""
+    def _walks(self, model: Model, sharing: Sharing) -> tuple[Demand, float]:
+        """Return what the walks themselves read and compute, and how often data run through a block."""
         stored, read, forwards = stored_bytes(model), 0, 0.0
         if gradient_means(self.solving | self.measuring):
             # Forward, and per block forward again and backward, then only to the states.
@@ -159,7 +168,7 @@ class LookingPruner(Pruner):
         else:
             read += sum(stored.blocks)
         flops = body_flops(model, sharing.length) or 0.0
-        return Demand(read * sharing.streamed, forwards * flops * sharing.tokens - spared)
+        return Demand(read * sharing.streamed, forwards * flops * sharing.tokens - spared), forwards
 
 
 def _outline(found: Sequence[Linear]) -> tuple[object, ...]:

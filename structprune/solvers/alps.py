@@ -35,7 +35,7 @@ ROUNDS = 300
 
 # For what is said of a run before it runs: rounds until a support settles, and what the
 # eigenvectors take in units of in^3 (in float64, and half of it in steps that are no products of matrices).
-USUAL_ROUNDS, EIGENVECTORS = 60, 60
+USUAL_ROUNDS, EIGENVECTORS = 40, 50
 
 Project = Callable[[Tensor], Tensor]
 

@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-5
 # A matrix that needs more is worse conditioned than its damping says; the facts and the log then tell so.
 ITERATIONS = 300
-# For what is said of a run before it runs.
-USUAL_STEPS = 20
+# For what is said of a run before it runs; of matrices of language models they were 20 to 71.
+USUAL_STEPS = 45
 
 
 def solve_rows_by_conjugate_gradients(

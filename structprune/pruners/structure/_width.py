@@ -179,7 +179,7 @@ class WidthPruner(WidthFields):
         scores = share.scores or self.score_units(known, targets, seen)
         keep, stay = (chosen_units(known.sizes, one, scores) for one in (share.stored, share.stay))
         ranks = Ranks.here()
-        owners = seen.sums.owners or owners_of([[one] for one in targets.values()], ranks)
+        owners = seen.sums.owners or owners_of([[one] for one in targets.values()], ranks, self.costs)
         work: list[Work] = []
         for kind, linear in targets.items():
             kept = known.columns(kind, stay)

@@ -265,7 +265,7 @@ class WeightPruner(Targets, BlockwisePruner):
             sums = matrix.seen.inputs
             groups.setdefault(linear.label if sums is None else id(sums), []).append(matrix)
         ranks = Ranks.here()
-        owners = seen.sums.owners or owners_of([[linear] for linear in targets], ranks)
+        owners = seen.sums.owners or owners_of([[linear] for linear in targets], ranks, self.costs)
         found = solve_on_ranks(self._solve_and_repair, list(groups.values()), owners, ranks)
         # In the order of the block, whichever was solved first: the same plan whoever solved them.
         pruned = {linear.label: found[linear.label] for linear in targets}
