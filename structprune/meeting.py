@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,6 +83,37 @@ def check_launch() -> None:
             f"{said}, and {', '.join(missing)} not set" if missing else said,
             hint="start them with torchrun, which sets them all; or unset RANK and WORLD_SIZE",
         )
+
+
+def on_cards() -> bool:
+    """Tell whether the joined processes exchange tensors between cards."""
+    return "nccl" in dist.get_backend_config()
+
+
+def exchange(call: Callable[..., object], *args: Any, **options: Any) -> None:
+    """Do what all processes do together.
+
+    Args:
+        call: A collective of `torch.distributed`.
+        *args: Its arguments.
+        **options: Its other arguments.
+
+    Raises:
+        RankLost: Another process has ended.
+    """
+    try:
+        if on_cards():
+            dist.all_reduce(torch.zeros(1))  # over gloo: it notices who is gone
+        call(*args, **options)
+    except RuntimeError as error:
+        if "allocate" in str(error):  # This one has no memory for what it is sent.
+            raise
+        # Gloo names its source file before what happened, and guesses behind it.
+        said = " ".join(str(error).split()).rpartition("] ")[2].partition(". ")[0][:200]
+        raise RankLost(
+            f"another process of the run has ended: {said}",
+            hint="see what that one says, and run the same command again: it resumes",
+        ) from error
 
 
 def is_told(error: BaseException) -> bool:

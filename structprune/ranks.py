@@ -18,7 +18,7 @@ from torch import Tensor
 
 from structprune.errors import EnvironmentFailure, InputError, QualityError, RankLost, UsageError
 from structprune.machine import launch
-from structprune.meeting import check_launch, joined
+from structprune.meeting import check_launch, exchange, joined, on_cards
 
 # Of a tensor that is added up this much is in memory side by side: a piece of every process's.
 PIECE_BYTES = 32 << 20
@@ -57,8 +57,7 @@ class Ranks:
     def wait(self) -> None:
         """Return once every process has come here."""
         if not self.alone:
-            with _blaming_peers():
-                dist.barrier()
+            exchange(dist.barrier)
 
     def add_apart(self, values: Tensor) -> None:
         """Add up what all hold, in place; exact in any order, since each element is that of one of them.
@@ -68,8 +67,7 @@ class Ranks:
         """
         if not self.alone:
             there = _sendable(values)
-            with _blaming_peers():
-                dist.all_reduce(there)
+            exchange(dist.all_reduce, there)
             values.copy_(there)
 
     def add_in_order(self, values: Tensor, owner: int | None = None) -> None:
@@ -88,8 +86,7 @@ class Ranks:
             adder = number % self.count if owner is None else owner
             there = _sendable(piece)
             parts = [torch.empty_like(there) for _ in range(self.count)] if adder == self.number else None
-            with _blaming_peers():
-                dist.gather(there, parts, dst=adder)
+            exchange(dist.gather, there, parts, dst=adder)
             if parts is not None:
                 there = parts[0]
                 for part in parts[1:]:
@@ -105,8 +102,7 @@ class Ranks:
             return values
         there = _sendable(values)
         parts = [torch.empty_like(there) for _ in range(self.count)]
-        with _blaming_peers():
-            dist.all_gather(parts, there)
+        exchange(dist.all_gather, parts, there)
         return torch.cat(parts).to(values.device)
 
     def exchange(self, values: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
@@ -122,8 +118,7 @@ class Ranks:
         # As bytes: not every way of talking knows every kind of number.
         there = _sendable(values).view(torch.uint8)
         rows = there.new_empty(sum(received), there.shape[1])
-        with _blaming_peers():
-            dist.all_to_all_single(rows, there, list(received), list(sent))
+        exchange(dist.all_to_all_single, rows, there, list(received), list(sent))
         return rows.view(values.dtype).to(values.device)
 
     def average(self, values: Sequence[Tensor]) -> list[Tensor]:
@@ -281,32 +276,9 @@ def joined_ranks() -> Iterator[Ranks]:
 
 def _sendable(values: Tensor) -> Tensor:
     """Return values where the processes' way of talking takes them from, in one piece."""
-    device = torch.device("cuda" if _on_cards() else "cpu")
+    device = torch.device("cuda" if on_cards() else "cpu")
     return values.detach().to(device).contiguous()
 
 
-def _on_cards() -> bool:
-    return "nccl" in dist.get_backend_config()
-
-
 def _broadcast(values: Tensor, source: int) -> None:
-    with _blaming_peers():
-        dist.broadcast(values, src=source)
-
-
-@contextmanager
-def _blaming_peers() -> Iterator[None]:
-    """Turn a broken connection into an error of the environment: another process has ended."""
-    try:
-        if _on_cards():
-            dist.all_reduce(torch.zeros(1))  # Over gloo: it notices who is gone, cards would wait for ever.
-        yield
-    except RuntimeError as error:
-        if "allocate" in str(error):  # This one has no memory for what it is sent.
-            raise
-        # Gloo names its source file before what happened, and guesses behind it.
-        said = " ".join(str(error).split()).rpartition("] ")[2].partition(". ")[0][:200]
-        raise RankLost(
-            f"another process of the run has ended: {said}",
-            hint="see what that one says, and run the same command again: it resumes",
-        ) from error
+    exchange(dist.broadcast, values, src=source)

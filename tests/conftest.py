@@ -1,5 +1,6 @@
 """What every test stands on: nothing is downloaded, one thread, a tiny model, the command line."""
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -81,6 +82,31 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a tiny LLaVA of four blocks with its processor, for tests that only read it."""
     return save_seeing(tmp_path_factory.mktemp("seeing") / "model", depth=4)
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """Return a folder with an lm-eval task, `tiny_choice`."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    data = folder / "mc.jsonl"
+    rows = [{"question": f"What follows {n}?", "choices": ["a", "b"], "answer": n % 2} for n in range(6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tiny_choice.yaml").write_text(
+        f"""
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}} "
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1.0}}
+"""
+    )
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from structprune.pipeline import decision
 from structprune.plan.plan import PlanWriter
 from structprune.storage.writer import ShardWriter
 
@@ -105,6 +107,22 @@ def full_disk_at_a_block() -> None:
 def bug_at_a_block() -> None:
     """Something fails that nobody has thought of."""
     at_the_second_block(lambda: {}["nobody"])
+
+
+def own_scratch() -> None:
+    """Temporary files lie where TMPDIR says, which a fork does not look at again."""
+    tempfile.tempdir = os.environ["TMPDIR"]
+
+
+def another_version() -> None:
+    """The process has another torch."""
+    real = decision.versions
+    decision.versions = lambda: real() | {"torch": "1.0"}  # type: ignore[attr-defined]  # dies with the child
+
+
+def two_threads() -> None:
+    """The process may use two threads."""
+    torch.set_num_threads(2)
 
 
 def clock_that_jumps() -> None:

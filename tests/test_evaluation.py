@@ -353,30 +353,6 @@ def test_prompts_come_from_the_beginning_of_the_text(prose: str) -> None:
     assert all(one["model"] == one["dense"] for one in result.generations)
 
 
-@pytest.fixture
-def tasks(tmp_path: Path) -> Path:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    data = folder / "mc.jsonl"
-    rows = [{"question": f"What follows {n}?", "choices": ["a", "b"], "answer": n % 2} for n in range(6)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "tiny_choice.yaml").write_text(
-        f"""
-task: tiny_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}} "
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-metadata: {{version: 1.0}}
-"""
-    )
-    return folder
-
-
 def test_lm_eval_tasks_stand_beside_the_dense_ones(
     tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

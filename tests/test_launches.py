@@ -68,6 +68,21 @@ class TestEvaluate:
         assert two[0].out == one.out
         assert next(iter(json.loads(one.out)["questions"].values()))["asked"] > 2
 
+    @pytest.mark.slow
+    def test_lm_eval_runs_on_the_first_alone_and_says_so(
+        self, place: Path, tasks: Path, parent: Parent
+    ) -> None:
+        words = ["evaluate", place / "model", "--tasks", "tiny_choice", "--include-path", tasks, "--json"]
+
+        one, two = parent.run(words, place), parent.launch([words] * 2, place)
+
+        assert [ended.code for ended in two] == [0, 0], [ended.err for ended in two]
+        alone, shared = (json.loads(ended.out) for ended in (one, two[0]))
+        assert alone["tasks"]["tiny_choice"] == shared["tasks"]["tiny_choice"]
+        assert shared["protocol"]["flags"] == ["lm-eval runs on the first process alone"]
+        assert "warning: lm-eval runs on the first process alone" in two[0].err
+        assert two[1].err == ""
+
     def test_another_model_on_one_process_is_refused_and_said_once(self, place: Path, parent: Parent) -> None:
         lines = [["evaluate", place / name, "--text", place / "text.txt"] for name in ("model", "other")]
 
@@ -154,18 +169,33 @@ class TestBadUse:
         assert "rank 0: this run: rank 1 differs from rank 0 in calibration" in ended[0].err
         assert not ended[1].err
 
-    def test_other_threads_are_named_where_a_run_resumes(
+    @pytest.mark.parametrize(("patch", "said"), [("another_version", "versions"), ("two_threads", "threads")])
+    def test_what_one_rank_has_otherwise_is_named(
+        self, patch: str, said: str, place: Path, tmp_path: Path, parent: Parent
+    ) -> None:
+        other = {1: Around(patch=f"stand_ins:{patch}")}
+
+        ended = parent.launch([self.words(place, tmp_path / "out")] * 2, tmp_path, other)
+
+        assert [one.code for one in ended] == [3, 3], [one.err for one in ended]
+        assert f"rank 0: this run: rank 1 differs from rank 0 in {said}" in ended[0].err
+        assert not ended[1].err
+
+    def test_other_ranks_and_threads_are_named_where_a_run_resumes(
         self, place: Path, tmp_path: Path, parent: Parent
     ) -> None:
         words = self.words(place, tmp_path / "out")
-        first = Around(patch="stand_ins:killed_at_a_block")
+        killed = Around(patch="stand_ins:killed_at_a_block")
+        threads = Around(patch="stand_ins:two_threads")
 
-        assert parent.launch([words] * 2, tmp_path, {0: first})[0].code == -9
-        ended = parent.launch([words] * 3, tmp_path)
+        assert parent.launch([words] * 2, tmp_path, {0: killed})[0].code == -9
+        more = parent.launch([words] * 3, tmp_path)
+        wider = parent.launch([words] * 2, tmp_path, {0: threads, 1: threads})
 
-        assert [one.code for one in ended] == [4, 4, 4], [one.err for one in ended]
-        assert "an interrupted run differs in ranks" in ended[0].err
-        assert "error" not in ended[1].err + ended[2].err
+        for said, ended in (("ranks", more), ("threads", wider)):
+            assert {one.code for one in ended} == {4}, [one.err for one in ended]
+            assert f"an interrupted run differs in {said}" in ended[0].err
+            assert not any("error" in one.err for one in ended[1:])
 
 
 class TestMeeting:

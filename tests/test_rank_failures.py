@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.forks import Around, Ended, Parent
+from tests.forks import TIMED_OUT, Around, Ended, Parent, Stop
 from tests.specimens import TEXT
 from tests.tiny import save_tiny
 
 # A process that lost another ends at once; and one that failed waits for the word of the first so long.
 MOST_SECONDS = 60
+# At so many of the calls that change the disk a process is killed, or finds it full.
+CALLS = 8
 
 
 @dataclass(frozen=True)
@@ -94,3 +96,30 @@ def test_all_end_one_says_why_and_the_same_command_resumes(
     assert [one.code for one in again] == [0, 0, 0], [one.err for one in again]
     assert json.loads(again[0].out)["blocks_resumed"] >= 1
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("by", ["kill", "ENOSPC"])
+def test_at_whichever_call_one_fails_all_end_and_the_same_command_resumes(
+    by: str, rank: int, model: Path, whole: bytes, tmp_path: Path, parent: Parent
+) -> None:
+    def launch(place: Path, stops: dict[int, Stop]) -> list[Ended]:
+        (place / "scratch").mkdir(parents=True, exist_ok=True)  # where the second keeps its plan
+        there = Around(variables={"TMPDIR": str(place / "scratch")}, patch="stand_ins:own_scratch")
+        words = line(model, place / "out", "--json")
+        return parent.launch([words] * 2, place, {0: there, 1: there}, stops, limit=MOST_SECONDS)
+
+    count = len(launch(tmp_path / "undisturbed", {})[rank].calls)
+    assert count > CALLS
+    wrong = []
+    for number in range(1, count + 1, max(1, count // CALLS)):
+        place = tmp_path / str(number)
+        ended = launch(place, {rank: Stop("call", number, by)})
+        # Whoever fails while it cleans up behind itself has done its part.
+        again = launch(place, {}) if ended[0].code else ended
+        if any(one.code == TIMED_OUT for one in ended) or len(errors(ended)) > 1:
+            wrong.append((number, [(one.code, one.err) for one in ended]))
+        if again[0].code or (place / "out" / "model.safetensors").read_bytes() != whole:
+            wrong.append((number, [(one.code, one.err) for one in again]))
+    assert not wrong
