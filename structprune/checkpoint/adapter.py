@@ -12,7 +12,7 @@ revived: the folder is then PEFT's own, with the base's hash in the notes of its
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -117,18 +117,15 @@ class PlainConfig(BaseModel):
         return self.alpha_pattern.get(pattern, self.lora_alpha) / self.rank_pattern.get(pattern, self.r)
 
 
-def can_be_plain(model: nn.Module, names: Iterable[str]) -> bool:
+def can_be_plain(model: nn.Module, zeros: Mapping[str, int]) -> bool:
     """Tell whether plain LoRA says the same of some tensors: weights of linear layers without a zero.
 
     Args:
-        model: In memory.
-        names: The tensors that a change touches.
+        model: Its parameters may be on the meta device.
+        zeros: How many weights are zero of each tensor that a change touches, by parameter name.
     """
-    return all(
-        isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
-        and bool((model.get_parameter(name) != 0).all())
-        for name in names
-    )
+    modules = [model.get_submodule(name.rpartition(".")[0]) for name in zeros]
+    return not any(zeros.values()) and all(isinstance(module, nn.Linear) for module in modules)
 
 
 def add_masked(weight: Tensor, delta: Tensor) -> Tensor:

@@ -191,6 +191,9 @@ def recover(
     batch_size: Batch = None,
     teacher: Annotated[str | None, typer.Option(metavar="DENSE", help="A dense model to imitate.")] = None,
     keep_adapter: Annotated[bool | None, typer.Option("--keep-adapter", help="Do not merge.")] = None,
+    shard: Annotated[
+        bool | None, typer.Option("--shard", help="Divide the model among the processes of a launch.")
+    ] = None,
     seed: Seed = None,
     device: Device = None,
     config: Config = None,
@@ -203,7 +206,8 @@ def recover(
 ) -> Job:
     """Train a pruned model again without reviving a removed weight.
 
-    Several processes share the work: torchrun --nproc-per-node N -m structprune recover ...
+    Several processes share the work: torchrun --nproc-per-node N -m structprune recover ... With --shard
+    each holds a part of the model (FSDP2), otherwise all of it.
     """
     flags = {
         "output": writes.output(output),
@@ -217,6 +221,7 @@ def recover(
         "recover.batch_size": batch_size,
         "recover.teacher": teacher,
         "recover.keep_adapter": keep_adapter,
+        "recover.shard": shard,
         "recover.seed": seed,
         "device": device,
         "revision": revision,

@@ -142,7 +142,7 @@ class StreamedModel:
             self._put_all(name, tensor, set(alone))
 
     def _put_all(self, name: str, tensor: Tensor, wanted: Collection[str]) -> None:
-        value = tensor.to(self.device, self._dtype_of(name, tensor))
+        value = tensor.to(self.device, self.dtype_of(name, tensor))
         if isinstance(self._empty[name], nn.Parameter):
             value = nn.Parameter(value, requires_grad=False)
         for twin in self.names.twins(name):
@@ -160,7 +160,13 @@ class StreamedModel:
             self._filled.discard(name)
         give_back_memory()
 
-    def _dtype_of(self, name: str, tensor: Tensor) -> torch.dtype:
+    def dtype_of(self, name: str, tensor: Tensor) -> torch.dtype:
+        """Return what a stored tensor becomes in memory.
+
+        Args:
+            name: Its state-dict name.
+            tensor: As it is stored.
+        """
         if not tensor.is_floating_point():
             return tensor.dtype
         # The same exceptions that transformers makes: some routers and norms overflow or lose their order.

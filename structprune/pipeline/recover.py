@@ -25,7 +25,7 @@ from structprune.machine import versions
 from structprune.models.cost import weight_bytes
 from structprune.models.identity import skeleton
 from structprune.models.opening import Opening
-from structprune.models.streamed import open_skeleton
+from structprune.models.streamed import StreamedModel, open_skeleton
 from structprune.pipeline.decision import shaping_versions
 from structprune.pipeline.examine import prepare_exam, with_bench
 from structprune.pipeline.inputs import inputs_of_evaluation, inputs_of_recovery
@@ -40,7 +40,7 @@ from structprune.recovery.masks import masks_of
 from structprune.recovery.outcome import Recovery
 from structprune.recovery.ranks import spell_out
 from structprune.recovery.state import TrainingState
-from structprune.recovery.training import check_teacher, train
+from structprune.recovery.training import check_teacher, train, train_divided
 from structprune.recovery.windows import TrainingWindows, draw
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,9 @@ def _recover_on(
     writing.refuse("refer", because="training changes weights, which are then nowhere else")
     if options.keep_adapter:
         writing.refuse("link", because="an adapter is written without the weights of its model")
-    opening = replace(opening, stream=False, dtype="auto", device=run.device, tokenizer=run.tokenizer)
+    # A model that is divided is whole nowhere, and is read block by block.
+    opening = replace(opening, stream=options.shard, dtype="auto", device=run.device, tokenizer=run.tokenizer)
+    check_shares(options, ranks)
     clock = Clock()
     with clock.phase("read"):
         folder = resolve(run.model, revision=run.revision)
@@ -137,7 +139,7 @@ def _recover_on(
         check_stored(folder)
         source = open_source(run.model, folder, opening)
         plans = [plan.beside_weights() for plan in plans_of(folder)]
-        options = spell_out(options, source.resident, plans)
+        options = spell_out(options, source.model, plans)
         windows = _windows(source, options)
         teacher = _open_other(options.teacher, opening)
         dense = evaluate.compare if evaluate else None
@@ -145,7 +147,6 @@ def _recover_on(
         exam = prepare_exam(evaluate, source, windows.left, compared)
         exam = with_bench(exam, run.bench, compared or source)
     task = Task(options, source, plans, windows, teacher, compared, exam, progress, clock)
-    check_batch_size(options, ranks)
     shaped = _fingerprint(task, ranks)
     ranks.check_alike("this run", shaped)  # All have looked at the output before the first one locks it.
     if report := kept_report(final, shaped, saved, writing):
@@ -175,9 +176,11 @@ def check_recovery(options: RecoverOptions, source: Source) -> None:
     """Refuse what a recovery would refuse of its data and its teacher, before there is anything to recover.
 
     Raises:
+        UsageError: The model is to be divided, and this is one process.
         InputError: The data cannot be read or are too few, or the teacher cannot be opened or knows other
             tokens.
     """
+    check_shares(options, Ranks())
     _windows(source, options)
     if options.teacher is not None:
         folder = resolve(options.teacher)
@@ -186,12 +189,17 @@ def check_recovery(options: RecoverOptions, source: Source) -> None:
         check_teacher(skeleton(source.model), skeleton(teacher))
 
 
-def check_batch_size(options: RecoverOptions, ranks: Ranks) -> None:
-    """Check that the processes of a run can share the sequences of a step.
+def check_shares(options: RecoverOptions, ranks: Ranks) -> None:
+    """Check that the processes of a run can share the model and the sequences of a step.
 
     Raises:
-        UsageError: They do not divide them.
+        UsageError: There is one process to divide a model among, or they do not divide the sequences.
     """
+    if options.shard and ranks.alone:
+        raise UsageError(
+            "recover.shard: the model is divided among processes, and this is the only one",
+            hint="start several with torchrun, or leave out --shard",
+        )
     if rest := options.batch_size % ranks.count:
         fitting = options.batch_size - rest or ranks.count
         raise UsageError(
@@ -239,8 +247,19 @@ def _state(folder: Path) -> TrainingState:
 
 
 def _train(task: Task, ranks: Ranks, folder: Path) -> Recovery:
-    if not task.plans:
+    if not task.plans and ranks.first:
         logger.warning("%s holds no plans: what is zero now stays zero", task.source.folder)
+    if task.options.shard:
+        return train_divided(
+            _emptied(task.source),
+            task.plans,
+            task.windows.ids,
+            task.options,
+            teacher=_emptied(task.teacher) if task.teacher else None,
+            ranks=ranks,
+            state=_state(folder),
+            progress=task.progress,
+        )
     return train(
         task.source.resident,
         masks_of(task.source.resident, task.plans),
@@ -251,3 +270,10 @@ def _train(task: Task, ranks: Ranks, folder: Path) -> Recovery:
         state=_state(folder),
         progress=task.progress,
     )
+
+
+def _emptied(source: Source) -> StreamedModel:
+    """Return a streamed model that training may use up."""
+    model = source.reopen_model()
+    assert isinstance(model, StreamedModel)
+    return model

@@ -4,17 +4,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import Tensor
+
 from structprune.checkpoint.adapter import Adapter, can_be_plain, save_adapter
 from structprune.checkpoint.delivery import Delivery
 from structprune.checkpoint.export import export
 from structprune.checkpoint.plans import save_plans, stages
 from structprune.checkpoint.source import Source
 from structprune.evaluation.exam import Exam
-from structprune.models.identity import names_of
+from structprune.models.edited_reader import Reader
+from structprune.models.identity import names_of, skeleton
+from structprune.models.streamed import StreamedModel
 from structprune.pipeline.finish import finish, measure
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress
 from structprune.recipe.options import RecoverOptions
+from structprune.recovery.merged import MergedReader
 from structprune.recovery.outcome import Recovery
 from structprune.recovery.windows import TrainingWindows
 from structprune.report import report
@@ -27,7 +32,7 @@ class Task:
 
     Attributes:
         options: How to train.
-        source: The pruned model; training changes it.
+        source: The pruned model; training changes it where it is in memory.
         plans: What was decided on it.
         windows: The text.
         teacher: The dense model that is imitated, if any.
@@ -51,14 +56,12 @@ class Task:
 def publish_merged(work: Delivery, task: Task, recovery: Recovery, recipe: str) -> dict[str, Any]:
     """Write the model with the change merged, and the plans beside it; return the report."""
     with task.clock.phase("write"):
-        names = names_of(task.source.model)
-        parameters = dict(task.source.resident.named_parameters())
-        changed = names.to_stored({name: parameters[name].detach() for name in recovery.factors})
+        reader, values, changed = _result(task, recovery)
         written = export(
-            task.source.reader,
+            reader,
             work.folder,
             task.progress,
-            replaced=changed,
+            replaced=values,
             tokenizer=task.source.opening.tokenizer,
             unchanged=work.writing.unchanged,
         )
@@ -69,7 +72,7 @@ def publish_merged(work: Delivery, task: Task, recovery: Recovery, recipe: str) 
         method="+".join([*(plan.method for plan in task.plans), "recover"]),
         recipe=recipe,
         stages=stages(task.plans),
-        revalued=tuple(changed),
+        revalued=changed,
         more={"recovery": _facts(recovery, task)},
     )
     return finish(
@@ -91,8 +94,9 @@ def publish_adapter(work: Delivery, task: Task, recovery: Recovery) -> dict[str,
         str(source.folder.resolve()),
         source.scan.weights,
         _origin(task.plans),
-        plain=can_be_plain(source.resident, recovery.factors),
+        plain=can_be_plain(skeleton(source.model), recovery.zeros),
     )
+    _result(task, recovery)
     with task.clock.phase("write"):
         save_adapter(work.folder, adapter)
     with task.clock.phase("evaluate"):
@@ -112,6 +116,22 @@ def publish_adapter(work: Delivery, task: Task, recovery: Recovery) -> dict[str,
     report.write_report(work.folder, made)
     work.publish(stages=[], facts={"adapter_of": source.scan.weights})
     return made
+
+
+def _result(task: Task, recovery: Recovery) -> tuple[Reader, dict[str, Tensor], tuple[str, ...]]:
+    """Return the checkpoint to write, new values of its tensors, and the names of those that changed.
+
+    A model that was trained in parts is whole nowhere: from here on it is streamed with the change merged.
+    """
+    source = task.source
+    if isinstance(source.model, StreamedModel):
+        reader = MergedReader(source.model, task.plans, recovery)
+        source.model.reopen(reader)
+        return reader, {}, reader.changed
+    parameters = dict(source.model.named_parameters())
+    values = {name: parameters[name].detach() for name in recovery.factors}
+    stored = names_of(source.model).to_stored(values)
+    return source.reader, stored, tuple(stored)
 
 
 def _facts(recovery: Recovery, task: Task) -> dict[str, Any]:

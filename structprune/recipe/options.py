@@ -91,7 +91,9 @@ class RecoverOptions(OptionGroup):
         teacher_weight: Share of the teacher in the loss, 0-1.
         temperature: Softens the teacher's predictions; 1 leaves them as they are.
         seed: Of the data's order, the held-out split and the first factors; the recipe's unless given.
+        dtype: What training multiplies in; weights, gradients and moments are float32.
         keep_adapter: Save the change beside the model instead of merging it.
+        shard: Divide the model among the processes of the run, for one that does not fit each of them.
         samples: The most sequences read; all there are unless given.
         column: Which column holds the text.
         split: Which split of a data set.
@@ -117,7 +119,9 @@ class RecoverOptions(OptionGroup):
     teacher_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     temperature: Positive = 1.0
     seed: Seed = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
     keep_adapter: bool = False
+    shard: bool = False
     samples: Count | None = None
     column: Text | None = None
     split: Text = "train"

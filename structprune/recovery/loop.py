@@ -3,11 +3,11 @@
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, parametrize
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from structprune.errors import EnvironmentFailure
@@ -18,6 +18,7 @@ from structprune.recipe.options import RecoverOptions
 from structprune.recovery.masked_lora import MaskedLayers
 from structprune.recovery.objective import Losses, learning_rate, losses
 from structprune.recovery.outcome import HeldOutCheck, Recovery
+from structprune.recovery.sharding import whole
 from structprune.recovery.state import TrainingState
 from structprune.recovery.windows import Order
 
@@ -28,11 +29,11 @@ class Loop:
     """The training of one model.
 
     Args:
-        model: With the layers in it; moved to the device of its process.
+        model: With the layers in it, on the device of its process; divided, or a copy in each process.
         layers: What trains.
         dtypes: What each trained parameter will be stored in, by name.
         options: How to train.
-        teacher: The dense model, or None; moved to the device.
+        teacher: The dense model, or None; on the same device.
         ranks: Those that train together.
         state: Where the training is written down at every check, and where an earlier one may lie.
     """
@@ -53,10 +54,8 @@ class Loop:
         # No weight decay: it would pull the change back to zero, and the held-out check already guards it.
         self.optimizer = torch.optim.AdamW(self.parameters, lr=options.learning_rate, weight_decay=0.0)
         self.parts, self.device = BodyAndHead(model), model.device
-        self.teacher: BodyAndHead | None = None
-        device: Any = model.device  # a torch.device, which transformers' types do not take
-        if teacher is not None:
-            self.teacher = BodyAndHead(teacher.to(device).eval())
+        self.teacher = None if teacher is None else BodyAndHead(teacher)
+        self.divided = model if isinstance(model, FSDPModule) else None
 
     def run(self, training: Tensor, held_out: Tensor, progress: Progress | None) -> Recovery:
         """Train to the end, or until a loss is not a number; keep the best.
@@ -97,7 +96,7 @@ class Loop:
         loss = self.loss(tokens.to(self.device))
         loss.backward()  # type: ignore[no-untyped-call]  # torch's
         self._average_gradients()
-        norm = clip_grad_norm_(self.parameters, options.clip)
+        norm = whole(clip_grad_norm_(self.parameters, options.clip))
         mean = self.ranks.gather(loss.detach()[None]).mean().item()
         if not math.isfinite(mean) or not math.isfinite(norm):
             return math.nan
@@ -109,8 +108,9 @@ class Loop:
 
         The sum is our own, over all gradients in one fixed order: PyTorch's wrapper sorts them anew after its
         first step, and a run that resumes would add them up in another order than one that never stopped.
+        Of a model that is divided they are the mean already.
         """
-        if self.ranks.alone:
+        if self.ranks.alone or self.divided is not None:
             return
         # A matrix that no token reached here may have a gradient elsewhere, and all must send as much.
         found = [torch.zeros_like(one) if one.grad is None else one.grad for one in self.parameters]
@@ -119,7 +119,8 @@ class Loop:
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Return the loss of one batch, a scalar; with a teacher, both parts in their proportion."""
-        found = self.losses(tokens, self.teacher)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16"):
+            found = self.losses(tokens, self.teacher)
         loss = found.next_token.mean()
         if found.distillation is None:
             return loss
@@ -129,9 +130,7 @@ class Loop:
     def losses(self, tokens: Tensor, teacher: BodyAndHead | None = None) -> Losses:
         """Return what one batch costs; no more than a slice of its logits is ever held."""
         batch, dense = {"input_ids": tokens}, None
-        # A loop over experts asks for the parametrised weight once for each of them; it is built once.
-        with parametrize.cached():
-            output = self.parts.run(batch)
+        output = self.parts.run(batch)
         if teacher is not None:
             with torch.no_grad():
                 dense = teacher.run(batch)
@@ -146,6 +145,8 @@ class Loop:
         mine = held_out[torch.arange(start, start + size) % len(held_out)].to(self.device)
         with self.layers.rounded(self.dtypes):
             found = [self.losses(tokens).next_token for tokens in torch.split(mine, self.options.batch_size)]
+        if self.divided is not None:
+            self.divided.reshard()  # Without a backward pass the outermost part would stay whole.
         return float(self.ranks.gather(torch.cat(found))[: len(held_out)].double().mean())
 
     def _begin(self, held_out: Tensor) -> Recovery:
@@ -179,5 +180,5 @@ class Loop:
         if check.held_out_loss < recovery.best_loss:
             recovery.best_loss, recovery.best_step = check.held_out_loss, check.step
             recovery.factors = self.layers.factors()
-        if self.state is not None and self.ranks.first:
-            self.state.write(recovery, self.layers, self.optimizer)
+        if self.state is not None:
+            self.state.write(recovery, self.layers, self.optimizer, self.ranks)

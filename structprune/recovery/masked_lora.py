@@ -9,10 +9,9 @@ Fused experts, which are parameters and no modules, get the same change by param
 Source: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from structprune.checkpoint.adapter import LowRankChange, add_masked, round_kept
 from structprune.errors import EnvironmentFailure, InputError, UsageError
+from structprune.models.walk import replaced_forward
+from structprune.recovery.masked_experts import MaskedExperts, built_once, in_full_precision
 
 ADAPTER = "default"
 
@@ -30,6 +31,8 @@ N = TypeVar("N", int, float)
 
 class MaskedProduct(torch.autograd.Function):
     """Multiply with W + (W != 0) * scaling * B @ A, and keep none of that sum for the backward pass.
+
+    The sum is made in float32 and multiplied in the dtype of the inputs.
 
     Autograd would save the summed weight of every layer, a second model in memory; to rebuild it costs only
     rank / tokens of one product.
@@ -49,7 +52,7 @@ class MaskedProduct(torch.autograd.Function):
         """
         ctx.save_for_backward(inputs, weight, a, b)
         ctx.scaling = scaling
-        return nn.functional.linear(inputs, add_masked(weight, (b @ a) * scaling))
+        return nn.functional.linear(inputs, _changed(weight, a, b, scaling).to(inputs.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
@@ -63,13 +66,21 @@ class MaskedProduct(torch.autograd.Function):
         (gradient,) = gradients
         of_inputs = None
         if ctx.needs_input_grad[0]:
-            of_inputs = gradient @ add_masked(weight, (b @ a) * ctx.scaling)
-        of_sum = gradient.flatten(0, -2).T @ inputs.flatten(0, -2)
+            of_inputs = gradient @ _changed(weight, a, b, ctx.scaling).to(gradient.dtype)
+        of_sum = (gradient.flatten(0, -2).T @ inputs.flatten(0, -2)).to(weight.dtype)
         of_sum = of_sum.masked_fill_(weight == 0, 0.0).mul_(ctx.scaling)
         return of_inputs, None, b.T @ of_sum, of_sum @ a.T, None
 
 
+def _changed(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    with in_full_precision(weight):
+        return add_masked(weight, (b @ a) * scaling)
+
+
 def _multiply(inputs: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    kind = inputs.device.type
+    if torch.is_autocast_enabled(kind):
+        inputs = inputs.to(torch.get_autocast_dtype(kind))
     product: Tensor = MaskedProduct.apply(inputs, weight, a, b, scaling)  # type: ignore[no-untyped-call]  # torch's
     return product
 
@@ -93,7 +104,7 @@ def _masked_layer() -> type[nn.Module]:
             if self.rounding is None:
                 product = _multiply(x, weight, a, b, scaling)
             else:
-                merged = round_kept(add_masked(weight, (b @ a) * scaling), weight, self.rounding)
+                merged = round_kept(_changed(weight, a, b, scaling), weight, self.rounding)
                 product = nn.functional.linear(x, merged.to(weight.dtype))
             return product if base.bias is None else product + base.bias
 
@@ -105,39 +116,6 @@ def _masked_layer() -> type[nn.Module]:
             return LowRankChange(b, a, scaling)
 
     return MaskedLora
-
-
-class MaskedExperts(nn.Module):
-    """The same change for a parameter that holds one matrix per expert; a parametrisation of it.
-
-    Args:
-        weight: The parameter, shape [experts, out, in].
-        rank: Directions for each expert.
-        alpha: The scaling is alpha / rank.
-    """
-
-    rounding: torch.dtype | None = None
-
-    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
-        super().__init__()
-        experts, rows, columns = weight.shape
-        self.scaling = alpha / rank
-        bound = 1 / math.sqrt(columns)  # the range that PEFT's kaiming_uniform_(a=sqrt(5)) gives each A
-        # Drawn on the CPU, as PEFT draws its own: one seed then means the same factors on every device.
-        drawn = torch.empty(experts, rank, columns).uniform_(-bound, bound)
-        self.right = nn.Parameter(drawn.to(weight))
-        self.left = nn.Parameter(weight.new_zeros(experts, rows, rank))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return the changed parameter, shape [experts, out, in]."""
-        merged = add_masked(weight, self.factors().delta())
-        if self.rounding is None:
-            return merged
-        return round_kept(merged, weight, self.rounding).to(weight.dtype)
-
-    def factors(self) -> LowRankChange:
-        """Return the factors of all experts."""
-        return LowRankChange(self.left, self.right, self.scaling)
 
 
 class MaskedLayers:
@@ -172,6 +150,7 @@ class MaskedLayers:
         self._trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
         self._tuner: Any = None
         self._layers: dict[str, Any] = {}
+        self._forwards = ExitStack()
         if not names:
             raise InputError(
                 f"{type(model).__name__} has no linear layer in its blocks: nothing can be recovered",
@@ -199,6 +178,9 @@ class MaskedLayers:
             change = MaskedExperts(weight, _own(ranks, name, rank), _own(alphas, name, alpha))
             parametrize.register_parametrization(model.get_submodule(owner), attribute, change, unsafe=True)
             self._layers[name] = change
+        for owner in {name.rpartition(".")[0]: None for name in experts}:
+            module = model.get_submodule(owner)
+            self._forwards.enter_context(replaced_forward(module, built_once(module.forward)))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return what trains, by its name in the changed model."""
@@ -229,6 +211,7 @@ class MaskedLayers:
 
     def remove(self) -> None:
         """Put the model's own modules back, with their weights as they were; nothing is merged."""
+        self._forwards.close()
         for name, layer in self._layers.items():
             if isinstance(layer, MaskedExperts):
                 owner, _, attribute = name.rpartition(".")

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from structprune.errors import InputError, QualityError, VerificationError
 from structprune.models.arch import arch_of, blocks, linears
 from structprune.models.identity import names_of
+from structprune.models.names import Names
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan
 
@@ -18,15 +19,23 @@ OTHER_MODEL = "the masks belong to another model: give the one that was pruned w
 log = logging.getLogger(__name__)
 
 
+def trained_names(model: PreTrainedModel) -> list[str]:
+    """Return the parameter of every linear of the blocks, sorted; fused experts are one.
+
+    Args:
+        model: Its parameters may be on the meta device.
+    """
+    arch = arch_of(model)
+    return sorted({linear.name for prefix, block in blocks(model) for linear in linears(prefix, block, arch)})
+
+
 def nonzero_masks(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return `weight != 0` for every linear of the blocks, by parameter name, in the parameter's layout.
 
     Args:
         model: In memory; fused experts are one mask, shape [experts, out, in].
     """
-    arch = arch_of(model)
-    names = {linear.name for prefix, block in blocks(model) for linear in linears(prefix, block, arch)}
-    return {name: model.get_parameter(name).detach() != 0 for name in sorted(names)}
+    return {name: model.get_parameter(name).detach() != 0 for name in trained_names(model)}
 
 
 def masks_of(model: PreTrainedModel, plans: Sequence[Plan]) -> dict[str, Tensor]:
@@ -38,13 +47,25 @@ def masks_of(model: PreTrainedModel, plans: Sequence[Plan]) -> dict[str, Tensor]
         model: In memory.
         plans: What was decided on it.
     """
-    masks, names = nonzero_masks(model), names_of(model)
-    for name, mask in masks.items():
-        parts = names.to_stored({name: torch.ones_like(mask)})
-        for plan in plans:
-            parts = {part: kept & plan.get(Key(part, "mask"), kept) for part, kept in parts.items()}
-        mask &= names.to_module(parts)[name]
-    return masks
+    names = names_of(model)
+    return {
+        name: mask_of(name, model.get_parameter(name).detach(), names, plans) for name in trained_names(model)
+    }
+
+
+def mask_of(name: str, weight: Tensor, names: Names, plans: Sequence[Plan]) -> Tensor:
+    """Return what is kept of one weight, in its own layout; see `masks_of`.
+
+    Args:
+        name: The parameter.
+        weight: As its file holds it.
+        names: The model's.
+        plans: What was decided on it.
+    """
+    parts = names.to_stored({name: torch.ones(weight.shape, dtype=torch.bool)})
+    for plan in plans:
+        parts = {part: kept & plan.get(Key(part, "mask"), kept) for part, kept in parts.items()}
+    return (weight != 0) & names.to_module(parts)[name].to(weight.device)
 
 
 @torch.no_grad()
@@ -68,11 +89,23 @@ def reapply(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
             found, expected = list(mask.shape), list(parameters[name].shape)
             raise InputError(f"the mask of {name} has shape {found}, the tensor {expected}", hint=OTHER_MODEL)
     for name, mask in masks.items():
-        removed = ~mask.to(parameters[name].device)
-        alive = int((parameters[name][removed] != 0).sum())
-        if alive:
-            log.warning("%s: %d weights that the mask removes were not zero; they are now", name, alive)
-            parameters[name].masked_fill_(removed, 0.0)
+        remove(name, parameters[name], mask)
+
+
+@torch.no_grad()
+def remove(name: str, weight: Tensor, mask: Tensor) -> None:
+    """Set to zero what a mask removes of one weight, in place; say so where something was not zero.
+
+    Args:
+        name: The parameter, for the warning.
+        weight: Any shape.
+        mask: The same shape, True = kept.
+    """
+    removed = ~mask.to(weight.device)
+    alive = int((weight[removed] != 0).sum())
+    if alive:
+        log.warning("%s: %d weights that the mask removes were not zero; they are now", name, alive)
+        weight.masked_fill_(removed, 0.0)
 
 
 def zeros(weight: Tensor) -> int:

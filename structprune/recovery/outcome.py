@@ -26,6 +26,7 @@ class Recovery:
         stopped: Why training ended early; empty when it ran to its end.
         factors: The change at the best step, by parameter name, float32.
         steps_resumed: Steps that an earlier, interrupted run had taken.
+        zeros: How many weights of each changed tensor are zero, before and after, by parameter name.
     """
 
     start_loss: float
@@ -35,3 +36,4 @@ class Recovery:
     stopped: str = ""
     factors: dict[str, LowRankChange] = field(default_factory=dict)
     steps_resumed: int = 0
+    zeros: dict[str, int] = field(default_factory=dict)

@@ -12,24 +12,23 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from math import inf
 
-from transformers import PreTrainedModel
-
 from structprune.decide.counts import apportion
 from structprune.decide.units import block_list
 from structprune.errors import InputError
 from structprune.models.arch import arch_of, blocks, linears
 from structprune.models.identity import names_of
 from structprune.models.members import new_names
+from structprune.models.streamed import Model
 from structprune.plan.plan import Plan
 from structprune.recipe.options import RecoverOptions, no_importance
 
 
-def spell_out(options: RecoverOptions, model: PreTrainedModel, plans: Sequence[Plan]) -> RecoverOptions:
+def spell_out(options: RecoverOptions, model: Model, plans: Sequence[Plan]) -> RecoverOptions:
     """Return the options with ranks by importance as patterns, each with the rank and alpha of a block.
 
     Args:
         options: How to train; returned as they are where they ask for other ranks.
-        model: What was pruned; its parameters may be on the meta device.
+        model: What was pruned; streamed or in memory.
         plans: What was decided on it, in order.
 
     Raises:
@@ -60,7 +59,7 @@ def proportional_ranks(importance: Mapping[str, Fraction], rank: int) -> dict[st
     return ranks | apportion(total, left, dict.fromkeys(left, total + 1))
 
 
-def block_importance(model: PreTrainedModel, plans: Sequence[Plan]) -> dict[str, Fraction]:
+def block_importance(model: Model, plans: Sequence[Plan]) -> dict[str, Fraction]:
     """Return what the last plan that tells it says of the blocks that are still there, by their path.
 
     A block in which nothing is left to train has no part in it; one that its pruning skipped has.

@@ -19,8 +19,10 @@ from torch.optim import Optimizer
 
 from structprune.errors import InputError
 from structprune.plan.block import canonical
+from structprune.ranks import Ranks
 from structprune.recovery.masked_lora import MaskedLayers
 from structprune.recovery.outcome import HeldOutCheck, Recovery
+from structprune.recovery.sharding import copy_into, whole
 from structprune.storage.durable import DurableFile, blame
 from structprune.storage.header import read_header
 from structprune.storage.safe_open import hash_file
@@ -31,6 +33,7 @@ _SWITCH = "state.json"
 # Three numbers a check: room for a million checks.
 _LIMIT_BYTES = 2**26
 _GENERATOR = "generator"
+_PARAMETER = "parameter."
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -64,19 +67,30 @@ class TrainingState:
         """Return what to remove once nobody will resume, in an order that never leaves half a state."""
         return [self._switch, self.folder]
 
-    def write(self, recovery: Recovery, layers: MaskedLayers, optimizer: Optimizer) -> None:
+    def write(self, recovery: Recovery, layers: MaskedLayers, optimizer: Optimizer, ranks: Ranks) -> None:
         """Write the state after the check that `recovery.history` ends with.
+
+        The first process writes. Of what is divided it gets one tensor after the other from all of them, so
+        that the files are those of a training in which nothing is.
 
         Raises:
             EnvironmentFailure: The disk is full or may not be written; the older state is still whole.
         """
+        tensors = {}
+        for name, value in _tensors(layers, optimizer).items():
+            full = whole(value)
+            if ranks.first:
+                tensors[name] = full
+        if not ranks.first:
+            return
         with blame(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         step = recovery.history[-1].step
         state, best = _state_of(step), _best_of(recovery)
-        files = {state: save_tensors(self.folder / state, _tensors(layers, optimizer))}
+        files = {state: save_tensors(self.folder / state, tensors)}
         if recovery.best_step == step:
-            files[best] = save_tensors(self.folder / best, layers.named_parameters())
+            trained = {name: tensors[f"{_PARAMETER}{name}"] for name in layers.named_parameters()}
+            files[best] = save_tensors(self.folder / best, trained)
         elif recovery.best_step:
             files[best] = self._files[best]
         facts = _Facts(
@@ -150,7 +164,7 @@ class TrainingState:
                     f"{path}: tensor {tensor} is {info.dtype} {list(info.shape)}, "
                     f"expected {target.dtype} {list(target.shape)}"
                 )
-            target.copy_(read_tensor(path, info, header))
+            copy_into(target, read_tensor(path, info, header))
 
     def _read_facts(self) -> _Facts:
         facts = read_json(self._switch, limit_bytes=_LIMIT_BYTES)
@@ -192,7 +206,7 @@ def _tensors(layers: MaskedLayers, optimizer: Optimizer) -> dict[str, Tensor]:
     """Return by name what shapes the next step: references, but for the generator's state."""
     found: dict[str, Tensor] = {_GENERATOR: torch.get_rng_state()}
     for name, parameter in layers.named_parameters().items():
-        found[f"parameter.{name}"] = parameter
+        found[f"{_PARAMETER}{name}"] = parameter
         for moment in _MOMENTS if parameter in optimizer.state else ():
             found[f"{moment}.{name}"] = optimizer.state[parameter][moment]
     return found

@@ -1,25 +1,31 @@
 """Recovery: train a masked low-rank change on text, keep what helps on text that was kept away, merge it.
 
-Everything is computed in float32 whatever dtype the model is stored in: in half precision a step of this size
-is lost in rounding, or the loss explodes. What counts is measured with weights rounded to the stored dtype.
+Weights, gradients and moments are float32 whatever dtype the model is stored in: in half precision a step of
+this size is lost in rounding, or the loss explodes. Products may be taken in bfloat16, which has float32's
+range. What counts is measured in float32, with weights rounded to the stored dtype.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from structprune.checkpoint.adapter import merge
+from structprune.checkpoint.adapter import LowRankChange, merge
 from structprune.errors import InputError, QualityError
+from structprune.meeting import blaming_peers
+from structprune.models.streamed import StreamedModel
+from structprune.plan.plan import Plan
 from structprune.progress import Progress
 from structprune.ranks import Ranks
 from structprune.recipe.options import RecoverOptions
 from structprune.recovery.loop import Loop
 from structprune.recovery.masked_lora import MaskedLayers
-from structprune.recovery.masks import check_merged, reapply, zeros
+from structprune.recovery.masks import check_merged, reapply, trained_names, zeros
 from structprune.recovery.outcome import Recovery
+from structprune.recovery.sharding import Shards, whole
 from structprune.recovery.state import TrainingState
 from structprune.recovery.windows import split_off
 
@@ -62,20 +68,13 @@ def train(
     training, held_out = split_off(windows, options.held_out, options.seed)
     if teacher is not None:
         check_teacher(model, teacher)
+        device: Any = model.device  # a torch.device, which transformers' types do not take
+        teacher.to(device).eval()
     reapply(model, masks)
     removed = {name: zeros(model.get_parameter(name)) for name in masks}
     dtypes = {name: model.get_parameter(name).dtype for name in masks}
-    with _in_float32(model), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(options.seed)
-        assert options.ranks != "importance"
-        layers = MaskedLayers(
-            model,
-            sorted(masks),
-            rank=options.rank,
-            alpha=options.alpha,
-            ranks=options.ranks,
-            alphas=options.alphas,
-        )
+    with _in_float32(model), _seeded(options):
+        layers = _layers(model, sorted(masks), options)
         try:
             loop = Loop(model, layers, dtypes, options, teacher, ranks, state)
             recovery = loop.run(training, held_out, progress)
@@ -88,7 +87,81 @@ def train(
         with torch.no_grad():
             parameter.copy_(merge(parameter, factors))
         check_merged(name, parameter, removed[name])
+    recovery.zeros = removed
     return recovery
+
+
+def train_divided(
+    model: StreamedModel,
+    plans: Sequence[Plan],
+    windows: Tensor,
+    options: RecoverOptions,
+    *,
+    teacher: StreamedModel | None = None,
+    ranks: Ranks,
+    state: TrainingState | None = None,
+    progress: Progress | None = None,
+) -> Recovery:
+    """Train as `train` does, with a part of the model in each process; arguments and errors are those.
+
+    Args:
+        model: Streamed; it is used up.
+        plans: What was decided on it; beyond what they removed, what is zero stays zero.
+        windows: Token ids, shape [windows, length].
+        options: How to train.
+        teacher: The dense model, streamed; it is used up, too.
+        ranks: Those that train together, each calling this.
+        state: Where to go on.
+        progress: Called with "recover", steps done, steps in all.
+
+    Returns:
+        The losses, and in the first process the best change; nothing is merged.
+    """
+    training, held_out = split_off(windows, options.held_out, options.seed)
+    if teacher is not None:
+        check_teacher(model.skeleton, teacher.skeleton)
+    shards = Shards(model)
+    with _seeded(options), blaming_peers():
+        names = trained_names(shards.module)
+        layers = _layers(shards.module, names, options)
+        shards.divide(names, plans)
+        dense = None
+        if teacher is not None:
+            theirs = Shards(teacher)
+            theirs.divide()
+            dense = theirs.module
+        loop = Loop(shards.module, layers, shards.dtypes, options, dense, ranks, state)
+        recovery = loop.run(training, held_out, progress)
+    if recovery.best_step == 0:
+        raise _no_gain(recovery)
+    divided, recovery.factors = recovery.factors, {}
+    with blaming_peers():
+        for name, part in divided.items():
+            factors = LowRankChange(whole(part.left), whole(part.right), part.scaling)
+            if ranks.first:
+                recovery.factors[name] = factors
+    recovery.zeros = shards.zeros
+    return recovery
+
+
+@contextmanager
+def _seeded(options: RecoverOptions) -> Iterator[None]:
+    """Compute gradients, and draw from the recovery's own seed."""
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(options.seed)
+        yield
+
+
+def _layers(model: PreTrainedModel, names: Sequence[str], options: RecoverOptions) -> MaskedLayers:
+    assert options.ranks != "importance"
+    return MaskedLayers(
+        model,
+        names,
+        rank=options.rank,
+        alpha=options.alpha,
+        ranks=options.ranks,
+        alphas=options.alphas,
+    )
 
 
 @contextmanager
