@@ -101,24 +101,30 @@ def exchange(call: Callable[..., object], *args: Any, **options: Any) -> None:
     Raises:
         RankLost: Another process has ended.
     """
-    try:
+    with blaming_peers():
         if on_cards():
             dist.all_reduce(torch.zeros(1))  # over gloo: it notices who is gone
         call(*args, **options)
+
+
+@contextmanager
+def blaming_peers() -> Iterator[None]:
+    """Turn a broken connection into a word on the other processes.
+
+    Raises:
+        RankLost: Another process has ended.
+    """
+    try:
+        yield
     except RuntimeError as error:
-        if "allocate" in str(error):  # This one has no memory for what it is sent.
+        # Gloo has no exception of its own: it names its source file before what happened, and guesses behind.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise rank_lost(error) from error
-
-
-def rank_lost(error: RuntimeError) -> RankLost:
-    """Return the error that a broken connection is: another process has ended."""
-    # Gloo names its source file before what happened, and guesses behind it.
-    said = " ".join(str(error).split()).rpartition("] ")[2].partition(". ")[0][:200]
-    return RankLost(
-        f"another process of the run has ended: {said}",
-        hint="see what that one says, and run the same command again: it resumes",
-    )
+        said = " ".join(str(error).split()).rpartition("] ")[2].partition(". ")[0][:200]
+        raise RankLost(
+            f"another process of the run has ended: {said}",
+            hint="see what that one says, and run the same command again: it resumes",
+        ) from error
 
 
 def is_told(error: BaseException) -> bool:

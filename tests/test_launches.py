@@ -157,6 +157,19 @@ class TestBadUse:
         assert [one.code for one in ended] == [3, 3, 3]
         assert [one.err.count("error: ") for one in ended] == [1, 0, 0]
 
+    def test_a_model_that_one_rank_has_otherwise_is_refused(
+        self, place: Path, tmp_path: Path, parent: Parent
+    ) -> None:
+        lines = [self.words(place, tmp_path / "out") for _ in range(2)]
+        lines[1][1] = place / "other"
+
+        ended = parent.launch(lines, tmp_path)
+
+        assert [one.code for one in ended] == [3, 3], [one.err for one in ended]
+        assert "rank 1 differs from rank 0 in" in ended[0].err
+        assert not ended[1].err
+        assert not (tmp_path / "out").exists()
+
     def test_data_that_one_rank_has_not_names_it(self, place: Path, tmp_path: Path, parent: Parent) -> None:
         other = place / "other.txt"
         other.write_text(TEXT[100:])
@@ -236,6 +249,12 @@ class TestMeeting:
         ended = command("prune", place / "model", tmp_path / "out", "--method", "magnitude")
         assert ended.code == 4
         assert "error: rank 0: RANK is 0 of WORLD_SIZE 2, and MASTER_ADDR not set" in ended.err
+
+
+@pytest.mark.parametrize("words", [[], ["prune"], ["recover"], ["evaluate"]])
+def test_help_shows_the_launch_line(words: list[str], command: Command) -> None:
+    said = " ".join(command(*words, "--help").out.split())
+    assert f"torchrun --nproc-per-node N -m structprune {(words or ['prune'])[0]} ..." in said
 
 
 class TestLaunchers:

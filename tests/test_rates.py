@@ -99,9 +99,11 @@ def test_figures_of_another_place_are_named_and_not_used() -> None:
 
 
 def test_figures_of_fewer_processes_serve_with_a_word() -> None:
-    two, eight = (replace(RATES, place=replace(HERE, ranks=count)) for count in (2, 8))
+    sending = replace(RATES, sent_bytes=1.0)
+    two, eight = (replace(sending, place=replace(HERE, ranks=count)) for count in (2, 8))
     assert choose_rates([RATES, two, eight], replace(HERE, ranks=2)) == (two, "")
     assert choose_rates([RATES, two, eight], replace(HERE, ranks=4)) == (two, "measured by 2 of 4 processes")
+    assert choose_rates([RATES], replace(HERE, ranks=2))[1].endswith("without what they send each other")
     assert choose_rates([two], HERE)[0] is None
 
 

@@ -19,19 +19,19 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from figures import markdown, write_section
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from structprune.calibration import data
 from structprune.calibration.text_source import TextSource
 from structprune.evaluation.measuring import measure_rates
 from structprune.evaluation.rates import Rates
 from structprune.machine import machine
-from structprune.models.opening import Opening
-from structprune.models.streamed import open_skeleton
+from structprune.models.opening import DTYPES
 from structprune.pipeline.estimate import seconds_of
 from structprune.pruners.catalogue import find
 from structprune.pruners.demand import Sharing
@@ -41,6 +41,7 @@ GOALS = {"wanda": 1.8, "sparsegpt": 1.8, "alps": 1.6, "recover": 1.6}
 ROOT = Path(__file__).parents[2]
 
 Took = dict[str, float]
+Row = dict[str, Any]
 
 
 class Worker:
@@ -97,41 +98,44 @@ def prepare(options: argparse.Namespace, target: Path) -> None:
     save_file({"ids": ids}, target.with_name("ids.safetensors"))
 
 
-def turns(options: argparse.Namespace, workers: Sequence[Worker], place: Path) -> list[dict]:
-    """Let two workers do every method in every way, repeat by repeat; return what each took."""
-    rows = []
+def turns(options: argparse.Namespace, workers: Sequence[Worker], place: Path) -> None:
+    """Let two workers do every method in every way, repeat by repeat; what each took is added to a file."""
+    sizes = [options.blocks, options.samples, options.length]
     for repeat in range(options.repeats):
         for method in options.methods.split(","):
-            row = {"method": method, "load": os.getloadavg()[0]}
+            row: Row = {"method": method, "sizes": sizes, "load": os.getloadavg()[0]}
             for way in options.ways.split(","):
                 asked = workers[:1] if way == "alone" else workers
                 for one in asked:
                     one.begin(method, way, place / f"{method}-{repeat}")
                 row[way] = [one.end() for one in asked]
-            rows.append(row)
-            print(json.dumps(row), file=sys.stderr, flush=True)
-    return rows
+            with options.json.open("a") as file:
+                print(json.dumps(row), file=file)
 
 
-def estimates(folder: Path, options: argparse.Namespace, method: str, rates: Rates) -> list[float]:
+def estimates(options: argparse.Namespace, row: Row, rates: Rates) -> list[float]:
     """Return how many seconds of the processor one process is said to need, and the busier of two."""
-    if method == "recover":
+    if row["method"] == "recover":
         return []
-    model = open_skeleton(folder, Opening(dtype=options.dtype))
-    found = []
+    blocks, samples, length = row["sizes"]
+    config = AutoConfig.from_pretrained(options.model)
+    config.num_hidden_layers = blocks
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:blocks]
+    dtype = config.dtype if options.dtype == "auto" else DTYPES[options.dtype]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    pruner, found = find(row["method"]).model_validate({"sparsity": 0.5}), []
     for ranks in (1, 2):
-        sharing = Sharing(options.samples, options.length, options.batch, ranks)
-        demand = find(method).model_validate({"sparsity": 0.5}).demand(model, sharing)
+        demand = pruner.demand(model, Sharing(samples, length, options.batch, ranks))
         assert demand is not None
-        dtype = str(model.dtype).removeprefix("torch.")
-        found.append(sum(seconds_of(demand, rates, dtype).values()))
+        found.append(sum(seconds_of(demand, rates, str(dtype).removeprefix("torch.")).values()))
     return found
 
 
-def summary(rows: Sequence[dict], method: str, said: Sequence[float]) -> list[str]:
+def summary(mine: Sequence[Row], said: Sequence[float]) -> list[str]:
     """Return a row of the table: medians over the repeats, and beside them what was said before."""
-    mine = [row for row in rows if row["method"] == method]
-    median = statistics.median
+    median, (blocks, samples, length) = statistics.median, mine[0]["sizes"]
     alone = [row["alone"][0]["cpu"] for row in mine]
     busiest = [max(one["cpu"] for one in row["together"]) for row in mine]
     ratios = [one / two for one, two in zip(alone, busiest, strict=True)]
@@ -142,20 +146,23 @@ def summary(rows: Sequence[dict], method: str, said: Sequence[float]) -> list[st
         for row in mine
         if "halves" in row
     ]
+    loads = [row["load"] for row in mine]
     return [
-        method,
-        f"{median(alone):.2f}",
-        f"{median(busiest):.2f}",
+        f"{mine[0]['method']}, {blocks} blocks, {samples} x {length}",
+        f"{len(mine)}",
+        f"{min(loads):.0f} - {max(loads):.0f}",
+        f"{median(alone):.1f}",
+        f"{median(busiest):.1f}",
         f"{median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})",
-        f"{GOALS.get(method, 0):.1f}",
+        f"{GOALS.get(mine[0]['method'], 0):.1f}",
         f"{median(sending):.2f}",
-        f"{median(waiting):.2f}",
+        f"{median(waiting):.1f}",
         f"{median(walls):.2f} ({min(walls):.2f} - {max(walls):.2f})" if walls else "",
         ", ".join(f"{one / two:.2f}" for one, two in zip(said, (median(alone), median(busiest)))),
     ]
 
 
-HEADER = ["", "one", "busier of two", "one / busier", "goal", "sending", "waiting"]
+HEADER = ["", "repeats", "load", "one", "busier of two", "one / busier", "goal", "sending", "waiting"]
 HEADER += ["wall: halves / together", "said / measured: one, two"]
 
 
@@ -190,10 +197,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ways", default="alone,together,halves")
     parser.add_argument("--text", default="demo")
+    parser.add_argument("--json", type=Path, default=Path("processes.jsonl"), help="Rows of all calls.")
     parser.add_argument("--before", type=Path)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         prepare(options, place / "model")
@@ -201,24 +208,25 @@ def main() -> None:
             print(compare(options, place / "model", place))
             return
         workers = [Worker(options, place / "model", number) for number in range(2)]
-        methods = options.methods.split(",")
         rates = [measure_rates("cpu", Ranks())]
-        rows = turns(options, workers, place)
+        turns(options, workers, place)
         for one in workers:
             one.close()
-        rates.append(measure_rates("cpu", Ranks()))
-        # Whatever else runs makes a rate lower: the one that was measured at the quieter end.
-        best = max(rates, key=lambda one: one.flops["float32"])
-        said = {method: estimates(place / "model", options, method, best) for method in methods}
-    table = markdown(HEADER, [summary(rows, method, said[method]) for method in methods])
+    rates.append(measure_rates("cpu", Ranks()))
+    # Whatever else runs makes a rate lower: the one that was measured at the quieter end.
+    best = max(rates, key=lambda one: one.flops["float32"])
+    alike: dict[str, list[Row]] = {}
+    for line in options.json.read_text().splitlines():
+        row = json.loads(line)
+        alike.setdefault(f"{row['method']} {row['sizes']}", []).append(row)
+    table = markdown(HEADER, [summary(rows, estimates(options, rows[0], best)) for rows in alike.values()])
     text = (
-        f"{options.blocks} blocks of {Path(options.model).name}, {options.samples} x {options.length} tokens "
-        f"in batches of {options.batch}, dtype {options.dtype}, one thread a process; the processor's "
-        f"seconds, medians of {options.repeats} repeats (range). Sending: inside the calls of the group; "
-        "waiting: the seconds of the wall there beyond it. Halves: two processes side by side that share "
-        "nothing, half of the data each. Said: what the account of `--dry-run --ranks` says of its rates' "
-        f"seconds, {best.flops['float32'] / 1e9:.0f} GFLOP/s in float32. {machine()['processor']}, "
-        f"{machine()['cores']} cores, load {load:.1f} to {os.getloadavg()[0]:.1f}, torch {torch.__version__}."
+        f"{Path(options.model).name}, batches of {options.batch}, dtype {options.dtype}, one thread each; "
+        "the processor's seconds, medians of the repeats (range). Sending: of them inside the calls of the "
+        "group; waiting: the seconds of the wall there beyond it. Halves: two processes side by side that "
+        "share nothing, half of the data each. Said: what the account of `--dry-run --ranks` says of its "
+        f"rates' seconds, {best.flops['float32'] / 1e9:.0f} GFLOP/s in float32. {machine()['processor']}, "
+        f"{machine()['cores']} cores that others used as well, torch {torch.__version__}."
     )
     print(f"{table}\n\n{text}")
     if options.write:

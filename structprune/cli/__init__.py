@@ -40,9 +40,8 @@ from structprune.version import __version__
 
 # What several processes of one launch do together; of all else each would do the same.
 LAUNCHED = ("prune", "recover", "evaluate", "bench")
-LAUNCH_LINE = "In N processes: torchrun --nproc-per-node N -m structprune {} ..."
 app = typer.Typer(
-    epilog=LAUNCH_LINE.format("|".join(LAUNCHED)),
+    epilog="In N processes: torchrun --nproc-per-node N -m structprune prune ...; so recover and evaluate.",
     help="Prune a language model checkpoint, prove what was done, evaluate it and recover it.",
     no_args_is_help=True,
     add_completion=False,
@@ -73,8 +72,7 @@ for _run in (
     readers.methods,
     readers.env,
 ):
-    _launches = LAUNCH_LINE.format(_run.__name__) if _run.__name__ in LAUNCHED else None
-    app.command(epilog=_launches, context_settings={"help_option_names": ["-h", "--help"]})(_run)
+    app.command(context_settings={"help_option_names": ["-h", "--help"]})(_run)
 
 # What every job stands on but those that only list something.
 HEAVY = ("torch", "transformers")

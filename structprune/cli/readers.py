@@ -86,7 +86,10 @@ def evaluate(
     *,
     opens: OpeningFlags,
 ) -> Job:
-    """Measure perplexity, divergence from a dense model, answers on images, and lm-eval tasks."""
+    """Measure perplexity, divergence from a dense model, answers on images, and lm-eval tasks.
+
+    Several processes share the work: torchrun --nproc-per-node N -m structprune evaluate ...
+    """
     flags = {
         "evaluate.text": text or None,
         "evaluate.questions": questions,

@@ -139,7 +139,8 @@ def choose_rates(found: Sequence[Rates], place: Site) -> tuple[Rates | None, str
         return None, f"those kept are of {'; '.join(differs)}"
     if near is None or near.place.ranks == place.ranks:
         return near, ""
-    return near, f"measured by {near.place.ranks} of {place.ranks} processes"
+    unsaid = ", without what they send each other" if near.sent_bytes is None else ""
+    return near, f"measured by {near.place.ranks} of {place.ranks} processes{unsaid}"
 
 
 def _ranks(rates: Rates) -> int:

@@ -6,18 +6,15 @@ on the way. Masks are divided with the weights: what is removed is a zero of the
 Source: FSDP, Zhao et al. 2023, https://arxiv.org/abs/2304.11277
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from structprune.meeting import rank_lost
 from structprune.models.streamed import StreamedModel
 from structprune.plan.plan import Plan
 from structprune.ranks import Ranks
@@ -105,19 +102,3 @@ def copy_into(target: Tensor, value: Tensor) -> None:
         local = value.to(target.device)
         value = distribute_tensor(local, target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(value)
-
-
-@contextmanager
-def computing_together() -> Iterator[None]:
-    """Run a divided model, which talks to the other processes by itself.
-
-    Raises:
-        RankLost: Another process has ended.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        # gloo has no exception of its own: it names its source file before what happened.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        raise rank_lost(error) from error

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from structprune.checkpoint.adapter import LowRankChange, merge
 from structprune.errors import InputError, QualityError
+from structprune.meeting import blaming_peers
 from structprune.models.streamed import StreamedModel
 from structprune.plan.plan import Plan
 from structprune.progress import Progress
@@ -24,7 +25,7 @@ from structprune.recovery.loop import Loop
 from structprune.recovery.masked_lora import MaskedLayers
 from structprune.recovery.masks import check_merged, reapply, trained_names, zeros
 from structprune.recovery.outcome import Recovery
-from structprune.recovery.sharding import Shards, computing_together, whole
+from structprune.recovery.sharding import Shards, whole
 from structprune.recovery.state import TrainingState
 from structprune.recovery.windows import split_off
 
@@ -120,7 +121,7 @@ def train_divided(
     if teacher is not None:
         check_teacher(model.skeleton, teacher.skeleton)
     shards = Shards(model)
-    with _seeded(options), computing_together():
+    with _seeded(options), blaming_peers():
         names = trained_names(shards.module)
         layers = _layers(shards.module, names, options)
         shards.divide(names, plans)
@@ -134,7 +135,7 @@ def train_divided(
     if recovery.best_step == 0:
         raise _no_gain(recovery)
     divided, recovery.factors = recovery.factors, {}
-    with computing_together():
+    with blaming_peers():
         for name, part in divided.items():
             factors = LowRankChange(whole(part.left), whole(part.right), part.scaling)
             if ranks.first:
