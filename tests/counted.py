@@ -1,19 +1,14 @@
-"""What a worker of a group does: methods decide, what is read and sent is counted, and rates are measured.
+"""What a process of a group reads and sends while methods decide, counted; and the rates it measures."""
 
-python -m tests.counted RENDEZVOUS RANK FOLDER
-"""
-
-import json
-import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from structprune.evaluation import measuring
@@ -41,17 +36,14 @@ def counted_batches() -> list[Batch]:
     return [{"input_ids": one} for one in torch.split(ids, BATCH)]
 
 
-def count_bytes(found: Counter[str]) -> None:
-    """Let everything that is read and sent from now on be counted by this process, of tensors and no names.
+@contextmanager
+def counted_bytes(found: Counter[str]) -> Iterator[None]:
+    """Count what this process reads and sends for the length of a `with`, of tensors and no names.
 
     Of what all do together every process counts its share; a sum that all get is gathered and told.
     """
-    read, apart, ordered, tell = (
-        CheckpointReader.read,
-        Ranks.add_apart,
-        Ranks.add_in_order,
-        Ranks.tell,
-    )
+    read, apart = CheckpointReader.read, Ranks.add_apart
+    ordered, tell = Ranks.add_in_order, Ranks.tell
 
     def counting_read(self: CheckpointReader, name: str) -> Tensor:
         found["read"] += self.tensors[name].nbytes
@@ -72,36 +64,31 @@ def count_bytes(found: Counter[str]) -> None:
         found["sent"] += (self.count - 1) * told * (source == self.number)
         return tell(self, source, said, tensors)
 
-    CheckpointReader.read = counting_read  # type: ignore[method-assign]
-    Ranks.add_apart = counting_apart  # type: ignore[method-assign]
-    Ranks.add_in_order = counting_ordered  # type: ignore[method-assign]
-    Ranks.tell = counting_tell  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointReader, "read", counting_read)
+        patch.setattr(Ranks, "add_apart", counting_apart)
+        patch.setattr(Ranks, "add_in_order", counting_ordered)
+        patch.setattr(Ranks, "tell", counting_tell)
+        yield
 
 
-def main(rendezvous: str, rank: int, folder: Path) -> None:
-    """Decide beside another process and write what was counted."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=rank,
-        world_size=WORKERS,
-        timeout=timedelta(seconds=300),
-    )
-    found: Counter[str] = Counter()
-    count_bytes(found)
-    said = {}
+def count(folder: Path) -> dict[str, Any]:
+    """Return what this process read and sent, method by method, and the rates that all measured together.
+
+    Args:
+        folder: The model.
+    """
+    said: dict[str, Any] = {}
     for name, pruner in counted_methods().items():
-        model = open_model(folder / "model", Opening(stream=True))
-        found.clear()
-        pruner.calibrate(model, counted_batches(), pruner.writer(None, model, "weights"))
+        model = open_model(folder, Opening(stream=True))
+        writer, found = pruner.writer(None, model, "weights"), Counter[str]()
+        with counted_bytes(found):
+            pruner.calibrate(model, counted_batches(), writer)
         said[name] = dict(found)
-    measuring.SECONDS, measuring.WIDTH, measuring.SENT_BYTES = 0.001, 32, 1 << 16
-    measuring.READ_BYTES = measuring.MOVED_BYTES = 1 << 20
-    said["rates"] = asdict(measuring.measure_rates("cpu", Ranks.here()))
-    (folder / f"{rank}.json").write_text(json.dumps(said))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"SECONDS": 0.001, "WIDTH": 32, "SENT_BYTES": 1 << 16}.items():
+            patch.setattr(measuring, name, value)
+        patch.setattr(measuring, "READ_BYTES", 1 << 20)
+        patch.setattr(measuring, "MOVED_BYTES", 1 << 20)
+        said["rates"] = asdict(measuring.measure_rates("cpu", Ranks.here()))
+    return said

@@ -26,6 +26,8 @@ from structprune.pruners.pruner import Pruner
 from structprune.ranks import Ranks
 from structprune.storage import scan
 from structprune.storage.reader import CheckpointReader
+from tests.counted import WORKERS as COUNTED
+from tests.counted import count as count_bytes
 from tests.methods import STORED_METHODS, Home, home, quick
 
 WORKERS = 3
@@ -176,6 +178,8 @@ def main(rendezvous: str, rank: int, folder: Path) -> None:
         meeting = f"file://{rendezvous}-{count}"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count, timeout=PATIENCE)
         found: dict[str, Any] = {"": talk(folder), **decide(folder, f"{count}")}
+        if count == COUNTED:
+            found["counted"] = count_bytes(folder / "llama")
         dist.destroy_process_group()
         (folder / f"{count}-{rank}.json").write_text(json.dumps(found))
 

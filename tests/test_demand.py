@@ -1,9 +1,5 @@
 """What a run is said to take before it runs, beside what it takes."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +13,9 @@ from structprune.models.streamed import open_model, open_skeleton
 from structprune.pruners.catalogue import find
 from structprune.pruners.demand import Sharing, distinct_inputs
 from structprune.solvers.effort import effort_of_updating
-from tests.counted import BATCH, DEPTH, FAMILY, LENGTH, SAMPLES, WORKERS, counted_batches, counted_methods
+from tests.counted import BATCH, DEPTH, FAMILY, LENGTH, SAMPLES, WORKERS, counted_batches
 from tests.tiny import FAMILIES, save_tiny, tiny
 
-ROOT = Path(__file__).parents[1]
 SHARING = Sharing(SAMPLES, LENGTH, BATCH, streamed=True)
 SHARED = Sharing(SAMPLES, LENGTH, BATCH, WORKERS, streamed=True)
 
@@ -30,25 +25,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("demand")
     save_tiny(FAMILY, place / "model", depth=DEPTH)
     return place
-
-
-@pytest.fixture(scope="module")
-def counted(folder: Path) -> list[dict[str, Any]]:
-    """Let two processes decide; return what each counted, by method."""
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.counted", str(folder / "meeting"), str(rank), str(folder)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORKERS)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=300)
-        assert worker.returncode == 0, errors
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORKERS)]
 
 
 def test_the_busiest_of_two_has_three_of_five_batches() -> None:
@@ -112,30 +88,6 @@ def test_reading_and_operations_are_those_of_the_run(
     assert said.sent_bytes == 0
     resident = pruner.demand(model, Sharing(SAMPLES, LENGTH, BATCH))
     assert resident is not None and resident.read_bytes == 0
-
-
-@pytest.mark.parametrize("method", counted_methods())
-def test_two_processes_read_and_send_what_was_said(
-    folder: Path, counted: list[dict[str, Any]], method: str
-) -> None:
-    model = open_skeleton(folder / "model")
-    said = counted_methods()[method].demand(model, SHARED)
-    assert said is not None
-    # The last norm is read with the head, too, where gradients begin there.
-    norm = 64 * 4 if method == "gblm" else 0
-    assert [one[method]["read"] for one in counted] == [said.read_bytes + norm] * WORKERS
-    sent = sum(one[method]["sent"] for one in counted)
-    if method == "wanda_sp":  # of which only the columns that stay are told
-        assert 0.8 * said.sent_bytes < sent < said.sent_bytes
-    else:
-        assert sent == said.sent_bytes
-
-
-def test_processes_that_measure_together_agree_on_the_slowest(counted: list[dict[str, Any]]) -> None:
-    first, second = (one["rates"] for one in counted)
-    assert first == second
-    assert first["place"]["ranks"] == WORKERS
-    assert first["sent_bytes"] > 0
 
 
 def test_the_work_of_one_matrix_by_hand() -> None:

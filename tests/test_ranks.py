@@ -22,13 +22,17 @@ from structprune.errors import UsageError
 from structprune.models import opening
 from structprune.models.opening import Opening
 from structprune.models.rank_batches import RankBatches
+from structprune.models.streamed import open_skeleton
 from structprune.pipeline.shared import check_shared
 from structprune.plan.plan import Plan
 from structprune.proof.fresh_process import child_environment
 from structprune.pruners.blockwise import BlockwisePruner
+from structprune.pruners.demand import Sharing
 from structprune.ranks import Ranks
 from structprune.recipe.fields import build
 from structprune.recipe.recipe import Recipe
+from tests.counted import BATCH, LENGTH, SAMPLES, counted_methods
+from tests.counted import WORKERS as PAIR
 from tests.methods import TEXT, Home, home, quick
 from tests.ranked import CASES, WORKERS
 
@@ -330,3 +334,28 @@ class TestAlone:
         Ranks().add_apart(values)
         assert values.tolist() == [1.0, 2.0]
         assert Ranks.here() == Ranks()
+
+
+class TestWhatIsSaidBefore:
+    @pytest.mark.parametrize("method", counted_methods())
+    def test_two_processes_read_and_send_what_was_said(self, decided: Any, method: str) -> None:
+        folder, said = decided
+        model = open_skeleton(folder / "llama")
+        demand = counted_methods()[method].demand(model, Sharing(SAMPLES, LENGTH, BATCH, PAIR, streamed=True))
+        assert demand is not None
+        counted = [said[PAIR, rank]["counted"][method] for rank in range(PAIR)]
+        # The last norm is read with the head, too, where gradients begin there.
+        norm = 64 * 4 if method == "gblm" else 0
+        assert [one["read"] for one in counted] == [demand.read_bytes + norm] * PAIR
+        sent = sum(one["sent"] for one in counted)
+        if method == "wanda_sp":  # of which only the columns that stay are told
+            assert 0.8 * demand.sent_bytes < sent < demand.sent_bytes
+        else:
+            assert sent == demand.sent_bytes
+
+    def test_processes_that_measure_together_agree_on_the_slowest(self, decided: Any) -> None:
+        _, said = decided
+        first, second = (said[PAIR, rank]["counted"]["rates"] for rank in range(PAIR))
+        assert first == second
+        assert first["place"]["ranks"] == PAIR
+        assert first["sent_bytes"] > 0

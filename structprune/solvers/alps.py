@@ -33,9 +33,10 @@ RESTARTS = 3
 # Over all restarts; the fact `settled` says whether they were enough.
 ROUNDS = 300
 
-# For what is said of a run before it runs: rounds until a support settles, and what the
-# eigenvectors take in units of in^3 (in float64, and half of it in steps that are no products of matrices).
-USUAL_ROUNDS, EIGENVECTORS = 40, 50
+# For what is said of a run before it runs: rounds until a support settles (33 to 51 on linears of a language
+# model), what the eigenvectors take in units of in^3, in float64, and as how many rankings a round counts: one
+# it does, and goes over its matrices ten times between two products.
+USUAL_ROUNDS, EIGENVECTORS, RANKINGS = 40, 20, 4
 
 Project = Callable[[Tensor], Tensor]
 
@@ -57,7 +58,8 @@ def effort_of_alps(rows: int, inputs: int) -> Effort:
     # A round multiplies by the eigenvectors and by their transpose, a step of the refit by the Hessian.
     products = EIGENVECTORS * inputs**3 + (4 * USUAL_ROUNDS + 2 * USUAL_STEPS) * rows * inputs**2
     once = effort_of_ranking(rows, inputs)
-    return Effort(products, USUAL_ROUNDS * once.ranked, once.told_bytes + VALUE_BYTES * rows * inputs)
+    ranked = RANKINGS * USUAL_ROUNDS * once.ranked
+    return Effort(products, ranked, once.told_bytes + VALUE_BYTES * rows * inputs)
 
 
 def solve_alps(
