@@ -150,7 +150,10 @@ class Ranks:
             head = json.dumps(said).encode()
             body = save(here | blank)
             sizes = torch.tensor([len(head), len(body), len(blank)])
-            message = torch.frombuffer(bytearray(head + body), dtype=torch.uint8)
+            content = bytearray(head)
+            content += body
+            del body  # As large as a block's answers: each copy that stays counts.
+            message = torch.frombuffer(content, dtype=torch.uint8)
         else:
             sizes = torch.zeros(3, dtype=torch.int64)
         sizes = _sendable(sizes)
@@ -162,9 +165,9 @@ class Ranks:
         _broadcast(message, source)
         if self.number == source:
             return said, dict(tensors or {})
-        received = message.cpu().numpy().tobytes()
-        found = load(received[length:]) if not blanks else {}
-        return json.loads(received[:length]), found
+        received = message.cpu().numpy()
+        found = load(received[length:].tobytes()) if not blanks else {}
+        return json.loads(received[:length].tobytes()), found
 
     def tell_each(
         self, said: Any = None, tensors: Mapping[str, Tensor] | None = None
