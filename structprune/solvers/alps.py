@@ -34,8 +34,8 @@ RESTARTS = 3
 ROUNDS = 300
 
 # For what is said of a run before it runs: rounds until a support settles (33 to 51 on linears of a language
-# model), what the eigenvectors take in units of in^3, in float64, and as how many rankings a round counts: one
-# it does, and goes over its matrices ten times between two products.
+# model), what the eigenvectors take in units of in^3, in float64, and as how many rankings a round counts:
+# one it does, and it goes over its matrices ten times between two products.
 USUAL_ROUNDS, EIGENVECTORS, RANKINGS = 40, 20, 4
 
 Project = Callable[[Tensor], Tensor]
