@@ -13,6 +13,7 @@ from structprune.models.identity import stored_layout
 from structprune.models.opening import Opening
 from structprune.models.streamed import StreamedModel, open_model
 from structprune.pruners.forecast import forecast_all
+from structprune.recovery.masks import masks_of
 from structprune.storage.reader import CheckpointReader
 from tests.conftest import Command
 from tests.methods import STORED_METHODS, home, quick, short_runs
@@ -24,6 +25,7 @@ BESIDE_IT = [
     ARMOR | {"exclude": ["down_proj"]},
     {"method": "magnitude", "sparsity": 0.5, "include": ["down_proj"]},
 ]
+ANEW = [{"method": "wanda", "sparsity": 0.25}, {"method": "sparsegpt", "sparsity": 0.5}]
 SPARSER = [{"method": "wanda", "sparsity": "4:8"}, {"method": "magnitude", "sparsity": "1:4"}]
 
 
@@ -43,8 +45,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(BESIDE_IT, 0.5, marks=pytest.mark.slow),
         # A group in which the first stage left nothing keeps one zero more.
         (SPARSER, 0.7535),
+        # What the first stage removed may come back: all that stays is updated.
+        (ANEW, 0.5),
     ],
-    ids=["on its cores", "beside it", "two patterns"],
+    ids=["on its cores", "beside it", "two patterns", "anew"],
 )
 def test_the_second_stage_removes_what_it_finds_streamed_and_resident_alike(
     stages: list[dict[str, object]], removed: float, source: Path, tmp_path: Path, command: Command
@@ -72,6 +76,10 @@ def test_the_second_stage_removes_what_it_finds_streamed_and_resident_alike(
             "config": (out / "config.json").read_bytes(),
         }
     assert made["--resident"] == made["--stream"]
+    # All plans together leave what the files hold.
+    model = open_model(tmp_path / "out--stream", Opening(stream=False))
+    for name, kept in masks_of(model, plans).items():
+        assert torch.equal(kept, model.get_parameter(name) != 0)
 
 
 @pytest.mark.parametrize("method", STORED_METHODS)

@@ -87,21 +87,25 @@ def measure_files(
         del tensor, masks, before
         give_back_memory()
         progress("verify", len(found), len(reader.tensors))
-    # What a later stage took away or cut is counted in the stage's own mask.
+    # What a later stage took away, cut or decided on anew is counted in the stage's own mask.
     for number, stage in enumerate(stages):
-        cut = {name for one in stages[number + 1 :] for name in one.reshaped}
+        changed = {name for one in stages[number + 1 :] for name in one.reshaped | one.redecided}
         for name in stage.masked:
-            if name not in found or name in cut:
+            if name not in found or name in changed:
                 rows[number][name] = rows_of(stage.mask(name), _inputs(name in stage.transposed), groups)
     return Held(stages, found, where, rows, hashes, counts.removed(stages, rows, traced))
 
 
 def _mask_now(stages: Sequence[Stage], number: int, name: str) -> Tensor | None:
-    """Return what a stage keeps of a tensor, in the shape that the stages after it leave of it."""
-    if name not in stages[number].masked:
+    """Return what a stage keeps of a tensor, in the shape that the stages after it leave of it.
+
+    None where it keeps all, or a later one decides on its weights anew.
+    """
+    since = stages[number + 1 :]
+    if name not in stages[number].masked or any(name in later.redecided for later in since):
         return None
     mask = stages[number].mask(name)
-    for later in stages[number + 1 :]:
+    for later in since:
         mask = later.cut(name, mask)
     return mask
 

@@ -85,6 +85,11 @@ class Stage:
         return {*self.shapes, *self._kept}
 
     @property
+    def redecided(self) -> set[str]:
+        """Return the stored tensors of which the stage decides on every weight anew, removed ones too."""
+        return self.masked.keys() & self.written.keys()
+
+    @property
     def runs(self) -> bool:
         """Tell whether the stage changes how the model runs, and nothing that is stored."""
         return any(key.kind == "tokens" for key in self.plan)

@@ -41,7 +41,8 @@ def nonzero_masks(model: PreTrainedModel) -> dict[str, Tensor]:
 def masks_of(model: PreTrainedModel, plans: Sequence[Plan]) -> dict[str, Tensor]:
     """Return what is kept of every linear of the blocks, by parameter name, in the parameter's layout.
 
-    What the plans removed is removed; beyond them, and of a model without plans, what is zero stays zero.
+    What the plans removed is removed, unless a later one gave the same tensor new values and a mask of its
+    own; beyond them, and of a model without plans, what is zero stays zero.
 
     Args:
         model: In memory.
@@ -64,7 +65,10 @@ def mask_of(name: str, weight: Tensor, names: Names, plans: Sequence[Plan]) -> T
     """
     parts = names.to_stored({name: torch.ones(weight.shape, dtype=torch.bool)})
     for plan in plans:
-        parts = {part: kept & plan.get(Key(part, "mask"), kept) for part, kept in parts.items()}
+        for part, kept in parts.items():
+            mask = plan.get(Key(part, "mask"))
+            if mask is not None:
+                parts[part] = mask if Key(part, "value") in plan else kept & mask
     return (weight != 0) & names.to_module(parts)[name].to(weight.device)
 
 
