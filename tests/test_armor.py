@@ -380,7 +380,7 @@ class TestMemory:
         model = tiny("llama")
         before = {name: value.clone() for name, value in model.named_parameters()}
 
-        def fail(self: InputSums, *_: object) -> None:
+        def fail(self: InputSums, *_: object, **__: object) -> None:
             raise failure
 
         monkeypatch.setattr(InputSums, "__init__", fail)
@@ -393,7 +393,7 @@ class TestMemory:
         assert not any(module._forward_pre_hooks for module in model.modules())
 
     def test_any_other_error_stays_what_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(self: InputSums, *_: object) -> None:
+        def fail(self: InputSums, *_: object, **__: object) -> None:
             raise RuntimeError("something else")
 
         monkeypatch.setattr(InputSums, "__init__", fail)

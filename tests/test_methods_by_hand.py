@@ -192,10 +192,10 @@ class TestSparsegpt:
         made: list[int] = []
         start = InputSums.__init__
 
-        def count(self: InputSums, parts: Parts, width: int, *place: Any) -> None:
+        def count(self: InputSums, parts: Parts, width: int, *place: Any, **pairs: bool) -> None:
             made.append(width)
             assert parts == {"gram"}  # no norms or means are summed that nobody reads
-            start(self, parts, width, *place)
+            start(self, parts, width, *place, **pairs)
 
         monkeypatch.setattr(InputSums, "__init__", count)
         model = tiny("llama")

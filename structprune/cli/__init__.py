@@ -125,7 +125,8 @@ def _carry_out(line: Sequence[str]) -> int:
                     _load(progress)
                 result = job.run(progress)
     except BaseException as error:
-        failure = _failure(error, line) or _bug(error)
+        known = _failure(error, line)
+        failure = known or _bug(error)
         if "--debug" in line:
             say("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
         if place.count > 1:
@@ -133,7 +134,7 @@ def _carry_out(line: Sequence[str]) -> int:
         else:
             spoken = True
             _fail(failure, as_json)
-        if spoken and failure.kind == StructpruneError.kind:
+        if spoken and known is None:
             raise
         return failure.exit_code
     if not result or not speaks:  # another process of the same launch reports
