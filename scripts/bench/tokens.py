@@ -267,8 +267,8 @@ def section(found: dict[str, Any], rounds: int) -> str:
         f"{whole['memory']:.2f} of the plain model's. Random LLaVA of "
         f"{found['parameters'] / 1e6:.0f} M parameters, float32, {found['tokens']} tokens, {NEW} decoded, "
         f"SDPA, one thread, medians of {rounds} rounds. {environment()['machine']['processor']}, a shared "
-        "host: runs of this bench differ by up to a seventh in what is compared with as many tokens, and what is "
-        "below 1 there is noise."
+        "host: runs of this bench differ by up to a seventh in what is compared with as many tokens, and "
+        "what is below 1 there is noise."
     )
 
 
