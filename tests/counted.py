@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from structprune.evaluation import measuring
+from structprune.evaluation import machine_rates
 from structprune.models.opening import Opening
 from structprune.models.streamed import Batch, open_model
 from structprune.pruners.catalogue import find
@@ -87,8 +87,8 @@ def count(folder: Path) -> dict[str, Any]:
         said[name] = dict(found)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"SECONDS": 0.001, "WIDTH": 32, "SENT_BYTES": 1 << 16}.items():
-            patch.setattr(measuring, name, value)
-        patch.setattr(measuring, "READ_BYTES", 1 << 20)
-        patch.setattr(measuring, "MOVED_BYTES", 1 << 20)
-        said["rates"] = asdict(measuring.measure_rates("cpu", Ranks.here()))
+            patch.setattr(machine_rates, name, value)
+        patch.setattr(machine_rates, "READ_BYTES", 1 << 20)
+        patch.setattr(machine_rates, "MOVED_BYTES", 1 << 20)
+        said["rates"] = asdict(machine_rates.measure_rates("cpu", Ranks.here()))
     return said

@@ -57,25 +57,30 @@ def decided(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[
     for number in range(WORKERS):
         shutil.copytree(folder / "llama", folder / f"copy-{number}")
     damage(shutil.copytree(folder / "llama", folder / "damaged"))
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.ranked", str(folder / "meeting"), str(rank), str(folder)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORKERS)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=600)
-        assert worker.returncode == 0, errors
+    run_group("tests.ranked", folder, WORKERS)
     said = {
         (count, rank): json.loads((folder / f"{count}-{rank}.json").read_text())
         for count in range(1, WORKERS + 1)
         for rank in range(count)
     }
     return folder, said
+
+
+def run_group(module: str, folder: Path, count: int) -> None:
+    """Run a module in so many processes at once, each told where they meet, its number and the folder."""
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(folder / "meeting"), str(rank), str(folder)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=600)
+        assert worker.returncode == 0, errors
 
 
 def damage(model: Path) -> None:

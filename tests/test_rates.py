@@ -11,7 +11,7 @@ import torch
 import structprune
 from structprune.cli import main
 from structprune.errors import UsageError
-from structprune.evaluation import measuring
+from structprune.evaluation import machine_rates
 from structprune.evaluation.rates import Rates, Site, choose_rates, rates_file, read_rates, save_rates
 from structprune.models.opening import Opening
 from structprune.pipeline.estimate import seconds_of
@@ -34,10 +34,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "SECONDS", 0.001)
-    monkeypatch.setattr(measuring, "WIDTH", 32)
-    monkeypatch.setattr(measuring, "READ_BYTES", 2 << 20)
-    monkeypatch.setattr(measuring, "MOVED_BYTES", 2 << 20)
+    monkeypatch.setattr(machine_rates, "SECONDS", 0.001)
+    monkeypatch.setattr(machine_rates, "WIDTH", 32)
+    monkeypatch.setattr(machine_rates, "READ_BYTES", 2 << 20)
+    monkeypatch.setattr(machine_rates, "MOVED_BYTES", 2 << 20)
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from structprune.recovery.merged import MergedReader
 from structprune.storage.header import read_header
 from structprune.storage.tensor_file import read_tensors
 from tests.recovering import prune, trained
-from tests.test_ranks import torchrun, worker_of
+from tests.test_ranks import run_group, torchrun, worker_of
 from tests.tiny import save_tiny, tiny, tokenizer
 from tests.training_together import DEEP, DENSE, FAMILIES, FEW, STEPS, WORKERS, copied, facts, streamed
 
@@ -46,26 +44,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple
             prune(model, 0.6)
         model.save_pretrained(folder / name)
         tokenizer().save_pretrained(folder / name)
-    workers = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "tests.training_together",
-                str(folder / "meeting"),
-                str(rank),
-                str(folder),
-            ],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORKERS)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=600)
-        assert worker.returncode == 0, errors
+    run_group("tests.training_together", folder, WORKERS)
     said = {
         (count, rank): json.loads((folder / f"{count}-{rank}.json").read_text())
         for count in (2, 3)

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from structprune.calibration import data
 from structprune.calibration.text_source import TextSource
-from structprune.evaluation.measuring import measure_rates
+from structprune.evaluation.machine_rates import measure_rates
 from structprune.evaluation.rates import Rates
 from structprune.machine import machine
 from structprune.models.opening import DTYPES

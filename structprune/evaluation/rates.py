@@ -1,6 +1,6 @@
 """How fast this machine multiplies, ranks, reads and sends: what an estimate of a run's time is made of.
 
-Measured by `measuring` in a few seconds and kept in a file of the user's cache, where `--dry-run --ranks`
+Measured by `machine_rates` in a few seconds and kept in a file of the user's cache, where `--dry-run --ranks`
 finds it. Whatever made the figures what they are stands beside them; figures of another machine, device,
 number of threads or version of PyTorch are never used.
 """

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from structprune.checkpoint.locate import check_name, resolve
-from structprune.evaluation.measuring import measure_rates
+from structprune.evaluation.machine_rates import measure_rates
 from structprune.evaluation.rates import rates_file, save_rates
 from structprune.models.cost import weight_files
 from structprune.models.opening import Opening

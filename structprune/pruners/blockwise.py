@@ -58,7 +58,7 @@ class BlockwisePruner(LookingPruner):
         Args:
             model: The dense model.
             block: Its parameters are in memory.
-            seen: What `measuring` and `watching` ask for.
+            seen: What `machine_rates` and `watching` ask for.
         """
         return UNMEASURED
 
