@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from structprune.recipe.options import RecoverOptions as RecoverOptions
     from structprune.recipe.recipe import Recipe as Recipe
     from structprune.recipe.recipe import choose_recipe as choose_recipe
-    from structprune.runtime.engine import paused as paused
+    from structprune.runtime.attach import paused as paused
 
 # Found when they are first asked for: torch and transformers take seconds to import, `--help` should not.
 _HOMES = {
@@ -74,7 +74,7 @@ _HOMES = {
     "inspect": "pipeline.inspect",
     "load": "checkpoint.load",
     "methods": "pipeline.methods",
-    "paused": "runtime.engine",
+    "paused": "runtime.attach",
     "processor": "models.processor",
     "prune": "pipeline.prune",
     "prune_each": "pipeline.sweep",

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from structprune.errors import UsageError
 from structprune.pruners.token._family import TokenPruner
-from structprune.runtime.engine import paused
+from structprune.runtime.attach import paused
 from structprune.runtime.flops import image_tokens, tower_operations
 from structprune.runtime.tower import grid_places
 from tests.oracle import pictures, pruned, token_pruner, worst

@@ -17,7 +17,7 @@ from structprune.pipeline.show import _drops
 from structprune.pruners import catalogue
 from structprune.report.kept_tokens import DIMMED, kept_tokens
 from structprune.report.patches import Patches, patches_of
-from structprune.runtime.engine import engine_of
+from structprune.runtime.attach import engine_of
 from tests.conftest import Command
 from tests.methods import QUICK, short_runs
 from tests.oracle import token_pruner

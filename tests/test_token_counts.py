@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from structprune.decide.token_target import Target, count_at
 from structprune.errors import UsageError
 from structprune.plan.promise import Computed
+from structprune.runtime.attach import attach, detach
 from structprune.runtime.drop import Chooser, Drop
-from structprune.runtime.engine import attach, detach
 from structprune.runtime.flops import BlockCost, image_tokens, visual_operations
 from structprune.runtime.view import View
 from tests.oracle import TOKEN_METHODS, pictures, token_pruner
@@ -186,6 +186,9 @@ class Replay:
     @classmethod
     def method(cls) -> str:
         return "replay"
+
+    def merge(self, seen: View, chosen: Tensor) -> None:
+        """Keep tokens as they are."""
 
     def choose(self, seen: View, keep: Tensor) -> Tensor:
         if self.next == len(self.chosen):

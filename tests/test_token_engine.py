@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from structprune.errors import UsageError
 from structprune.models.cost import count
 from structprune.plan.plan import Plan
-from structprune.runtime.engine import detach, engine_of, paused
+from structprune.runtime.attach import detach, engine_of, paused
 from structprune.runtime.keep_set import KeepSet
 from tests.oracle import (
     CASES,

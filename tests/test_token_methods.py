@@ -8,8 +8,8 @@ from torch import Tensor
 
 from structprune.errors import QualityError, UsageError
 from structprune.pruners.token._scored import ScoredTokens
+from structprune.runtime.attach import attach, detach
 from structprune.runtime.drop import Drop
-from structprune.runtime.engine import attach, detach
 from structprune.runtime.view import View
 from tests.oracle import TOKEN_METHODS, column_sets, longer, padding_of, pictures, pruned, token_pruner
 from tests.pictures import BLOCKS, IMAGE, vision_model
@@ -30,6 +30,9 @@ class Probe:
     @classmethod
     def method(cls) -> str:
         return "probe"
+
+    def merge(self, seen: View, chosen: Tensor) -> None:
+        """Keep tokens as they are."""
 
     def choose(self, seen: View, keep: Tensor) -> Tensor:
         read = seen.read
@@ -215,3 +218,95 @@ def test_fastv_keeps_what_the_last_token_looks_at_in_the_block_before() -> None:
         assert sorted(expected) == [one for one in kept if one in visual.tolist()]
     with pytest.raises(UsageError, match="leaves no block"):
         token_pruner("fastv", block=4).calibrate(vision_model("llava"), [batch])
+
+
+class Average(ScoredTokens):
+    """Keeps the first tokens, and merges into each the mean of all."""
+
+    def score(self, seen: View) -> Tensor:
+        return -torch.arange(seen.real.shape[1]).expand(seen.real.shape).float()
+
+    def merge(self, seen: View, chosen: Tensor) -> Tensor:
+        even = seen.real / seen.left[:, None]
+        return even[:, None].expand(-1, seen.real.shape[1], -1).float()
+
+
+@pytest.mark.parametrize("block", [0, 2])
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_what_is_merged_goes_into_the_tokens_that_stay_and_into_no_other(family: str, block: int) -> None:
+    model, batch = vision_model(family), pictures(family).batch()
+    inputs: list[Tensor] = []
+    layer = model.model.language_model.layers[block]
+    note = layer.register_forward_pre_hook(lambda _, args, kwargs: inputs.append(args[0]), with_kwargs=True)
+    with torch.no_grad():
+        model(**batch)
+    note.remove()
+    attach(model, "average", [Drop(block, False, torch.tensor(3), Average())])
+    note = layer.register_forward_pre_hook(lambda _, args, kwargs: inputs.append(args[0]), with_kwargs=True)
+    with torch.no_grad():
+        found = model(**batch, use_cache=True)
+    note.remove()
+    whole, merged = inputs
+    columns = column_sets(found.past_key_values.layers[block], torch.zeros(3, dtype=torch.long))
+    for row, kept in enumerate(columns):
+        visual = batch["input_ids"][row].eq(IMAGE)
+        starts = (visual & ~visual.roll(1)).nonzero().flatten().tolist()
+        mine = merged[row, -len(kept) :]
+        for place, state in zip(kept, mine, strict=True):
+            if not bool(visual[place]):
+                assert torch.equal(state, whole[row, place])
+                continue
+            start = max(one for one in starts if one <= place)
+            size = int((~visual[start:]).int().argmax())
+            assert place - start < 3
+            assert torch.allclose(state, whole[row, start : start + size].mean(0), atol=EXACT)
+
+
+def test_the_text_of_an_image_is_what_stands_after_it() -> None:
+    prompts = pictures("llava", 2, 1)
+    batch = prompts.batch()
+    model, found = vision_model("llava"), []
+
+    class Reader(Level):
+        def score(self, seen: View) -> Tensor:
+            found.append((seen.states, seen.text(), seen.text(until_next=True)))
+            return super().score(seen)
+
+    attach(model, "reader", [Drop(0, False, torch.tensor(4), Reader())])
+    with torch.no_grad():
+        model(**batch)
+    ((states, every, first),) = found
+    image = 0
+    for row in range(2):
+        visual, real = batch["input_ids"][row].eq(IMAGE), batch["attention_mask"][row].bool()
+        ends = (visual & ~visual.roll(-1)).nonzero().flatten().tolist()
+        for number, end in enumerate(ends):
+            text = (real & ~visual).nonzero().flatten()
+            after = text[text > end]
+            near = after if number + 1 == len(ends) else after[after < ends[number + 1]]
+            for (values, mask), places in ((every, after), (first, near)):
+                assert torch.equal(values[image][mask[image]], states[row, places])
+            image += 1
+    assert image == 3 and int(first[1][0].sum()) < int(every[1][0].sum())
+
+
+def test_at_most_as_many_stay_as_are_allowed_and_never_none() -> None:
+    model, batch = vision_model("llava"), pictures("llava", 1).batch()
+
+    class Fewer(Probe):
+        count = 2
+
+        def choose(self, seen: View, keep: Tensor) -> Tensor:
+            return torch.arange(seen.real.shape[1]).expand(seen.real.shape) < self.count
+
+    fewer = Fewer()
+    attach(model, "fewer", [Drop(1, False, torch.tensor(4), fewer, at_most=True)])
+    for count, fine in ((2, True), (4, True), (5, False), (0, False)):
+        fewer.count = count
+        if fine:
+            cache = model(**batch, use_cache=True).past_key_values
+            kept = column_sets(cache.layers[1], padding_of(batch))[0]
+            assert int(batch["input_ids"][0].eq(IMAGE)[kept].sum()) == count
+        else:
+            with pytest.raises(QualityError, match="probe kept"):
+                model(**batch)

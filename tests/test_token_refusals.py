@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from structprune.errors import InputError, UsageError
-from structprune.runtime.engine import engine_of, paused
+from structprune.runtime.attach import engine_of, paused
 from structprune.runtime.masks import narrow
 from tests.oracle import TOKEN_METHODS, generate, pictures, pruned, token_pruner
 from tests.pictures import vision_model

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from structprune.pruners.token.fitprune import FitPrune
+from structprune.runtime.attach import attach, detach
 from structprune.runtime.drop import Drop
-from structprune.runtime.engine import attach, detach
 from structprune.runtime.flops import BlockCost
 from structprune.solvers.farthest import farthest
 from structprune.solvers.token_fit import ROUNDS, Fit, deletable, fit_shares

@@ -31,8 +31,8 @@ from structprune.machine import environment, give_back_memory, own_peak_rss, res
 from structprune.pruners.catalogue import find
 from structprune.pruners.token._family import TokenPruner
 from structprune.pruners.while_running import pruning
+from structprune.runtime.attach import attach, detach
 from structprune.runtime.drop import Drop
-from structprune.runtime.engine import attach, detach
 from structprune.runtime.flops import BlockCost
 
 NEW = 16

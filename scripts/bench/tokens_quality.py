@@ -39,7 +39,7 @@ from structprune.models.processor import processor
 from structprune.models.streamed import Batch, open_model
 from structprune.pruners.catalogue import find
 from structprune.pruners.while_running import pruning
-from structprune.runtime.engine import engine_of
+from structprune.runtime.attach import engine_of
 from structprune.runtime.images import placeholder
 
 SHARES = (1 / 3, 0.11, 0.05, 0.025)

@@ -30,7 +30,7 @@ from structprune.demo.sights import HELD_OUT_SEED, visual_questions
 from structprune.errors import InputError, QualityError, UsageError
 from structprune.evaluation.memory import Memory
 from structprune.ranks import Ranks
-from structprune.runtime.engine import paused
+from structprune.runtime.attach import paused
 
 # Enough to tell 85 from 80 percent; a small model answers them within seconds.
 DEMO_QUESTIONS = 500

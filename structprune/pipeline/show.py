@@ -21,7 +21,7 @@ from structprune.models.processor import processor
 from structprune.models.streamed import Batch
 from structprune.report.kept_tokens import kept_tokens
 from structprune.report.patches import patches_of
-from structprune.runtime.engine import engine_of, paused
+from structprune.runtime.attach import engine_of, paused
 from structprune.runtime.images import placeholder
 from structprune.storage.durable import DurableFile, blame
 

@@ -75,6 +75,7 @@ class Computed(_Said):
         attention: How many its attention computes, and its cache holds.
         feed_forward: How many its feed-forward computes.
         of: How many the image has.
+        at_most: Whether it may be fewer, as the image has it.
     """
 
     kind: Literal["computed"] = "computed"
@@ -82,6 +83,7 @@ class Computed(_Said):
     attention: Count
     feed_forward: Count
     of: Count
+    at_most: bool = False
 
 
 class Promises(_Said):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from structprune.checkpoint.running import carry_on
 from structprune.models.opening import Opening
 from structprune.models.streamed import open_model
-from structprune.runtime.engine import engine_of
+from structprune.runtime.attach import engine_of
 from structprune.storage.tensor_file import read_tensors, save_tensors
 from structprune.version import __version__
 

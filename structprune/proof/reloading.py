@@ -20,7 +20,7 @@ from structprune.proof import fresh_process
 from structprune.proof.image_probe import image_probe
 from structprune.proof.reload_streamed import loader
 from structprune.proof.verification import Verification
-from structprune.runtime.engine import paused
+from structprune.runtime.attach import paused
 from structprune.storage.reader import CheckpointReader, StoredTensors
 from structprune.storage.scratch import scratch_folder
 

@@ -27,6 +27,19 @@ class Chooser(Protocol):
         """Return which tokens of each image stay, bool [images, tokens]: as many as `keep` says, [images]."""
         ...
 
+    def merge(self, seen: View, chosen: Tensor) -> Tensor | None:
+        """Return what becomes of the tokens that stay, as weights of all that were there.
+
+        Args:
+            seen: What was chosen from.
+            chosen: What was chosen, bool [images, tokens].
+
+        Returns:
+            Float32 [images, tokens, tokens]: row j holds how much of every token goes into token j,
+            and counts only where j stays. None where tokens stay as they are.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Drop:
@@ -39,6 +52,7 @@ class Drop:
             that the image had at first; None leaves it to who chooses.
         chooser: Who chooses.
         compact: Whether positions are counted anew.
+        at_most: Whether `tokens` says how many are left at most, and who chooses says how many.
         images: How the vision tower sees images, where they are made smaller for it.
     """
 
@@ -47,6 +61,7 @@ class Drop:
     tokens: Tensor | None
     chooser: Chooser
     compact: bool = False
+    at_most: bool = False
     images: SmallerImages | None = None
 
     def keep(self, sizes: Tensor) -> Tensor:

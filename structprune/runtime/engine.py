@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from structprune.errors import UsageError
 from structprune.models.arch import arch_of, blocks
-from structprune.models.streamed import Model
 from structprune.runtime.attention import PROJECTIONS, AttentionInput
 from structprune.runtime.cache import check_cache
 from structprune.runtime.drop import Drop
@@ -26,8 +25,6 @@ from structprune.runtime.forward import Forward
 from structprune.runtime.images import ImageFeatures, find_images, with_newlines
 from structprune.runtime.refusals import Guarded, check_computed_once, check_runs
 from structprune.runtime.tower import SmallerImages
-
-_ATTRIBUTE = "_structprune_engine"
 
 
 class _Local(threading.local):
@@ -197,7 +194,7 @@ class Engine:
             return None
         states, cache = args[0], kwargs.get("past_key_values")
         for drop in self._drops(index, within=False):
-            run.choose(drop, states)
+            states = run.choose(drop, states)
         if run.pending is not None:
             states = run.move_to(run.pending, states)
         if self._local.watched is not None and run.images is not None:
@@ -250,7 +247,7 @@ class Engine:
             return type(self._language)._deepstack_process(self._language, states, visual, features)
         whole = states.new_zeros(*visual.shape, states.shape[-1])
         whole[visual.to(states.device)] = features.to(states)
-        return states + run.kept.gather(whole)
+        return states + run.kept.gather(run.merged(whole))
 
     def _end_language(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         run, self._local.run = self._local.run, None
@@ -263,57 +260,3 @@ class Engine:
     def _drops(self, index: int, *, within: bool) -> list[Drop]:
         every = (drop for drops in self.drops.values() for drop in drops)
         return [drop for drop in every if drop.block == index and drop.within == within]
-
-
-def attach(model: PreTrainedModel, key: str, drops: Sequence[Drop]) -> None:
-    """Let a model run with fewer tokens from now on; the same key again changes nothing.
-
-    Args:
-        model: In memory.
-        key: What names the decision, such as a plan's id.
-        drops: Where tokens are dropped.
-
-    Raises:
-        UsageError: Tokens of this model cannot be dropped; says why.
-    """
-    engine = engine_of(model)
-    if engine is None:
-        engine = Engine(model)
-        engine.install()
-        object.__setattr__(model, _ATTRIBUTE, engine)
-    engine.drops.setdefault(key, [*drops])
-
-
-def detach(model: PreTrainedModel, key: str | None = None) -> None:
-    """Let a model run with all tokens again.
-
-    Args:
-        model: In memory.
-        key: Only this decision is undone; None for every one.
-    """
-    engine = engine_of(model)
-    if engine is None:
-        return
-    if key is not None:
-        engine.drops.pop(key, None)
-    if key is None or not engine.drops:
-        engine.remove()
-        object.__delattr__(model, _ATTRIBUTE)
-
-
-def engine_of(model: object) -> Engine | None:
-    """Return what runs a model with fewer tokens; None where nothing does."""
-    found = vars(model).get(_ATTRIBUTE)
-    assert found is None or isinstance(found, Engine)
-    return found
-
-
-@contextmanager
-def paused(model: Model) -> Iterator[Model]:
-    """Let this thread run a model with all its tokens, for the length of a `with`."""
-    engine = engine_of(model)
-    if engine is None:
-        yield model
-        return
-    with engine.paused():
-        yield model

@@ -57,6 +57,8 @@ class Forward:
         pending: Those that go on from the feed-forward that runs now; None where it is no narrower.
         compact: Whether who chose last counts positions anew.
         read: What the last attention read that a stage may look at.
+        notes: What choosers note for their later stages, by the chooser's identity.
+        merges: What was merged so far: where it was seen, what stayed there, and the weights.
         entered: The tokens that each block computed so far.
     """
 
@@ -67,6 +69,8 @@ class Forward:
         self.pending: KeepSet | None = None
         self.compact = False
         self.read: AttentionInput | None = None
+        self.notes: dict[int, dict[str, Any]] = {}
+        self.merges: list[tuple[View, Tensor, Tensor]] = []
         self.entered: list[KeepSet | None] = []
         self._given: tuple[tuple[object, ...], _Given] | None = None
 
@@ -102,43 +106,60 @@ class Forward:
         gone = self.images.real & ~self.kept.mask(self.length)
         return gone.cumsum(1)
 
-    def choose(self, drop: Drop, states: Tensor) -> None:
+    def choose(self, drop: Drop, states: Tensor) -> Tensor:
         """Let a method choose what goes on from one place, if not all does.
 
         Args:
             drop: The place.
             states: Of the tokens that are computed there, shape [batch, slots, hidden].
 
+        Returns:
+            The states, with what was merged into those that stay.
+
         Raises:
             QualityError: It chose more or fewer than it was asked for.
         """
         images = self.images
         if images is None:
-            return
+            return states
         current = self.pending or self.kept
         there = images.real if current is None else current.mask(self.length)
         free = images.visual & there & ~images.last
         if drop.chooser.newlines == "protect":
             free = free & ~images.newline
         if not bool(free.any()):
-            return
-        seen = View(images, self.kept, states, there, free, self.read)
+            return states
+        notes = self.notes.setdefault(id(drop.chooser), {})
+        seen = View(images, self.kept, states, there, free, self.read, drop.block, notes)
         # What may not be dropped counts as kept, so that a count is what is computed; newlines alone show
         # nothing of an image.
         least = (~seen.shown).long()
         keep = (drop.keep(seen.sizes) - seen.protected).maximum(least).minimum(seen.left)
         if drop.tokens is not None and bool((keep == seen.left).all()):
-            return
-        chosen = drop.chooser.choose(seen, keep)
-        counts = (chosen & seen.real).sum(1)
-        if drop.tokens is not None and not torch.equal(counts, keep):
+            return states
+        chosen = drop.chooser.choose(seen, keep) & seen.real
+        counts = chosen.sum(1)
+        asked = (counts == keep) | (drop.at_most & (counts < keep) & (counts >= least))
+        if drop.tokens is not None and not bool(asked.all()):
             raise QualityError(
                 f"{drop.chooser.method()} kept {counts.tolist()} tokens of images, not {keep.tolist()}",
                 hint="its score is not finite: look whether the model computes NaN on this input",
             )
-        if not torch.equal(counts, seen.left):
-            self.pending = KeepSet.of(there & (~free | seen.marked(chosen)))
-            self.compact = drop.compact
+        if torch.equal(counts, seen.left):
+            return states
+        self.pending = KeepSet.of(there & (~free | seen.marked(chosen)))
+        self.compact = drop.compact
+        weights = drop.chooser.merge(seen, chosen)
+        if weights is None:
+            return states
+        self.merges.append((seen, chosen, weights))
+        return seen.merged(chosen, weights, states)
+
+    def merged(self, features: Tensor) -> Tensor:
+        """Return features of all tokens [batch, tokens, hidden] with all that was merged so far."""
+        for seen, chosen, weights in self.merges:
+            features = seen.merged(chosen, weights, features, whole=True)
+        return features
 
     def narrowed(
         self, index: int, count: int, cache: Cache | None, given: dict[str, Any], language: Any

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from structprune.errors import UsageError
@@ -18,6 +18,8 @@ REFUSED = {
     "assistant_model": "assisted decoding: guessed tokens would choose with the prompt's",
     "assistant_early_exit": "assisted decoding: guessed tokens would choose with the prompt's",
 }
+# Rotary tables of several axes say where in an image a token is: counted anew, that would be lost.
+AXES = "mrope_section"
 CACHES = (None, "dynamic", "dynamic_full")
 
 
@@ -87,3 +89,8 @@ def check_runs(model: PreTrainedModel) -> None:
                 f"{model.config.model_type}: cache layers of kind {type(layer).__name__} cannot lose tokens",
                 hint="token pruners take models whose every block attends to all earlier tokens",
             )
+
+
+def has_several_axes(config: PreTrainedConfig) -> bool:
+    """Tell whether positions of a model say where in an image a token is."""
+    return AXES in (getattr(config.get_text_config(), "rope_parameters", None) or {})

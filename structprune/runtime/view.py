@@ -3,8 +3,9 @@
 Methods see no batch: rows of a batch do not influence each other, and padding is not there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class View:
         there: Which tokens of the forward go on so far, bool [batch, tokens].
         candidates: Which tokens of the forward may be dropped here, bool [batch, tokens].
         read: What the attention of the block read that decides; None where none ran yet.
+        block: Number of the block where tokens are dropped.
+        notes: What the method noted at its earlier stages in this forward.
     """
 
     images: Images
@@ -36,6 +39,8 @@ class View:
     there: Tensor
     candidates: Tensor
     read: AttentionInput | None
+    block: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def _tokens(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,6 +97,52 @@ class View:
         found = values.new_zeros(*self.real.shape, *values.shape[2:])
         found[self.real] = values[row, place]
         return found
+
+    def merged(self, chosen: Tensor, weights: Tensor, states: Tensor, *, whole: bool = False) -> Tensor:
+        """Return states in which the tokens that stay hold what is merged into them.
+
+        Args:
+            chosen: Which tokens stay, bool [images, tokens].
+            weights: How much of every token goes into each of them, float32 [images, tokens, tokens].
+            states: Of the tokens seen [batch, slots, hidden], or of all tokens of the forward.
+            whole: Which of the two.
+        """
+        row, place, _ = self._tokens
+        slot = place if whole or self.kept is None else self._slots[row, place]
+        mine = states.new_zeros(*self.real.shape, states.shape[-1], dtype=torch.float32)
+        mine[self.real] = states[row, slot].float()
+        mixed = torch.bmm(weights.to(mine), mine).to(states.dtype)[self.real]
+        stays = chosen[self.real]
+        found = states.clone()
+        found[row[stays], slot[stays]] = mixed[stays]
+        return found
+
+    def text(self, *, until_next: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the states of the text after each image, up to the end of its row.
+
+        Args:
+            until_next: Up to the next image of the row, if there is one.
+
+        Returns:
+            States, float32 [images, text, hidden], and which entries are text, bool [images, text]; shorter
+            texts are filled up on the right.
+        """
+        number, real = self._here(self.images.number), self._here(self.images.real)
+        if self.kept is not None:
+            real = real & self.kept.valid
+            number = torch.where(self.kept.valid, number, -1)
+        slots = torch.arange(number.shape[1], device=number.device)
+        asking = []
+        for one in self.number:
+            row = int((number == one).any(1).nonzero()[0])
+            mine = real[row] & (number[row] < 0) & (slots > slots[number[row] == one].max())
+            later = slots[number[row] > one]
+            if until_next and len(later):
+                mine &= slots < later.min()
+            asking.append(self.states[row][mine].float())
+        lengths = torch.tensor([len(one) for one in asking], device=number.device)
+        padded = torch.nn.utils.rnn.pad_sequence(asking, batch_first=True)
+        return padded, torch.arange(padded.shape[1], device=number.device) < lengths[:, None]
 
     def marked(self, chosen: Tensor) -> Tensor:
         """Return a choice [images, tokens] as one of the tokens of the forward, bool [batch, tokens]."""

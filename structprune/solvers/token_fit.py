@@ -106,6 +106,9 @@ class Fit:
         """Begin the next batch of the walk."""
         self._block, self._batch = 0, []
 
+    def merge(self, seen: View, chosen: Tensor) -> None:
+        """Return nothing: tokens are deleted as they are."""
+
     def choose(self, seen: View, keep: Tensor) -> Tensor:
         """Return what stays in the block that runs now, bool [images, tokens].
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from structprune.calibration.notebook import Look, Notebook
 from structprune.decide.token_target import Target, count_at, rounded_up
-from structprune.errors import InputError, UsageError
+from structprune.errors import UsageError
 from structprune.models.arch import block_prefixes
 from structprune.models.edit import left_of
 from structprune.models.identity import applied, architecture_of, weights_of
@@ -29,16 +29,15 @@ from structprune.plan.promise import Computed, Promises
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.pruner import Pruner
 from structprune.pruners.token._account import TYPICAL_SIZE, Account
+from structprune.pruners.token._plan import check_tokens
+from structprune.runtime.attach import attach, detach
 from structprune.runtime.drop import Drop
-from structprune.runtime.engine import attach, detach
 from structprune.runtime.flops import BlockCost, image_tokens
-from structprune.runtime.refusals import check_runs
+from structprune.runtime.refusals import check_runs, has_several_axes
 from structprune.runtime.view import View
 
 logger = logging.getLogger(__name__)
 
-# Rotary tables of several axes say where in an image a token is: counted anew, that would be lost.
-AXES = "mrope_section"
 # Of every block: a token that half of the blocks compute counts half.
 UNIT = "visual tokens in the blocks"
 
@@ -73,6 +72,15 @@ class TokenPruner(Pruner):
         Returns:
             Bool, shape [images, tokens].
         """
+
+    def merge(self, seen: View, chosen: Tensor) -> Tensor | None:
+        """Return what goes into the tokens that stay, as `Chooser.merge` does; None: only themselves."""
+        return None
+
+    @property
+    def at_most(self) -> bool:
+        """Tell whether the target is the most that is left, and how much of it the image decides."""
+        return False
 
     def start(self, blocks: int) -> int:
         """Return the number of the block before which tokens are dropped, of so many; 0: at the embeddings.
@@ -135,7 +143,7 @@ class TokenPruner(Pruner):
         """
         skeleton = model.skeleton if isinstance(model, StreamedModel) else model
         check_runs(skeleton)
-        if self.positions == "compact" and _several_axes(model):
+        if self.positions == "compact" and has_several_axes(model.config):
             raise UsageError(
                 f"positions: compact on a {model.config.model_type}, whose positions have several axes",
                 hint="positions: keep",
@@ -237,7 +245,7 @@ class TokenPruner(Pruner):
 
     def _promises(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> Promises:
         said = tuple(
-            Computed(block=path, attention=entering, feed_forward=leaving, of=size)
+            Computed(block=path, attention=entering, feed_forward=leaving, of=size, at_most=self.at_most)
             for path, (entering, leaving) in zip(block_prefixes(model), counts, strict=True)
         )
         of, computed = size * len(counts), sum(leaving for _, leaving in counts)
@@ -265,10 +273,10 @@ class TokenPruner(Pruner):
         Raises:
             InputError: The plan names a block that the model does not have, or leaves what no image can have.
         """
-        _check_tokens(plan, block_prefixes(model))
-        compact = (self.positions or self.paper_positions) == "compact" and not _several_axes(model)
+        check_tokens(plan, block_prefixes(model))
+        compact = (self.positions or self.paper_positions) == "compact" and not has_several_axes(model.config)
         numbered = ((int(key.name.rpartition(".")[2]), plan[key]) for key in plan if key.kind == "tokens")
-        return [Drop(block, self.within, tokens, self, compact) for block, tokens in numbered]
+        return [Drop(block, self.within, tokens, self, compact, self.at_most) for block, tokens in numbered]
 
     def apply(self, model: Model, plan: Plan) -> Model:
         """Let a model run with fewer tokens; returns the same model. Its parameters stay as they are.
@@ -291,27 +299,3 @@ class TokenPruner(Pruner):
         detach(self._in_memory(model), plan.id)
         if plan.id in applied(model):
             applied(model).remove(plan.id)
-
-
-def _check_tokens(plan: Plan, blocks: Sequence[str]) -> None:
-    for key in plan:
-        if key.kind != "tokens":
-            continue
-        if key.name not in blocks:
-            raise InputError(
-                f"plan key {str(key)!r}: no such block, the model has {blocks[0]} to {blocks[-1]}",
-                hint="the plan belongs to another model",
-            )
-        tokens = plan[key]
-        share = tokens.is_floating_point()
-        if tokens.numel() != 1 or not (0 < float(tokens) <= 1 if share else int(tokens) >= 1):
-            raise InputError(
-                f"plan key {str(key)!r}: leaves {tokens.tolist()}, expected a number of tokens from 1, or a "
-                "share above 0 and at most 1",
-                hint="the plan is damaged: prune again with its recipe",
-            )
-
-
-def _several_axes(model: Model) -> bool:
-    text = model.config.get_text_config()
-    return AXES in (getattr(text, "rope_parameters", None) or {})

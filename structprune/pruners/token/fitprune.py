@@ -23,8 +23,8 @@ from structprune.models.streamed import Batch, Model
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.token._account import TYPICAL_SIZE, too_dear
 from structprune.pruners.token._scored import ScoredTokens
+from structprune.runtime.attach import attach, detach
 from structprune.runtime.drop import Drop
-from structprune.runtime.engine import attach, detach
 from structprune.runtime.flops import BlockCost, image_tokens
 from structprune.runtime.view import View
 from structprune.solvers.token_fit import Fit, Walked, Walks, fit_shares
