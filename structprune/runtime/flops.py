@@ -78,7 +78,7 @@ def tower_operations(config: PreTrainedConfig, patches: int) -> int:
 
 
 def rows_operations(config: PreTrainedConfig, tokens: int) -> int:
-    """Return the operations of a tower's attention rows, computed anew for all patches of an image, of a layer.
+    """Return the operations of all rows of one attention of a tower, computed anew, of an image.
 
     Args:
         config: The model's.

@@ -51,8 +51,8 @@ class TokenPruner(Pruner):
             given, and kept where positions have several axes.
         newlines: Whether tokens that only end a line of an image may be dropped, where a model has any.
 
-    A method's `tower_layers` are the layers of the vision tower that it looks at: an integer counts them, from
-    the end where it is negative, and a float is a share of the depth.
+    A method's `tower_layers` are the layers of the vision tower that it looks at: an integer counts them,
+    from the end where it is negative, and a float is a share of the depth.
     """
 
     target: Target = Field(default_factory=lambda: Target(keep_ratio=0.25))
