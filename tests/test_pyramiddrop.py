@@ -1,4 +1,4 @@
-"""Tokens that go in several stages: the counts of papers, targets of every kind, what each stage looks at.
+"""Tokens that go in several stages: the counts of papers, targets of every kind, what each stage looks at."""
 
 from itertools import pairwise
 from statistics import fmean
