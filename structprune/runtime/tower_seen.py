@@ -6,7 +6,7 @@ asks for them, in float32, whatever kernel the tower runs. It hangs on the featu
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -259,3 +259,36 @@ def shown_of(features: Tensor) -> ImageShown | None:
     found = getattr(features, _ATTRIBUTE, None)
     assert found is None or isinstance(found, ImageShown)
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class TowerTokens:
+    """What a layer of the tower showed of the tokens that a method sees; newlines have zeros.
+
+    Attributes:
+        placed: Puts values [tokens, ...] of all images of the forward side by side, [images, tokens, ...].
+        shown: What the tower showed of each of them.
+        layer: Which layer is looked at.
+    """
+
+    placed: Callable[[Sequence[Tensor]], Tensor]
+    shown: Sequence[ImageShown]
+    layer: float
+
+    @cached_property
+    def attention(self) -> Tensor:
+        """Return what the class token pays, mean over heads, or as `received`; float32 [images, tokens].
+
+        Of several patches in a token it is the mean.
+        """
+        return self.placed([one.attention(self.layer) for one in self.shown])
+
+    @cached_property
+    def received(self) -> Tensor:
+        """Return the mean attention of all queries of the image and all heads, float32 [images, tokens]."""
+        return self.placed([one.received(self.layer) for one in self.shown])
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """Return keys before rotation, mean over heads, float32 [images, tokens, size]."""
+        return self.placed([one.keys(self.layer) for one in self.shown])

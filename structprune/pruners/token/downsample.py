@@ -47,14 +47,15 @@ class Downsample(TokenPruner):
         """Return how many patches of an image the vision tower computes: those that are left."""
         return left
 
-    def _tokens(self, model: Model) -> Tensor:
-        return torch.tensor(self.counts(model, square_of(model))[-1][1])
+    def tokens(self, model: Model) -> dict[int, Tensor]:
+        """Return how many tokens are left, all of them before the first block."""
+        return {0: torch.tensor(self.counts(model, square_of(model))[-1][1])}
 
     def drops(self, plan: Plan, model: Model) -> list[Drop]:
         """Return what the engine carries out on a model."""
         whole = self._in_memory(model)
         return [
-            replace(drop, images=smaller_images(whole, self._left(drop.tokens, square_of(whole))))
+            replace(drop, images=smaller_images(whole, int(drop.keep(torch.tensor(square_of(whole))))))
             for drop in super().drops(plan, model)
             if drop.tokens is not None
         ]

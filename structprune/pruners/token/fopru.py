@@ -61,11 +61,12 @@ class FoPru(TokenPruner):
             )
         return [(left // row * row,) * 2 for _, left in found]
 
-    def _tokens(self, model: Model) -> Tensor:
+    def tokens(self, model: Model) -> dict[int, Tensor]:
+        """Return how many tokens are left at the embeddings: of whole rows, where all are alike."""
         size = image_tokens(model.config)
         if self.strategy == "rank" or size is None:
-            return super()._tokens(model)
-        return torch.tensor(self.counts(model, size)[-1][1])
+            return super().tokens(model)
+        return {0: torch.tensor(self.counts(model, size)[-1][1])}
 
     def choose(self, seen: View, keep: Tensor) -> Tensor:
         """Return the tokens or rows of the highest scores, bool [images, tokens].
