@@ -93,6 +93,12 @@ class View:
         width = torch.arange(int(self.left.max()), device=self.left.device)
         return width < self.left[:, None]
 
+    @cached_property
+    def computed(self) -> Tensor:
+        """Return which slots hold a token that is no padding, bool [batch, slots]."""
+        real = self._here(self.images.real)
+        return real if self.kept is None else real & self.kept.valid
+
     def spread(self, values: Tensor, *, whole: bool = False) -> Tensor:
         """Return values of tokens [batch, slots, ...] with images side by side, [images, tokens, ...].
 
@@ -200,7 +206,7 @@ class View:
         number, length = self._here(images.number), asking.shape[1]
         places = self._here(torch.arange(length, device=number.device).expand(len(images.number), -1))
         asks = torch.zeros_like(images.number).index_add_(0, images.row, asking.long()) > 0
-        queries = KeepSet.of(self._here(asks) if self.kept is None else self._here(asks) & self.kept.valid)
+        queries = KeepSet.of(self._here(asks) & self.computed)
         found = self.states.new_zeros(number.shape, dtype=torch.float32)
         for slots, real in zip(*(torch.split(one, CHUNK, 1) for one in (queries.index, queries.valid))):
             rows = self._own(self._attention().rows(slots).mean(1))
