@@ -1,7 +1,6 @@
 """Methods that rank visual tokens: a score for each, and the highest stay."""
 
 from abc import abstractmethod
-from typing import final
 
 import torch
 from torch import Tensor
@@ -18,9 +17,16 @@ class ScoredTokens(TokenPruner):
     def score(self, seen: View) -> Tensor:
         """Return a score for every token, float32 [images, tokens]; higher is kept."""
 
-    @final
     def choose(self, seen: View, keep: Tensor) -> Tensor:
         """Return the tokens of the highest scores; of equal ones the first.
+
+        Raises:
+            QualityError: A score is not a number.
+        """
+        return (self.ranks(seen) < keep[:, None]) & seen.real
+
+    def ranks(self, seen: View) -> Tensor:
+        """Return how many tokens of its image rank before each, by score, then by place; [images, tokens].
 
         Raises:
             QualityError: A score is not a number.
@@ -33,7 +39,5 @@ class ScoredTokens(TokenPruner):
             )
         scores = scores.masked_fill(~seen.real, -torch.inf)
         order = scores.argsort(dim=1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter(
-            1, order, torch.arange(order.shape[1]).expand_as(order).to(order)
-        )
-        return (rank < keep[:, None]) & seen.real
+        places = torch.arange(order.shape[1]).expand_as(order).to(order)
+        return torch.empty_like(order).scatter(1, order, places)
