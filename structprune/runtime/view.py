@@ -159,6 +159,20 @@ class View:
         padded = torch.nn.utils.rnn.pad_sequence(asking, batch_first=True)
         return padded, torch.arange(padded.shape[1], device=number.device) < lengths[:, None]
 
+    def mean(self, tokens: Tensor) -> Tensor:
+        """Return the mean state of some tokens, of those that are computed here; zero where there is none.
+
+        Args:
+            tokens: Which of the forward, for each image seen, bool [images, tokens].
+
+        Returns:
+            Float32, shape [images, hidden].
+        """
+        row = self.images.row[self.number]
+        mine = (tokens if self.kept is None else gather(tokens, self.kept.index[row])) & self.computed[row]
+        sums = torch.bmm(mine[:, None].float(), self.states[row].float())[:, 0]
+        return sums / mine.sum(1, keepdim=True).clamp(min=1)
+
     def marked(self, values: Tensor) -> Tensor:
         """Return values [images, tokens], such as a choice, at the tokens of the forward, [batch, tokens].
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from structprune.decide.token_target import Target
-from structprune.pruners.token._scored import ScoredTokens
+from structprune.pruners.token._scored import ScoredTokens, finite, rank
 from structprune.pruners.token._staged import StagedTokens
 from structprune.runtime.flops import BlockCost
 from structprune.runtime.view import View
@@ -77,14 +77,13 @@ class SparseVLM(StagedTokens, ScoredTokens):
 
     def choose(self, seen: View, keep: Tensor) -> Tensor:
         """Return the tokens of the highest scores, and the strongest of every cluster, [images, tokens]."""
-        ranks = self.ranks(seen)
+        ranks = rank(finite(self.score(seen), seen.real, self.method()), seen.real)
         if self.version == "v2":
             return (ranks < keep[:, None]) & seen.real
         features, width = seen.features(), seen.real.shape[1]
         weights = torch.zeros(len(ranks), width, width, device=ranks.device)
         for image, (left, count) in enumerate(zip(seen.left.tolist(), keep.tolist(), strict=True)):
-            mixed = _recycled(features[image, :left], ranks[image, :left], count)
-            weights[image, :left, :left] = mixed
+            weights[image, :left, :left] = _recycled(features[image, :left], ranks[image, :left], count)
         seen.notes[WEIGHTS] = weights
         return weights.any(2)
 
