@@ -18,6 +18,14 @@ class Chooser(Protocol):
         """Return whether tokens that only end a line of an image may be dropped."""
         ...
 
+    @property
+    def tower_layers(self) -> tuple[float, ...]:
+        """Return the layers of the vision tower that it looks at.
+
+        An integer counts them, from the end where it is negative; a float is a share of the depth.
+        """
+        ...
+
     @classmethod
     def method(cls) -> str:
         """Return the method's name."""
@@ -75,13 +83,21 @@ class Drop:
 
     def keep(self, sizes: Tensor) -> Tensor:
         """Return how many tokens stay of images with so many at first, at least one each; shape [images]."""
-        if self.tokens is None:
-            return sizes
-        tokens = self.tokens.to(sizes.device)
-        if tokens.is_floating_point():
-            share = tokens if tokens.ndim == 0 else (tokens[0] / sizes) ** tokens[1]
-            # Half up, after a rounding that takes 0.29 * 100 for 29.
-            wanted = torch.floor((sizes.double() * share).round(decimals=9) + 0.5).long()
-        else:
-            wanted = tokens.expand_as(sizes)
-        return wanted.clamp(min=1).minimum(sizes)
+        return sizes if self.tokens is None else left_of(self.tokens, sizes)
+
+
+def left_of(tokens: Tensor, sizes: Tensor) -> Tensor:
+    """Return how many tokens are left of images with so many at first, at least one each; shape [images].
+
+    Args:
+        tokens: What is left, as `Drop.tokens` says it.
+        sizes: Shape [images].
+    """
+    tokens = tokens.to(sizes.device)
+    if tokens.is_floating_point():
+        share = tokens if tokens.ndim == 0 else (tokens[0] / sizes) ** tokens[1]
+        # Half up, after a rounding that takes 0.29 * 100 for 29.
+        wanted = torch.floor((sizes.double() * share).round(decimals=9) + 0.5).long()
+    else:
+        wanted = tokens.expand_as(sizes)
+    return wanted.clamp(min=1).minimum(sizes)

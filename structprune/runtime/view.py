@@ -14,6 +14,7 @@ from torch import Tensor
 from structprune.runtime.attention import AttentionInput
 from structprune.runtime.images import Images
 from structprune.runtime.keep_set import KeepSet, gather
+from structprune.runtime.tower_seen import ImageShown, TowerTokens, unseen
 
 # Queries whose attention is in memory at once: rows of all tokens would be as large as an eager kernel's.
 CHUNK = 64
@@ -201,6 +202,41 @@ class View:
     def features(self) -> Tensor:
         """Return the states of the images' tokens, float32 [images, tokens, hidden]."""
         return self.spread(self.states).float()
+
+    def tower(self, layer: float) -> TowerTokens:
+        """Return what one of the `tower_layers` of the method showed of the images' tokens.
+
+        Raises:
+            UsageError: The features of an image were not made by the tower as it runs here.
+        """
+        return TowerTokens(self.placed, self._shown, layer)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Return where tokens stand in their image, long [images, tokens, 3].
+
+        Part (0 the whole image, 1 its stitched tiles), row, and column; the column is -1 where a token only
+        ends a line.
+
+        Raises:
+            UsageError: The features of an image were not made by the tower as it runs here.
+        """
+        return self.placed([one.places for one in self._shown])
+
+    @property
+    def _shown(self) -> list[ImageShown]:
+        found = [one for one in self.images.shown if one is not None]
+        if len(found) < len(self.images.sizes):
+            raise unseen("they were not made by the vision tower as it runs here")
+        return found
+
+    def placed(self, values: Sequence[Tensor]) -> Tensor:
+        """Return values [tokens, ...] of every image of the forward side by side, [images, tokens, ...]."""
+        visual = self.images.visual
+        every = torch.cat([*values]).to(visual.device)
+        whole = every.new_zeros(*visual.shape, *every.shape[1:])
+        whole[visual] = every
+        return self.spread(whole, whole=True)
 
     def paid_by_last(self) -> Tensor:
         """Return the attention that the last real token pays, mean over heads, float32 [images, tokens]."""

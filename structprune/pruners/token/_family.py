@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import ClassVar, Literal, Self, final
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,10 +27,10 @@ from structprune.plan.plan import Plan, PlanWriter
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.pruner import Pruner
 from structprune.pruners.token._account import TYPICAL_SIZE, UNIT, Account
-from structprune.pruners.token._plan import check_tokens, said_of
+from structprune.pruners.token._plan import check_tokens, counts_of, said_of
 from structprune.runtime.attach import attach, detach
 from structprune.runtime.drop import Drop
-from structprune.runtime.flops import BlockCost, image_tokens
+from structprune.runtime.flops import BlockCost, image_tokens, rows_operations
 from structprune.runtime.refusals import check_runs, has_several_axes
 from structprune.runtime.view import View
 
@@ -55,6 +54,7 @@ class TokenPruner(Pruner):
     at_run_time: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
     within: ClassVar[bool] = False
+    tower_layers: ClassVar[tuple[float, ...]] = ()
     paper_positions: ClassVar[Literal["keep", "compact"]] = "keep"
 
     @abstractmethod
@@ -161,7 +161,7 @@ class TokenPruner(Pruner):
                 reached.
         """
         skeleton = model.skeleton if isinstance(model, StreamedModel) else model
-        check_runs(skeleton)
+        check_runs(skeleton, self.tower_layers)
         if self.positions == "compact" and has_several_axes(model.config):
             raise UsageError(
                 f"positions: compact on a {model.config.model_type}, whose positions have several axes",
@@ -179,8 +179,10 @@ class TokenPruner(Pruner):
 
     def _account(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> Account:
         left = counts[-1][1]
+        spent = self.operations(BlockCost.of(model.config), size, counts)
+        spent += rows_operations(model.config, size, len(self.tower_layers))
         # Where all tokens stay, nobody chooses.
-        spent = self.operations(BlockCost.of(model.config), size, counts) if left < size else 0
+        spent = spent if left < size else 0
         return Account(model.config, size, counts, self.seen_by_tower(size, left), spent)
 
     def reach(self, model: Model) -> str:
@@ -254,16 +256,7 @@ class TokenPruner(Pruner):
         return found
 
     def _counted(self, model: Model, found: dict[int, Tensor], size: int) -> list[tuple[int, int]]:
-        """Return of every block what its attention and its feed-forward compute of an image."""
-        counts, now = [], size
-        for index in range(len(block_prefixes(model))):
-            after = self._left(found[index], size) if index in found else now
-            counts.append((now, after) if self.within else (after, after))
-            now = after
-        return counts
-
-    def _left(self, tokens: Tensor, size: int) -> int:
-        return int(Drop(0, self.within, tokens, self).keep(torch.tensor([size])))
+        return counts_of(found, len(block_prefixes(model)), size, within=self.within)
 
     def _in_memory(self, model: Model) -> PreTrainedModel:
         """Return a model that is in memory as a whole.
