@@ -44,6 +44,9 @@ class Probe:
     def method(cls) -> str:
         return "probe"
 
+    def watch(self, seen: View) -> None:
+        """Note nothing."""
+
     def merge(self, seen: View, chosen: Tensor) -> None:
         """Keep tokens as they are."""
 
