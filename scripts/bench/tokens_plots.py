@@ -30,7 +30,7 @@ WIDTH, HEIGHT, DPI, COLOURS_KEPT = 5.6, 4.2, 110, 64
 
 def file_of(kept: Mapping[str, Any]) -> str:
     """Return the name of a model's plot."""
-    return f"{kept['model']}-tokens.png"
+    return f"{kept['model'].replace(', ', '-').replace(' ', '-')}-tokens.png"
 
 
 def draw(kept: Mapping[str, Any], path: Path) -> None:

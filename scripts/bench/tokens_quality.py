@@ -7,16 +7,18 @@ the random choice's (mean of its seeds), with a 95% interval over questions. Of 
 where the things stand that a question is about: which share of their patches the last block computes. Prefill
 and choosing are the processor's seconds in the language model, over a dense prefill of the same prompts.
 
-    python scripts/bench/tokens_quality.py --model demo-vision --json /tmp/tokens.json --write
+    python scripts/bench/tokens_quality.py --json one.json
+    python scripts/bench/tokens_quality.py --examples 2 --json two.json --write one.json two.json
 
 The JSON is rewritten after every cell; a second call with the same file measures only what it lacks. What the
-tower makes of an image is kept for all methods that neither look into it nor change it.
+tower makes of an image is kept for all methods that neither look into it nor change it. With examples every
+prompt has so many questions of the same kind, with their images and answers, before the one that is asked.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, median
@@ -26,12 +28,12 @@ import torch
 from cells import Cell, kept_cells
 from figures import README, write_section
 from tokens_plots import draw, file_of
-from tokens_quality_tables import BASELINES, section
+from tokens_quality_tables import BASELINES, NOTE, section
 from tokens_seen import Remembered, TimedChoosers, in_language_model
 from torch import Tensor
 
 from structprune.calibration.image_questions import ImageQuestion, read_questions
-from structprune.calibration.images import batch_of
+from structprune.calibration.images import batch_of, prompt_of
 from structprune.calibration.text_source import DEMO_VISION, TextSource
 from structprune.checkpoint.locate import resolve
 from structprune.demo.scenes import covered
@@ -68,20 +70,26 @@ class Bench:
         questions: A file, or "demo-vision".
         calibration: What methods with a fit look at, the same way.
         limit: Only so many questions.
+        examples: How many stand before each question.
     """
 
-    def __init__(self, model: str, questions: str, calibration: str, limit: int | None) -> None:
+    def __init__(
+        self, model: str, questions: str, calibration: str, limit: int | None, examples: int = 0
+    ) -> None:
         folder = resolve(model)
         self.processor = processor(folder)
         found = open_model(folder, Opening(dtype="float32", stream=False))
         assert not hasattr(found, "reader")
         self.model: Any = found
         self.exam: QuestionExam = read_question_exam(questions, self.processor, limit=limit)
-        looked_at = read_questions(TextSource(calibration))[:64]
-        self.batches: list[Batch] = [batch_of(part, self.processor) for part in parts(looked_at)]
-        self.asked: list[Batch] = [batch_of(part, self.processor) for part in parts(self.exam.questions)]
+        pool = read_questions(TextSource(calibration))
+        self.batches: list[Batch] = [batch_of(part, self.processor) for part in parts(pool[:64])]
+        self.asked: list[Batch] = [
+            batch_with(examples, pool, part, self.processor, number * BATCH)
+            for number, part in enumerate(parts(self.exam.questions))
+        ]
         self.patches: list[Tensor] = []
-        if questions == DEMO_VISION:
+        if questions == DEMO_VISION and not examples:
             scenes = zip(self.exam.questions, visual_questions(HELD_OUT_SEED), strict=False)
             self.patches = [patches_of(one) for _, one in scenes]
         self.features = Remembered(self.model.model)
@@ -167,6 +175,31 @@ def parts(questions: Any) -> Iterator[tuple[ImageQuestion, ...]]:
         yield tuple(questions[start : start + BATCH])
 
 
+def batch_with(
+    count: int, pool: Sequence[ImageQuestion], part: Sequence[ImageQuestion], processor: Any, first: int
+) -> Batch:
+    """Return questions as a batch, each with some of its kind before it, answered.
+
+    Args:
+        count: How many.
+        pool: Where they come from, in turns.
+        part: The questions.
+        processor: The model's.
+        first: Number of the first question.
+    """
+    if not count:
+        return batch_of(part, processor)
+    prompts, images = [], []
+    for number, one in enumerate(part, start=first):
+        alike = [other for other in pool if other.kind == one.kind]
+        examples = [alike[(count * number + at) % len(alike)] for at in range(count)]
+        said = [f"{prompt_of(other, processor)} {other.answer}\n" for other in examples]
+        prompts.append("".join(said) + prompt_of(one, processor))
+        images.append([other.open_image() for other in (*examples, one)])
+    made = processor(images=images, text=prompts, padding=True, padding_side="left", return_tensors="pt")
+    return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+
+
 def patches_of(asked: VisualQuestion) -> Tensor:
     """Return which patches hold a part of what a question is about, bool [patches]; maybe none."""
     words = asked.question.rstrip("?").split()
@@ -198,19 +231,23 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--methods", default=",".join(token_methods()))
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--write", action="store_true", help="write the section of README.md")
+    parser.add_argument("--examples", type=int, default=0)
+    parser.add_argument(
+        "--write", type=Path, nargs="+", default=[], help="JSONs for the section of README.md"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(options.model, options.questions, options.calibration, options.limit)
+    bench = Bench(options.model, options.questions, options.calibration, options.limit, options.examples)
     versions = environment()["versions"]
     asked = len(bench.exam.questions)
     protocol = (
-        f"{asked} questions of {Path(options.questions).name}; fits on 64 of "
-        f"{Path(options.calibration).name}; float32, torch {versions['torch']}, transformers "
+        f"{asked} questions of {Path(options.questions).name}, after {options.examples} examples each; fits on "
+        f"64 of {Path(options.calibration).name}; float32, torch {versions['torch']}, transformers "
         f"{versions['transformers']}"
     )
     kept = kept_cells(options.json, protocol)
-    kept |= {"model": Path(options.model).name, "processor": environment()["machine"]["processor"]}
+    name = Path(options.model).name + (f", after {options.examples} examples" if options.examples else "")
+    kept |= {"model": name, "processor": environment()["machine"]["processor"]}
     kept |= {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "kinds": [str(one.kind) for one in bench.exam.questions],
@@ -222,9 +259,11 @@ def main() -> None:
         kept["cells"].append(cell)
         options.json.write_text(json.dumps(kept))
         print(f"{method} {share:.3f} seed {seed}: {fmean(cell['right']):.3f} right", flush=True)
-    if options.write:
-        draw(kept, README.with_name(file_of(kept)))
-        write_section(Path(__file__).name, section(kept))
+    files = [json.loads(one.read_text()) for one in options.write]
+    for one in files:
+        draw(one, README.with_name(file_of(one)))
+    if files:
+        write_section(Path(__file__).name, "\n\n".join([NOTE, *map(section, files)]))
 
 
 if __name__ == "__main__":

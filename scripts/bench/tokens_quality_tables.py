@@ -40,7 +40,7 @@ def section(kept: Mapping[str, Any]) -> str:
     """Return the tables of a model."""
     dense, kinds = kept["dense"], kept["kinds"]
     names = sorted(set(kinds))
-    told = f"{kept['protocol']}. {kept['processor']}, {kept['date']}. {NOTE}"
+    told = f"{kept['protocol']}. {kept['processor']}, {kept['date']}."
     parts = [f"### {kept['model']}", f"![right answers against tokens kept]({file_of(kept)})", told]
     header = [*HEADER, *names, "answer patches"]
     blank = [""] * (len(HEADER) - 4)
