@@ -241,7 +241,7 @@ def main() -> None:
     versions = environment()["versions"]
     asked = len(bench.exam.questions)
     protocol = (
-        f"{asked} questions of {Path(options.questions).name}, after {options.examples} examples each; fits on "
+        f"{asked} questions of {Path(options.questions).name} after {options.examples} examples; fits on "
         f"64 of {Path(options.calibration).name}; float32, torch {versions['torch']}, transformers "
         f"{versions['transformers']}"
     )
