@@ -177,6 +177,7 @@ class Replay:
     """Chooses once by a method, and then the same again without its cost."""
 
     newlines: Literal["protect", "compete"] = "compete"
+    tower_layers: tuple[float, ...] = ()
 
     def __init__(self, chooser: Chooser | None = None) -> None:
         self.chooser = chooser

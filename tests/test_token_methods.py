@@ -21,6 +21,7 @@ class Probe:
     """Chooses nothing, and remembers what it could see."""
 
     newlines: Literal["protect", "compete"] = "compete"
+    tower_layers: tuple[float, ...] = ()
 
     def __init__(self) -> None:
         self.rows: list[Tensor] = []

@@ -43,7 +43,7 @@ class AttentionInput:
     @cached_property
     def keys(self) -> Tensor:
         """Return all keys, rotated, float32 [batch, key-value heads, keys, size]."""
-        found = _rotated(self._heads("k"), *self.rotary)
+        found = rotated(self._heads("k"), *self.rotary)
         earlier = 0 if self.layer is None or self.layer.keys is None else self.layer.keys.shape[2]
         if (earlier := earlier - self.states.shape[1]) <= 0:
             return found
@@ -67,7 +67,7 @@ class AttentionInput:
         last = int(seen.any(2).any(1).any(0).nonzero().max()) + 1 if bool(seen.any()) else 1
         seen = seen[..., :last]
         cos, sin = (gather(one, queries) for one in self.rotary)
-        asked = _rotated(self._heads("q", queries), cos, sin)
+        asked = rotated(self._heads("q", queries), cos, sin)
         keys = self.keys[:, :, :last]
         batch, groups = keys.shape[:2]
         asked = asked.view(batch, groups, -1, *asked.shape[2:]) * self.module.scaling
@@ -107,7 +107,7 @@ class AttentionInput:
         return seen[:, None]
 
 
-def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return queries or keys turned to their positions, [batch, heads, tokens, size]."""
     cos, sin = cos[:, None].float(), sin[:, None].float()
     first, second = states[..., : cos.shape[-1]].chunk(2, dim=-1)

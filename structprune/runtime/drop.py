@@ -18,6 +18,11 @@ class Chooser(Protocol):
         """Return whether tokens that only end a line of an image may be dropped."""
         ...
 
+    @property
+    def tower_layers(self) -> tuple[float, ...]:
+        """Return the layers of the vision tower whose attention or keys it looks at."""
+        ...
+
     @classmethod
     def method(cls) -> str:
         """Return the method's name."""

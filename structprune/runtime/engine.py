@@ -22,16 +22,18 @@ from structprune.runtime.attention import PROJECTIONS, AttentionInput
 from structprune.runtime.cache import check_cache
 from structprune.runtime.drop import Drop
 from structprune.runtime.forward import Forward
-from structprune.runtime.images import ImageFeatures, find_images, with_newlines
+from structprune.runtime.images import Features, ImageFeatures, find_images, with_newlines
 from structprune.runtime.refusals import Guarded, check_computed_once, check_runs
 from structprune.runtime.tower import SmallerImages
+from structprune.runtime.tower_seen import TowerAttention, TowerRun, layer_number, tower_attentions
 
 
 class _Local(threading.local):
     """What belongs to one forward of one thread; a copy has nothing of it."""
 
     run: Forward | None = None
-    sizes: Sequence[int] = ()
+    features: Sequence[Features] = ()
+    tower: TowerRun | None = None
     ids: Tensor | None = None
     labels: Tensor | None = None
     paused: int = 0
@@ -60,6 +62,7 @@ class Engine:
         self._language: Any = model.get_submodule(arch.blocks.rpartition(".")[0])
         self._blocks = [block for _, block in blocks(model, arch)]
         self._attention, self._mlp = arch.attention, arch.mlp
+        self._tower = tower_attentions(self._base)
 
     # What is put on the model, and taken off it again.
 
@@ -77,7 +80,9 @@ class Engine:
                 hook(attention.get_submodule(name), after=partial(self._note_projected, name))
             mlp = block.get_submodule(self._mlp)
             hook(mlp, before=partial(self._enter_mlp, index), after=partial(self._leave_mlp, index))
-        features = ImageFeatures(self._base.get_image_features, self._note_sizes, self.smaller)
+        for index, attention in enumerate(self._tower):
+            hook(attention, before=partial(self._note_tower, index))
+        features = ImageFeatures(self._base, self._note_features, self.smaller, self._looking)
         self._replace(self._base, "get_image_features", features)
         self._replace(self._root, "generate", Guarded(self._root, self._is_paused))
         if hasattr(self._language, "_deepstack_process"):
@@ -144,7 +149,7 @@ class Engine:
         local = self._local
         local.ids = kwargs.get("input_ids", args[0] if args else None)
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        local.sizes = [] if encoded is None else [len(one) for one in encoded.pooler_output]
+        local.features = [] if encoded is None else Features.of(encoded)
         if local.ids is None and not local.paused and kwargs["inputs_embeds"].shape[1] > 1:
             raise UsageError(
                 "inputs_embeds without input_ids: which of the tokens are visual is not known",
@@ -152,10 +157,30 @@ class Engine:
             )
 
     def _end(self, *_: object) -> None:
-        self._local.ids, self._local.sizes, self._local.labels = None, (), None
+        self._local.ids, self._local.features, self._local.labels = None, (), None
 
-    def _note_sizes(self, sizes: Sequence[int]) -> None:
-        self._local.sizes = sizes
+    def _note_features(self, features: Sequence[Features]) -> None:
+        # Outside a forward they are for a later one, which brings them with it.
+        if self._local.ids is not None:
+            self._local.features = features
+
+    @contextmanager
+    def _looking(self, run: TowerRun) -> Iterator[None]:
+        self._local.tower = None if self._local.paused else run
+        try:
+            yield
+        finally:
+            self._local.tower = None
+
+    def _note_tower(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        run = self._local.tower
+        choosers = (drop.chooser for drops in self.drops.values() for drop in drops)
+        wanted = (layer_number(layer, len(self._tower)) for one in choosers for layer in one.tower_layers)
+        if run is not None and index in wanted:
+            states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            run.note(index, TowerAttention(module, states.detach(), kwargs))
 
     # No property: the bound method goes along when the model is copied, a closure would stay behind.
     def smaller(self) -> SmallerImages | None:
@@ -173,7 +198,7 @@ class Engine:
         mask, real = kwargs.get("attention_mask"), None
         if isinstance(mask, Tensor) and mask.ndim == 2:
             real = mask[:, -states.shape[1] :].bool()
-        found = find_images(local.ids, self._root.config, local.sizes, real)
+        found = find_images(local.ids, self._root.config, local.features, real)
         if found is not None and isinstance(mask, Tensor | dict) and real is None:
             raise UsageError(
                 "an attention mask that is not [batch, tokens]: which tokens are padding is not known",

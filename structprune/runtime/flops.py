@@ -77,6 +77,19 @@ def tower_operations(config: PreTrainedConfig, patches: int) -> int:
     return found
 
 
+def rows_operations(config: PreTrainedConfig, tokens: int) -> int:
+    """Return the operations of all rows of one attention of a tower, computed anew, of an image.
+
+    Args:
+        config: The model's.
+        tokens: Those of the image.
+    """
+    vision = config.vision_config
+    patches, width = tokens * getattr(vision, "spatial_merge_size", 1) ** 2, vision.hidden_size
+    # Queries and keys are projected once more, and multiplied.
+    return int(2 * patches * width**2 + patches**2 * width)
+
+
 def image_tokens(config: PreTrainedConfig) -> int | None:
     """Return how many visual tokens every image has; None where that depends on the image."""
     if config.model_type != "llava" or not str(config.vision_config.model_type).startswith(ONE_SIZE):

@@ -2,7 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from structprune.errors import UsageError
 from structprune.runtime.tower import SmallerImages
+from structprune.runtime.tower_seen import ImageShown, TowerRun, features_of, shown_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +25,13 @@ class Images:
             shape [batch, tokens].
         newline: Whether a token of an image only ends a line of it, shape [batch, tokens].
         real: Whether a token is no padding, shape [batch, tokens].
+        shown: What the vision tower showed of each image; None where others made its features.
     """
 
     number: Tensor
     newline: Tensor
     real: Tensor
+    shown: Sequence[ImageShown | None] = ()
 
     @property
     def visual(self) -> Tensor:
@@ -47,15 +51,33 @@ class Images:
         return self.real & (later == 1)
 
 
+@dataclass(frozen=True)
+class Features:
+    """What is known of an image whose features stand among the embeddings.
+
+    Attributes:
+        tokens: How many there are.
+        shown: What the vision tower showed of it; None where others made its features.
+    """
+
+    tokens: int
+    shown: ImageShown | None
+
+    @classmethod
+    def of(cls, output: Any) -> list["Features"]:
+        """Return what is known of each image in what `get_image_features` returned."""
+        return [cls(len(one), shown_of(one)) for one in features_of(output)]
+
+
 def find_images(
-    ids: Tensor, config: PreTrainedConfig, sizes: Sequence[int], real: Tensor | None
+    ids: Tensor, config: PreTrainedConfig, features: Sequence[Features], real: Tensor | None
 ) -> Images | None:
     """Return where the images are; None where there are none.
 
     Args:
         ids: Input ids of the forward, shape [batch, tokens].
         config: The vision-language model's, which names the placeholder of images.
-        sizes: Tokens of every image in order, as far as the model told.
+        features: Those of every image in order, as far as the model told.
         real: Whether a token is no padding, shape [batch, tokens]; None where none is.
     """
     if ids.is_meta:  # only sizes are asked for, and which tokens are visual nobody can read
@@ -66,13 +88,15 @@ def find_images(
     if not count:
         return None
     number = torch.full_like(ids, -1)
-    if sum(sizes) == count:
-        lengths = torch.tensor([*sizes], device=ids.device)
+    shown: list[ImageShown | None] = []
+    if sum(one.tokens for one in features) == count:
+        shown = [one.shown for one in features]
+        lengths = torch.tensor([one.tokens for one in features], device=ids.device)
         number[visual] = torch.arange(len(lengths), device=ids.device).repeat_interleave(lengths)
     else:  # the caller gave features of its own: what is not parted by text is one image
         before = torch.nn.functional.pad(visual, (1, 0))[:, :-1]
         number[visual] = ((visual & ~before).flatten().cumsum(0) - 1).view_as(ids)[visual]
-    return Images(number, torch.zeros_like(visual), real)
+    return Images(number, torch.zeros_like(visual), real, shown)
 
 
 def with_newlines(images: Images, embeddings: Tensor, newline: Tensor | None) -> Images:
@@ -86,7 +110,7 @@ def with_newlines(images: Images, embeddings: Tensor, newline: Tensor | None) ->
     if newline is None:
         return images
     ends = (embeddings == newline.to(embeddings)).all(-1) & images.visual
-    return Images(images.number, ends, images.real)
+    return replace(images, newline=ends)
 
 
 def placeholder(config: PreTrainedConfig) -> int:
@@ -107,31 +131,38 @@ def placeholder(config: PreTrainedConfig) -> int:
 
 
 class ImageFeatures:
-    """`get_image_features` of one model, which tells how many tokens each image has.
+    """`get_image_features` of one model, which tells what the images show.
 
     Args:
-        method: What it stands for.
-        note: Told the sizes, in order.
+        model: Whose it is, without its head.
+        note: Told what is known of each image, in order.
         smaller: Returns what makes images smaller first; None where nothing does now.
+        looking: Lets a call look into the vision tower, for the length of a `with`.
     """
 
     def __init__(
         self,
-        method: Callable[..., Any],
-        note: Callable[[Sequence[int]], None],
+        model: Any,
+        note: Callable[[Sequence[Features]], None],
         smaller: Callable[[], SmallerImages | None],
+        looking: Callable[[TowerRun], AbstractContextManager[None]],
     ) -> None:
-        self._method, self._note, self._smaller = method, note, smaller
+        self._model, self._method = model, model.get_image_features
+        self._note, self._smaller, self._looking = note, smaller, looking
         # `generate` asks for the names of its parameters.
-        self.__signature__ = inspect.signature(method)
+        self.__signature__ = inspect.signature(self._method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the method returns."""
+        given = self.__signature__.bind(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
         smaller = self._smaller()
-        if smaller is None:
-            found = self._method(*args, **kwargs)
+        if smaller is not None:
+            found = smaller.features(self._method, given)
         else:
-            found = smaller.features(self._method, args, kwargs)
-        features = found.pooler_output if hasattr(found, "pooler_output") else found[0]
-        self._note([len(one) for one in features])
+            run = TowerRun(self._model, given)
+            with self._looking(run):
+                found = self._method(*args, **kwargs)
+            run.mark(found)
+        self._note(Features.of(found))
         return found

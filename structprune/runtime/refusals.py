@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 from structprune.errors import UsageError
 from structprune.runtime.images import placeholder
+from structprune.runtime.tower_seen import layer_number, tower_attentions
 
 # Ways to generate that show a model its prompt in pieces, or with tokens that may be taken back.
 REFUSED = {
@@ -89,6 +90,17 @@ def check_runs(model: PreTrainedModel) -> None:
                 f"{model.config.model_type}: cache layers of kind {type(layer).__name__} cannot lose tokens",
                 hint="token pruners take models whose every block attends to all earlier tokens",
             )
+
+
+def check_shows(model: PreTrainedModel, layers: Sequence[float]) -> None:
+    """Check that layers of a model's vision tower can be looked at.
+
+    Raises:
+        UsageError: There is no such layer, or its attention cannot be read.
+    """
+    found: Any = model.base_model
+    for layer in layers:
+        layer_number(layer, len(tower_attentions(found)))
 
 
 def has_several_axes(config: PreTrainedConfig) -> bool:

@@ -37,13 +37,12 @@ class SmallerImages:
     smaller: int
     patch: int
 
-    def features(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def features(self, method: Callable[..., Any], given: dict[str, Any]) -> Any:
         """Return what the method returns, with zeros between the features that the tower computed.
 
         Args:
             method: The model's own `get_image_features`.
-            args: What it is called with.
-            kwargs: The same, by name.
+            given: What it is called with, by name.
 
         Returns:
             Its features have the shape [side * side, hidden] of every image.
@@ -51,8 +50,6 @@ class SmallerImages:
         Raises:
             UsageError: The images have another size than the processor gives them.
         """
-        given = inspect.signature(method).bind(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
         pixels, size = given["pixel_values"], self.side * self.patch
         if pixels.ndim != 4 or pixels.shape[-2:] != (size, size):
             raise UsageError(

@@ -3,6 +3,7 @@
 Methods see no batch: rows of a batch do not influence each other, and padding is not there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from structprune.runtime.attention import AttentionInput
 from structprune.runtime.images import Images
 from structprune.runtime.keep_set import KeepSet
+from structprune.runtime.tower_seen import ImageShown, unseen
 
 # Queries whose attention is in memory at once: rows of all tokens would be as large as an eager kernel's.
 CHUNK = 64
@@ -170,6 +172,44 @@ class View:
         """Return the states of the images' tokens, float32 [images, tokens, hidden]."""
         return self.spread(self.states).float()
 
+    def tower(self, layer: float) -> "TowerTokens":
+        """Return what one of the `tower_layers` of the method showed of the images' tokens.
+
+        Raises:
+            UsageError: The features of an image were not made by the tower as it runs here.
+        """
+        return TowerTokens(self, self._shown, layer)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Return where tokens stand in their image, long [images, tokens, 3].
+
+        Part (0 the whole image, 1 its stitched tiles), row, and column; the column is -1 where a token only
+        ends a line.
+
+        Raises:
+            UsageError: The features of an image were not made by the tower as it runs here.
+        """
+        return self.placed([one.places for one in self._shown])
+
+    @property
+    def _shown(self) -> list[ImageShown]:
+        found = [one for one in self.images.shown if one is not None]
+        if len(found) < len(self.images.sizes):
+            raise unseen("they were not made by the vision tower as it runs here")
+        return found
+
+    def placed(self, values: Sequence[Tensor]) -> Tensor:
+        """Return values [tokens, ...] of every image of the forward side by side, [images, tokens, ...]."""
+        number = self.images.number
+        every = torch.cat([*values]).to(self.states.device)
+        whole = every.new_zeros(*number.shape, *every.shape[1:])
+        whole[number >= 0] = every
+        row, place, _ = self._tokens
+        found = every.new_zeros(*self.real.shape, *every.shape[1:])
+        found[self.real] = whole[row, place]
+        return found
+
     def paid_by_last(self) -> Tensor:
         """Return the attention that the last real token pays, mean over heads, float32 [images, tokens]."""
         last = self._here(self.images.last).int().argmax(1, keepdim=True)
@@ -208,3 +248,36 @@ class View:
         own = self.states.shape[1]
         found = rows[..., self._attention().keys.shape[2] - own :]
         return torch.nn.functional.pad(found, (0, own - found.shape[-1]))
+
+
+@dataclass(frozen=True, eq=False)
+class TowerTokens:
+    """What a layer of the vision tower showed of the tokens seen; newlines have zeros.
+
+    Attributes:
+        seen: Where the tokens are.
+        shown: What the tower showed of every image of the forward.
+        layer: Which layer is looked at.
+    """
+
+    seen: View
+    shown: Sequence[ImageShown]
+    layer: float
+
+    @cached_property
+    def attention(self) -> Tensor:
+        """Return what the class token pays, mean over heads, or as `received`; float32 [images, tokens].
+
+        Of several patches in a token it is the mean.
+        """
+        return self.seen.placed([one.attention(self.layer) for one in self.shown])
+
+    @cached_property
+    def received(self) -> Tensor:
+        """Return the mean attention of all queries of the image and all heads, float32 [images, tokens]."""
+        return self.seen.placed([one.received(self.layer) for one in self.shown])
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """Return keys before rotation, mean over heads, float32 [images, tokens, size]."""
+        return self.seen.placed([one.keys(self.layer) for one in self.shown])

@@ -85,6 +85,7 @@ class Fit:
     ) -> None:
         self._blocks, self._operations, self._demand = blocks, operations, demand
         self.newlines = newlines
+        self.tower_layers: tuple[float, ...] = ()
         self.images: list[Walked] = []
         self._batch: list[Walked] = []
         self._block = 0

@@ -32,8 +32,8 @@ from structprune.pruners.token._account import TYPICAL_SIZE, Account
 from structprune.pruners.token._plan import check_tokens
 from structprune.runtime.attach import attach, detach
 from structprune.runtime.drop import Drop
-from structprune.runtime.flops import BlockCost, image_tokens
-from structprune.runtime.refusals import check_runs, has_several_axes
+from structprune.runtime.flops import BlockCost, image_tokens, rows_operations
+from structprune.runtime.refusals import check_runs, check_shows, has_several_axes
 from structprune.runtime.view import View
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,9 @@ class TokenPruner(Pruner):
         positions: Whether tokens keep the positions they had, or are counted anew; as in the paper unless
             given, and kept where positions have several axes.
         newlines: Whether tokens that only end a line of an image may be dropped, where a model has any.
+
+    A method's `tower_layers` are the layers of the vision tower that it looks at: an integer counts them,
+    from the end where it is negative, and a float is a share of the depth.
     """
 
     target: Target = Field(default_factory=lambda: Target(keep_ratio=0.25))
@@ -59,6 +62,7 @@ class TokenPruner(Pruner):
     at_run_time: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
     within: ClassVar[bool] = False
+    tower_layers: ClassVar[tuple[float, ...]] = ()
     paper_positions: ClassVar[Literal["keep", "compact"]] = "keep"
 
     @abstractmethod
@@ -143,6 +147,7 @@ class TokenPruner(Pruner):
         """
         skeleton = model.skeleton if isinstance(model, StreamedModel) else model
         check_runs(skeleton)
+        check_shows(skeleton, self.tower_layers)
         if self.positions == "compact" and has_several_axes(model.config):
             raise UsageError(
                 f"positions: compact on a {model.config.model_type}, whose positions have several axes",
@@ -163,8 +168,10 @@ class TokenPruner(Pruner):
 
     def _account(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> Account:
         left = counts[-1][1]
+        spent = self.operations(BlockCost.of(model.config), size, counts)
+        spent += sum(rows_operations(model.config, size) for _ in self.tower_layers)
         # Where all tokens stay, nobody chooses.
-        spent = self.operations(BlockCost.of(model.config), size, counts) if left < size else 0
+        spent = spent if left < size else 0
         return Account(model.config, size, counts, self.seen_by_tower(size, left), spent)
 
     def reach(self, model: Model) -> str:
