@@ -1,6 +1,6 @@
 """How many visual tokens shall be left, in the units that papers use, and what that makes at one place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from math import ceil, floor
 from typing import Annotated, Self
@@ -51,67 +51,82 @@ class Target(BaseModel):
         return f"{self.name} {self.value:g}"
 
 
-def half_up(value: Fraction) -> int:
-    """Return the nearest whole number, the upper one of two."""
-    return floor(value + Fraction(1, 2))
+def count_of(size: int, share: float) -> int:
+    """Return how many tokens a share of so many is, half up."""
+    # Rounded first, or 0.29 * 100 were 28.
+    return floor(round(size * share, 9) + 0.5)
 
 
 def count_at(target: Target, size: int, before: Fraction, operations: Callable[[int], int]) -> int:
-    """Return how many of an image's tokens are left when they are dropped once: the nearest reachable count.
+    """Return how many of an image's tokens are left when they are dropped once, as `counts_at` does.
 
     Args:
         target: What is asked for.
         size: Tokens of the image.
         before: Share of the blocks that compute all of them.
         operations: Operations of a block with so many tokens.
+    """
+    return counts_at(target, size, {before.numerator: 1.0}, before.denominator, operations)[-1]
+
+
+def counts_at(
+    target: Target, size: int, stages: Mapping[int, float], blocks: int, operations: Callable[[int], int]
+) -> list[int]:
+    """Return how many of an image's tokens each block computes: the nearest reachable counts.
+
+    One number is free, the share that is left at the end; what is left before are powers of it.
+
+    Args:
+        target: What is asked for.
+        size: Tokens of the image.
+        stages: Number of a block before which tokens are dropped -> the power of that share that is left from
+            there on; 1 at the last.
+        blocks: How many there are.
+        operations: Operations of a block with so many tokens.
 
     Raises:
-        UsageError: Less than one token would be left, or the blocks before cost more already; says what can
+        UsageError: Less than one token would be left, or the first blocks cost more already; says what can
             be reached.
     """
+    powers = [0.0]
+    for block in range(blocks):
+        powers.append(stages.get(block, powers[-1]))
+
+    def counts(share: float) -> list[int]:
+        return [min(max(count_of(size, share**power), 1), size) for power in powers[1:]]
+
+    def computed(share: float) -> Fraction:
+        """Return what a block computes in the mean, of tokens or of the operations for all of them."""
+        if target.name == "avg_tokens":
+            return Fraction(sum(counts(share)), blocks)
+        return Fraction(sum(map(operations, counts(share))), blocks * operations(size))
+
+    asked, one = fraction_of(target.value), 1 / size
     match target.name:
         case "keep_ratio":
-            wanted = fraction_of(target.value) * size
+            least = Fraction(1, size)
         case "tokens":
-            wanted = Fraction(target.value)
-        case "avg_tokens":
-            wanted = (fraction_of(target.value) - before * size) / (1 - before)
+            least = Fraction(1)
         case _:
-            full = operations(size)
-            after = (fraction_of(target.value) - before) / (1 - before) * full
-            wanted = Fraction(_nearest(after, size, operations))
-            if after < operations(1):
-                wanted = Fraction(0)
-    if wanted < 1:
+            least = computed(one)
+    if asked < least:
         # Rounded up, for what is said must be reachable.
-        least = rounded_up(_least(target, size, before, operations))
         raise UsageError(
             f"target: {target} leaves less than one token of an image of {size}",
-            hint=f"{target.name} can be from {least:g} to {size if 'tokens' in target.name else 1}",
+            hint=f"{target.name} can be from {rounded_up(least):g} to "
+            f"{size if 'tokens' in target.name else 1}",
         )
-    return min(half_up(wanted), size)
-
-
-def _nearest(after: Fraction, size: int, operations: Callable[[int], int]) -> int:
-    """Return the count whose operations are nearest, by bisection: they grow with the count."""
-    low, high = 1, size
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if operations(middle) < after else (low, middle)
-    if low > 1 and after - operations(low - 1) <= operations(low) - after:
-        return low - 1
-    return low
-
-
-def _least(target: Target, size: int, before: Fraction, operations: Callable[[int], int]) -> Fraction:
     match target.name:
         case "keep_ratio":
-            return Fraction(1, size)
+            return counts(float(asked))
         case "tokens":
-            return Fraction(1)
-        case "avg_tokens":
-            return before * size + (1 - before)
-    return before + (1 - before) * Fraction(operations(1), operations(size))
+            return counts(min(float(asked) / size, 1.0))
+    low, high = one, 1.0
+    # As many halvings as a float has bits: then nothing lies between the two.
+    for _ in range(53):
+        middle = (low + high) / 2
+        low, high = (middle, high) if computed(middle) <= asked else (low, middle)
+    return counts(low if asked - computed(low) < computed(high) - asked else high)
 
 
 def rounded_up(value: Fraction) -> float:

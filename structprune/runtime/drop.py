@@ -32,6 +32,10 @@ class Chooser(Protocol):
         """Return which tokens of each image stay, bool [images, tokens]: as many as `keep` says, [images]."""
         ...
 
+    def watch(self, seen: View) -> None:
+        """Note what a later stage will ask for, in `seen.notes`."""
+        ...
+
     def merge(self, seen: View, chosen: Tensor) -> Tensor | None:
         """Return what becomes of the tokens that stay, as weights of all that were there.
 
@@ -54,11 +58,13 @@ class Drop:
         block: Number of the block, counted from 0.
         within: Whether they go between its attention and its feed-forward; else before it.
         tokens: How many tokens of an image are left: an integer says how many, a float which share of those
-            that the image had at first; None leaves it to who chooses.
+            that the image had at first; a count and a power, that power of the share that the count is of
+            them; None leaves it to who chooses.
         chooser: Who chooses.
         compact: Whether positions are counted anew.
         at_most: Whether `tokens` says how many are left at most, and who chooses says how many.
         images: How the vision tower sees images, where they are made smaller for it.
+        watches: Whether who chooses only looks on here, and nothing is dropped.
     """
 
     block: int
@@ -68,16 +74,17 @@ class Drop:
     compact: bool = False
     at_most: bool = False
     images: SmallerImages | None = None
+    watches: bool = False
 
     def keep(self, sizes: Tensor) -> Tensor:
         """Return how many tokens stay of images with so many at first, at least one each; shape [images]."""
         if self.tokens is None:
             return sizes
-        if self.tokens.is_floating_point():
+        tokens = self.tokens.to(sizes.device)
+        if tokens.is_floating_point():
+            share = tokens if tokens.ndim == 0 else (tokens[0] / sizes) ** tokens[1]
             # Half up, after a rounding that takes 0.29 * 100 for 29.
-            wanted = torch.floor(
-                (sizes.double() * self.tokens.to(sizes.device)).round(decimals=9) + 0.5
-            ).long()
+            wanted = torch.floor((sizes.double() * share).round(decimals=9) + 0.5).long()
         else:
-            wanted = self.tokens.to(sizes.device).expand_as(sizes)
+            wanted = tokens.expand_as(sizes)
         return wanted.clamp(min=1).minimum(sizes)

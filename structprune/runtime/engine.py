@@ -75,7 +75,7 @@ class Engine:
         for index, block in enumerate(self._blocks):
             hook(block, before=partial(self._enter_block, index))
             attention = block.get_submodule(self._attention)
-            hook(attention, before=partial(self._note_attention, index))
+            hook(attention, before=partial(self._note_attention, index), after=self._leave_attention)
             for name in PROJECTIONS & {*attention._modules}:
                 hook(attention.get_submodule(name), after=partial(self._note_projected, name))
             mlp = block.get_submodule(self._mlp)
@@ -234,6 +234,7 @@ class Engine:
         run = self._local.run
         if run is None or run.images is None:
             return
+        run.passed, run.watched = [], any(drop.watches for drop in self._drops(index + 1, within=False))
         if not self._drops(index, within=True) and not self._drops(index + 1, within=False):
             run.read = None
             return
@@ -244,6 +245,11 @@ class Engine:
         run.read = AttentionInput(
             module, states, kwargs["position_embeddings"], kwargs.get("attention_mask"), layer
         )
+
+    def _leave_attention(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        run = self._local.run
+        if run is not None and run.watched and run.read is not None and output is not None:
+            run.passed = [(run.read.states, output[0])]
 
     def _note_projected(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         read = None if self._local.run is None else self._local.run.read
@@ -263,7 +269,14 @@ class Engine:
 
     def _leave_mlp(self, index: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         run = self._local.run
-        return None if run is None or run.pending is None or output is None else run.back(run.pending, output)
+        if run is None or output is None:
+            return None
+        read = args[0]
+        if run.pending is not None:
+            read, output = run.back(run.pending, read), run.back(run.pending, output)
+        if run.watched:
+            run.passed.append((read, output))
+        return None if run.pending is None else output
 
     def _deepstack(self, states: Tensor, visual: Tensor, features: Tensor) -> Any:
         """Add features of the vision tower to the states of those tokens that are still there."""

@@ -57,6 +57,8 @@ class Forward:
         pending: Those that go on from the feed-forward that runs now; None where it is no narrower.
         compact: Whether who chose last counts positions anew.
         read: What the last attention read that a stage may look at.
+        watched: Whether a stage watches the block that runs now.
+        passed: What its attention and its feed-forward read and returned, each [batch, slots, hidden].
         notes: What choosers note for their later stages, by the chooser's identity.
         merges: What was merged so far: where it was seen, what stayed there, and the weights.
         entered: The tokens that each block computed so far.
@@ -69,6 +71,8 @@ class Forward:
         self.pending: KeepSet | None = None
         self.compact = False
         self.read: AttentionInput | None = None
+        self.watched = False
+        self.passed: list[tuple[Tensor, Tensor]] = []
         self.notes: dict[int, dict[str, Any]] = {}
         self.merges: list[tuple[View, Tensor, Tensor]] = []
         self.entered: list[KeepSet | None] = []
@@ -130,7 +134,10 @@ class Forward:
         if not bool(free.any()):
             return states
         notes = self.notes.setdefault(id(drop.chooser), {})
-        seen = View(images, self.kept, states, there, free, self.read, drop.block, notes)
+        seen = View(images, self.kept, states, there, free, self.read, drop.block, notes, self.passed)
+        if drop.watches:
+            drop.chooser.watch(seen)
+            return states
         # What may not be dropped counts as kept, so that a count is what is computed; newlines alone show
         # nothing of an image.
         least = (~seen.shown).long()

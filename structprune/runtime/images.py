@@ -45,6 +45,20 @@ class Images:
         return torch.bincount(found) if len(found) else found
 
     @cached_property
+    def row(self) -> Tensor:
+        """Return in which row of the batch each image is, shape [images]."""
+        row, place = self.visual.nonzero(as_tuple=True)
+        return torch.zeros_like(self.sizes).scatter(0, self.number[row, place], row)
+
+    @cached_property
+    def after(self) -> Tensor:
+        """Return of every image which tokens are text after it, in its row, bool [images, tokens]."""
+        row, place = self.visual.nonzero(as_tuple=True)
+        ends = torch.zeros_like(self.sizes).scatter_reduce(0, self.number[row, place], place, "amax")
+        text = self.real & ~self.visual
+        return text[self.row] & (torch.arange(text.shape[1], device=text.device) > ends[:, None])
+
+    @cached_property
     def last(self) -> Tensor:
         """Return which token is the last real one of its row, bool [batch, tokens]."""
         later = self.real.flip(1).cumsum(1).flip(1)

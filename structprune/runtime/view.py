@@ -13,7 +13,7 @@ from torch import Tensor
 
 from structprune.runtime.attention import AttentionInput
 from structprune.runtime.images import Images
-from structprune.runtime.keep_set import KeepSet
+from structprune.runtime.keep_set import KeepSet, gather
 from structprune.runtime.tower_seen import ImageShown, unseen
 
 # Queries whose attention is in memory at once: rows of all tokens would be as large as an eager kernel's.
@@ -33,6 +33,8 @@ class View:
         read: What the attention of the block read that decides; None where none ran yet.
         block: Number of the block where tokens are dropped.
         notes: What the method noted at its earlier stages in this forward.
+        passed: What attention and feed-forward of the block before read, after their norms, and returned,
+            before they were added, where the method watches; each [batch, slots, hidden].
     """
 
     images: Images
@@ -43,6 +45,7 @@ class View:
     read: AttentionInput | None
     block: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
+    passed: Sequence[tuple[Tensor, Tensor]] = ()
 
     @cached_property
     def _tokens(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,10 +94,15 @@ class View:
         width = torch.arange(int(self.left.max()), device=self.left.device)
         return width < self.left[:, None]
 
-    def spread(self, values: Tensor) -> Tensor:
-        """Return values of tokens [batch, slots, ...] with images side by side, [images, tokens, ...]."""
+    def spread(self, values: Tensor, *, whole: bool = False) -> Tensor:
+        """Return values of tokens [batch, slots, ...] with images side by side, [images, tokens, ...].
+
+        Args:
+            values: Of the tokens seen, or of all tokens of the forward.
+            whole: Which of the two.
+        """
         row, place, _ = self._tokens
-        if self.kept is not None:
+        if self.kept is not None and not whole:
             place = self._slots[row, place]
         found = values.new_zeros(*self.real.shape, *values.shape[2:])
         found[self.real] = values[row, place]
@@ -146,11 +154,14 @@ class View:
         padded = torch.nn.utils.rnn.pad_sequence(asking, batch_first=True)
         return padded, torch.arange(padded.shape[1], device=number.device) < lengths[:, None]
 
-    def marked(self, chosen: Tensor) -> Tensor:
-        """Return a choice [images, tokens] as one of the tokens of the forward, bool [batch, tokens]."""
+    def marked(self, values: Tensor) -> Tensor:
+        """Return values [images, tokens], such as a choice, at the tokens of the forward, [batch, tokens].
+
+        Other tokens have zeros, or False.
+        """
         row, place, _ = self._tokens
-        found = torch.zeros_like(self.candidates)
-        found[row, place] = chosen[self.real]
+        found = values.new_zeros(self.candidates.shape)
+        found[row, place] = values[self.real]
         return found
 
     @cached_property
@@ -214,6 +225,27 @@ class View:
         """Return the attention that the last real token pays, mean over heads, float32 [images, tokens]."""
         last = self._here(self.images.last).int().argmax(1, keepdim=True)
         return self.spread(self._own(self._attention().rows(last).mean(1))[:, 0])
+
+    def paid_by_text(self, asking: Tensor | None = None) -> Tensor:
+        """Return the attention that text pays, mean over heads and over what asks, float32 [images, tokens].
+
+        Args:
+            asking: Of every image of the forward which tokens ask about it, bool [images, tokens]; the text
+                after it unless given. Where none does, the last real token of its row asks.
+        """
+        images = self.images
+        asking = images.after if asking is None else asking
+        asking = torch.where(asking.any(1, keepdim=True), asking, images.last[images.row])
+        number, length = self._here(images.number), asking.shape[1]
+        places = self._here(torch.arange(length, device=number.device).expand(len(images.number), -1))
+        asks = torch.zeros_like(images.number).index_add_(0, images.row, asking.long()) > 0
+        queries = KeepSet.of(self._here(asks) if self.kept is None else self._here(asks) & self.kept.valid)
+        found = self.states.new_zeros(number.shape, dtype=torch.float32)
+        for slots, real in zip(*(torch.split(one, CHUNK, 1) for one in (queries.index, queries.valid))):
+            rows = self._own(self._attention().rows(slots).mean(1))
+            mine = asking[number[:, None].clamp(min=0), gather(places, slots)[..., None]]
+            found += (rows * (mine & real[..., None])).sum(1)
+        return self.spread(found) / asking.sum(1)[self.number][:, None]
 
     @cached_property
     def received(self) -> tuple[Tensor, Tensor]:

@@ -107,6 +107,9 @@ class Fit:
         """Begin the next batch of the walk."""
         self._block, self._batch = 0, []
 
+    def watch(self, seen: View) -> None:
+        """Note nothing: what is looked at decides at once."""
+
     def merge(self, seen: View, chosen: Tensor) -> None:
         """Return nothing: tokens are deleted as they are."""
 

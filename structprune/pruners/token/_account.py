@@ -6,8 +6,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from structprune.plan.promise import Computed, Promises
 from structprune.runtime.flops import BlockCost, image_tokens, tower_operations, visual_operations
 
+# Of every block: a token that half of the blocks compute counts half.
+UNIT = "visual tokens in the blocks"
 # Of a model whose images differ in size, what one of so many tokens costs is told.
 TYPICAL_SIZE = 1024
 COUNTED = "visual tokens in the blocks of the language model, multiply and add as one; "
@@ -33,6 +36,30 @@ class Account:
     counts: Sequence[tuple[int, int]]
     seen: int
     choosing: int
+
+    @property
+    def pairs(self) -> int:
+        """Return how many pairs of a visual token and a block there are."""
+        return self.size * len(self.counts)
+
+    @property
+    def gone(self) -> int:
+        """Return how many of them are not computed."""
+        return self.pairs - sum(leaving for _, leaving in self.counts)
+
+    def promises(self, blocks: Sequence[str], asked: str, *, at_most: bool) -> Promises:
+        """Return what the plan promises.
+
+        Args:
+            blocks: Their paths in the model.
+            asked: What was asked for.
+            at_most: Whether the image decides how much of it is left.
+        """
+        said = tuple(
+            Computed(block=path, attention=entering, feed_forward=leaving, of=self.size, at_most=at_most)
+            for path, (entering, leaving) in zip(blocks, self.counts, strict=True)
+        )
+        return Promises(unit=UNIT, asked=asked, removed=self.gone, of=self.pairs, stored=said)
 
     @property
     def full(self) -> int:

@@ -6,7 +6,7 @@ every image, by the method, while the model runs.
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import ClassVar, Literal, Self, final
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from structprune.calibration.notebook import Look, Notebook
-from structprune.decide.token_target import Target, count_at, rounded_up
+from structprune.decide.token_target import Target, counts_at, rounded_up
 from structprune.errors import UsageError
 from structprune.models.arch import block_prefixes
 from structprune.models.edit import left_of
@@ -25,11 +25,10 @@ from structprune.models.streamed import Batch, Model, StreamedModel
 from structprune.models.tensor_edit import Outline
 from structprune.plan.key import Key
 from structprune.plan.plan import Plan, PlanWriter
-from structprune.plan.promise import Computed, Promises
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.pruner import Pruner
-from structprune.pruners.token._account import TYPICAL_SIZE, Account
-from structprune.pruners.token._plan import check_tokens
+from structprune.pruners.token._account import TYPICAL_SIZE, UNIT, Account
+from structprune.pruners.token._plan import check_tokens, said_of
 from structprune.runtime.attach import attach, detach
 from structprune.runtime.drop import Drop
 from structprune.runtime.flops import BlockCost, image_tokens, rows_operations
@@ -37,9 +36,6 @@ from structprune.runtime.refusals import check_runs, check_shows, has_several_ax
 from structprune.runtime.view import View
 
 logger = logging.getLogger(__name__)
-
-# Of every block: a token that half of the blocks compute counts half.
-UNIT = "visual tokens in the blocks"
 
 
 class TokenPruner(Pruner):
@@ -82,9 +78,17 @@ class TokenPruner(Pruner):
         return None
 
     @property
+    def usual_positions(self) -> Literal["keep", "compact"]:
+        """Return what becomes of positions unless `positions` says it."""
+        return self.paper_positions
+
+    @property
     def at_most(self) -> bool:
         """Tell whether the target is the most that is left, and how much of it the image decides."""
         return False
+
+    def watch(self, seen: View) -> None:
+        """Note in `seen.notes` what a later stage asks for, as `Chooser.watch` does."""
 
     def start(self, blocks: int) -> int:
         """Return the number of the block before which tokens are dropped, of so many; 0: at the embeddings.
@@ -93,6 +97,22 @@ class TokenPruner(Pruner):
             UsageError: The model has no such block.
         """
         return 0
+
+    def stages(self, blocks: int) -> dict[int, float]:
+        """Return before which blocks, of so many, tokens are dropped, and how far.
+
+        Returns:
+            Number of the block, ascending -> the power of the share that is left at the end which is left
+            from there on; 1 at the last.
+
+        Raises:
+            UsageError: The model has no such block.
+        """
+        return {self.start(blocks): 1.0}
+
+    def watched(self, blocks: int) -> Iterable[int]:
+        """Return the blocks, of so many, before which `watch` is called."""
+        return ()
 
     def with_goal(self, goal: float | str) -> Self:
         """Return the same pruner with another value of the same target.
@@ -115,9 +135,8 @@ class TokenPruner(Pruner):
             size: Tokens of the image.
         """
         blocks = len(block_prefixes(model))
-        start = self.start(blocks)
-        left = count_at(self.target, size, Fraction(start, blocks), BlockCost.of(model.config).operations)
-        return [(size, size) if index < start else (left, left) for index in range(blocks)]
+        cost = BlockCost.of(model.config).operations
+        return [(left, left) for left in counts_at(self.target, size, self.stages(blocks), blocks, cost)]
 
     def seen_by_tower(self, size: int, left: int) -> int:
         """Return how many patches of an image the vision tower computes.
@@ -153,18 +172,15 @@ class TokenPruner(Pruner):
                 f"positions: compact on a {model.config.model_type}, whose positions have several axes",
                 hint="positions: keep",
             )
-        self.start(len(block_prefixes(model)))
+        self.stages(len(block_prefixes(model)))
         size = image_tokens(model.config)
         left = left_of(model, Outline({}), {})
+        counts = self.counts(model, size) if size else self._counted(model, self.tokens(model), TYPICAL_SIZE)
+        account = self._account(model, counts, size or TYPICAL_SIZE)
+        notes = account.notes(self.method())
         if size is None:
-            start = self.start(len(block_prefixes(model)))
-            counts = self._counted(model, {start: self._tokens(model)}, TYPICAL_SIZE)
-            notes = self._account(model, counts, TYPICAL_SIZE).notes(self.method())
             return Forecast(UNIT, str(self.target), None, 0, left, notes=notes)
-        counts = self.counts(model, size)
-        computed = sum(leaving for _, leaving in counts)
-        of, notes = size * len(counts), self._account(model, counts, size).notes(self.method())
-        return Forecast(UNIT, str(self.target), of - computed, of, left, notes=notes)
+        return Forecast(UNIT, str(self.target), account.gone, account.pairs, left, notes=notes)
 
     def _account(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> Account:
         left = counts[-1][1]
@@ -181,21 +197,23 @@ class TokenPruner(Pruner):
             return "keep_ratio up to 1 of the visual tokens of an image, whose number depends on the image"
         return f"keep_ratio {rounded_up(Fraction(1, size)):g} to 1 of the {size} visual tokens of an image"
 
-    def _tokens(self, model: Model) -> Tensor:
-        """Return how many tokens are left, as a plan says it: a count, or a share of those of the image."""
-        match self.target.name:
-            case "tokens":
-                return torch.tensor(self.target.value)
-            case "keep_ratio":
-                return torch.tensor(self.target.value, dtype=torch.float64)
+    def tokens(self, model: Model) -> dict[int, Tensor]:
+        """Return of the blocks before which tokens are dropped how many are left, as `said_of` says it.
+
+        Raises:
+            UsageError: How many tokens an image has must be known for that, and depends on the image.
+        """
+        stages, value = self.stages(len(block_prefixes(model))), self.target.value
+        if self.target.name in ("tokens", "keep_ratio"):
+            return {block: said_of(value, power) for block, power in stages.items()}
         size = image_tokens(model.config)
         if size is None:
             raise UsageError(
                 f"target: {self.target}: how many tokens an image has depends on the image here",
                 hint="ask for keep_ratio or tokens",
             )
-        left = self.counts(model, size)[-1][1]
-        return torch.tensor(left / size, dtype=torch.float64)
+        counts = self.counts(model, size)
+        return {block: said_of(counts[block][1] / size) for block in stages}
 
     def decide(self, model: Model, batches: Sequence[Batch], look: Look) -> dict[int, Tensor]:
         """Return of the blocks where tokens are dropped how many are left, as a plan says it.
@@ -205,7 +223,7 @@ class TokenPruner(Pruner):
             batches: Calibration data.
             look: What an interrupted run saw of them, and who is told what is seen.
         """
-        return {self.start(len(block_prefixes(model))): self._tokens(model)}
+        return self.tokens(model)
 
     @final
     def calibrate(self, model: Model, batches: Sequence[Batch], plan: PlanWriter | None = None) -> Plan:
@@ -227,7 +245,8 @@ class TokenPruner(Pruner):
             logger.warning("%s", note)
         if size is None:
             return writer.finish({"unit": UNIT, "asked": str(self.target), **account.facts()})
-        return writer.finish(account.facts(), promises=self._promises(model, counts, size))
+        promises = account.promises(block_prefixes(model), str(self.target), at_most=self.at_most)
+        return writer.finish(account.facts(), promises=promises)
 
     def _decided(self, model: Model, batches: Sequence[Batch], writer: PlanWriter) -> dict[int, Tensor]:
         """Return what was decided of which block; all of it is written."""
@@ -249,14 +268,6 @@ class TokenPruner(Pruner):
             counts.append((now, after) if self.within else (after, after))
             now = after
         return counts
-
-    def _promises(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> Promises:
-        said = tuple(
-            Computed(block=path, attention=entering, feed_forward=leaving, of=size, at_most=self.at_most)
-            for path, (entering, leaving) in zip(block_prefixes(model), counts, strict=True)
-        )
-        of, computed = size * len(counts), sum(leaving for _, leaving in counts)
-        return Promises(unit=UNIT, asked=str(self.target), removed=of - computed, of=of, stored=said)
 
     def _left(self, tokens: Tensor, size: int) -> int:
         return int(Drop(0, self.within, tokens, self).keep(torch.tensor([size])))
@@ -281,9 +292,17 @@ class TokenPruner(Pruner):
             InputError: The plan names a block that the model does not have, or leaves what no image can have.
         """
         check_tokens(plan, block_prefixes(model))
-        compact = (self.positions or self.paper_positions) == "compact" and not has_several_axes(model.config)
-        numbered = ((int(key.name.rpartition(".")[2]), plan[key]) for key in plan if key.kind == "tokens")
-        return [Drop(block, self.within, tokens, self, compact, self.at_most) for block, tokens in numbered]
+        compact = (self.positions or self.usual_positions) == "compact" and not has_several_axes(model.config)
+        numbered = {int(key.name.rpartition(".")[2]): plan[key] for key in plan if key.kind == "tokens"}
+        # First, so that a stage knows what is noted where it drops.
+        watched = self.watched(len(block_prefixes(model))) if numbered else ()
+        return [
+            *(Drop(block, False, None, self, watches=True) for block in watched),
+            *(
+                Drop(block, self.within, tokens, self, compact, self.at_most)
+                for block, tokens in numbered.items()
+            ),
+        ]
 
     def apply(self, model: Model, plan: Plan) -> Model:
         """Let a model run with fewer tokens; returns the same model. Its parameters stay as they are.

@@ -1,9 +1,28 @@
 """What a plan may say of tokens."""
 
 from collections.abc import Sequence
+from math import inf
+
+import torch
+from torch import Tensor
 
 from structprune.errors import InputError
 from structprune.plan.plan import Plan
+
+
+def said_of(left: float, power: float = 1.0) -> Tensor:
+    """Return what a plan says where so much is left at the end, and a power of it here.
+
+    Args:
+        left: A count, or a share of an image's tokens.
+        power: Of the share, how much of it is left here.
+
+    Returns:
+        A count, or a share, or a count and the power: the share depends on the image then.
+    """
+    if not isinstance(left, int):
+        return torch.tensor(left**power, dtype=torch.float64)
+    return torch.tensor(left) if power == 1 else torch.tensor([left, power], dtype=torch.float64)
 
 
 def check_tokens(plan: Plan, blocks: Sequence[str]) -> None:
@@ -25,10 +44,19 @@ def check_tokens(plan: Plan, blocks: Sequence[str]) -> None:
                 hint="the plan belongs to another model",
             )
         tokens = plan[key]
-        share = tokens.is_floating_point()
-        if tokens.numel() != 1 or not (0 < float(tokens) <= 1 if share else int(tokens) >= 1):
+        if not _says_tokens(tokens):
             raise InputError(
                 f"plan key {str(key)!r}: leaves {tokens.tolist()}, expected a number of tokens from 1, or a "
-                "share above 0 and at most 1",
+                "share above 0 and at most 1, or a number and a power of that kind",
                 hint="the plan is damaged: prune again with its recipe",
             )
+
+
+def _says_tokens(tokens: Tensor) -> bool:
+    """Tell whether a number, a share, or a number and the power of the share that it makes."""
+    values = tokens.flatten().tolist()
+    if not tokens.is_floating_point():
+        return len(values) == 1 and values[0] >= 1
+    if len(values) == 2:
+        return tokens.ndim == 1 and 1 <= values[0] < inf and 0 < values[1] <= 1
+    return len(values) == 1 and 0 < values[0] <= 1

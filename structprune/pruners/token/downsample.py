@@ -47,8 +47,9 @@ class Downsample(TokenPruner):
         """Return how many patches of an image the vision tower computes: those that are left."""
         return left
 
-    def _tokens(self, model: Model) -> Tensor:
-        return torch.tensor(self.counts(model, square_of(model))[-1][1])
+    def tokens(self, model: Model) -> dict[int, Tensor]:
+        """Return how many tokens are left, all of them before the first block."""
+        return {0: torch.tensor(self.counts(model, square_of(model))[-1][1])}
 
     def drops(self, plan: Plan, model: Model) -> list[Drop]:
         """Return what the engine carries out on a model."""

@@ -64,9 +64,9 @@ class FitPrune(ScoredTokens):
         self._at_once(model, size)
         return [(size, size)] * len(block_prefixes(model))
 
-    def _tokens(self, model: Model) -> Tensor:
-        """Return that all are left, as long as nothing is known of the data."""
-        return torch.tensor(1.0, dtype=torch.float64)
+    def tokens(self, model: Model) -> dict[int, Tensor]:
+        """Return nothing: all are left, as long as nothing is known of the data."""
+        return {}
 
     def _at_once(self, model: Model, size: int) -> int:
         return count_at(self.target, size, Fraction(0), BlockCost.of(model.config).operations)
