@@ -68,6 +68,7 @@ class Drop:
         at_most: Whether `tokens` says how many are left at most, and who chooses says how many.
         images: How the vision tower sees images, where they are made smaller for it.
         watches: Whether who chooses only looks on here, and nothing is dropped.
+        pooled: Whether images of a row share what they keep, so that none is held to its own number.
     """
 
     block: int
@@ -78,6 +79,7 @@ class Drop:
     at_most: bool = False
     images: SmallerImages | None = None
     watches: bool = False
+    pooled: bool = False
 
     def keep(self, sizes: Tensor) -> Tensor:
         """Return how many tokens stay of images with so many at first, at least one each; shape [images]."""

@@ -1,7 +1,6 @@
 """Methods that rank visual tokens: a score for each, and the highest stay."""
 
 from abc import abstractmethod
-from typing import final
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ class ScoredTokens(TokenPruner):
     def score(self, seen: View) -> Tensor:
         """Return a score for every token, float32 [images, tokens]; higher is kept."""
 
-    @final
     def choose(self, seen: View, keep: Tensor) -> Tensor:
         """Return the tokens of the highest scores; of equal ones the first.
 
