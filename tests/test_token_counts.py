@@ -182,7 +182,7 @@ class Replay:
         self.chooser = chooser
         self.tower_layers = () if chooser is None else chooser.tower_layers
         self.chosen: list[Tensor] = []
-        self.next = 0
+        self.next = self.merged = 0
 
     @classmethod
     def method(cls) -> str:
@@ -194,7 +194,10 @@ class Replay:
             self.chooser.watch(seen)
 
     def merge(self, seen: View, chosen: Tensor) -> None:
-        """Keep tokens as they are."""
+        """Keep tokens as they are, once what goes into them is known."""
+        if self.chooser is not None and self.merged < self.next:
+            self.merged = self.next
+            self.chooser.merge(seen, chosen)
 
     def choose(self, seen: View, keep: Tensor) -> Tensor:
         if self.next == len(self.chosen):
