@@ -12,29 +12,9 @@ from structprune.runtime.tower_seen import TowerAttention
 from structprune.runtime.view import View
 from tests.oracle import pictures, pruned, token_pruner
 from tests.pictures import vision_model
+from tests.seen import ragged
 
 BOTH = ["prumerge", "prumerge_plus"]
-
-
-class Shown(View):
-    """Two images of 64 and 40 tokens, of which attention and keys are given."""
-
-    def __init__(self, paid: Tensor, keys: Tensor, real: Tensor) -> None:
-        places = torch.zeros(*real.shape, 3, dtype=torch.long)
-        vars(self).update(real=real, left=real.sum(1), places=places, attention=paid, keys=keys)
-
-    def tower(self, layer: float) -> Any:
-        """Return what is given, for every layer."""
-        return type("Given", (), {name: vars(self)[name] for name in ("attention", "keys")})
-
-
-def shown(*, outstanding: int = 3, seed: int = 0) -> Shown:
-    """Return two images: the first has so many tokens that stand out, the second none."""
-    draw = torch.Generator().manual_seed(seed)
-    paid = 1 + torch.rand(2, 64, generator=draw)
-    paid[0, torch.randperm(64, generator=draw)[:outstanding]] += torch.arange(outstanding) + 10.0
-    real = torch.arange(64) < torch.tensor([[64], [40]])
-    return Shown(paid * real, torch.randn(2, 64, 8, generator=draw), real)
 
 
 def pruner(method: str, **fields: Any) -> OutlierTokens:
@@ -58,9 +38,9 @@ def test_outliers_by_hand() -> None:
 
 @pytest.mark.parametrize("outstanding", [0, 1, 3, 9])
 def test_as_many_stay_as_stand_out_and_one_at_least(outstanding: int) -> None:
-    seen = shown(outstanding=outstanding)
+    seen = ragged(outstanding=outstanding)
     chosen = pruner("prumerge").choose(seen, torch.tensor([16, 10]))
-    expected = vars(seen)["attention"][0].topk(max(outstanding, 1)).indices
+    expected = vars(seen)["given"]["attention"][0].topk(max(outstanding, 1)).indices
     assert chosen[0].nonzero().flatten().tolist() == sorted(expected.tolist())
     assert int(chosen[1].sum()) == 1
     capped = pruner("prumerge").choose(seen, torch.tensor([2, 10]))
@@ -71,7 +51,7 @@ def test_as_many_stay_as_stand_out_and_one_at_least(outstanding: int) -> None:
 def test_a_sample_at_equal_distances_stays_too_and_none_twice(
     outstanding: int, cap: int, samples: int
 ) -> None:
-    seen = shown(outstanding=outstanding)
+    seen = ragged(outstanding=outstanding)
     keep = torch.tensor([cap, min(cap, 40)])
     alone, both = (pruner(method).choose(seen, keep) for method in BOTH)
     grid = {(2 * part + 1) * 64 // (2 * samples) for part in range(samples)}
@@ -86,12 +66,12 @@ def test_a_sample_at_equal_distances_stays_too_and_none_twice(
 @pytest.mark.parametrize("method", BOTH)
 @pytest.mark.parametrize("neighbours", [0, 5, 32, 1000])
 def test_neighbours_go_into_what_stays_by_their_attention(method: str, neighbours: int) -> None:
-    seen, mine = shown(), pruner(method, neighbours=neighbours)
+    seen, mine = ragged(), pruner(method, neighbours=neighbours)
     chosen = mine.choose(seen, torch.tensor([16, 10]))
     weights = mine.merge(seen, chosen)
     assert weights is not None
     for image in range(2):
-        paid, keys = (vars(seen)[name][image] for name in ("attention", "keys"))
+        paid, keys = (vars(seen)["given"][name][image] for name in ("attention", "keys"))
         going = (seen.real[image] & ~chosen[image]).nonzero().flatten()
         for token in chosen[image].nonzero().flatten().tolist():
             alike = torch.cosine_similarity(keys[going], keys[token], dim=-1)
@@ -104,12 +84,11 @@ def test_neighbours_go_into_what_stays_by_their_attention(method: str, neighbour
 
 @pytest.mark.parametrize("method", BOTH)
 def test_an_image_is_merged_as_it_is_alone(method: str) -> None:
-    seen, mine = shown(), pruner(method)
+    seen, mine = ragged(), pruner(method)
     chosen = mine.choose(seen, torch.tensor([16, 10]))
     whole = mine.merge(seen, chosen)
     assert whole is not None
-    given = (vars(seen)[name][1:, :40] for name in ("attention", "keys", "real"))
-    alone = Shown(*given)
+    alone = seen.part(1)
     assert torch.equal(mine.choose(alone, torch.tensor([10])), chosen[1:, :40])
     weights = mine.merge(alone, chosen[1:, :40])
     assert weights is not None
