@@ -7,7 +7,7 @@ decided from what was added up or told is then decided alike everywhere.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from structprune.errors import EnvironmentFailure, InputError, QualityError, Ran
 from structprune.machine import launch
 from structprune.meeting import check_launch, exchange, joined, on_cards
 
-# Of a tensor that is added up this much is in memory side by side: a piece of every process's.
+# Of a tensor that is added up this much travels at once.
 PIECE_BYTES = 32 << 20
 # What one process meets and all raise.
 _TOLD = (UsageError, InputError, EnvironmentFailure, QualityError)
@@ -79,22 +79,26 @@ class Ranks:
         """
         if self.alone:
             return
-        # However many there are, whoever adds holds as much.
-        rows = max(1, PIECE_BYTES // max(1, values[:1].numel() * values.element_size() * self.count))
-        for number, piece in enumerate(torch.split(values, rows)):
-            # In turns, so that no process adds, and receives, more than the others.
-            adder = number % self.count if owner is None else owner
-            there = _sendable(piece)
-            parts = [torch.empty_like(there) for _ in range(self.count)] if adder == self.number else None
-            exchange(dist.gather, there, parts, dst=adder)
-            if parts is not None:
-                there = parts[0]
-                for part in parts[1:]:
-                    there += part
-            if owner is None:
-                _broadcast(there, adder)
-            if owner in (None, self.number):
-                piece.copy_(there)
+        # However many there are, each holds as much beside the values.
+        rows = max(1, PIECE_BYTES // max(1, values[:1].numel() * values.element_size()))
+        for piece in torch.split(values, rows):
+            self._add_piece(piece, owner)
+
+    def _add_piece(self, piece: Tensor, owner: int | None) -> None:
+        # Each process adds up a part of its own, so that none adds, and receives, more than the others.
+        there = _sendable(piece).view(-1, 1)
+        sizes = [len(replace(self, number=number).portion(len(there))) for number in range(self.count)]
+        mine = sizes[self.number]
+        total, *others = torch.split(self.exchange(there, sizes, [mine] * self.count), mine)
+        for part in others:
+            total += part
+        if owner is None:
+            found = self.exchange(total.repeat(self.count, 1), [mine] * self.count, sizes)
+        else:
+            sent = [mine * (number == owner) for number in range(self.count)]
+            found = self.exchange(total, sent, [size * (owner == self.number) for size in sizes])
+        if owner in (None, self.number):
+            piece.copy_(found.view_as(piece))
 
     def gather(self, values: Tensor) -> Tensor:
         """Return values [values] of all, as many from each, one after the other, shape [count * values]."""

@@ -40,7 +40,8 @@ def counted_batches() -> list[Batch]:
 def counted_bytes(found: Counter[str]) -> Iterator[None]:
     """Count what this process reads and sends for the length of a `with`, of tensors and no names.
 
-    Of what all do together every process counts its share; a sum that all get is gathered and told.
+    Of what all do together every process counts its share; a sum is added up in parts, and
+    each part sent to whoever gets it.
     """
     read, apart = CheckpointReader.read, Ranks.add_apart
     ordered, tell = Ranks.add_in_order, Ranks.tell
@@ -54,7 +55,8 @@ def counted_bytes(found: Counter[str]) -> Iterator[None]:
         apart(self, values)
 
     def counting_ordered(self: Ranks, values: Tensor, owner: int | None = None) -> None:
-        found["sent"] += (2 if owner is None else 1) * (self.count - 1) * values.nbytes * self.first
+        others, parts = self.count - 1, 1 if owner is None else 1 / self.count
+        found["sent"] += others * (1 + parts) * values.nbytes * self.first
         ordered(self, values, owner)
 
     def counting_tell(

@@ -34,7 +34,7 @@ from structprune.recipe.recipe import Recipe
 from tests.counted import BATCH, LENGTH, SAMPLES, counted_methods
 from tests.counted import WORKERS as PAIR
 from tests.methods import TEXT, Home, home, quick
-from tests.ranked import CASES, WORKERS
+from tests.ranked import CASES, STREAMED, WORKERS
 
 ROOT = Path(__file__).parents[1]
 DAMAGED = "model.layers.1.mlp.down_proj.weight"
@@ -97,12 +97,14 @@ class TestAGroup:
         _, said = decided
         for (count, _), found in said.items():
             assert len({*map(str, found[name].values())}) == 1
+            assert ("streamed" in found[name]) == (count == STREAMED and name == CASES[name].method)
             assert found[name] == said[count, 0][name]
 
     @pytest.mark.parametrize("name", [one for one in CASES if not sums_may_differ(one)])
     def test_what_only_ranks_decides_alike_in_groups_of_any_size(self, decided: Any, name: str) -> None:
         _, said = decided
-        assert said[1, 0][name] == said[2, 0][name] == said[3, 0][name]
+        one, two, three = (said[count, 0][name]["resident"] for count in range(1, WORKERS + 1))
+        assert one == two == three
 
     @pytest.mark.parametrize("name", [one for one in CASES if sums_may_differ(one)])
     def test_the_order_of_sums_hardly_shows(self, decided: Any, name: str) -> None:

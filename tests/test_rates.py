@@ -133,7 +133,7 @@ def test_a_dry_run_says_what_each_of_several_processes_takes(folder: Path) -> No
     assert one["check_bytes"] == pytest.approx(2 * two["check_bytes"], abs=2)
     assert one["stages"][0]["read_bytes"] == two["stages"][0]["read_bytes"] > 0
     reduced = [said["stages"][0]["reduced_bytes"] for said in (one, two, three)]
-    assert reduced[0] == 0 and reduced[2] == 2 * reduced[1]
+    assert 0 == reduced[0] < reduced[1] < reduced[2] <= 2 * reduced[1]
     assert two["stages"][0]["reduced_per_block_bytes"] == reduced[1] // 2
     assert "torchrun --nproc-per-node 2 -m structprune bench --rates" in two["time"]
 

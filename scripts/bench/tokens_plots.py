@@ -14,15 +14,15 @@ from structprune.report.plots import INK, PALETTE
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# What knows nothing of the picture is grey; yellow is too pale for a line.
-STYLES: dict[str, dict[str, Any]] = {
+# What knows nothing of the picture is grey.
+BASELINES: dict[str, dict[str, Any]] = {
     "random_tokens": {"color": PALETTE[7], "marker": "x", "linestyle": "--"},
     "grid_tokens": {"color": PALETTE[7], "marker": "+", "linestyle": ":"},
-    "downsample": {"color": PALETTE[5], "marker": "v", "linestyle": "-."},
-    "divprune": {"color": PALETTE[0], "marker": "o"},
-    "fastv": {"color": PALETTE[1], "marker": "s"},
-    "fitprune": {"color": PALETTE[2], "marker": "^"},
+    "downsample": {"color": PALETTE[7], "marker": "v", "linestyle": "-."},
 }
+# Of the others as many have a line as can be told apart; yellow is too pale for one.
+COLOURS = PALETTE[:6]
+MARKERS = "os^DPX"
 # Both ends of a 95% interval lie so many standard errors away.
 ERRORS = 1.96
 WIDTH, HEIGHT, DPI, COLOURS_KEPT = 5.6, 4.2, 110, 64
@@ -30,7 +30,7 @@ WIDTH, HEIGHT, DPI, COLOURS_KEPT = 5.6, 4.2, 110, 64
 
 def file_of(kept: Mapping[str, Any]) -> str:
     """Return the name of a model's plot."""
-    return f"{kept['model']}-tokens.png"
+    return f"{kept['model'].replace(', ', '-').replace(' ', '-')}-tokens.png"
 
 
 def draw(kept: Mapping[str, Any], path: Path) -> None:
@@ -50,7 +50,7 @@ def draw(kept: Mapping[str, Any], path: Path) -> None:
     }
     dense = fmean(kept["dense"])
     for axes, (label, fact) in zip(figure.subplots(1, 2, sharey=True), panels.items()):
-        for method, style in STYLES.items():
+        for method, style in styles(kept["cells"]).items():
             _line(axes, [one for one in kept["cells"] if one["method"] == method], fact, style)
         axes.axhline(dense, color=INK, linestyle="-", linewidth=1.0)
         axes.annotate(
@@ -77,6 +77,16 @@ def draw(kept: Mapping[str, Any], path: Path) -> None:
         figure.savefig(buffer, dpi=DPI)
         # So few colours take a third of the bytes.
         Image.open(buffer).quantize(COLOURS_KEPT).save(path, optimize=True)
+
+
+def styles(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """Return how methods are drawn: baselines, and of the others those that answer most."""
+    right: dict[str, list[float]] = {}
+    for one in cells:
+        right.setdefault(one["method"], []).append(fmean(one["right"]))
+    others = sorted(right.keys() - BASELINES.keys(), key=lambda name: -fmean(right[name]))
+    best = zip(others, COLOURS, MARKERS)
+    return BASELINES | {name: {"color": colour, "marker": marker} for name, colour, marker in best}
 
 
 def _line(axes: "Axes", cells: Sequence[Cell], fact: str, style: Mapping[str, Any]) -> None:

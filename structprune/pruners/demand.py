@@ -79,10 +79,11 @@ class Sharing:
         others = self.ranks - 1
         return Demand(sent_bytes=2 * others * nbytes, link_bytes=2 * others / self.ranks * nbytes)
 
-    def gathered(self, nbytes: float) -> "Demand":
-        """Return what a sum takes that one process gets, in order: all send it to that one."""
+    def added_for_one(self, nbytes: float) -> "Demand":
+        """Return what a sum takes that one process gets: each adds up a part, and sends it to that one."""
         others = self.ranks - 1
-        return Demand(sent_bytes=others * nbytes, link_bytes=others * nbytes)
+        sent = (others + others / self.ranks) * nbytes
+        return Demand(sent_bytes=sent, link_bytes=2 * others / self.ranks * nbytes)
 
     def told(self, nbytes: float) -> "Demand":
         """Return what it takes that one tells the others, who pass it on."""
@@ -195,7 +196,7 @@ def demand_of_sums(groups: Sequence[Sequence[Linear]], parts: Parts, sharing: Sh
             moved = 2 * (PRODUCT_BYTES + SUM_BYTES) * numbers * batches
             # Only who solves what reads the input gets the sum; of an expert's the tokens themselves, unless
             # they are there already.
-            sent = sharing.gathered(SUM_BYTES * numbers)
+            sent = sharing.added_for_one(SUM_BYTES * numbers)
             if first.expert is not None:
                 rows = sharing.samples * sharing.length * sharing.routed / len(first.whole)
                 sent = sharing.exchanged(rows * width * first.weight.element_size())
@@ -216,7 +217,7 @@ def demand_of_gradients(found: Sequence[Linear], parts: Parts, sharing: Sharing)
     """
     kept = len(gradient_means(parts)) * PRODUCT_BYTES * sum(one.weight.numel() for one in found)
     products = sum(2 * one.weight.numel() * sharing.tokens_of(one) for one in found)
-    return Demand(products=products) + sharing.gathered(kept) + sharing.told(kept)
+    return Demand(products=products) + sharing.added(kept)
 
 
 def demand_of_answers(

@@ -50,7 +50,7 @@ class SquarePatches:
 
     def __init__(self, model: Any, given: dict[str, Any]) -> None:
         self._model, self._given, self._vision = model, given, model.config.vision_config
-        self.class_token = hasattr(getattr(model.vision_tower, "embeddings", None), "class_embedding")
+        self.class_token = has_class_token(model)
 
     @property
     def _side(self) -> int:
@@ -132,6 +132,12 @@ class GridPatches:
         return [
             _raster(times * rows // unit, columns // unit) for times, rows, columns in self._sizes.tolist()
         ]
+
+
+def has_class_token(model: Any) -> bool:
+    """Tell whether the vision tower of a model (without its head) has a token for the whole image."""
+    embeddings = getattr(getattr(model, "vision_tower", None), "embeddings", None)
+    return hasattr(embeddings, "class_embedding")
 
 
 def patches_of(model: Any, given: dict[str, Any]) -> TowerPatches:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from structprune.errors import UsageError
 from structprune.runtime.attention import rotated
-from structprune.runtime.patches import TowerPatches, patches_of
+from structprune.runtime.patches import TowerPatches, has_class_token, patches_of
 
 # Queries whose attention is in memory at once.
 CHUNK = 256
@@ -40,6 +41,15 @@ def _is_readable(module: nn.Module) -> bool:
         return "cu_seqlens" in asks
     # Rotary tables beside separate projections, as Pixtral has, come in forms of their own.
     return {"q_proj", "k_proj"} <= {*module._modules} and "position_embeddings" not in asks
+
+
+def what_attends(model: PreTrainedModel) -> str:
+    """Return whose attention `TowerTokens.attention` is, in words."""
+    if has_class_token(model.base_model):
+        return "what the class token of the vision tower pays"
+    return (
+        "mean over all queries of the vision tower, which has no class token, and over the patches of a token"
+    )
 
 
 def layer_number(layer: float, layers: int) -> int:

@@ -153,6 +153,10 @@ class TokenPruner(Pruner):
         """
         return 0
 
+    def facts(self, model: PreTrainedModel) -> dict[str, str]:
+        """Return what a plan says beside how much is left: what the method has to look at on a model."""
+        return {}
+
     def forecast(self, model: Model) -> Forecast:
         """Return how many pairs of a visual token and a block are not computed.
 
@@ -228,7 +232,7 @@ class TokenPruner(Pruner):
             UsageError: As for `forecast`; or the model is streamed.
         """
         self.forecast(model)
-        self._in_memory(model)
+        whole = self._in_memory(model)
         writer = plan or self.writer(None, model, weights_of(model))
         found = self._decided(model, batches, writer)
         if not found:
@@ -238,10 +242,11 @@ class TokenPruner(Pruner):
         account = self._account(model, counts, size or TYPICAL_SIZE)
         for note in account.notes(self.method()):
             logger.warning("%s", note)
+        facts = account.facts() | self.facts(whole)
         if size is None:
-            return writer.finish({"unit": UNIT, "asked": str(self.target), **account.facts()})
+            return writer.finish({"unit": UNIT, "asked": str(self.target), **facts})
         promises = account.promises(block_prefixes(model), str(self.target), at_most=self.at_most)
-        return writer.finish(account.facts(), promises=promises)
+        return writer.finish(facts, promises=promises)
 
     def _decided(self, model: Model, batches: Sequence[Batch], writer: PlanWriter) -> dict[int, Tensor]:
         """Return what was decided of which block; all of it is written."""
