@@ -10,35 +10,9 @@ from torch import Tensor
 
 from structprune.errors import QualityError
 from structprune.pruners.token.holov import HoloV
-from structprune.runtime.tower_seen import TowerTokens
-from structprune.runtime.view import View
 from tests.oracle import pictures, pruned, takes, token_pruner
 from tests.pictures import FAMILIES, vision_model
-
-
-class Seen(View):
-    """One image of 6 x 6 tokens, or more, with attention and features given."""
-
-    def __init__(self, attention: Tensor, features: Tensor, side: int = 6) -> None:
-        places = torch.cartesian_prod(torch.zeros(1, dtype=torch.long), *[torch.arange(side)] * 2)
-        given = {
-            "real": torch.ones_like(attention, dtype=torch.bool),
-            "left": torch.full((len(attention),), attention.shape[1]),
-            "places": places.expand(len(attention), -1, -1),
-            "mine": attention,
-            "given": features,
-        }
-        vars(self).update(given)
-
-    def tower(self, layer: float) -> TowerTokens:
-        assert layer == -2
-        found = object.__new__(TowerTokens)
-        vars(found)["attention"] = vars(self)["mine"]
-        return found
-
-    def features(self) -> Tensor:
-        found: Tensor = vars(self)["given"]
-        return found
+from tests.seen import Seen
 
 
 def draw(images: int = 3, size: int = 36) -> tuple[Tensor, Tensor]:
@@ -74,7 +48,7 @@ def by_hand(attention: Tensor, features: Tensor, crop: Tensor, keep: int) -> lis
 def test_crops_share_what_is_kept_as_the_paper_says() -> None:
     attention, features = draw()
     crop = torch.tensor([[row // 3 * 2 + column // 3 for column in range(6)] for row in range(6)]).flatten()
-    found = chosen(Seen(attention, features), 10, crops=4)
+    found = chosen(Seen({-2: attention}, features, 6), 10, crops=4)
     for image in range(3):
         expected = by_hand(attention[image], features[image], crop, 10)
         assert found[image].nonzero().flatten().tolist() == expected
@@ -87,7 +61,7 @@ def test_as_many_are_kept_as_was_asked_and_no_crop_gives_more_than_it_has(keep: 
     # All attention in one crop of four tokens: its quota does not fit there.
     attention[0] = 1e-6
     attention[0, [0, 1, 6, 7]] = 0.25
-    found = chosen(Seen(attention, features), keep, crops=9, compat=compat)
+    found = chosen(Seen({-2: attention}, features, 6), keep, crops=9, compat=compat)
     assert found.sum(1).tolist() == [keep] * 3
     if keep > 10:
         assert bool(found[0, [0, 1, 6, 7]].all())
@@ -97,20 +71,20 @@ def test_equal_features_leave_quotas_to_attention_and_equal_attention_gives_equa
     attention, features = draw()
     same = torch.ones_like(features)
     attention[0] = torch.tensor([3.0, 1.0]).repeat_interleave(18) / 72
-    found = chosen(Seen(attention, same), 8, crops=4)
+    found = chosen(Seen({-2: attention}, same, 6), 8, crops=4)
     # 3 : 1 between the upper two crops and the lower two.
     assert [int(found[0, part].sum()) for part in (slice(0, 18), slice(18, 36))] == [6, 2]
-    found = chosen(Seen(torch.full_like(attention, 1 / 36), same), 18, crops=4)[0].view(6, 6)
+    found = chosen(Seen({-2: torch.full_like(attention, 1 / 36)}, same, 6), 18, crops=4)[0].view(6, 6)
     each = [int(found[row : row + 3, column : column + 3].sum()) for row in (0, 3) for column in (0, 3)]
     assert sum(each) == 18 and max(each) - min(each) <= 1
-    found = chosen(Seen(attention, features), 18, crops=4, tau=0)[0].view(6, 6)
+    found = chosen(Seen({-2: attention}, features, 6), 18, crops=4, tau=0)[0].view(6, 6)
     each = [int(found[row : row + 3, column : column + 3].sum()) for row in (0, 3) for column in (0, 3)]
     assert max(each) - min(each) <= 1
 
 
 def test_the_released_order_is_a_permutation_crop_by_crop_and_by_attention() -> None:
     attention, features = draw()
-    seen, pruner = Seen(attention, features), HoloV(crops=4, compat=True)
+    seen, pruner = Seen({-2: attention}, features, 6), HoloV(crops=4, compat=True)
     found = pruner.choose(seen, torch.tensor([10] * 3))
     weights = pruner.merge(seen, found)
     assert weights is not None and HoloV(crops=4).merge(seen, found) is None
@@ -135,7 +109,9 @@ def test_a_plan_says_whose_attention_it_is(family: str) -> None:
     model, batch = vision_model(family), pictures(family, 1).batch()
     assert takes("holov", model)
     said = token_pruner("holov").calibrate(model, [batch]).facts["attention"]
-    assert ("class token of" in said) == family.startswith("llava")
+    assert (said == "class token of the vision tower") == family.startswith("llava")
+    every = token_pruner("holov", queries="all").calibrate(model, [batch]).facts["attention"]
+    assert every.startswith("mean over all queries") and (every == said) == family.startswith("qwen")
 
 
 def test_numbers_of_crops_that_make_no_grid_and_attention_that_is_none_are_refused() -> None:
@@ -144,7 +120,7 @@ def test_numbers_of_crops_that_make_no_grid_and_attention_that_is_none_are_refus
     attention, features = draw()
     attention[1, 3] = torch.nan
     with pytest.raises(QualityError, match="holov: a score of a visual token"):
-        chosen(Seen(attention, features), 3)
+        chosen(Seen({-2: attention}, features, 6), 3)
     assert "zeros" in inspect.getdoc(inspect.getmodule(HoloV))  # type: ignore[operator]
 
 

@@ -4,19 +4,20 @@ import torch
 from torch import Tensor
 
 
-def means(chosen: Tensor, into: Tensor) -> Tensor:
-    """Return the weights of a mean: each token that stays, with those that are merged into it.
+def means(into: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Return the weights of means: into each token those tokens go that name its place.
 
     Args:
-        chosen: Which tokens stay, bool [images, tokens].
-        into: Which token of its image each one is merged into, long [images, tokens]; its own place where it
-            is merged into none.
+        into: Into which token of its image each one goes, long [images, tokens]; its own place where it stays
+            itself.
+        counted: Which tokens go anywhere, bool [images, tokens]; all unless given.
 
     Returns:
-        Float32 [images, tokens, tokens].
+        Float32 [images, tokens, tokens], with rows of zeros where no token goes.
     """
-    found = torch.zeros(*chosen.shape, chosen.shape[1], device=chosen.device)
-    found.scatter_(1, into[:, None], 1.0)
+    found = torch.zeros(*into.shape, into.shape[1], device=into.device)
+    going = torch.ones_like(into) if counted is None else counted
+    found.scatter_(1, into[:, None], going[:, None].to(found))
     return found / found.sum(2, keepdim=True).clamp(min=1)
 
 

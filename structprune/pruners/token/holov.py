@@ -13,16 +13,15 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
-from torch.nn.functional import normalize
-from transformers import PreTrainedModel
+from torch.nn.functional import normalize, one_hot
 
 from structprune.decide.quotas import quotas
 from structprune.decide.token_target import Target
-from structprune.pruners.token._family import TokenPruner
+from structprune.pruners.token._looking import LookingTokens
 from structprune.pruners.token._merged import reordered
-from structprune.pruners.token._scored import finite, rank
+from structprune.pruners.token._scored import finite
+from structprune.pruners.token._windows import ordered, ranks_inside, windows
 from structprune.runtime.flops import BlockCost
-from structprune.runtime.tower_seen import what_attends
 from structprune.runtime.view import View
 
 
@@ -32,7 +31,7 @@ def _square(number: int) -> int:
     return number
 
 
-class HoloV(TokenPruner):
+class HoloV(LookingTokens):
     """Score a token by what the class token pays it, and by how its likeness to others of its crop varies.
 
     Args:
@@ -49,10 +48,6 @@ class HoloV(TokenPruner):
     tower_layers: ClassVar = (-2,)
     paper_positions: ClassVar = "compact"
 
-    def facts(self, model: PreTrainedModel) -> dict[str, str]:
-        """Return what is looked at for attention."""
-        return {"attention": what_attends(model)}
-
     def operations(self, cost: BlockCost, size: int, counts: Sequence[tuple[int, int]]) -> int:
         """Return what the cosines of all pairs cost."""
         return size**2 * cost.hidden
@@ -63,45 +58,30 @@ class HoloV(TokenPruner):
         Raises:
             QualityError: A feature or an attention is not a number.
         """
-        attention, crop = self._attention(seen), self._crop(seen)
+        attention, crop = self.attention(seen), self._crop(seen)
         patch = seen.real & (seen.places[..., 2] >= 0)
         varying = self._varying(seen, crop, patch)
         scale = attention.sum(1, keepdim=True) / varying.sum(1, keepdim=True).clamp(min=1e-30)
         score = attention + (0.09 if self.compat else 1.0) * scale * varying
-        inside = torch.nn.functional.one_hot(crop, int(crop.max()) + 1) * seen.real[..., None]
+        inside = one_hot(crop, int(crop.max()) + 1) * seen.real[..., None]
         patches = (inside * patch[..., None]).sum(1)
         mean = (inside * score[..., None]).sum(1) / patches.clamp(min=1)
         allowed = quotas(mean**self.tau * (patches > 0), inside.sum(1), keep)
-        # Ranked crop by crop: those of a crop are counted from where the crops before it end.
-        order = self._ranked(attention if self.compat else score, crop, seen.real)
-        before = inside.sum(1).cumsum(1) - inside.sum(1)
-        return (order - before.gather(1, crop) < allowed.gather(1, crop)) & seen.real
+        ranks = ranks_inside(attention if self.compat else score, crop, seen.real)
+        return (ranks < allowed.gather(1, crop)) & seen.real
 
     def merge(self, seen: View, chosen: Tensor) -> Tensor | None:
         """Return the released order: crop by crop, by attention; None where raster order stays."""
         if not self.compat:
             return None
-        order = self._ranked(self._attention(seen), self._crop(seen), chosen)
-        return reordered(chosen, order.argsort(1))
-
-    def _attention(self, seen: View) -> Tensor:
-        return finite(seen.tower(-2).attention, seen.real, self.method())
+        return reordered(chosen, ordered(self.attention(seen), self._crop(seen), chosen))
 
     def _crop(self, seen: View) -> Tensor:
         """Return in which crop each token is, long [images, tokens]."""
-        if self.compat:
-            places = torch.arange(seen.real.shape[1], device=seen.real.device)
-            return (places * self.crops // seen.left[:, None]).clamp(max=self.crops - 1)
-        part, row, column = seen.places.unbind(2)
-        across, crop = isqrt(self.crops), torch.zeros_like(part)
-        for one in (0, 1):
-            mine = seen.real & (part == one)
-            height, width = (each.masked_fill(~mine, 0).amax(1, keepdim=True) + 1 for each in (row, column))
-            # The end of a line belongs to its last crop.
-            inside = torch.where(column < 0, width - 1, column)
-            place = row * across // height * across + inside * across // width
-            crop = torch.where(mine, one * self.crops + place, crop)
-        return crop
+        if not self.compat:
+            return windows(seen, isqrt(self.crops))
+        places = torch.arange(seen.real.shape[1], device=seen.real.device)
+        return (places * self.crops // seen.left[:, None]).clamp(max=self.crops - 1)
 
     def _varying(self, seen: View, crop: Tensor, patch: Tensor) -> Tensor:
         """Return the variance of each token's cosines with the others of its crop, [images, tokens]."""
@@ -112,9 +92,3 @@ class HoloV(TokenPruner):
         count = other.sum(2).clamp(min=1)
         mean = (cosine * other).sum(2) / count
         return ((cosine - mean[..., None]) ** 2 * other).sum(2) / count
-
-    def _ranked(self, score: Tensor, crop: Tensor, real: Tensor) -> Tensor:
-        """Return the rank of each token, crop by crop and then by score, long [images, tokens]."""
-        order = rank(score, real).argsort(1)
-        by_crop = torch.where(real, crop, crop.max() + 1).gather(1, order)
-        return order.gather(1, torch.argsort(by_crop, dim=1, stable=True)).argsort(1)
