@@ -1,4 +1,6 @@
-"""Images of which attention, keys and features are given, for methods that look at no more."""
+"""Images of which attention, keys, features and words are given, for methods that look at no more."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,3 +40,52 @@ class Seen(View):
         """Return what is given."""
         found: Tensor = vars(self)["given"]
         return found
+
+
+class Ragged(View):
+    """Images of different sizes, without ends of lines.
+
+    Args:
+        real: Which entries are tokens, bool [images, tokens].
+        given: Attention [images, tokens] and keys [images, tokens, size] of every layer of the tower; and
+            features and words, [images, tokens, hidden].
+    """
+
+    def __init__(self, real: Tensor, **given: Tensor) -> None:
+        places = torch.zeros(*real.shape, 3, dtype=torch.long)
+        vars(self).update(real=real, left=real.sum(1), places=places, given=given, notes={}, block=0)
+
+    def tower(self, layer: float) -> Any:
+        """Return what is given of every layer."""
+        return type("Given", (), vars(self)["given"])
+
+    def features(self) -> Tensor:
+        """Return what is given."""
+        found: Tensor = vars(self)["given"]["features"]
+        return found
+
+    def text(self, *, until_next: bool = False) -> tuple[Tensor, Tensor]:
+        """Return what is given, all of it text."""
+        words = vars(self)["given"]["words"]
+        return words, torch.ones(words.shape[:2], dtype=torch.bool)
+
+    def part(self, image: int) -> "Ragged":
+        """Return one image alone."""
+        size = int(self.left[image])
+        given = vars(self)["given"].items()
+        mine = {
+            name: one[image : image + 1, :size] if name != "words" else one[image : image + 1]
+            for name, one in given
+        }
+        return Ragged(self.real[image : image + 1, :size], **mine)
+
+
+def ragged(*, outstanding: int = 3, seed: int = 0) -> Ragged:
+    """Return images of 64 and 40 tokens: so many of the first stand out, and none of the second."""
+    draw = torch.Generator().manual_seed(seed)
+    paid = 1 + torch.rand(2, 64, generator=draw)
+    paid[0, torch.randperm(64, generator=draw)[:outstanding]] += torch.arange(outstanding) + 10.0
+    real = torch.arange(64) < torch.tensor([[64], [40]])
+    keys, features = torch.randn(2, 64, 8, generator=draw), torch.randn(2, 64, 16, generator=draw)
+    words = torch.randn(2, 5, 16, generator=draw)
+    return Ragged(real, attention=paid * real, keys=keys, features=features, words=words)

@@ -153,11 +153,14 @@ def test_nothing_is_kept_twice_and_everything_in_order(method: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 5, 15])
 def test_as_many_are_kept_as_was_asked(method: str, tokens: int) -> None:
     model, batch = vision_model("llava"), pictures("llava").batch()
-    with pruned(model, token_pruner(method, target={"tokens": tokens}), batch), torch.no_grad():
+    pruner = token_pruner(method, target={"tokens": tokens})
+    with pruned(model, pruner, batch), torch.no_grad():
         layer = model(**batch, use_cache=True).past_key_values.layers[-1]
     for row, kept in enumerate(column_sets(layer, torch.zeros(3, dtype=torch.long))):
         visual = batch["input_ids"][row].eq(IMAGE)
-        assert int(visual[kept].sum()) == tokens * int(visual.sum()) // 16
+        images = int(visual.sum()) // 16
+        found = int(visual[kept].sum())
+        assert images <= found <= tokens * images if pruner.at_most else found == tokens * images
 
 
 class Level(ScoredTokens):

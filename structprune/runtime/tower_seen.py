@@ -43,7 +43,7 @@ def _is_readable(module: nn.Module) -> bool:
     return {"q_proj", "k_proj"} <= {*module._modules} and "position_embeddings" not in asks
 
 
-def what_attends(model: PreTrainedModel, *, class_token: bool) -> str:
+def what_attends(model: PreTrainedModel, *, class_token: bool = True) -> str:
     """Return in words whose attention counts: that of the class token, where it is asked for, or of all."""
     if not has_class_token(model.base_model):
         return (
