@@ -109,7 +109,9 @@ def test_a_plan_says_whose_attention_it_is(family: str) -> None:
     model, batch = vision_model(family), pictures(family, 1).batch()
     assert takes("holov", model)
     said = token_pruner("holov").calibrate(model, [batch]).facts["attention"]
-    assert ("class token of" in said) == family.startswith("llava")
+    assert (said == "class token of the vision tower") == family.startswith("llava")
+    every = token_pruner("holov", queries="all").calibrate(model, [batch]).facts["attention"]
+    assert every.startswith("mean over all queries") and (every == said) == family.startswith("qwen")
 
 
 def test_numbers_of_crops_that_make_no_grid_and_attention_that_is_none_are_refused() -> None:

@@ -177,3 +177,44 @@ def test_a_plan_with_a_count_and_a_power_that_make_no_share_is_refused(wrong: li
     plan[key].copy_(torch.tensor(wrong))
     with pytest.raises(InputError, match="expected a number of tokens from 1"):
         check_tokens(plan, blocks)
+
+
+@pytest.mark.parametrize("method", ["pyramiddrop", "transprune", "sparsevlm", "catp"])
+def test_what_may_not_go_counts_at_every_stage(method: str) -> None:
+    model, prompts = vision_model("llava_next"), pictures("llava_next", 2, 1)
+    batch = prompts.batch()
+    pruner = token_pruner(method, target={"keep_ratio": 0.4}, newlines="protect")
+    with pruned(model, pruner, batch), torch.no_grad():
+        together = model(**batch, use_cache=True).past_key_values
+        for row in range(2):
+            alone = model(**prompts.alone(row), use_cache=True).past_key_values
+            for one, other in zip(together.layers, alone.layers, strict=True):
+                kept = column_sets(one, padding_of(batch))[row]
+                assert kept == column_sets(other, torch.zeros(1, dtype=torch.long))[0]
+            visual = torch.tensor(prompts.rows[row]).eq(IMAGE)
+            starts = (visual & ~visual.roll(1)).nonzero().flatten().tolist()
+            sizes = [int((~visual[start:]).int().argmax()) for start in starts]
+            # 4 x 4 patches of the whole picture, then lines with a newline each, which all stay.
+            assert int(visual[kept].sum()) == sum(int(0.4 * size + 0.5) for size in sizes)
+
+
+@pytest.mark.parametrize("method", ["pyramiddrop", "transprune", "sparsevlm", "catp"])
+@pytest.mark.parametrize("other", ["divprune", "fitprune"])
+def test_stages_stand_beside_a_method_that_drops_elsewhere(method: str, other: str) -> None:
+    model, batch = vision_model("llava"), pictures("llava").batch()
+    with pruned(model, token_pruner(other, target={"keep_ratio": 0.6}), batch), torch.no_grad():
+        first = model(**batch, use_cache=True).past_key_values
+        with pruned(model, token_pruner(method, target={"tokens": 3}), batch):
+            found = generate(model, batch)
+    kept = column_sets(found.past_key_values.layers[-1], torch.zeros(3, dtype=torch.long))
+    visual = batch["input_ids"].eq(IMAGE)
+    length = batch["input_ids"].shape[1]
+    counts = [int(visual[row, [one for one in kept[row] if one < length]].sum()) for row in range(3)]
+    assert counts == [6, 3, 0] and bool(torch.stack(found.logits).isfinite().all())
+    before = [
+        int(visual[row, one].sum())
+        for row, one in enumerate(column_sets(first.layers[-1], padding_of(batch) * 0))
+    ]
+    assert before[1] > 3
+    expected = masked_dense("llava", longer(batch, found.sequences[:, length:-1]), found.past_key_values)
+    assert worst(torch.stack(found.logits, 1), expected[:, length - 1 :]) < 1e-5

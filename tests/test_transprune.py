@@ -21,7 +21,7 @@ class Scored:
     def __init__(self, pruner: Any) -> None:
         self.pruner = pruner
         self.seen: list[View] = []
-        self.newlines = pruner.newlines
+        self.newlines, self.tower_layers = pruner.newlines, pruner.tower_layers
         self.scores: list[Tensor] = []
 
     @classmethod

@@ -136,6 +136,17 @@ def test_without_contextual_tokens_the_highest_attention_stays_as_it_is() -> Non
     assert torch.equal(weights[0][chosen[0]], torch.eye(16)[chosen[0]])
 
 
+def test_all_queries_may_count_instead_of_the_class_token() -> None:
+    batch = pictures("llava", 1).batch()
+    with torch.no_grad():
+        tower = vision_model("llava", attention="eager").model.vision_tower
+        every = tower(batch["pixel_values"], output_attentions=True).attentions[-2].mean(1)[0, :, 1:]
+    for queries, expected in (("class", every[0]), ("all", every.mean(0))):
+        with running("llava", 5, contextual=0, queries=queries) as model:
+            read_by_first_block(model, batch)
+        assert SEEN[0][0][0].nonzero().flatten().tolist() == sorted(expected.topk(5).indices.tolist())
+
+
 def test_features_of_others_are_refused() -> None:
     batch = pictures("llava", 1).batch()
     model = vision_model("llava")

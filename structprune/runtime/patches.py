@@ -52,7 +52,8 @@ class SquarePatches:
     """
 
     def __init__(self, model: Any, given: dict[str, Any]) -> None:
-        self._model, self._vision, self._sizes = model, model.config.vision_config, given.get("image_sizes")
+        self._model, self._vision = model, model.config.vision_config
+        self._sizes: Any = given.get("image_sizes")
         strategy = given.get("vision_feature_select_strategy")
         self._strategy = strategy or model.config.vision_feature_select_strategy
         # Pixels shall not live as long as features do.

@@ -43,13 +43,13 @@ def _is_readable(module: nn.Module) -> bool:
     return {"q_proj", "k_proj"} <= {*module._modules} and "position_embeddings" not in asks
 
 
-def what_attends(model: PreTrainedModel) -> str:
-    """Return whose attention `TowerTokens.attention` is, in words."""
-    if has_class_token(model.base_model):
-        return "what the class token of the vision tower pays"
-    return (
-        "mean over all queries of the vision tower, which has no class token, and over the patches of a token"
-    )
+def what_attends(model: PreTrainedModel, *, class_token: bool = True) -> str:
+    """Return in words whose attention counts: that of the class token, where it is asked for, or of all."""
+    if not has_class_token(model.base_model):
+        return (
+            "mean over all queries of the vision tower, which has no class token, and the patches of a token"
+        )
+    return "class token of the vision tower" if class_token else "mean over all queries of the vision tower"
 
 
 def layer_number(layer: float, layers: int) -> int:

@@ -61,6 +61,11 @@ class View:
         return found
 
     @cached_property
+    def latest(self) -> Tensor:
+        """Return which of the images are the last of their row, bool [images]."""
+        return self.number == self.images.number.amax(1)[self.images.row[self.number]]
+
+    @cached_property
     def sizes(self) -> Tensor:
         """Return how many tokens each image had at first, shape [images]."""
         return self.images.sizes[self.number]

@@ -291,7 +291,7 @@ class TokenPruner(Pruner):
             *(Drop(block, False, None, self, watches=True) for block in watched),
             *(
                 Drop(block, self.within, tokens, self, compact, self.at_most)
-                for block, tokens in numbered.items()
+                for block, tokens in sorted(numbered.items())
             ),
         ]
 

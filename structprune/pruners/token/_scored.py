@@ -67,3 +67,23 @@ def highest(scores: Tensor, real: Tensor, keep: Tensor) -> Tensor:
         keep: How many of each image, shape [images].
     """
     return (rank(scores, real) < keep[:, None]) & real
+
+
+def highest_together(scores: Tensor, real: Tensor, keep: Tensor, row: Tensor) -> Tensor:
+    """Return the tokens of the highest scores in all images of a row, of equal ones the first.
+
+    Args:
+        scores: Float32 [images, tokens].
+        real: Which entries compete, bool [images, tokens].
+        keep: How many of each image; those of one row share what they have together, shape [images].
+        row: In which row each image is, shape [images].
+
+    Returns:
+        Bool, shape [images, tokens].
+    """
+    chosen = torch.zeros_like(real)
+    for one in sorted({*row.tolist()}):
+        mine = real & (row == one)[:, None]
+        count = keep[mine.any(1)].sum()
+        chosen[mine] = rank(scores[mine][None], mine[mine][None])[0] < count
+    return chosen

@@ -14,16 +14,14 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
-from transformers import PreTrainedModel
 
 from structprune.decide.quotas import quotas
 from structprune.decide.token_target import Target
-from structprune.pruners.token._family import TokenPruner
+from structprune.pruners.token._looking import LookingTokens
 from structprune.pruners.token._merged import reordered
 from structprune.pruners.token._scored import finite
 from structprune.pruners.token._windows import ordered, ranks_inside, windows
 from structprune.runtime.flops import BlockCost
-from structprune.runtime.tower_seen import what_attends
 from structprune.runtime.view import View
 
 
@@ -33,7 +31,7 @@ def _square(number: int) -> int:
     return number
 
 
-class HoloV(TokenPruner):
+class HoloV(LookingTokens):
     """Score a token by what the class token pays it, and by how its likeness to others of its crop varies.
 
     Args:
@@ -50,10 +48,6 @@ class HoloV(TokenPruner):
     tower_layers: ClassVar = (-2,)
     paper_positions: ClassVar = "compact"
 
-    def facts(self, model: PreTrainedModel) -> dict[str, str]:
-        """Return what is looked at for attention."""
-        return {"attention": what_attends(model)}
-
     def operations(self, cost: BlockCost, size: int, counts: Sequence[tuple[int, int]]) -> int:
         """Return what the cosines of all pairs cost."""
         return size**2 * cost.hidden
@@ -64,7 +58,7 @@ class HoloV(TokenPruner):
         Raises:
             QualityError: A feature or an attention is not a number.
         """
-        attention, crop = self._attention(seen), self._crop(seen)
+        attention, crop = self.attention(seen), self._crop(seen)
         patch = seen.real & (seen.places[..., 2] >= 0)
         varying = self._varying(seen, crop, patch)
         scale = attention.sum(1, keepdim=True) / varying.sum(1, keepdim=True).clamp(min=1e-30)
@@ -80,10 +74,7 @@ class HoloV(TokenPruner):
         """Return the released order: crop by crop, by attention; None where raster order stays."""
         if not self.compat:
             return None
-        return reordered(chosen, ordered(self._attention(seen), self._crop(seen), chosen))
-
-    def _attention(self, seen: View) -> Tensor:
-        return finite(seen.tower(-2).attention, seen.real, self.method())
+        return reordered(chosen, ordered(self.attention(seen), self._crop(seen), chosen))
 
     def _crop(self, seen: View) -> Tensor:
         """Return in which crop each token is, long [images, tokens]."""

@@ -14,18 +14,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import PreTrainedModel
 
 from structprune.decide.token_target import Target
-from structprune.pruners.token._family import TokenPruner
+from structprune.pruners.token._looking import LookingTokens
 from structprune.pruners.token._merged import means, reordered
 from structprune.pruners.token._scored import finite, highest
 from structprune.runtime.flops import BlockCost
-from structprune.runtime.tower_seen import what_attends
 from structprune.runtime.view import View
 
 
-class VisionZip(TokenPruner):
+class VisionZip(LookingTokens):
     """Keep the tokens of the highest attention; merge the others, by their keys, into every n-th of them.
 
     Args:
@@ -39,10 +37,6 @@ class VisionZip(TokenPruner):
 
     tower_layers: ClassVar = (-2,)
     paper_positions: ClassVar = "compact"
-
-    def facts(self, model: PreTrainedModel) -> dict[str, str]:
-        """Return what is looked at for attention."""
-        return {"attention": what_attends(model)}
 
     def operations(self, cost: BlockCost, size: int, counts: Sequence[tuple[int, int]]) -> int:
         """Return nothing: pairs of keys, a head wide, are less than all rows of the tower's attention."""
@@ -59,8 +53,7 @@ class VisionZip(TokenPruner):
 
     def _parts(self, seen: View, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Return which tokens are dominant and which are contextual, bool [images, tokens] each."""
-        attention = finite(seen.tower(-2).attention, seen.real, self.method())
-        patch = self._patch(seen)
+        attention, patch = self.attention(seen), self._patch(seen)
         wanted = torch.floor((keep * self.contextual).round(decimals=9) + 0.5).long()
         # Where ends of lines stay for want of patches, nothing is left to merge.
         wanted = torch.where(keep <= patch.sum(1), wanted, 0)

@@ -13,22 +13,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import PreTrainedModel
 
 from structprune.decide.token_target import Target
+from structprune.pruners.token._looking import LookingTokens
 from structprune.pruners.token._merged import means
 from structprune.pruners.token._scored import finite, highest, rank
 from structprune.pruners.token._staged import StagedTokens
 from structprune.pruners.token._windows import ranks_inside, windows
 from structprune.runtime.flops import BlockCost
-from structprune.runtime.tower_seen import what_attends
 from structprune.runtime.view import View
 
 # Layers of the tower: what it attends to at the end, and a quarter of the way, the paper's sixth of 24.
 GLOBAL, LOCAL = -2, 0.25
 
 
-class VScan(StagedTokens):
+class VScan(StagedTokens, LookingTokens):
     """Keep what the tower attends to, merging the others into it; later what the last token looks at.
 
     Args:
@@ -45,10 +44,6 @@ class VScan(StagedTokens):
     tower_layers: ClassVar = (GLOBAL, LOCAL)
     paper_positions: ClassVar = "compact"
 
-    def facts(self, model: PreTrainedModel) -> dict[str, str]:
-        """Return what is looked at for attention in the tower."""
-        return {"attention": what_attends(model)}
-
     def operations(self, cost: BlockCost, size: int, counts: Sequence[tuple[int, int]]) -> int:
         """Return what the cosines of all pairs cost, and one row of attention in the middle."""
         middle = max(self.stages(len(counts)))
@@ -62,9 +57,7 @@ class VScan(StagedTokens):
         """
         if seen.block:
             return highest(finite(seen.paid_by_last(), seen.real, self.method()), seen.real, keep)
-        everywhere, inside = (
-            finite(seen.tower(layer).attention, seen.real, self.method()) for layer in (GLOBAL, LOCAL)
-        )
+        everywhere, inside = (self.attention(seen, layer) for layer in (GLOBAL, LOCAL))
         patch = self._patch(seen)
         wanted = torch.floor((keep * self.local).round(decimals=9)).long()
         # Where ends of lines stay for want of patches, windows have nothing to add.
