@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
+from transformers import LlavaForConditionalGeneration
 
 from structprune.decide.token_target import Target, counts_at
 from structprune.errors import InputError, UsageError
@@ -218,3 +220,29 @@ def test_stages_stand_beside_a_method_that_drops_elsewhere(method: str, other: s
     assert before[1] > 3
     expected = masked_dense("llava", longer(batch, found.sequences[:, length:-1]), found.past_key_values)
     assert worst(torch.stack(found.logits, 1), expected[:, length - 1 :]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "match"),
+    [
+        ("transprune", {"alpha": 1.5}, "less than or equal to 1"),
+        ("transprune", {"alpha": -0.1}, "greater than or equal to 0"),
+        ("sparsevlm", {"version": "v3"}, "'v1' or 'v2'"),
+        ("catp", {"text": -1}, "greater than or equal to 0"),
+        ("catp", {"query": "much"}, "valid number"),
+        ("pyramiddrop", {"block": 2}, "Extra inputs are not permitted"),
+    ],
+)
+def test_a_field_that_no_method_takes_is_refused(method: str, wrong: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValidationError, match=match):
+        token_pruner(method, **wrong)
+
+
+@pytest.mark.parametrize("method", ["pyramiddrop", "transprune", "sparsevlm", "catp"])
+def test_stages_in_a_model_of_too_few_blocks_are_refused(method: str) -> None:
+    config = vision_model("llava").config.to_dict()
+    config["text_config"] |= {"num_hidden_layers": 1}
+    model = LlavaForConditionalGeneration(type(vision_model("llava").config)(**config)).eval()
+    with pytest.raises(UsageError, match=rf"{method}: (a model with one block|of 1 blocks)") as caught:
+        token_pruner(method).forecast(model)
+    assert caught.value.hint
