@@ -7,13 +7,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import PreTrainedModel
 
 from structprune.decide.token_target import Target
-from structprune.pruners.token._family import TokenPruner
+from structprune.pruners.token._looking import LookingTokens
 from structprune.pruners.token._scored import finite, highest
 from structprune.runtime.flops import BlockCost
-from structprune.runtime.tower_seen import what_attends
 from structprune.runtime.view import View
 
 
@@ -33,7 +31,7 @@ def outliers(scores: Tensor, real: Tensor, iqr: float) -> Tensor:
     return real & (scores > upper + iqr * (upper - lower))
 
 
-class OutlierTokens(TokenPruner):
+class OutlierTokens(LookingTokens):
     """A pruner that keeps what the class token looks at unusually much, and merges what goes into it.
 
     Args:
@@ -56,10 +54,6 @@ class OutlierTokens(TokenPruner):
         """Tell that an image may have fewer tokens left than the target."""
         return True
 
-    def facts(self, model: PreTrainedModel) -> dict[str, str]:
-        """Return what is looked at for attention."""
-        return {"attention": what_attends(model)}
-
     def operations(self, cost: BlockCost, size: int, counts: Sequence[tuple[int, int]]) -> int:
         """Return nothing: pairs of keys, a head wide, are less than all rows of the tower's attention."""
         return 0
@@ -68,23 +62,15 @@ class OutlierTokens(TokenPruner):
         """Return which tokens do more than end a line, bool [images, tokens]."""
         return seen.real & (seen.places[..., 2] >= 0)
 
-    def attention(self, seen: View) -> Tensor:
-        """Return what the class token pays, float32 [images, tokens].
-
-        Raises:
-            QualityError: One is not a number.
-        """
-        return finite(seen.tower(-1).attention, seen.real, self.method())
-
     def standing_out(self, seen: View, keep: Tensor) -> Tensor:
         """Return the tokens that stand out, the highest of them up to `keep`, at least one of an image."""
-        paid, patch = self.attention(seen), self.patches(seen)
+        paid, patch = self.attention(seen, -1), self.patches(seen)
         count = outliers(paid, patch, self.iqr).sum(1).clamp(min=1)
         return highest(paid, patch, count.minimum(keep))
 
     def merge(self, seen: View, chosen: Tensor) -> Tensor | None:
         """Return means of each token that stays and its neighbours that go, weighted by attention."""
-        paid, going = self.attention(seen).clamp(min=torch.finfo().tiny), self.patches(seen) & ~chosen
+        paid, going = self.attention(seen, -1).clamp(min=torch.finfo().tiny), self.patches(seen) & ~chosen
         keys = normalize(finite(seen.tower(-1).keys, seen.real, self.method()), dim=-1)
         stays = torch.argsort((~chosen).int(), dim=1, stable=True)[:, : int(chosen.sum(1).max())]
         mine = keys.gather(1, stays[..., None].expand(-1, -1, keys.shape[2]))

@@ -17,12 +17,11 @@ from torch.nn.functional import normalize, one_hot
 from transformers import PreTrainedModel
 
 from structprune.decide.token_target import Target
-from structprune.pruners.token._family import TokenPruner
+from structprune.pruners.token._looking import LookingTokens
 from structprune.pruners.token._merged import reordered
 from structprune.pruners.token._outliers import outliers
 from structprune.pruners.token._scored import finite, highest
 from structprune.runtime.flops import BlockCost
-from structprune.runtime.tower_seen import what_attends
 from structprune.runtime.view import View
 from structprune.solvers.density_peaks import density_peaks
 
@@ -30,7 +29,7 @@ WEIGHTS = "weights"
 QUESTION = "embeddings of the language model, cosine with the mean of the words after the image"
 
 
-class Recoverable(TokenPruner):
+class Recoverable(LookingTokens):
     """Keep what stands out to the class token, recover what stands out to the text, cluster the rest.
 
     Args:
@@ -59,7 +58,7 @@ class Recoverable(TokenPruner):
 
     def facts(self, model: PreTrainedModel) -> dict[str, str]:
         """Return what is looked at for attention, and for the question."""
-        return {"attention": what_attends(model), "question": QUESTION}
+        return super().facts(model) | {"question": QUESTION}
 
     def operations(self, cost: BlockCost, size: int, counts: Sequence[tuple[int, int]]) -> int:
         """Return what the distances of all pairs cost, and the cosines with the question."""
@@ -71,7 +70,7 @@ class Recoverable(TokenPruner):
         Raises:
             QualityError: A feature or an attention is not finite.
         """
-        paid = finite(seen.tower(-1).attention, seen.real, self.method())
+        paid = self.attention(seen, -1)
         features = finite(seen.features(), seen.real, self.method())
         patch = seen.real & (seen.places[..., 2] >= 0)
         kept = highest(paid, patch, outliers(paid, patch, self.iqr).sum(1).minimum(keep))

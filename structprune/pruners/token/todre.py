@@ -12,7 +12,6 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from structprune.decide.token_target import Target
 from structprune.errors import UsageError
@@ -20,13 +19,12 @@ from structprune.models.arch import block_prefixes
 from structprune.models.streamed import Model
 from structprune.plan.plan import Plan
 from structprune.pruners.forecast import Forecast
-from structprune.pruners.token._family import TokenPruner
+from structprune.pruners.token._looking import LookingTokens
 from structprune.pruners.token._scored import finite
 from structprune.pruners.token._staged import scaled
 from structprune.runtime.drop import Drop
 from structprune.runtime.flops import BlockCost
 from structprune.runtime.keep_set import KeepSet
-from structprune.runtime.tower_seen import what_attends
 from structprune.runtime.view import View
 from structprune.solvers.max_sum import max_sum
 
@@ -34,7 +32,7 @@ from structprune.solvers.max_sum import max_sum
 LATE, ASKED = 28, 64
 
 
-class ToDre(TokenPruner):
+class ToDre(LookingTokens):
     """Maximise the sum of cosine distances between kept tokens, greedily; later drop all, or none.
 
     Args:
@@ -52,10 +50,6 @@ class ToDre(TokenPruner):
     def at_most(self) -> bool:
         """Tell whether fewer than the target may be left: none in the last blocks."""
         return self.tau > 0
-
-    def facts(self, model: PreTrainedModel) -> dict[str, str]:
-        """Return what the first pick is made by."""
-        return {"attention": what_attends(model)}
 
     def forecast(self, model: Model) -> Forecast:
         """Return how many pairs of a visual token and a block are not computed, at least.
@@ -91,7 +85,7 @@ class ToDre(TokenPruner):
         if seen.block:
             return seen.real & ~self._unused(seen)[:, None]
         features = finite(seen.features(), seen.real, self.method())
-        paid = finite(seen.tower(-1).attention, seen.real, self.method())
+        paid = self.attention(seen, -1)
         first = paid.masked_fill(~seen.real | (seen.places[..., 0] > 0), -torch.inf).argmax(1)
         return max_sum(features, seen.real, keep, first)
 

@@ -13,19 +13,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
-from transformers import PreTrainedModel
 
 from structprune.decide.quotas import quotas
 from structprune.decide.token_target import Target
-from structprune.pruners.token._family import TokenPruner
+from structprune.pruners.token._looking import LookingTokens
 from structprune.pruners.token._merged import means
 from structprune.pruners.token._scored import finite, rank
 from structprune.runtime.flops import BlockCost
-from structprune.runtime.tower_seen import what_attends
 from structprune.runtime.view import View
 
 
-class TokenCorr(TokenPruner):
+class TokenCorr(LookingTokens):
     """Keep a share of each part that is its density; merge others into the token of the nearest key.
 
     Args:
@@ -50,10 +48,6 @@ class TokenCorr(TokenPruner):
         """Tell that an image may have fewer tokens left than the target."""
         return True
 
-    def facts(self, model: PreTrainedModel) -> dict[str, str]:
-        """Return what is looked at for attention."""
-        return {"attention": what_attends(model)}
-
     def operations(self, cost: BlockCost, size: int, counts: Sequence[tuple[int, int]]) -> int:
         """Return nothing: pairs of keys, a head wide, are less than all rows of the tower's attention."""
         return 0
@@ -64,7 +58,7 @@ class TokenCorr(TokenPruner):
         Raises:
             QualityError: An attention or a key is not a number.
         """
-        paid = finite(seen.tower(-1).attention, seen.real, self.method())
+        paid = self.attention(seen, -1)
         part, patch = seen.places[..., 0], self._patch(seen)
         inside = one_hot(part, int(part.max()) + 1) * patch[..., None]
         sizes = inside.sum(1)
