@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
+from transformers import LlavaForConditionalGeneration
 
 from structprune.decide.token_target import Target, counts_at
 from structprune.errors import InputError, UsageError
@@ -38,7 +40,14 @@ def _counts(method: str, target: Target | None = None, size: int = SIZE) -> list
     return counts_at(asked, size, pruner.stages(DEPTH), DEPTH, VICUNA.operations)
 
 
-@pytest.mark.parametrize(("method", "mean", "left"), [("pyramiddrop", 270.0, [576, 288, 144, 72])])
+@pytest.mark.parametrize(
+    ("method", "mean", "left"),
+    [
+        ("pyramiddrop", 270.0, [576, 288, 144, 72]),
+        ("transprune", 236.25, [576, 504, 360, 72]),
+        ("sparsevlm", 202.75, [576, 300, 200, 110]),
+    ],
+)
 def test_a_paper_leaves_as_many_as_it_says(method: str, mean: float, left: list[int]) -> None:
     counts = _counts(method)
     assert fmean(counts) == mean
@@ -170,3 +179,70 @@ def test_a_plan_with_a_count_and_a_power_that_make_no_share_is_refused(wrong: li
     plan[key].copy_(torch.tensor(wrong))
     with pytest.raises(InputError, match="expected a number of tokens from 1"):
         check_tokens(plan, blocks)
+
+
+@pytest.mark.parametrize("method", ["pyramiddrop", "transprune", "sparsevlm", "catp"])
+def test_what_may_not_go_counts_at_every_stage(method: str) -> None:
+    model, prompts = vision_model("llava_next"), pictures("llava_next", 2, 1)
+    batch = prompts.batch()
+    pruner = token_pruner(method, target={"keep_ratio": 0.4}, newlines="protect")
+    with pruned(model, pruner, batch), torch.no_grad():
+        together = model(**batch, use_cache=True).past_key_values
+        for row in range(2):
+            alone = model(**prompts.alone(row), use_cache=True).past_key_values
+            for one, other in zip(together.layers, alone.layers, strict=True):
+                kept = column_sets(one, padding_of(batch))[row]
+                assert kept == column_sets(other, torch.zeros(1, dtype=torch.long))[0]
+            visual = torch.tensor(prompts.rows[row]).eq(IMAGE)
+            starts = (visual & ~visual.roll(1)).nonzero().flatten().tolist()
+            sizes = [int((~visual[start:]).int().argmax()) for start in starts]
+            # 4 x 4 patches of the whole picture, then lines with a newline each, which all stay.
+            assert int(visual[kept].sum()) == sum(int(0.4 * size + 0.5) for size in sizes)
+
+
+@pytest.mark.parametrize("method", ["pyramiddrop", "transprune", "sparsevlm", "catp"])
+@pytest.mark.parametrize("other", ["divprune", "fitprune"])
+def test_stages_stand_beside_a_method_that_drops_elsewhere(method: str, other: str) -> None:
+    model, batch = vision_model("llava"), pictures("llava").batch()
+    with pruned(model, token_pruner(other, target={"keep_ratio": 0.6}), batch), torch.no_grad():
+        first = model(**batch, use_cache=True).past_key_values
+        with pruned(model, token_pruner(method, target={"tokens": 3}), batch):
+            found = generate(model, batch)
+    kept = column_sets(found.past_key_values.layers[-1], torch.zeros(3, dtype=torch.long))
+    visual = batch["input_ids"].eq(IMAGE)
+    length = batch["input_ids"].shape[1]
+    counts = [int(visual[row, [one for one in kept[row] if one < length]].sum()) for row in range(3)]
+    assert counts == [6, 3, 0] and bool(torch.stack(found.logits).isfinite().all())
+    before = [
+        int(visual[row, one].sum())
+        for row, one in enumerate(column_sets(first.layers[-1], padding_of(batch) * 0))
+    ]
+    assert before[1] > 3
+    expected = masked_dense("llava", longer(batch, found.sequences[:, length:-1]), found.past_key_values)
+    assert worst(torch.stack(found.logits, 1), expected[:, length - 1 :]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "match"),
+    [
+        ("transprune", {"alpha": 1.5}, "less than or equal to 1"),
+        ("transprune", {"alpha": -0.1}, "greater than or equal to 0"),
+        ("sparsevlm", {"version": "v3"}, "'v1' or 'v2'"),
+        ("catp", {"text": -1}, "greater than or equal to 0"),
+        ("catp", {"query": "much"}, "valid number"),
+        ("pyramiddrop", {"block": 2}, "Extra inputs are not permitted"),
+    ],
+)
+def test_a_field_that_no_method_takes_is_refused(method: str, wrong: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValidationError, match=match):
+        token_pruner(method, **wrong)
+
+
+@pytest.mark.parametrize("method", ["pyramiddrop", "transprune", "sparsevlm", "catp"])
+def test_stages_in_a_model_of_too_few_blocks_are_refused(method: str) -> None:
+    config = vision_model("llava").config.to_dict()
+    config["text_config"] |= {"num_hidden_layers": 1}
+    model = LlavaForConditionalGeneration(type(vision_model("llava").config)(**config)).eval()
+    with pytest.raises(UsageError, match=rf"{method}: (a model with one block|of 1 blocks)") as caught:
+        token_pruner(method).forecast(model)
+    assert caught.value.hint

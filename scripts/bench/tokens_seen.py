@@ -49,7 +49,7 @@ class _Timed:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._chooser, name)
-        if name not in ("choose", "merge"):
+        if name not in ("watch", "choose", "merge"):
             return found
 
         def timed(*args: Any) -> Any:

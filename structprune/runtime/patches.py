@@ -9,6 +9,9 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 from transformers.vision_utils import get_vision_window_index
 
+# What a caller may give of windows that are known already.
+ORDER = frozenset({"window_index", "cu_window_seqlens"})
+
 
 class TowerPatches(Protocol):
     """Patches and tokens of the images of one call of `get_image_features`."""
@@ -49,8 +52,13 @@ class SquarePatches:
     """
 
     def __init__(self, model: Any, given: dict[str, Any]) -> None:
-        self._model, self._given, self._vision = model, given, model.config.vision_config
-        self.class_token = hasattr(getattr(model.vision_tower, "embeddings", None), "class_embedding")
+        self._model, self._vision = model, model.config.vision_config
+        self._sizes: Any = given.get("image_sizes")
+        strategy = given.get("vision_feature_select_strategy")
+        self._strategy = strategy or model.config.vision_feature_select_strategy
+        # Pixels shall not live as long as features do.
+        self._images = len(given["pixel_values"])
+        self.class_token = has_class_token(model)
 
     @property
     def _side(self) -> int:
@@ -68,20 +76,18 @@ class SquarePatches:
         if not hasattr(self._model, "pack_image_features"):
             return None
         pinpoints, side = self._model.config.image_grid_pinpoints, self._vision.image_size
-        best = [select_best_resolution((*map(int, one),), pinpoints) for one in self._given["image_sizes"]]
+        best = [select_best_resolution((*map(int, one),), pinpoints) for one in self._sizes]
         return [1 + ceil(height / side) * ceil(width / side) for height, width in best]
 
     def packed(self, values: Tensor, end: float = 0.0) -> list[Tensor]:
         """Return values of patches as values of tokens; `end` where a token only ends a line."""
-        strategy = self._given.get("vision_feature_select_strategy")
-        strategy = strategy or self._model.config.vision_feature_select_strategy
-        values = values[:, 1:] if strategy == "default" else values
+        values = values[:, 1:] if self._strategy == "default" else values
         if self._tiles is None:
             return [*values]
         found: list[Tensor] = self._model.pack_image_features(
             torch.split(values, self._tiles),
-            self._given["image_sizes"],
-            vision_feature_select_strategy=strategy,
+            self._sizes,
+            vision_feature_select_strategy=self._strategy,
             image_newline=values.new_full((values.shape[-1],), end),
         )[0]
         return found
@@ -89,7 +95,7 @@ class SquarePatches:
     @cached_property
     def places(self) -> list[Tensor]:
         """Return part, row and column of every token: of the whole image, then of its stitched tiles."""
-        squares = len(self._given["pixel_values"]) if self._tiles is None else sum(self._tiles)
+        squares = self._images if self._tiles is None else sum(self._tiles)
         whole = _raster(self._side, self._side)
         if self.class_token:
             whole = torch.cat([whole.new_tensor([[0, -1, -1]]), whole])
@@ -103,7 +109,8 @@ class GridPatches:
     class_token = False
 
     def __init__(self, model: Any, given: dict[str, Any]) -> None:
-        self._tower, self._given, self._sizes = model.visual, given, given["image_grid_thw"]
+        self._tower, self._sizes = model.visual, given["image_grid_thw"]
+        self._order = {name: given[name] for name in ORDER & {*given}}
 
     @property
     def asking(self) -> Tensor:
@@ -120,7 +127,7 @@ class GridPatches:
         if hasattr(tower, "window_size"):
             # Patches stand window by window there, and are put in order again when they are tokens.
             order, _ = get_vision_window_index(
-                self._sizes, tower.spatial_merge_size, tower.window_size, tower.patch_size, {**self._given}
+                self._sizes, tower.spatial_merge_size, tower.window_size, tower.patch_size, {**self._order}
             )
             found = found[order.to(found.device).argsort()]
         return [*torch.split(found, (self._sizes.prod(-1) // unit).tolist())]
@@ -132,6 +139,12 @@ class GridPatches:
         return [
             _raster(times * rows // unit, columns // unit) for times, rows, columns in self._sizes.tolist()
         ]
+
+
+def has_class_token(model: Any) -> bool:
+    """Tell whether the vision tower of a model (without its head) has a token for the whole image."""
+    embeddings = getattr(getattr(model, "vision_tower", None), "embeddings", None)
+    return hasattr(embeddings, "class_embedding")
 
 
 def patches_of(model: Any, given: dict[str, Any]) -> TowerPatches:

@@ -6,7 +6,7 @@ asks for them, in float32, whatever kernel the tower runs. It hangs on the featu
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from structprune.errors import UsageError
 from structprune.runtime.attention import rotated
-from structprune.runtime.patches import TowerPatches, patches_of
+from structprune.runtime.patches import TowerPatches, has_class_token, patches_of
 
 # Queries whose attention is in memory at once.
 CHUNK = 256
@@ -40,6 +41,15 @@ def _is_readable(module: nn.Module) -> bool:
         return "cu_seqlens" in asks
     # Rotary tables beside separate projections, as Pixtral has, come in forms of their own.
     return {"q_proj", "k_proj"} <= {*module._modules} and "position_embeddings" not in asks
+
+
+def what_attends(model: PreTrainedModel, *, class_token: bool = True) -> str:
+    """Return in words whose attention counts: that of the class token, where it is asked for, or of all."""
+    if not has_class_token(model.base_model):
+        return (
+            "mean over all queries of the vision tower, which has no class token, and the patches of a token"
+        )
+    return "class token of the vision tower" if class_token else "mean over all queries of the vision tower"
 
 
 def layer_number(layer: float, layers: int) -> int:
@@ -259,3 +269,36 @@ def shown_of(features: Tensor) -> ImageShown | None:
     found = getattr(features, _ATTRIBUTE, None)
     assert found is None or isinstance(found, ImageShown)
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class TowerTokens:
+    """What a layer of the tower showed of the tokens that a method sees; newlines have zeros.
+
+    Attributes:
+        placed: Puts values [tokens, ...] of all images of the forward side by side, [images, tokens, ...].
+        shown: What the tower showed of each of them.
+        layer: Which layer is looked at.
+    """
+
+    placed: Callable[[Sequence[Tensor]], Tensor]
+    shown: Sequence[ImageShown]
+    layer: float
+
+    @cached_property
+    def attention(self) -> Tensor:
+        """Return what the class token pays, mean over heads, or as `received`; float32 [images, tokens].
+
+        Of several patches in a token it is the mean.
+        """
+        return self.placed([one.attention(self.layer) for one in self.shown])
+
+    @cached_property
+    def received(self) -> Tensor:
+        """Return the mean attention of all queries of the image and all heads, float32 [images, tokens]."""
+        return self.placed([one.received(self.layer) for one in self.shown])
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """Return keys before rotation, mean over heads, float32 [images, tokens, size]."""
+        return self.placed([one.keys(self.layer) for one in self.shown])

@@ -14,7 +14,7 @@ from torch import Tensor
 from structprune.runtime.attention import AttentionInput
 from structprune.runtime.images import Images
 from structprune.runtime.keep_set import KeepSet, gather
-from structprune.runtime.tower_seen import ImageShown, unseen
+from structprune.runtime.tower_seen import ImageShown, TowerTokens, unseen
 
 # Queries whose attention is in memory at once: rows of all tokens would be as large as an eager kernel's.
 CHUNK = 64
@@ -61,6 +61,11 @@ class View:
         return found
 
     @cached_property
+    def latest(self) -> Tensor:
+        """Return which of the images are the last of their row, bool [images]."""
+        return self.number == self.images.number.amax(1)[self.images.row[self.number]]
+
+    @cached_property
     def sizes(self) -> Tensor:
         """Return how many tokens each image had at first, shape [images]."""
         return self.images.sizes[self.number]
@@ -93,6 +98,12 @@ class View:
         """Return which entries of [images, tokens] are tokens; shorter images are filled up on the right."""
         width = torch.arange(int(self.left.max()), device=self.left.device)
         return width < self.left[:, None]
+
+    @cached_property
+    def computed(self) -> Tensor:
+        """Return which slots hold a token that is no padding, bool [batch, slots]."""
+        real = self._here(self.images.real)
+        return real if self.kept is None else real & self.kept.valid
 
     def spread(self, values: Tensor, *, whole: bool = False) -> Tensor:
         """Return values of tokens [batch, slots, ...] with images side by side, [images, tokens, ...].
@@ -154,6 +165,20 @@ class View:
         padded = torch.nn.utils.rnn.pad_sequence(asking, batch_first=True)
         return padded, torch.arange(padded.shape[1], device=number.device) < lengths[:, None]
 
+    def mean(self, tokens: Tensor) -> Tensor:
+        """Return the mean state of some tokens, of those that are computed here; zero where there is none.
+
+        Args:
+            tokens: Which of the forward, for each image seen, bool [images, tokens].
+
+        Returns:
+            Float32, shape [images, hidden].
+        """
+        row = self.images.row[self.number]
+        mine = (tokens if self.kept is None else gather(tokens, self.kept.index[row])) & self.computed[row]
+        sums = torch.bmm(mine[:, None].float(), self.states[row].float())[:, 0]
+        return sums / mine.sum(1, keepdim=True).clamp(min=1)
+
     def marked(self, values: Tensor) -> Tensor:
         """Return values [images, tokens], such as a choice, at the tokens of the forward, [batch, tokens].
 
@@ -183,13 +208,13 @@ class View:
         """Return the states of the images' tokens, float32 [images, tokens, hidden]."""
         return self.spread(self.states).float()
 
-    def tower(self, layer: float) -> "TowerTokens":
+    def tower(self, layer: float) -> TowerTokens:
         """Return what one of the `tower_layers` of the method showed of the images' tokens.
 
         Raises:
             UsageError: The features of an image were not made by the tower as it runs here.
         """
-        return TowerTokens(self, self._shown, layer)
+        return TowerTokens(self.placed, self._shown, layer)
 
     @cached_property
     def places(self) -> Tensor:
@@ -212,14 +237,11 @@ class View:
 
     def placed(self, values: Sequence[Tensor]) -> Tensor:
         """Return values [tokens, ...] of every image of the forward side by side, [images, tokens, ...]."""
-        number = self.images.number
-        every = torch.cat([*values]).to(self.states.device)
-        whole = every.new_zeros(*number.shape, *every.shape[1:])
-        whole[number >= 0] = every
-        row, place, _ = self._tokens
-        found = every.new_zeros(*self.real.shape, *every.shape[1:])
-        found[self.real] = whole[row, place]
-        return found
+        visual = self.images.visual
+        every = torch.cat([*values]).to(visual.device)
+        whole = every.new_zeros(*visual.shape, *every.shape[1:])
+        whole[visual] = every
+        return self.spread(whole, whole=True)
 
     def paid_by_last(self) -> Tensor:
         """Return the attention that the last real token pays, mean over heads, float32 [images, tokens]."""
@@ -239,7 +261,7 @@ class View:
         number, length = self._here(images.number), asking.shape[1]
         places = self._here(torch.arange(length, device=number.device).expand(len(images.number), -1))
         asks = torch.zeros_like(images.number).index_add_(0, images.row, asking.long()) > 0
-        queries = KeepSet.of(self._here(asks) if self.kept is None else self._here(asks) & self.kept.valid)
+        queries = KeepSet.of(self._here(asks) & self.computed)
         found = self.states.new_zeros(number.shape, dtype=torch.float32)
         for slots, real in zip(*(torch.split(one, CHUNK, 1) for one in (queries.index, queries.valid))):
             rows = self._own(self._attention().rows(slots).mean(1))
@@ -280,36 +302,3 @@ class View:
         own = self.states.shape[1]
         found = rows[..., self._attention().keys.shape[2] - own :]
         return torch.nn.functional.pad(found, (0, own - found.shape[-1]))
-
-
-@dataclass(frozen=True, eq=False)
-class TowerTokens:
-    """What a layer of the vision tower showed of the tokens seen; newlines have zeros.
-
-    Attributes:
-        seen: Where the tokens are.
-        shown: What the tower showed of every image of the forward.
-        layer: Which layer is looked at.
-    """
-
-    seen: View
-    shown: Sequence[ImageShown]
-    layer: float
-
-    @cached_property
-    def attention(self) -> Tensor:
-        """Return what the class token pays, mean over heads, or as `received`; float32 [images, tokens].
-
-        Of several patches in a token it is the mean.
-        """
-        return self.seen.placed([one.attention(self.layer) for one in self.shown])
-
-    @cached_property
-    def received(self) -> Tensor:
-        """Return the mean attention of all queries of the image and all heads, float32 [images, tokens]."""
-        return self.seen.placed([one.received(self.layer) for one in self.shown])
-
-    @cached_property
-    def keys(self) -> Tensor:
-        """Return keys before rotation, mean over heads, float32 [images, tokens, size]."""
-        return self.seen.placed([one.keys(self.layer) for one in self.shown])
