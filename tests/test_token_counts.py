@@ -229,8 +229,9 @@ def test_torch_counts_what_was_forecast(method: str, target: dict[str, Any]) -> 
     with_text = [tuple(one + words for one in pair) for pair in counts]
     costs.append(pruner.operations(cost, 16 if method == "divprune" else 16 + words, with_text))
     assert 0.99 * costs[0] <= with_selection - counted <= 1.01 * costs[1]
-    assert (costs[0] == 0) == (method in ("downsample", "grid_tokens", "random_tokens"))
-    assert plan.facts["selection_flops"] == costs[0] / visual_operations(cost, [(16, 16)] * BLOCKS)
+    assert (costs[0] == 0) == (method in ("downsample", "grid_tokens", "random_tokens", "tome"))
+    chosen = costs[0] + pruner.chosen_in_tower(model.config, 16, counts[-1][1])
+    assert plan.facts["selection_flops"] == chosen / visual_operations(cost, [(16, 16)] * BLOCKS)
 
 
 @torch.no_grad()

@@ -28,6 +28,10 @@ class TowerPatches(Protocol):
         """Return part, row and column of every token, image by image, long [tokens, 3]."""
         ...
 
+    def selected(self, values: Tensor) -> Tensor:
+        """Return values of those patches, [squares, patches, ...], that become tokens."""
+        ...
+
     def packed(self, values: Tensor) -> list[Tensor]:
         """Return values of patches as values of tokens, image by image.
 
@@ -71,17 +75,24 @@ class SquarePatches:
         best = [select_best_resolution((*map(int, one),), pinpoints) for one in self._given["image_sizes"]]
         return [1 + ceil(height / side) * ceil(width / side) for height, width in best]
 
+    @property
+    def _strategy(self) -> str:
+        found = self._given.get("vision_feature_select_strategy")
+        return str(found or self._model.config.vision_feature_select_strategy)
+
+    def selected(self, values: Tensor) -> Tensor:
+        """Return values without those of the first patch where the model leaves it out."""
+        return values[:, 1:] if self._strategy == "default" else values
+
     def packed(self, values: Tensor, end: float = 0.0) -> list[Tensor]:
         """Return values of patches as values of tokens; `end` where a token only ends a line."""
-        strategy = self._given.get("vision_feature_select_strategy")
-        strategy = strategy or self._model.config.vision_feature_select_strategy
-        values = values[:, 1:] if strategy == "default" else values
+        values = self.selected(values)
         if self._tiles is None:
             return [*values]
         found: list[Tensor] = self._model.pack_image_features(
             torch.split(values, self._tiles),
             self._given["image_sizes"],
-            vision_feature_select_strategy=strategy,
+            vision_feature_select_strategy=self._strategy,
             image_newline=values.new_full((values.shape[-1],), end),
         )[0]
         return found
@@ -111,6 +122,10 @@ class GridPatches:
         sizes = self._sizes.prod(-1)
         found: Tensor = sizes.repeat_interleave(sizes)
         return found
+
+    def selected(self, values: Tensor) -> Tensor:
+        """Return all values."""
+        return values
 
     def packed(self, values: Tensor) -> list[Tensor]:
         """Return the mean of the patches that become one token."""

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from structprune.errors import UsageError
 from structprune.runtime.attention import rotated
 from structprune.runtime.patches import TowerPatches, patches_of
+from structprune.runtime.tower import FewerFeatures, TowerCall
 
 # Queries whose attention is in memory at once.
 CHUNK = 256
@@ -178,10 +179,17 @@ class TowerRun:
     Args:
         model: Whose call it is, without its head.
         given: The arguments of the call, by name.
+        fewer: What lets the tower compute fewer features; None where it computes all.
+
+    Attributes:
+        call: What it does in this call.
     """
 
-    def __init__(self, model: nn.Module, given: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, given: dict[str, Any], fewer: FewerFeatures | None = None) -> None:
         self.patches = patches_of(model, given)
+        self.call: TowerCall | None = None
+        if fewer is not None:
+            self.call = fewer.begin(given, class_token=self.patches.class_token)
         self._layers = len(tower_attentions(model))
         self._shown: dict[int, LayerShown] = {}
 
@@ -198,6 +206,22 @@ class TowerRun:
         found = self._shown.get(layer_number(layer, self._layers))
         if found is None:
             raise unseen(f"layer {layer} of the vision tower was not looked at when they were made")
+        return found
+
+    @cached_property
+    def filled(self) -> list[Tensor] | None:
+        """Return of every image which tokens have features, bool [tokens]; None where all have."""
+        if self.call is None:
+            return None
+        marks = self.call.filled[..., None].float().cpu()
+        return [one[:, 0] > 0 for one in self.patches.packed(marks)]
+
+    def among_all(self, features: Tensor) -> Tensor:
+        """Return features of patches [squares, fewer, hidden] with zeros where patches have none."""
+        assert self.call is not None
+        there = self.patches.selected(self.call.filled.to(features.device))
+        found = features.new_zeros(*there.shape, features.shape[-1])
+        found[there] = features.flatten(0, 1)
         return found
 
     def mark(self, output: Any) -> None:
@@ -221,6 +245,11 @@ class ImageShown:
 
     run: TowerRun
     number: int
+
+    @property
+    def filled(self) -> Tensor | None:
+        """Return which tokens have features, bool [tokens]; None where the tower computed all of them."""
+        return None if self.run.filled is None else self.run.filled[self.number]
 
     @property
     def places(self) -> Tensor:

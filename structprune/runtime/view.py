@@ -203,6 +203,11 @@ class View:
         """
         return self.placed([one.places for one in self._shown])
 
+    def filled(self) -> Tensor | None:
+        """Return which tokens a tower made that computes fewer, bool [images, tokens]; None for all."""
+        found = [one.filled for one in self._shown if one.filled is not None]
+        return self.placed(found) if len(found) == len(self._shown) else None
+
     @property
     def _shown(self) -> list[ImageShown]:
         found = [one for one in self.images.shown if one is not None]
