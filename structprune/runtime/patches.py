@@ -28,6 +28,11 @@ class TowerPatches(Protocol):
         """Return part, row and column of every token, image by image, long [tokens, 3]."""
         ...
 
+    @property
+    def pixels(self) -> Tensor:
+        """Return what patches show, [squares, patches, 3, pixels] or [patches, 3, pixels]; class tokens 0."""
+        ...
+
     def selected(self, values: Tensor) -> Tensor:
         """Return values of those patches, [squares, patches, ...], that become tokens."""
         ...
@@ -80,6 +85,16 @@ class SquarePatches:
         found = self._given.get("vision_feature_select_strategy")
         return str(found or self._model.config.vision_feature_select_strategy)
 
+    @property
+    def pixels(self) -> Tensor:
+        """Return what patches of each square show."""
+        given, patch = self._given["pixel_values"], self._vision.patch_size
+        if self._tiles is not None and given.ndim == 5:
+            given = torch.cat([one[:count] for one, count in zip(given, self._tiles, strict=True)])
+        cut = given.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))
+        found = cut.permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(1, 2)
+        return torch.nn.functional.pad(found, (0, 0, 0, 0, int(self.class_token), 0))
+
     def selected(self, values: Tensor) -> Tensor:
         """Return values without those of the first patch where the model leaves it out."""
         return values[:, 1:] if self._strategy == "default" else values
@@ -121,6 +136,12 @@ class GridPatches:
         """Return how many patches the image of each patch has."""
         sizes = self._sizes.prod(-1)
         found: Tensor = sizes.repeat_interleave(sizes)
+        return found
+
+    @property
+    def pixels(self) -> Tensor:
+        """Return what patches show, of the frames that make one."""
+        found: Tensor = self._given["pixel_values"].unflatten(-1, (3, -1))
         return found
 
     def selected(self, values: Tensor) -> Tensor:

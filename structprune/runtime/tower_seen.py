@@ -6,7 +6,7 @@ asks for them, in float32, whatever kernel the tower runs. It hangs on the featu
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -110,25 +110,51 @@ class TowerAttention:
         real = torch.arange(queries.shape[1], device=lengths.device) < lengths[:, None]
         return queries.transpose(1, 2), keys.transpose(1, 2), real
 
-    def _paid(self, start: int, end: int) -> Tensor:
+    def _paid(self, start: int, end: int, asking: Tensor | None = None) -> Tensor:
         """Return what a run of patches of each segment pays to all of it, summed, mean over heads.
+
+        Args:
+            start: Where the run begins.
+            end: Where it ends.
+            asking: Which patches count, bool [segments, patches]; all unless given.
 
         Returns:
             Float32 [segments, patches].
         """
         queries, keys, real = self._segments
+        asking = real if asking is None else asking
         scores = queries[:, :, start:end] @ keys.transpose(2, 3) * self.module.head_dim**-0.5
         paid: Tensor = scores.masked_fill_(~real[:, None, None], -torch.inf).softmax(-1).mean(1)
-        return (paid * real[:, start:end, None]).sum(1)
+        return (paid * asking[:, start:end, None]).sum(1)
 
     @cached_property
     def received(self) -> Tensor:
         """Return what patches receive, mean over heads, summed over queries, shape as the states'."""
+        return self._in_order(self._summed(self._segments[2]))
+
+    def from_sinks(self, times: float) -> Tensor:
+        """Return as much of `received` as if all asked as those that receive so many times the mean.
+
+        Where none of those that see one another receives more, all ask.
+        """
         real = self._segments[2]
-        found = torch.zeros_like(real, dtype=torch.float32)
-        for start in range(0, real.shape[1], CHUNK):
-            found += self._paid(start, start + CHUNK)
-        return found if self.states.ndim == 3 else found[real]
+        every = self._summed(real)
+        # What all receive adds up to how many they are: the mean is one.
+        sinks = (every > times) & real
+        asking = torch.where(sinks.any(1, keepdim=True), sinks, real)
+        found = every if torch.equal(asking, real) else self._summed(asking)
+        return self._in_order(found * (real.sum(1) / asking.sum(1))[:, None])
+
+    def _summed(self, asking: Tensor) -> Tensor:
+        """Return what patches receive from some, mean over heads, float32 [segments, patches]."""
+        found = torch.zeros_like(asking, dtype=torch.float32)
+        for start in range(0, asking.shape[1], CHUNK):
+            found += self._paid(start, start + CHUNK, asking)
+        return found
+
+    def _in_order(self, values: Tensor) -> Tensor:
+        """Return values of segments in the shape of the states."""
+        return values if self.states.ndim == 3 else values[self._segments[2]]
 
     @cached_property
     def paid_by_first(self) -> Tensor:
@@ -164,7 +190,14 @@ class LayerShown:
     @cached_property
     def received(self) -> list[Tensor]:
         """Return what each token receives, mean over all queries of its image, float32 [tokens]."""
-        found = self.read.received / self.patches.asking.to(self.read.states.device)
+        return self._shared(self.read.received)
+
+    def from_sinks(self, times: float) -> list[Tensor]:
+        """Return what each token receives from those that receive so many times the mean, as `received`."""
+        return self._shared(self.read.from_sinks(times))
+
+    def _shared(self, received: Tensor) -> list[Tensor]:
+        found = received / self.patches.asking.to(received.device)
         return [one[:, 0] for one in self.patches.packed(found[..., None])]
 
     @cached_property
@@ -223,6 +256,10 @@ class TowerRun:
         found = features.new_zeros(*there.shape, features.shape[-1])
         found[there] = features.flatten(0, 1)
         return found
+
+    def of_pixels(self, values: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Return a value of the pixels of each token, the mean of its patches; float32 [tokens] per image."""
+        return [one[:, 0] for one in self.patches.packed(values(self.patches.pixels)[..., None])]
 
     def mark(self, output: Any) -> None:
         """Let the features of each image know what the tower showed of it.

@@ -15,6 +15,7 @@ from structprune.runtime.attention import AttentionInput
 from structprune.runtime.images import Images
 from structprune.runtime.keep_set import KeepSet, gather
 from structprune.runtime.tower_seen import ImageShown, unseen
+from structprune.runtime.tower_tokens import TowerTokens
 
 # Queries whose attention is in memory at once: rows of all tokens would be as large as an eager kernel's.
 CHUNK = 64
@@ -183,13 +184,13 @@ class View:
         """Return the states of the images' tokens, float32 [images, tokens, hidden]."""
         return self.spread(self.states).float()
 
-    def tower(self, layer: float) -> "TowerTokens":
+    def tower(self, layer: float) -> TowerTokens:
         """Return what one of the `tower_layers` of the method showed of the images' tokens.
 
         Raises:
             UsageError: The features of an image were not made by the tower as it runs here.
         """
-        return TowerTokens(self, self._shown, layer)
+        return TowerTokens(self.placed, self._shown, layer)
 
     @cached_property
     def places(self) -> Tensor:
@@ -285,36 +286,3 @@ class View:
         own = self.states.shape[1]
         found = rows[..., self._attention().keys.shape[2] - own :]
         return torch.nn.functional.pad(found, (0, own - found.shape[-1]))
-
-
-@dataclass(frozen=True, eq=False)
-class TowerTokens:
-    """What a layer of the vision tower showed of the tokens seen; newlines have zeros.
-
-    Attributes:
-        seen: Where the tokens are.
-        shown: What the tower showed of every image of the forward.
-        layer: Which layer is looked at.
-    """
-
-    seen: View
-    shown: Sequence[ImageShown]
-    layer: float
-
-    @cached_property
-    def attention(self) -> Tensor:
-        """Return what the class token pays, mean over heads, or as `received`; float32 [images, tokens].
-
-        Of several patches in a token it is the mean.
-        """
-        return self.seen.placed([one.attention(self.layer) for one in self.shown])
-
-    @cached_property
-    def received(self) -> Tensor:
-        """Return the mean attention of all queries of the image and all heads, float32 [images, tokens]."""
-        return self.seen.placed([one.received(self.layer) for one in self.shown])
-
-    @cached_property
-    def keys(self) -> Tensor:
-        """Return keys before rotation, mean over heads, float32 [images, tokens, size]."""
-        return self.seen.placed([one.keys(self.layer) for one in self.shown])
