@@ -140,7 +140,7 @@ class TokenPruner(Pruner):
 
     def chosen_in_tower(self, config: PreTrainedConfig, size: int, left: int) -> int:
         """Return the operations that choosing costs in the vision tower, by the same."""
-        return sum(rows_operations(config, size) for _ in self.tower_layers)
+        return rows_operations(config, size, len(self.tower_layers))
 
     def operations(self, cost: BlockCost, size: int, counts: Sequence[tuple[int, int]]) -> int:
         """Return the operations that choosing itself costs of an image, text left out.
@@ -185,7 +185,6 @@ class TokenPruner(Pruner):
         # Where all tokens stay, nobody chooses.
         if left < size:
             spent = self.operations(BlockCost.of(config), size, counts)
-            spent += rows_operations(config, size, len(self.tower_layers))
             spent += self.chosen_in_tower(config, size, left)
         seen = self.seen_by_tower(config, size, left) if image_tokens(config) else []
         return Account(config, size, counts, seen, spent)
