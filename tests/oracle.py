@@ -1,7 +1,8 @@
 """What runs with fewer tokens are held against: all tokens computed, no cache, dropped columns hidden."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from structprune.errors import UsageError
 from structprune.pruners import catalogue
 from structprune.pruners.token._family import TokenPruner
 from structprune.pruners.token._tower import TowerPruner
+from structprune.runtime.attach import engine_of
 from structprune.runtime.cache import PrunedLayer
 from tests.pictures import END, FAMILIES, IMAGE, START, VIDEO, Pictures, vision_model
 
@@ -69,6 +71,56 @@ def pruned(
         pruner.undo(model, plan)
 
 
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """What went into which tokens before a block.
+
+    Attributes:
+        block: Its number.
+        past: How many tokens earlier forwards had.
+        weights: Row j holds how much of every token of the forward went into its token j, float32
+            [batch, tokens, tokens].
+    """
+
+    block: int
+    past: int
+    weights: Tensor
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return states [batch, tokens, hidden] of all tokens so far with what was merged."""
+        end = self.past + self.weights.shape[1]
+        return torch.cat(
+            [states[:, : self.past], self.weights @ states[:, self.past : end], states[:, end:]], 1
+        )
+
+
+@contextmanager
+def merging(model: PreTrainedModel) -> Iterator[list[Merge]]:
+    """Note what a pruned model merges, for the length of a `with`; methods must be applied before."""
+    found: list[Merge] = []
+
+    def note(*_: object) -> None:
+        engine = engine_of(model)
+        assert engine is not None and engine._local.run is not None
+        run = engine._local.run
+        for seen, chosen, weights in run.merges:
+            whole = torch.eye(run.length).repeat(run.batch, 1, 1)
+            for image, number in enumerate(seen.number):
+                row, places = (seen.candidates & (seen.images.number == number)).nonzero(as_tuple=True)
+                there = chosen[image, : len(places)]
+                part = weights[image, : len(places), : len(places)]
+                whole[row[0], places[there]] = 0
+                whole[row[0], places[there][:, None], places] = part[there]
+            found.append(Merge(seen.block, run.past, whole))
+
+    last = [*model.get_submodule("model.language_model.layers").children()][-1]
+    handle = last.register_forward_pre_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
 def column_sets(layer: CacheLayerMixin, padding: Tensor) -> list[list[int]]:
     """Return of every row the logical columns that a cache layer holds and shows, counted after padding."""
     if not isinstance(layer, PrunedLayer):
@@ -106,6 +158,7 @@ def masked_dense(
     *,
     compact: bool = False,
     spared: TokenPruner | None = None,
+    merges: Sequence[Merge] = (),
 ) -> Tensor:
     """Return the logits of a model that computes all tokens, and whose blocks hide what a cache has not.
 
@@ -115,12 +168,18 @@ def masked_dense(
         cache: Of the run with fewer tokens.
         compact: Whether every block counts the positions of what it has.
         spared: What lets its tower compute fewer features, if anything does.
+        merges: What that run merged.
     """
     model = vision_model(family, attention="eager")
     batch, length = inputs["input_ids"].shape
     blocks = model.get_submodule("model.language_model.layers")
     with ExitStack() as hooks:
-        for block, layer in zip(blocks.children(), cache.layers, strict=True):
+        done: list[Merge] = []
+        if merges and hasattr(model.model.language_model, "_deepstack_process"):
+            model.model.language_model._deepstack_process = partial(_add, done)
+        for index, (block, layer) in enumerate(zip(blocks.children(), cache.layers, strict=True)):
+            mix = partial(_mix, done, [one for one in merges if one.block == index])
+            hooks.callback(block.register_forward_pre_hook(mix).remove)
             shown = _shown(layer, batch, length)
             hide = partial(_hide, ~shown)
             if compact:
@@ -180,6 +239,23 @@ def _hide(hidden: Tensor, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> An
     assert mask.dtype == torch.float32 and mask.shape[-1] == hidden.shape[1]
     least = torch.finfo(mask.dtype).min
     return args, kwargs | {"attention_mask": mask.masked_fill(hidden[:, None, None], least)}
+
+
+def _mix(done: list[Merge], merges: list[Merge], _: nn.Module, args: Any) -> Any:
+    states = args[0]
+    for merge in merges:
+        states = merge(states)
+    done += merges
+    return (states, *args[1:])
+
+
+def _add(done: list[Merge], states: Tensor, visual: Tensor, features: Tensor) -> Tensor:
+    """Return states with features of the tower, which were merged like the states."""
+    whole = torch.zeros_like(states)
+    whole[visual] = features
+    for merge in done:
+        whole = merge(whole)
+    return states + whole
 
 
 def _turn(rotary: nn.Module, places: Tensor, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

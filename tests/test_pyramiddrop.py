@@ -38,7 +38,14 @@ def _counts(method: str, target: Target | None = None, size: int = SIZE) -> list
     return counts_at(asked, size, pruner.stages(DEPTH), DEPTH, VICUNA.operations)
 
 
-@pytest.mark.parametrize(("method", "mean", "left"), [("pyramiddrop", 270.0, [576, 288, 144, 72])])
+@pytest.mark.parametrize(
+    ("method", "mean", "left"),
+    [
+        ("pyramiddrop", 270.0, [576, 288, 144, 72]),
+        ("transprune", 236.25, [576, 504, 360, 72]),
+        ("sparsevlm", 202.75, [576, 300, 200, 110]),
+    ],
+)
 def test_a_paper_leaves_as_many_as_it_says(method: str, mean: float, left: list[int]) -> None:
     counts = _counts(method)
     assert fmean(counts) == mean

@@ -25,6 +25,7 @@ from tests.oracle import (
     generate,
     longer,
     masked_dense,
+    merging,
     padding_of,
     pictures,
     pruned,
@@ -69,11 +70,11 @@ def test_cached_generation_is_a_masked_recomputation(method: str, family: str, k
     model, batch = vision_model(family, attention=kernel), pictures(family).batch()
     with torch.no_grad():
         dense = model(**batch).logits[:, -1]
-    with pruned(model, token_pruner(method), batch):
+    with pruned(model, token_pruner(method), batch), merging(model) as merges:
         found = generate(model, batch)
     length = batch["input_ids"].shape[1]
     whole = longer(batch, found.sequences[:, length:-1])
-    expected = masked_dense(family, whole, found.past_key_values, spared=spared(method))
+    expected = masked_dense(family, whole, found.past_key_values, spared=spared(method), merges=merges)
     assert dropped_columns(found.past_key_values) > 0
     assert worst(torch.stack(found.logits, 1), expected[:, length - 1 :]) < CLOSE
     # Rows with images differ from the dense model, or the comparison would say nothing.
@@ -86,7 +87,7 @@ def test_text_on_a_cache_that_lacks_columns_is_a_masked_recomputation(
 ) -> None:
     model, batch = vision_model(family, attention=kernel), pictures(family).batch()
     turn = torch.randint(3, 100, (3, 4), generator=torch.Generator().manual_seed(1))
-    with pruned(model, token_pruner(method), batch):
+    with pruned(model, token_pruner(method), batch), merging(model) as merges:
         first = generate(model, batch, max_new_tokens=3)
         length = first.sequences.shape[1]
         # The last token of the first turn was never read.
@@ -98,7 +99,7 @@ def test_text_on_a_cache_that_lacks_columns_is_a_masked_recomputation(
         }
         second = generate(model, text, past_key_values=first.past_key_values)
     whole = longer(whole, second.sequences[:, whole["input_ids"].shape[1] : -1])
-    expected = masked_dense(family, whole, second.past_key_values, spared=spared(method))
+    expected = masked_dense(family, whole, second.past_key_values, spared=spared(method), merges=merges)
     assert worst(torch.stack(second.logits, 1), expected[:, length + turn.shape[1] - 1 :]) < CLOSE
 
 

@@ -82,6 +82,7 @@ class Shown:
     """Chooses nothing, and remembers what the tower showed."""
 
     newlines = "compete"
+    reads_pixels = True
     tower_layers: tuple[float, ...] = (-2,)
 
     def __init__(self) -> None:

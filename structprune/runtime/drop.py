@@ -20,7 +20,10 @@ class Chooser(Protocol):
 
     @property
     def tower_layers(self) -> tuple[float, ...]:
-        """Return the layers of the vision tower whose attention or keys it looks at."""
+        """Return the layers of the vision tower that it looks at.
+
+        An integer counts them, from the end where it is negative; a float is a share of the depth.
+        """
         ...
 
     @classmethod
@@ -65,6 +68,7 @@ class Drop:
         at_most: Whether `tokens` says how many are left at most, and who chooses says how many.
         images: What lets the vision tower compute fewer features; None where it computes all.
         watches: Whether who chooses only looks on here, and nothing is dropped.
+        pooled: Whether images of a row share what they keep, so that none is held to its own number.
     """
 
     block: int
@@ -75,16 +79,25 @@ class Drop:
     at_most: bool = False
     images: FewerFeatures | None = None
     watches: bool = False
+    pooled: bool = False
 
     def keep(self, sizes: Tensor) -> Tensor:
         """Return how many tokens stay of images with so many at first, at least one each; shape [images]."""
-        if self.tokens is None:
-            return sizes
-        tokens = self.tokens.to(sizes.device)
-        if tokens.is_floating_point():
-            share = tokens if tokens.ndim == 0 else (tokens[0] / sizes) ** tokens[1]
-            # Half up, after a rounding that takes 0.29 * 100 for 29.
-            wanted = torch.floor((sizes.double() * share).round(decimals=9) + 0.5).long()
-        else:
-            wanted = tokens.expand_as(sizes)
-        return wanted.clamp(min=1).minimum(sizes)
+        return sizes if self.tokens is None else left_of(self.tokens, sizes)
+
+
+def left_of(tokens: Tensor, sizes: Tensor) -> Tensor:
+    """Return how many tokens are left of images with so many at first, at least one each; shape [images].
+
+    Args:
+        tokens: What is left, as `Drop.tokens` says it.
+        sizes: Shape [images].
+    """
+    tokens = tokens.to(sizes.device)
+    if tokens.is_floating_point():
+        share = tokens if tokens.ndim == 0 else (tokens[0] / sizes) ** tokens[1]
+        # Half up, after a rounding that takes 0.29 * 100 for 29.
+        wanted = torch.floor((sizes.double() * share).round(decimals=9) + 0.5).long()
+    else:
+        wanted = tokens.expand_as(sizes)
+    return wanted.clamp(min=1).minimum(sizes)

@@ -83,17 +83,19 @@ def tower_counts(config: PreTrainedConfig, patches: int) -> list[tuple[int, int]
     return [(patches, patches)] * config.vision_config.num_hidden_layers
 
 
-def rows_operations(config: PreTrainedConfig, tokens: int) -> int:
-    """Return the operations of all rows of one attention of a tower, computed anew, of an image.
+def rows_operations(config: PreTrainedConfig, tokens: int, layers: int) -> int:
+    """Return the operations of all rows of attention, of an image, in some layers of a tower, computed anew.
 
     Args:
         config: The model's.
         tokens: Those of the image.
+        layers: In how many layers.
     """
     vision = config.vision_config
-    patches, width = tokens * getattr(vision, "spatial_merge_size", 1) ** 2, vision.hidden_size
+    width = vision.hidden_size
+    patches = tokens * getattr(vision, "spatial_merge_size", 1) ** 2 + _class_tokens(vision)
     # Queries and keys are projected once more, and multiplied.
-    return int(2 * patches * width**2 + patches**2 * width)
+    return int(layers * (2 * patches * width**2 + patches**2 * width))
 
 
 def image_tokens(config: PreTrainedConfig) -> int | None:

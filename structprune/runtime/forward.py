@@ -146,7 +146,7 @@ class Forward:
             return states
         chosen = drop.chooser.choose(seen, keep) & seen.real
         counts = chosen.sum(1)
-        asked = (counts == keep) | (drop.at_most & (counts < keep) & (counts >= least))
+        asked = (counts == keep) | drop.pooled | (drop.at_most & (counts < keep) & (counts >= least))
         if drop.tokens is not None and not bool(asked.all()):
             raise QualityError(
                 f"{drop.chooser.method()} kept {counts.tolist()} tokens of images, not {keep.tolist()}",

@@ -9,6 +9,9 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 from transformers.vision_utils import get_vision_window_index
 
+# What a caller may give of windows that are known already.
+ORDER = frozenset({"window_index", "cu_window_seqlens"})
+
 
 class TowerPatches(Protocol):
     """Patches and tokens of the images of one call of `get_image_features`."""
@@ -28,9 +31,12 @@ class TowerPatches(Protocol):
         """Return part, row and column of every token, image by image, long [tokens, 3]."""
         ...
 
-    @property
-    def pixels(self) -> Tensor:
-        """Return what patches show, [squares, patches, 3, pixels] or [patches, 3, pixels]; class tokens 0."""
+    def cut(self, pixels: Tensor) -> Tensor:
+        """Return what patches show, [squares, patches, 3, pixels] or [patches, 3, pixels]; class tokens 0.
+
+        Args:
+            pixels: The `pixel_values` of the call.
+        """
         ...
 
     def selected(self, values: Tensor) -> Tensor:
@@ -58,8 +64,13 @@ class SquarePatches:
     """
 
     def __init__(self, model: Any, given: dict[str, Any]) -> None:
-        self._model, self._given, self._vision = model, given, model.config.vision_config
-        self.class_token = hasattr(getattr(model.vision_tower, "embeddings", None), "class_embedding")
+        self._model, self._vision = model, model.config.vision_config
+        self._sizes: Any = given.get("image_sizes")
+        strategy = given.get("vision_feature_select_strategy")
+        self._strategy = strategy or model.config.vision_feature_select_strategy
+        # Pixels shall not live as long as features do.
+        self._images = len(given["pixel_values"])
+        self.class_token = has_class_token(model)
 
     @property
     def _side(self) -> int:
@@ -77,22 +88,17 @@ class SquarePatches:
         if not hasattr(self._model, "pack_image_features"):
             return None
         pinpoints, side = self._model.config.image_grid_pinpoints, self._vision.image_size
-        best = [select_best_resolution((*map(int, one),), pinpoints) for one in self._given["image_sizes"]]
+        best = [select_best_resolution((*map(int, one),), pinpoints) for one in self._sizes]
         return [1 + ceil(height / side) * ceil(width / side) for height, width in best]
 
-    @property
-    def _strategy(self) -> str:
-        found = self._given.get("vision_feature_select_strategy")
-        return str(found or self._model.config.vision_feature_select_strategy)
-
-    @property
-    def pixels(self) -> Tensor:
+    def cut(self, pixels: Tensor) -> Tensor:
         """Return what patches of each square show."""
-        given, patch = self._given["pixel_values"], self._vision.patch_size
-        if self._tiles is not None and given.ndim == 5:
-            given = torch.cat([one[:count] for one, count in zip(given, self._tiles, strict=True)])
-        cut = given.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))
-        found = cut.permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(1, 2)
+        patch = self._vision.patch_size
+        if self._tiles is not None and pixels.ndim == 5:
+            pixels = torch.cat([one[:count] for one, count in zip(pixels, self._tiles, strict=True)])
+        rows, columns = (one // patch for one in pixels.shape[-2:])
+        parts = pixels.reshape(-1, 3, rows, patch, columns, patch)
+        found: Tensor = parts.permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(1, 2)
         return torch.nn.functional.pad(found, (0, 0, 0, 0, int(self.class_token), 0))
 
     def selected(self, values: Tensor) -> Tensor:
@@ -106,7 +112,7 @@ class SquarePatches:
             return [*values]
         found: list[Tensor] = self._model.pack_image_features(
             torch.split(values, self._tiles),
-            self._given["image_sizes"],
+            self._sizes,
             vision_feature_select_strategy=self._strategy,
             image_newline=values.new_full((values.shape[-1],), end),
         )[0]
@@ -115,7 +121,7 @@ class SquarePatches:
     @cached_property
     def places(self) -> list[Tensor]:
         """Return part, row and column of every token: of the whole image, then of its stitched tiles."""
-        squares = len(self._given["pixel_values"]) if self._tiles is None else sum(self._tiles)
+        squares = self._images if self._tiles is None else sum(self._tiles)
         whole = _raster(self._side, self._side)
         if self.class_token:
             whole = torch.cat([whole.new_tensor([[0, -1, -1]]), whole])
@@ -129,7 +135,8 @@ class GridPatches:
     class_token = False
 
     def __init__(self, model: Any, given: dict[str, Any]) -> None:
-        self._tower, self._given, self._sizes = model.visual, given, given["image_grid_thw"]
+        self._tower, self._sizes = model.visual, given["image_grid_thw"]
+        self._order = {name: given[name] for name in ORDER & {*given}}
 
     @property
     def asking(self) -> Tensor:
@@ -138,11 +145,9 @@ class GridPatches:
         found: Tensor = sizes.repeat_interleave(sizes)
         return found
 
-    @property
-    def pixels(self) -> Tensor:
+    def cut(self, pixels: Tensor) -> Tensor:
         """Return what patches show, of the frames that make one."""
-        found: Tensor = self._given["pixel_values"].unflatten(-1, (3, -1))
-        return found
+        return pixels.reshape(len(pixels), 3, -1)
 
     def selected(self, values: Tensor) -> Tensor:
         """Return all values."""
@@ -156,7 +161,7 @@ class GridPatches:
         if hasattr(tower, "window_size"):
             # Patches stand window by window there, and are put in order again when they are tokens.
             order, _ = get_vision_window_index(
-                self._sizes, tower.spatial_merge_size, tower.window_size, tower.patch_size, {**self._given}
+                self._sizes, tower.spatial_merge_size, tower.window_size, tower.patch_size, {**self._order}
             )
             found = found[order.to(found.device).argsort()]
         return [*torch.split(found, (self._sizes.prod(-1) // unit).tolist())]
@@ -168,6 +173,12 @@ class GridPatches:
         return [
             _raster(times * rows // unit, columns // unit) for times, rows, columns in self._sizes.tolist()
         ]
+
+
+def has_class_token(model: Any) -> bool:
+    """Tell whether the vision tower of a model (without its head) has a token for the whole image."""
+    embeddings = getattr(getattr(model, "vision_tower", None), "embeddings", None)
+    return hasattr(embeddings, "class_embedding")
 
 
 def patches_of(model: Any, given: dict[str, Any]) -> TowerPatches:

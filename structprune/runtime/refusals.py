@@ -76,11 +76,16 @@ def check_computed_once(blocks: Sequence[nn.Module]) -> None:
         )
 
 
-def check_runs(model: PreTrainedModel) -> None:
+def check_runs(model: PreTrainedModel, tower_layers: Sequence[float] = ()) -> None:
     """Check that tokens of a model can be dropped.
 
+    Args:
+        model: In memory, or on the meta device.
+        tower_layers: Layers of its vision tower whose attention must be readable.
+
     Raises:
-        UsageError: It reads no images, or its attention forgets by windows of its own.
+        UsageError: It reads no images, or its attention forgets by windows of its own, or there is no such
+            layer.
     """
     placeholder(model.config)
     text = model.config.get_text_config()
@@ -90,17 +95,9 @@ def check_runs(model: PreTrainedModel) -> None:
                 f"{model.config.model_type}: cache layers of kind {type(layer).__name__} cannot lose tokens",
                 hint="token pruners take models whose every block attends to all earlier tokens",
             )
-
-
-def check_shows(model: PreTrainedModel, layers: Sequence[float]) -> None:
-    """Check that layers of a model's vision tower can be looked at.
-
-    Raises:
-        UsageError: There is no such layer, or its attention cannot be read.
-    """
     found: Any = model.base_model
-    for layer in layers:
-        layer_number(layer, len(tower_attentions(found)))
+    for wanted in tower_layers:
+        layer_number(wanted, len(tower_attentions(found)))
 
 
 def has_several_axes(config: PreTrainedConfig) -> bool:

@@ -95,6 +95,12 @@ class View:
         width = torch.arange(int(self.left.max()), device=self.left.device)
         return width < self.left[:, None]
 
+    @cached_property
+    def computed(self) -> Tensor:
+        """Return which slots hold a token that is no padding, bool [batch, slots]."""
+        real = self._here(self.images.real)
+        return real if self.kept is None else real & self.kept.valid
+
     def spread(self, values: Tensor, *, whole: bool = False) -> Tensor:
         """Return values of tokens [batch, slots, ...] with images side by side, [images, tokens, ...].
 
@@ -154,6 +160,20 @@ class View:
         lengths = torch.tensor([len(one) for one in asking], device=number.device)
         padded = torch.nn.utils.rnn.pad_sequence(asking, batch_first=True)
         return padded, torch.arange(padded.shape[1], device=number.device) < lengths[:, None]
+
+    def mean(self, tokens: Tensor) -> Tensor:
+        """Return the mean state of some tokens, of those that are computed here; zero where there is none.
+
+        Args:
+            tokens: Which of the forward, for each image seen, bool [images, tokens].
+
+        Returns:
+            Float32, shape [images, hidden].
+        """
+        row = self.images.row[self.number]
+        mine = (tokens if self.kept is None else gather(tokens, self.kept.index[row])) & self.computed[row]
+        sums = torch.bmm(mine[:, None].float(), self.states[row].float())[:, 0]
+        return sums / mine.sum(1, keepdim=True).clamp(min=1)
 
     def marked(self, values: Tensor) -> Tensor:
         """Return values [images, tokens], such as a choice, at the tokens of the forward, [batch, tokens].
@@ -218,14 +238,11 @@ class View:
 
     def placed(self, values: Sequence[Tensor]) -> Tensor:
         """Return values [tokens, ...] of every image of the forward side by side, [images, tokens, ...]."""
-        number = self.images.number
-        every = torch.cat([*values]).to(self.states.device)
-        whole = every.new_zeros(*number.shape, *every.shape[1:])
-        whole[number >= 0] = every
-        row, place, _ = self._tokens
-        found = every.new_zeros(*self.real.shape, *every.shape[1:])
-        found[self.real] = whole[row, place]
-        return found
+        visual = self.images.visual
+        every = torch.cat([*values]).to(visual.device)
+        whole = every.new_zeros(*visual.shape, *every.shape[1:])
+        whole[visual] = every
+        return self.spread(whole, whole=True)
 
     def paid_by_last(self) -> Tensor:
         """Return the attention that the last real token pays, mean over heads, float32 [images, tokens]."""
@@ -245,7 +262,7 @@ class View:
         number, length = self._here(images.number), asking.shape[1]
         places = self._here(torch.arange(length, device=number.device).expand(len(images.number), -1))
         asks = torch.zeros_like(images.number).index_add_(0, images.row, asking.long()) > 0
-        queries = KeepSet.of(self._here(asks) if self.kept is None else self._here(asks) & self.kept.valid)
+        queries = KeepSet.of(self._here(asks) & self.computed)
         found = self.states.new_zeros(number.shape, dtype=torch.float32)
         for slots, real in zip(*(torch.split(one, CHUNK, 1) for one in (queries.index, queries.valid))):
             rows = self._own(self._attention().rows(slots).mean(1))

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import ClassVar, Literal, Self, final
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -28,11 +27,11 @@ from structprune.plan.plan import Plan, PlanWriter
 from structprune.pruners.forecast import Forecast
 from structprune.pruners.pruner import Pruner
 from structprune.pruners.token._account import TYPICAL_SIZE, UNIT, Account
-from structprune.pruners.token._plan import check_tokens, said_of
+from structprune.pruners.token._plan import check_tokens, counts_of, said_of
 from structprune.runtime.attach import attach, detach
 from structprune.runtime.drop import Drop
 from structprune.runtime.flops import BlockCost, image_tokens, rows_operations, tower_counts
-from structprune.runtime.refusals import check_runs, check_shows, has_several_axes
+from structprune.runtime.refusals import check_runs, has_several_axes
 from structprune.runtime.view import View
 
 logger = logging.getLogger(__name__)
@@ -46,9 +45,6 @@ class TokenPruner(Pruner):
         positions: Whether tokens keep the positions they had, or are counted anew; as in the paper unless
             given, and kept where positions have several axes.
         newlines: Whether tokens that only end a line of an image may be dropped, where a model has any.
-
-    A method's `tower_layers` are the layers of the vision tower that it looks at: an integer counts them,
-    from the end where it is negative, and a float is a share of the depth.
     """
 
     target: Target = Field(default_factory=lambda: Target(keep_ratio=0.25))
@@ -144,7 +140,7 @@ class TokenPruner(Pruner):
 
     def chosen_in_tower(self, config: PreTrainedConfig, size: int, left: int) -> int:
         """Return the operations that choosing costs in the vision tower, by the same."""
-        return sum(rows_operations(config, size) for _ in self.tower_layers)
+        return rows_operations(config, size, len(self.tower_layers))
 
     def operations(self, cost: BlockCost, size: int, counts: Sequence[tuple[int, int]]) -> int:
         """Return the operations that choosing itself costs of an image, text left out.
@@ -156,6 +152,10 @@ class TokenPruner(Pruner):
         """
         return 0
 
+    def facts(self, model: PreTrainedModel) -> dict[str, str]:
+        """Return what a plan says beside how much is left: what the method has to look at on a model."""
+        return {}
+
     def forecast(self, model: Model) -> Forecast:
         """Return how many pairs of a visual token and a block are not computed.
 
@@ -164,8 +164,7 @@ class TokenPruner(Pruner):
                 reached.
         """
         skeleton = model.skeleton if isinstance(model, StreamedModel) else model
-        check_runs(skeleton)
-        check_shows(skeleton, self.tower_layers)
+        check_runs(skeleton, self.tower_layers)
         if self.positions == "compact" and has_several_axes(model.config):
             raise UsageError(
                 f"positions: compact on a {model.config.model_type}, whose positions have several axes",
@@ -233,7 +232,7 @@ class TokenPruner(Pruner):
             UsageError: As for `forecast`; or the model is streamed.
         """
         self.forecast(model)
-        self._in_memory(model)
+        whole = self._in_memory(model)
         writer = plan or self.writer(None, model, weights_of(model))
         found = self._decided(model, batches, writer)
         if not found:
@@ -243,10 +242,11 @@ class TokenPruner(Pruner):
         account = self._account(model, counts, size or TYPICAL_SIZE)
         for note in account.notes(self.method()):
             logger.warning("%s", note)
+        facts = account.facts() | self.facts(whole)
         if size is None:
-            return writer.finish({"unit": UNIT, "asked": str(self.target), **account.facts()})
+            return writer.finish({"unit": UNIT, "asked": str(self.target), **facts})
         promises = account.promises(block_prefixes(model), str(self.target), at_most=self.at_most)
-        return writer.finish(account.facts(), promises=promises)
+        return writer.finish(facts, promises=promises)
 
     def _decided(self, model: Model, batches: Sequence[Batch], writer: PlanWriter) -> dict[int, Tensor]:
         """Return what was decided of which block; all of it is written."""
@@ -261,16 +261,7 @@ class TokenPruner(Pruner):
         return found
 
     def _counted(self, model: Model, found: dict[int, Tensor], size: int) -> list[tuple[int, int]]:
-        """Return of every block what its attention and its feed-forward compute of an image."""
-        counts, now = [], size
-        for index in range(len(block_prefixes(model))):
-            after = self._left(found[index], size) if index in found else now
-            counts.append((now, after) if self.within else (after, after))
-            now = after
-        return counts
-
-    def _left(self, tokens: Tensor, size: int) -> int:
-        return int(Drop(0, self.within, tokens, self).keep(torch.tensor([size])))
+        return counts_of(found, len(block_prefixes(model)), size, within=self.within)
 
     def _in_memory(self, model: Model) -> PreTrainedModel:
         """Return a model that is in memory as a whole.

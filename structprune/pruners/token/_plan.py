@@ -1,6 +1,6 @@
 """What a plan may say of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from structprune.errors import InputError
 from structprune.plan.plan import Plan
+from structprune.runtime.drop import left_of
 
 
 def said_of(left: float, power: float = 1.0) -> Tensor:
@@ -23,6 +24,23 @@ def said_of(left: float, power: float = 1.0) -> Tensor:
     if not isinstance(left, int):
         return torch.tensor(left**power, dtype=torch.float64)
     return torch.tensor(left) if power == 1 else torch.tensor([left, power], dtype=torch.float64)
+
+
+def counts_of(found: Mapping[int, Tensor], blocks: int, size: int, *, within: bool) -> list[tuple[int, int]]:
+    """Return of every block how many tokens of an image its attention and its feed-forward compute.
+
+    Args:
+        found: Of the blocks where tokens are dropped how many are left, as a plan says it.
+        blocks: How many there are.
+        size: Tokens of the image.
+        within: Whether they go between attention and feed-forward.
+    """
+    counts, now = [], size
+    for index in range(blocks):
+        after = int(left_of(found[index], torch.tensor(size))) if index in found else now
+        counts.append((now, after) if within else (after, after))
+        now = after
+    return counts
 
 
 def check_tokens(plan: Plan, blocks: Sequence[str]) -> None:

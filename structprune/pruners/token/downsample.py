@@ -55,7 +55,7 @@ class Downsample(TowerPruner):
         """Return what the engine carries out on a model."""
         whole = self._in_memory(model)
         return [
-            replace(drop, images=smaller_images(whole, self._left(drop.tokens, square_of(whole))))
+            replace(drop, images=smaller_images(whole, int(drop.keep(torch.tensor(square_of(whole))))))
             for drop in super().drops(plan, model)
             if drop.tokens is not None
         ]

@@ -11,16 +11,18 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers import PreTrainedConfig
 
 from structprune.decide.token_target import Target
 from structprune.errors import QualityError
 from structprune.pruners.token._staged import StagedTokens
-from structprune.runtime.flops import BlockCost
+from structprune.runtime.flops import BlockCost, rows_operations
 from structprune.runtime.view import View
 from structprune.solvers.recycle import entropy, gathering, recycled
 
 Colour = tuple[float, float, float]
+# What CLIP's processors subtract and divide by.
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class VFlowOpt(StagedTokens):
@@ -38,19 +40,28 @@ class VFlowOpt(StagedTokens):
     sinks: Annotated[float, Field(ge=0)] = 7.0
     cell: Annotated[int, Field(ge=1)] = 12
     alpha: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    image_mean: Colour = (OPENAI_CLIP_MEAN[0], OPENAI_CLIP_MEAN[1], OPENAI_CLIP_MEAN[2])
-    image_std: Colour = (OPENAI_CLIP_STD[0], OPENAI_CLIP_STD[1], OPENAI_CLIP_STD[2])
+    image_mean: Colour = MEAN
+    image_std: Colour = STD
 
     tower_layers: ClassVar = (-2,)
     # The middle of the ranges that the paper searches, in the mean a quarter of all tokens.
     paper_stages: ClassVar = {0: 0.3125, 9: 0.2394, 18: 0.2033}
     paper_depth: ClassVar = 28
 
+    @property
+    def reads_pixels(self) -> bool:
+        """Tell whether the pixels of an image shall be kept until its tokens are chosen."""
+        return self.alpha != 0
+
     def operations(self, cost: BlockCost, size: int, counts: Sequence[tuple[int, int]]) -> int:
         """Return what it costs to mix the tokens that each stage sees."""
         entering = [size, *(left for _, left in counts)]
         stages = self.stages(len(counts))
         return sum(entering[one] ** 2 for one in stages if entering[one + 1] < entering[one]) * cost.hidden
+
+    def chosen_in_tower(self, config: PreTrainedConfig, size: int, left: int) -> int:
+        """Return what all rows of the layer's attention cost, at most twice: once for what is a sink."""
+        return 2 * rows_operations(config, size, 1)
 
     def importance(self, seen: View) -> Tensor:
         """Return how important tokens are, as the first stage found, float32 [images, tokens].
