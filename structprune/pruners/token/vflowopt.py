@@ -5,8 +5,9 @@ Cells count as tokens here, so that as many are left as was asked for; where no 
 sink all of them are; and the entropy is that of the image, in its own colours.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from collections.abc import Mapping, Sequence
+from math import log
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -14,21 +15,26 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from structprune.decide.token_target import Target
-from structprune.errors import QualityError
+from structprune.errors import QualityError, UsageError
+from structprune.models.streamed import Model
+from structprune.pruners.forecast import Forecast
+from structprune.pruners.token._searched import SearchedTokens
 from structprune.pruners.token._staged import StagedTokens
 from structprune.runtime.flops import BlockCost, rows_operations
 from structprune.runtime.view import View
 from structprune.solvers.recycle import entropy, gathering, recycled
 
 Colour = tuple[float, float, float]
+Share = Annotated[float, Field(gt=0, lt=1)]
 # What CLIP's processors subtract and divide by.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-class VFlowOpt(StagedTokens):
+class VFlowOpt(SearchedTokens, StagedTokens):
     """Score a token by what sinks of one tower layer pay to it and by how much it varies, in three stages.
 
     Args:
+        shares: Which share of the tokens is left from each stage on; a target raises all to one power.
         sinks: How many times the mean attention a sink receives, and more; 0 for every token.
         cell: Tokens each way of the cells in which others than the most important become one.
         alpha: Weight of the entropy of a token's grey levels, softmax over the image.
@@ -37,6 +43,7 @@ class VFlowOpt(StagedTokens):
     """
 
     target: Target = Field(default_factory=lambda: Target(keep_ratio=0.2033))
+    shares: tuple[Share, Share, Share] = (0.3125, 0.2394, 0.2033)
     sinks: Annotated[float, Field(ge=0)] = 7.0
     cell: Annotated[int, Field(ge=1)] = 12
     alpha: Annotated[float, Field(ge=-1, le=1)] = 0.0
@@ -47,6 +54,36 @@ class VFlowOpt(StagedTokens):
     # The middle of the ranges that the paper searches, in the mean a quarter of all tokens.
     paper_stages: ClassVar = {0: 0.3125, 9: 0.2394, 18: 0.2033}
     paper_depth: ClassVar = 28
+    ranges: ClassVar = {
+        "first": (0.25, 1.0),
+        "second": (0.0, 1.0),
+        "sinks": (0.0, 50.0),
+        "cell": (3.0, 24.0),
+        "alpha": (-1.0, 1.0),
+    }
+
+    def forecast(self, model: Model) -> Forecast:
+        """Return how many pairs of a visual token and a block are not computed.
+
+        Raises:
+            UsageError: As for every method; or a later stage leaves more.
+        """
+        if not self.shares[0] >= self.shares[1] >= self.shares[2]:
+            raise UsageError(f"shares: {self.shares}: a later stage leaves more", hint="let them fall")
+        return super().forecast(model)
+
+    def stages(self, blocks: int) -> dict[int, float]:
+        """Return before which blocks tokens are dropped, and the power of the last share left there."""
+        last = log(self.shares[-1])
+        return {block: log(share) / last for block, share in zip(super().stages(blocks), self.shares)}
+
+    def with_values(self, values: Mapping[str, float]) -> Self:
+        """Return the same pruner with values of a trial: powers of the last share, then as its fields."""
+        first = values["first"]
+        powers = (first, first + values["second"] * (1 - first), 1.0)
+        found: dict[str, Any] = {"shares": tuple(self.shares[-1] ** one for one in powers), "trials": 0}
+        found |= {"sinks": values["sinks"], "cell": round(values["cell"]), "alpha": values["alpha"]}
+        return self.model_copy(update=found)
 
     @property
     def reads_pixels(self) -> bool:
