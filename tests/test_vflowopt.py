@@ -251,4 +251,4 @@ def test_what_a_search_cannot_do_is_refused() -> None:
     with pytest.raises(InputError, match="no images"):
         _searching().calibrate(model, [text])
     with pytest.raises(UsageError, match="leaves more"):
-        token_pruner("vflowopt", shares=(0.2, 0.3, 0.1)).forecast(model)
+        token_pruner("vflowopt").with_field("shares", (0.2, 0.3, 0.1))

@@ -256,8 +256,8 @@ class TokenPruner(Pruner):
         """Return what was decided of which block; all of it is written."""
         paths = block_prefixes(model)
         if writer.finished == len(paths):
-            said = ((index, key, block[key]) for index, block in enumerate(writer.blocks) for key in block)
-            return {index: tensor for index, key, tensor in said if key.kind == "tokens"}
+            blocks = enumerate(writer.blocks)
+            return {n: block[key] for n, block in blocks for key in block if key.kind == "tokens"}
         # What was seen is forgotten once every block is written.
         with Notebook(writer.folder, "fit") as notes:
             found = {} if self.keeps_all else self.decide(model, batches, Look(notes, writer.measured))
@@ -293,9 +293,8 @@ class TokenPruner(Pruner):
         numbered = {int(key.name.rpartition(".")[2]): plan[key] for key in plan if key.kind == "tokens"}
         # First, so that a stage knows what is noted where it drops.
         watched = self.watched(len(block_prefixes(model))) if numbered else ()
-        stages = ((one, self.within, left, self, compact, self.at_most) for one, left in numbered.items())
         return [Drop(one, False, None, self, watches=True) for one in watched] + [
-            Drop(*one) for one in stages
+            Drop(one, self.within, left, self, compact, self.at_most) for one, left in numbered.items()
         ]
 
     def apply(self, model: Model, plan: Plan) -> Model:

@@ -6,28 +6,25 @@ sink all of them are; and the entropy is that of the image, in its own colours.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import log
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from structprune.decide.token_target import Target
-from structprune.errors import QualityError, UsageError
-from structprune.models.streamed import Model
-from structprune.pruners.forecast import Forecast
+from structprune.errors import QualityError
 from structprune.pruners.token._searched import SearchedTokens
-from structprune.pruners.token._staged import StagedTokens
+from structprune.pruners.token._staged import StagedTokens, falling
 from structprune.runtime.flops import BlockCost, rows_operations
 from structprune.runtime.view import View
-from structprune.solvers.recycle import entropy, gathering, recycled
+from structprune.solvers.recycle import MEAN, STD, Colour, cells_of, entropy, gathering, recycled
 
-Colour = tuple[float, float, float]
 Share = Annotated[float, Field(gt=0, lt=1)]
-# What CLIP's processors subtract and divide by.
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+Shares = Annotated[tuple[Share, Share, Share], AfterValidator(falling)]
 
 
 class VFlowOpt(SearchedTokens, StagedTokens):
@@ -43,7 +40,7 @@ class VFlowOpt(SearchedTokens, StagedTokens):
     """
 
     target: Target = Field(default_factory=lambda: Target(keep_ratio=0.2033))
-    shares: tuple[Share, Share, Share] = (0.3125, 0.2394, 0.2033)
+    shares: Shares = (0.3125, 0.2394, 0.2033)
     sinks: Annotated[float, Field(ge=0)] = 7.0
     cell: Annotated[int, Field(ge=1)] = 12
     alpha: Annotated[float, Field(ge=-1, le=1)] = 0.0
@@ -61,16 +58,6 @@ class VFlowOpt(SearchedTokens, StagedTokens):
         "cell": (3.0, 24.0),
         "alpha": (-1.0, 1.0),
     }
-
-    def forecast(self, model: Model) -> Forecast:
-        """Return how many pairs of a visual token and a block are not computed.
-
-        Raises:
-            UsageError: As for every method; or a later stage leaves more.
-        """
-        if not self.shares[0] >= self.shares[1] >= self.shares[2]:
-            raise UsageError(f"shares: {self.shares}: a later stage leaves more", hint="let them fall")
-        return super().forecast(model)
 
     def stages(self, blocks: int) -> dict[int, float]:
         """Return before which blocks tokens are dropped, and the power of the last share left there."""
@@ -114,27 +101,17 @@ class VFlowOpt(SearchedTokens, StagedTokens):
                     hint="look whether the model computes NaN on this input, in this dtype",
                 )
             if self.alpha:
-                bits = seen.tower(self.tower_layers[0]).of_pixels(self._entropy)
+                show = partial(entropy, mean=self.image_mean, std=self.image_std)
+                bits = seen.tower(self.tower_layers[0]).of_pixels(show)
                 shares = bits.masked_fill(~seen.real | (seen.places[..., 2] < 0), -torch.inf).softmax(-1)
                 found = found + self.alpha * shares
             seen.notes["importance"] = seen.marked(found)
         return seen.spread(seen.notes["importance"], whole=True)
 
-    def _entropy(self, patches: Tensor) -> Tensor:
-        mean, std = (torch.tensor(one, device=patches.device) for one in (self.image_mean, self.image_std))
-        return entropy(patches.float() * std[:, None] + mean[:, None])
-
-    def _recycled(self, seen: View, keep: Tensor) -> tuple[Tensor, Tensor]:
-        ends = seen.places[..., 2] < 0
-        cells = torch.cat([seen.places[..., :1], seen.places[..., 1:] // self.cell], -1)
-        # By the first of its tokens; shorter images are filled up behind theirs.
-        first = (cells[:, :, None] == cells[:, None]).all(-1).int().argmax(-1)
-        return recycled(self.importance(seen), first.masked_fill(ends, -1), seen.real, keep)
-
     def choose(self, seen: View, keep: Tensor) -> Tensor:
         """Return the most important tokens and the strongest of each cell of others, [images, tokens]."""
-        chosen, into = self._recycled(seen, keep)
-        seen.notes["into"] = into
+        cells = cells_of(seen.places, self.cell)
+        chosen, seen.notes["into"] = recycled(self.importance(seen), cells, seen.real, keep)
         return chosen
 
     def merge(self, seen: View, chosen: Tensor) -> Tensor:
