@@ -1,17 +1,20 @@
 """VFlowOpt: what is important, what becomes one, and that as many are left as was asked for."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from structprune.decide.token_target import Target
-from structprune.errors import QualityError
+from structprune.calibration.notebook import Look, Notebook
+from structprune.decide.token_target import Target, counts_at
+from structprune.errors import InputError, QualityError, UsageError
 from structprune.runtime.attach import attach, detach
 from structprune.runtime.drop import Drop
 from structprune.runtime.view import View
 from structprune.solvers.recycle import entropy, gathering, recycled
+from structprune.solvers.token_search import agreement_of, best, last_states, search
 from tests.oracle import column_sets, padding_of, pictures, pruned, token_pruner
 from tests.pictures import IMAGE, vision_model
 
@@ -82,6 +85,7 @@ class Shown:
     """Chooses nothing, and remembers what the tower showed."""
 
     newlines = "compete"
+    reads_pixels = True
     tower_layers: tuple[float, ...] = (-2,)
 
     def __init__(self) -> None:
@@ -156,8 +160,6 @@ def test_by_default_a_quarter_is_computed_in_the_mean() -> None:
 
 @pytest.mark.parametrize("average", [4.0, 6.5, 10.0])
 def test_an_average_is_met(average: float) -> None:
-    from structprune.decide.token_target import counts_at
-
     powers = token_pruner("vflowopt").stages(28)
     counts = counts_at(Target(avg_tokens=36 * average), 576, powers, 28, lambda one: one)
     assert sum(counts) / 28 == pytest.approx(36 * average, rel=0.01)
@@ -185,3 +187,68 @@ def test_a_picture_that_is_no_number_stops_the_run() -> None:
     broken[1] = torch.nan
     with pruned(model, token_pruner("vflowopt"), batch), pytest.raises(QualityError, match="vflowopt"):
         model(**batch | {"pixel_values": broken})
+
+
+def _searching(**fields: Any) -> Any:
+    return token_pruner("vflowopt", target={"avg_tokens": 6}, **{"trials": 4, "seed": 3} | fields)
+
+
+def test_a_search_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    model, batch = vision_model("llava"), pictures("llava", 2, 1).batch()
+    found: list[dict[str, float]] = []
+
+    def rate(values: dict[str, float]) -> float:
+        found.append(values)
+        if len(found) == 3:
+            raise KeyboardInterrupt
+        return _bowl(values)
+
+    ranges, told = _searching().ranges, lambda *_: None
+    whole: list[dict[str, float]] = []
+    with Notebook(None, "fit") as notes:
+        search(ranges, lambda one: (whole.append(one), _bowl(one))[1], 12, 5, Look(notes, told))
+        expected = best(notes, ranges, 12)
+    with pytest.raises(KeyboardInterrupt), Notebook(tmp_path, "fit") as notes:
+        search(ranges, rate, 12, 5, Look(notes, told))
+    again: list[dict[str, float]] = []
+    with Notebook(tmp_path, "fit") as notes:
+        search(ranges, lambda one: (again.append(one), _bowl(one))[1], 12, 5, Look(notes, told))
+        assert best(notes, ranges, 12) == expected
+    assert again == whole[2:] and found == whole[:3]
+    plan = _searching().calibrate(model, [batch])
+    assert plan.id == _searching().calibrate(model, [batch]).id
+
+
+def _bowl(values: dict[str, float]) -> float:
+    return -sum((value - 0.4) ** 2 for value in values.values())
+
+
+def test_the_best_trial_is_carried_out_at_the_cost_that_was_asked() -> None:
+    model, batch = vision_model("llava"), pictures("llava", 2, 1).batch()
+    pruner = _searching()
+    assert pruner.looks_at_data and not token_pruner("vflowopt").looks_at_data
+    plan = pruner.calibrate(model, [batch])
+    # Four blocks of 16 tokens: a mean of 6 is met within one token of one block.
+    assert plan.facts["avg_tokens"] == pytest.approx(6, abs=0.25)
+    (rule,) = [plan[key] for key in plan if key.kind == "rule"]
+    (chooser,) = {id(drop.chooser): drop.chooser for drop in pruner.drops(plan, model)}.values()
+    assert isinstance(chooser, type(pruner))
+    assert chooser.sinks == float(rule[2]) and chooser.cell == round(float(rule[3]))
+    with torch.no_grad():
+        dense = last_states(model, [batch])
+        with pruned(model, pruner, batch):
+            found = agreement_of(last_states(model, [batch]), dense)
+        worse = [_searching(seed=seed).calibrate(model, [batch]).facts["avg_tokens"] for seed in (1, 2)]
+    assert found < 1 and worse == pytest.approx([6, 6], abs=0.25)
+
+
+def test_what_a_search_cannot_do_is_refused() -> None:
+    model, batch = vision_model("llava"), pictures("llava", 1).batch()
+    with pytest.raises(UsageError, match="cost differently") as caught:
+        token_pruner("vflowopt", trials=2).forecast(model)
+    assert "avg_tokens" in caught.value.hint
+    text = {name: batch[name][:, :3] for name in ("input_ids", "attention_mask")}
+    with pytest.raises(InputError, match="no images"):
+        _searching().calibrate(model, [text])
+    with pytest.raises(UsageError, match="leaves more"):
+        token_pruner("vflowopt").with_field("shares", (0.2, 0.3, 0.1))

@@ -78,7 +78,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen2_moe": lambda: Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=48),
     "qwen3_moe": lambda: Qwen3MoeConfig(**EXPERTS | {"head_dim": 24}),
     "llava": lambda: LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION, num_hidden_layers=2, projection_dim=32),
+        vision_config=CLIPVisionConfig(**VISION, num_hidden_layers=3, projection_dim=32),
         text_config=LlamaConfig(**GROUPED),
         image_token_index=VOCABULARY - 1,
         tie_word_embeddings=False,

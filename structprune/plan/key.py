@@ -26,6 +26,7 @@ EDITS: Mapping[str, Edit] = MappingProxyType(
         "drop": "drop",
         "members": "members",
         "tokens": "none",
+        "rule": "none",
         "score": "none",
     }
 )

@@ -20,13 +20,14 @@ from structprune.errors import UsageError
 from structprune.models.arch import arch_of, blocks
 from structprune.runtime.attention import PROJECTIONS, AttentionInput
 from structprune.runtime.cache import check_cache
-from structprune.runtime.drop import Drop
+from structprune.runtime.drop import Chooser, Drop
 from structprune.runtime.forward import Forward
 from structprune.runtime.images import Features, ImageFeatures, find_images, with_newlines
 from structprune.runtime.refusals import Guarded, check_computed_once, check_runs
 from structprune.runtime.tower import FewerFeatures, TowerCall
+from structprune.runtime.tower_attention import TowerAttention
 from structprune.runtime.tower_merge import LayerHooks, mergeable_layers
-from structprune.runtime.tower_seen import TowerAttention, TowerRun, layer_number, tower_attentions
+from structprune.runtime.tower_seen import TowerRun, layer_number, tower_attentions
 
 
 class _Local(threading.local):
@@ -111,9 +112,8 @@ class Engine:
         if after is not None:
             # Also after an exception: nothing of a forward that failed may meet the next one. Before others,
             # such as those with which transformers notes what layers return.
-            self._handles.append(
-                module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True)
-            )
+            made = module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True)
+            self._handles.append(made)
 
     def _replace(self, module: nn.Module, name: str, by: object) -> None:
         self._replaced.append((module, name, vars(module).get(name)))
@@ -180,17 +180,20 @@ class Engine:
             yield
         finally:
             self._local.tower = None
+            if not any(getattr(one, "reads_pixels", False) for one in self._choosers()):
+                run.pixels = None
 
-    def _note_tower(
-        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _note_tower(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         run = self._local.tower
-        choosers = (drop.chooser for drops in self.drops.values() for drop in drops)
-        wanted = (layer_number(layer, len(self._tower)) for one in choosers for layer in one.tower_layers)
+        layers = (layer for one in self._choosers() for layer in one.tower_layers)
+        wanted = (layer_number(layer, len(self._tower)) for layer in layers)
         # What is left of merged patches is none of the image's any more.
         if run is not None and run.call is None and index in wanted:
             states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             run.note(index, TowerAttention(module, states.detach(), kwargs))
+
+    def _choosers(self) -> Iterator[Chooser]:
+        return (drop.chooser for drops in self.drops.values() for drop in drops)
 
     def _tower_call(self) -> TowerCall | None:
         return None if self._local.tower is None else self._local.tower.call

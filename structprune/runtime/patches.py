@@ -31,9 +31,12 @@ class TowerPatches(Protocol):
         """Return part, row and column of every token, image by image, long [tokens, 3]."""
         ...
 
-    @property
-    def pixels(self) -> Tensor:
-        """Return what patches show, [squares, patches, 3, pixels] or [patches, 3, pixels]; class tokens 0."""
+    def cut(self, pixels: Tensor) -> Tensor:
+        """Return what patches show, [squares, patches, 3, pixels] or [patches, 3, pixels]; class tokens 0.
+
+        Args:
+            pixels: The `pixel_values` of the call.
+        """
         ...
 
     def selected(self, values: Tensor) -> Tensor:
@@ -65,7 +68,8 @@ class SquarePatches:
         self._sizes: Any = given.get("image_sizes")
         strategy = given.get("vision_feature_select_strategy")
         self._strategy = strategy or model.config.vision_feature_select_strategy
-        self._pixels = given["pixel_values"]
+        # Pixels shall not live as long as features do.
+        self._images = len(given["pixel_values"])
         self.class_token = has_class_token(model)
 
     @property
@@ -87,14 +91,14 @@ class SquarePatches:
         best = [select_best_resolution((*map(int, one),), pinpoints) for one in self._sizes]
         return [1 + ceil(height / side) * ceil(width / side) for height, width in best]
 
-    @property
-    def pixels(self) -> Tensor:
+    def cut(self, pixels: Tensor) -> Tensor:
         """Return what patches of each square show."""
-        given, patch = self._pixels, self._vision.patch_size
-        if self._tiles is not None and given.ndim == 5:
-            given = torch.cat([one[:count] for one, count in zip(given, self._tiles, strict=True)])
-        cut = given.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))
-        found = cut.permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(1, 2)
+        patch = self._vision.patch_size
+        if self._tiles is not None and pixels.ndim == 5:
+            pixels = torch.cat([one[:count] for one, count in zip(pixels, self._tiles, strict=True)])
+        rows, columns = (one // patch for one in pixels.shape[-2:])
+        parts = pixels.reshape(-1, 3, rows, patch, columns, patch)
+        found: Tensor = parts.permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(1, 2)
         return torch.nn.functional.pad(found, (0, 0, 0, 0, int(self.class_token), 0))
 
     def selected(self, values: Tensor) -> Tensor:
@@ -117,7 +121,7 @@ class SquarePatches:
     @cached_property
     def places(self) -> list[Tensor]:
         """Return part, row and column of every token: of the whole image, then of its stitched tiles."""
-        squares = len(self._pixels) if self._tiles is None else sum(self._tiles)
+        squares = self._images if self._tiles is None else sum(self._tiles)
         whole = _raster(self._side, self._side)
         if self.class_token:
             whole = torch.cat([whole.new_tensor([[0, -1, -1]]), whole])
@@ -132,7 +136,6 @@ class GridPatches:
 
     def __init__(self, model: Any, given: dict[str, Any]) -> None:
         self._tower, self._sizes = model.visual, given["image_grid_thw"]
-        self._pixels = given["pixel_values"]
         self._order = {name: given[name] for name in ORDER & {*given}}
 
     @property
@@ -142,11 +145,9 @@ class GridPatches:
         found: Tensor = sizes.repeat_interleave(sizes)
         return found
 
-    @property
-    def pixels(self) -> Tensor:
+    def cut(self, pixels: Tensor) -> Tensor:
         """Return what patches show, of the frames that make one."""
-        found: Tensor = self._pixels.unflatten(-1, (3, -1))
-        return found
+        return pixels.reshape(len(pixels), 3, -1)
 
     def selected(self, values: Tensor) -> Tensor:
         """Return all values."""

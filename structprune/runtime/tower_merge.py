@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from structprune.errors import UsageError
 from structprune.models.streamed import Model, StreamedModel
 from structprune.runtime.images import placeholder
+from structprune.runtime.patches import has_class_token
 from structprune.runtime.tower import TowerCall
 
 # Kernels that add what they are given to the scores.
@@ -61,8 +62,7 @@ def check_merges(model: Model) -> int:
             f"vision_feature_layer: {chosen}: features of several layers, which have different patches left",
             hint=hint,
         )
-    has_class = hasattr(getattr(whole.base_model.vision_tower, "embeddings", None), "class_embedding")
-    if has_class != (config.vision_feature_select_strategy == "default"):
+    if has_class_token(whole.base_model) != (config.vision_feature_select_strategy == "default"):
         raise UsageError(
             f"vision_feature_select_strategy: {config.vision_feature_select_strategy}: its features are not"
             " those of all patches and nothing else",

@@ -6,23 +6,41 @@ Source: Yang et al. 2025, https://arxiv.org/abs/2508.05211
 import torch
 from torch import Tensor
 
+Colour = tuple[float, float, float]
 LEVELS = 256
 # How much red, green and blue weigh in what is seen as grey (ITU-R BT.601).
 GREY = (0.299, 0.587, 0.114)
+# What CLIP's processors subtract and divide by.
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def entropy(patches: Tensor) -> Tensor:
+def entropy(patches: Tensor, mean: Colour = (0.0, 0.0, 0.0), std: Colour = (1.0, 1.0, 1.0)) -> Tensor:
     """Return the entropy of each patch's grey levels, in bits, float32 [..., patches].
 
     Args:
-        patches: Colours in [0, 1], shape [..., patches, 3, pixels].
+        patches: Colours, shape [..., patches, 3, pixels].
+        mean: What was taken from red, green and blue, which were from 0 to 1 before.
+        std: What they were divided by then.
     """
-    grey = torch.einsum("...cp,c->...p", patches.float(), torch.tensor(GREY, device=patches.device))
+    shift, scale = (torch.tensor(one, device=patches.device)[:, None] for one in (mean, std))
+    patches = patches.float() * scale + shift
+    grey = torch.einsum("...cp,c->...p", patches, torch.tensor(GREY, device=patches.device))
     levels = (grey * (LEVELS - 1)).round().clamp(0, LEVELS - 1).long()
     counts = torch.zeros(*levels.shape[:-1], LEVELS, device=patches.device)
     shares = counts.scatter_add(-1, levels, torch.ones_like(grey)) / levels.shape[-1]
-    bits: Tensor = torch.special.entr(shares).sum(-1) / torch.log(torch.tensor(2.0))
-    return bits
+    return -torch.where(shares > 0, shares * shares.log2(), 0.0).sum(-1)
+
+
+def cells_of(places: Tensor, side: int) -> Tensor:
+    """Return in which cell tokens stand, by the first token of it; -1 where they end a line.
+
+    Args:
+        places: Part, row and column, long [images, tokens, 3]; shorter images are filled up behind.
+        side: Tokens each way of a cell.
+    """
+    cells = torch.cat([places[..., :1], places[..., 1:] // side], -1)
+    first = (cells[:, :, None] == cells[:, None]).all(-1).int().argmax(-1)
+    return first.masked_fill(places[..., 2] < 0, -1)
 
 
 def recycled(importance: Tensor, cells: Tensor, real: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:

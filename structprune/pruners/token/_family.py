@@ -224,6 +224,10 @@ class TokenPruner(Pruner):
         """
         return self.tokens(model)
 
+    def rules(self, notes: Notebook) -> dict[int, Tensor]:
+        """Return of blocks where tokens are dropped what else `decide` found, from what it noted."""
+        return {}
+
     @final
     def calibrate(self, model: Model, batches: Sequence[Batch], plan: PlanWriter | None = None) -> Plan:
         """Decide how many tokens are left where; the model stays as it is.
@@ -252,12 +256,14 @@ class TokenPruner(Pruner):
         """Return what was decided of which block; all of it is written."""
         paths = block_prefixes(model)
         if writer.finished == len(paths):
-            return {index: block[key] for index, block in enumerate(writer.blocks) for key in block}
+            blocks = enumerate(writer.blocks)
+            return {n: block[key] for n, block in blocks for key in block if key.kind == "tokens"}
         # What was seen is forgotten once every block is written.
         with Notebook(writer.folder, "fit") as notes:
             found = {} if self.keeps_all else self.decide(model, batches, Look(notes, writer.measured))
+            every = {"tokens": found, "rule": self.rules(notes) if found else {}}
             for index, path in enumerate(paths[writer.finished :], start=writer.finished):
-                writer.write({Key(path, "tokens"): found[index]} if index in found else {}, {})
+                writer.write({Key(path, kind): one[index] for kind, one in every.items() if index in one}, {})
         return found
 
     def _counted(self, model: Model, found: dict[int, Tensor], size: int) -> list[tuple[int, int]]:
@@ -287,12 +293,9 @@ class TokenPruner(Pruner):
         numbered = {int(key.name.rpartition(".")[2]): plan[key] for key in plan if key.kind == "tokens"}
         # First, so that a stage knows what is noted where it drops.
         watched = self.watched(len(block_prefixes(model))) if numbered else ()
-        return [
-            *(Drop(block, False, None, self, watches=True) for block in watched),
-            *(
-                Drop(block, self.within, tokens, self, compact, self.at_most)
-                for block, tokens in sorted(numbered.items())
-            ),
+        return [Drop(one, False, None, self, watches=True) for one in watched] + [
+            Drop(one, self.within, left, self, compact, self.at_most)
+            for one, left in sorted(numbered.items())
         ]
 
     def apply(self, model: Model, plan: Plan) -> Model:

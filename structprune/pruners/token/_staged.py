@@ -65,3 +65,14 @@ class StagedTokens(TokenPruner):
 def scaled(block: int, blocks: int, depth: int = DEPTH) -> int:
     """Return which of so many blocks is as deep as one of the paper's, the nearest, of two the later."""
     return floor(Fraction(block * blocks, depth) + Fraction(1, 2))
+
+
+def falling(shares: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the shares that stages leave.
+
+    Raises:
+        ValueError: A later stage leaves more.
+    """
+    if [*shares] != sorted(shares, reverse=True):
+        raise ValueError("a later stage leaves more")
+    return shares

@@ -9,8 +9,7 @@ order again, by the first patch of each.
 from dataclasses import replace
 from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, tensor
 from transformers import PreTrainedConfig
 
 from structprune.errors import QualityError, UsageError
@@ -50,7 +49,7 @@ class ToMe(TowerPruner):
         if self.proportional:
             check_adds(model.config)
         found, least = super().forecast(model), least_left(size, layers)
-        if (left := int(left_of(self.tokens(model)[0], torch.tensor(size)))) < least:
+        if (left := int(left_of(self.tokens(model)[0], tensor(size)))) < least:
             raise UsageError(
                 f"target: {self.target}: {left} of {size} patches, where {layers} layers of the vision tower "
                 f"can leave {least}, for no layer merges more than half of them",
@@ -77,7 +76,7 @@ class ToMe(TowerPruner):
         layers, size = check_merges(model), square_size(model.config)
         found = []
         for drop in super().drops(plan, model):
-            left = size if drop.tokens is None else int(left_of(drop.tokens, torch.tensor(size)))
+            left = size if drop.tokens is None else int(left_of(drop.tokens, tensor(size)))
             if left < size:
                 counts = merge_counts(size, left, layers)
                 merged = MergedPatches(counts, self._match, size, self.proportional)
