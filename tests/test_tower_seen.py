@@ -354,7 +354,7 @@ def test_a_layer_that_a_tower_lacks_is_refused_before_anything_runs() -> None:
 def test_to_look_into_the_tower_costs_less_than_a_hundredth_of_a_dense_image(method: str) -> None:
     # LLaVA-1.5-7B, 64 of 576 tokens left.
     cost = BlockCost(4096, 4096, 4096, 11008)
-    vision = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, image_size=336)
+    vision = CLIPVisionConfig(hidden_size=1024, num_attention_heads=16, num_hidden_layers=24)
     pruner = token_pruner(method)
     spent = pruner.operations(cost, 576, [(64, 64)] * 32)
     shown = rows_operations(LlavaConfig(vision_config=vision), 576, len(pruner.tower_layers))
