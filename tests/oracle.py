@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from structprune.errors import UsageError
 from structprune.pruners import catalogue
 from structprune.pruners.token._family import TokenPruner
+from structprune.pruners.token._tower import TowerPruner
 from structprune.runtime.attach import engine_of
 from structprune.runtime.cache import PrunedLayer
 from tests.pictures import END, FAMILIES, IMAGE, START, VIDEO, Pictures, vision_model
@@ -156,7 +157,7 @@ def masked_dense(
     cache: Cache,
     *,
     compact: bool = False,
-    smaller: bool = False,
+    spared: TokenPruner | None = None,
     merges: Sequence[Merge] = (),
 ) -> Tensor:
     """Return the logits of a model that computes all tokens, and whose blocks hide what a cache has not.
@@ -166,7 +167,7 @@ def masked_dense(
         inputs: The whole conversation.
         cache: Of the run with fewer tokens.
         compact: Whether every block counts the positions of what it has.
-        smaller: Whether its tower sees images of as many patches as the first block shows tokens.
+        spared: What lets its tower compute fewer features, if anything does.
         merges: What that run merged.
     """
     model = vision_model(family, attention="eager")
@@ -187,7 +188,10 @@ def masked_dense(
                 hooks.callback(block.register_forward_pre_hook(turn, with_kwargs=True).remove)
             hooks.callback(block.register_forward_pre_hook(hide, with_kwargs=True).remove)
         shown = _shown(cache.layers[0], batch, length)
-        return model(**_smaller(model, inputs, shown) if smaller else inputs, use_cache=False).logits
+        if spared is not None:
+            made = _smaller if spared.method() == "downsample" else partial(_spared, spared)
+            inputs = made(model, inputs, shown)
+        return model(**inputs, use_cache=False).logits
 
 
 def _smaller(model: Any, inputs: dict[str, Tensor], shown: Tensor) -> dict[str, Tensor]:
@@ -202,6 +206,23 @@ def _smaller(model: Any, inputs: dict[str, Tensor], shown: Tensor) -> dict[str, 
     states = model.get_input_embeddings()(inputs["input_ids"])
     states[places] = torch.cat(found.pooler_output)
     return {"inputs_embeds": states, "attention_mask": inputs["attention_mask"]}
+
+
+def _spared(pruner: TokenPruner, model: Any, inputs: dict[str, Tensor], shown: Tensor) -> dict[str, Tensor]:
+    """Return inputs with the features that a tower makes that is spared; what is not shown has none."""
+    names = ("pixel_values", "image_sizes")
+    with pruned(model, pruner, inputs):
+        found = model.model.get_image_features(**{name: inputs[name] for name in names if name in inputs})
+    states, visual = model.get_input_embeddings()(inputs["input_ids"]), inputs["input_ids"].eq(IMAGE)
+    states[visual] = torch.cat([*found.pooler_output])
+    assert not bool(states[visual & shown].eq(0).all(-1).any())
+    return {"inputs_embeds": states, "attention_mask": inputs["attention_mask"]}
+
+
+def spared(method: str, **fields: Any) -> TokenPruner | None:
+    """Return a pruner as `token_pruner` does, if it lets the vision tower compute fewer features."""
+    found = token_pruner(method, **fields)
+    return found if isinstance(found, TowerPruner) else None
 
 
 def _shown(layer: CacheLayerMixin, batch: int, length: int) -> Tensor:

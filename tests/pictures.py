@@ -35,7 +35,8 @@ TEXT = {
 CLIP = {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    # The last one makes no features: four that do can merge 16 patches into one.
+    "num_hidden_layers": 5,
     "num_attention_heads": 2,
     "image_size": 32,
     "patch_size": 8,

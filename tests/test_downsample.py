@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from structprune.errors import UsageError
 from structprune.pruners.token._family import TokenPruner
 from structprune.runtime.attach import paused
-from structprune.runtime.flops import image_tokens, tower_operations
+from structprune.runtime.flops import image_tokens, tower_counts, tower_operations
 from structprune.runtime.tower import grid_places
 from tests.oracle import pictures, pruned, token_pruner, worst
 from tests.pictures import CLIP, IMAGE, TEXT, vision_model
@@ -100,7 +100,9 @@ def test_torch_counts_the_tower_as_the_plan_says() -> None:
             parts = counter.get_flop_counts()
             names = ("vision_tower", "multi_modal_projector")
             counted.append(sum(sum(parts[f"{type(model).__name__}.model.{one}"].values()) for one in names))
-    few, all_patches = (tower_operations(model.config, count) for count in (4, 16))
+    few, all_patches = (
+        tower_operations(model.config, tower_counts(model.config, count)) for count in (4, 16)
+    )
     assert counted[0] / 2 == counted[1] / 2 == pytest.approx(few, rel=0.01)
     # 16 tokens cost 524288 in each of four blocks, 4 of them 124928.
     assert plan.facts["image_flops"] == (few + 4 * 124928) / (all_patches + 4 * 524288)
@@ -142,7 +144,7 @@ def test_features_of_the_whole_image_are_refused() -> None:
         features = whole.model.get_image_features(pixel_values=batch["pixel_values"])
         text = {name: value for name, value in batch.items() if name != "pixel_values"}
         with pruned(model, _pruner(), batch):
-            with pytest.raises(UsageError, match="not those of a smaller one"):
+            with pytest.raises(UsageError, match="not those of a tower that it spares"):
                 model(**text, mm_encoder_outputs={"image": features})
             with pytest.raises(UsageError, match="32 x 32 pixels"):
                 model(**batch | {"pixel_values": batch["pixel_values"][..., :24]})

@@ -147,7 +147,7 @@ class TestCommand:
         structprune.prune(seeing, tmp_path / "out", pruner, writing=QUICK["writing"])
         words = ("show", tmp_path / "out", "--image", picture, "--question", "What?")
         done = command(*words, "-o", tmp_path / "kept.png")
-        assert done.code == 2 and "its images are made smaller" in done.err
+        assert done.code == 2 and "its vision tower computes fewer features" in done.err
 
     def test_no_input_is_written_over(self, pruned: Path, picture: Path, command: Command) -> None:
         before = picture.read_bytes()

@@ -29,6 +29,7 @@ from tests.oracle import (
     padding_of,
     pictures,
     pruned,
+    spared,
     token_pruner,
     worst,
 )
@@ -73,8 +74,7 @@ def test_cached_generation_is_a_masked_recomputation(method: str, family: str, k
         found = generate(model, batch)
     length = batch["input_ids"].shape[1]
     whole = longer(batch, found.sequences[:, length:-1])
-    smaller = method == "downsample"
-    expected = masked_dense(family, whole, found.past_key_values, smaller=smaller, merges=merges)
+    expected = masked_dense(family, whole, found.past_key_values, spared=spared(method), merges=merges)
     assert dropped_columns(found.past_key_values) > 0
     assert worst(torch.stack(found.logits, 1), expected[:, length - 1 :]) < CLOSE
     # Rows with images differ from the dense model, or the comparison would say nothing.
@@ -99,8 +99,7 @@ def test_text_on_a_cache_that_lacks_columns_is_a_masked_recomputation(
         }
         second = generate(model, text, past_key_values=first.past_key_values)
     whole = longer(whole, second.sequences[:, whole["input_ids"].shape[1] : -1])
-    smaller = method == "downsample"
-    expected = masked_dense(family, whole, second.past_key_values, smaller=smaller, merges=merges)
+    expected = masked_dense(family, whole, second.past_key_values, spared=spared(method), merges=merges)
     assert worst(torch.stack(second.logits, 1), expected[:, length + turn.shape[1] - 1 :]) < CLOSE
 
 
@@ -141,7 +140,9 @@ def test_the_last_token_of_a_prompt_stays_and_counts(method: str) -> None:
         found = generate(model, batch)
     length = batch["input_ids"].shape[1]
     whole = longer(batch, found.sequences[:, length:-1])
-    expected = masked_dense("llava", whole, found.past_key_values, smaller=method == "downsample")
+    expected = masked_dense(
+        "llava", whole, found.past_key_values, spared=spared(method, target={"tokens": 4})
+    )
     assert worst(torch.stack(found.logits, 1), expected[:, length - 1 :]) < CLOSE
     visual = batch["input_ids"].eq(IMAGE)
     for row, kept in enumerate(

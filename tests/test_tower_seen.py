@@ -343,10 +343,11 @@ def test_a_tower_that_fails_leaves_nothing_behind_and_threads_look_apart() -> No
 
 def test_a_layer_that_a_tower_lacks_is_refused_before_anything_runs() -> None:
     class Deep(Probe):
-        tower_layers = (-3,)
+        tower_layers = (-6,)
 
-    with pytest.raises(UsageError, match="layer -3 of the vision tower: it has 2"):
+    with pytest.raises(UsageError, match="layer -6 of the vision tower: it has 5"):
         Deep().forecast(vision_model("llava"))
+    Deep.tower_layers = (-3,)
     assert Deep().forecast(vision_model("qwen3_vl")).unit
 
 

@@ -36,7 +36,7 @@ def kept_of(bench: Bench, method: str, share: float) -> list[Tensor]:
     with pruning(bench.model, pruner, bench.batches if pruner.needs_data else ()):
         engine = engine_of(bench.model)
         assert engine is not None
-        if engine.smaller() is not None:
+        if engine.fewer() is not None:
             return []
         found = []
         for batch in bench.asked:
@@ -107,7 +107,7 @@ def main() -> None:
         said = (
             f"Which patches of four pictures of {DEMO_VISION} each method keeps, asked for "
             f"{options.share:.0%}: what the last block computes; where tokens are merged, the one that holds "
-            f"them. The questions: {' '.join(questions)} Methods that make images smaller keep no patch of "
+            f"them. The questions: {' '.join(questions)} Methods that spare the tower keep no patch of "
             f"them.\n\n![tokens that each method keeps]({options.output.name})"
         )
         write_section(Path(__file__).name, said)

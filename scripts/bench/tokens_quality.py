@@ -114,7 +114,7 @@ class Bench:
             rows = kept.view(len(part), -1)
             left += rows.sum(1).tolist()
             # What is left of a smaller image stands for other patches.
-            about = [] if engine.smaller() else self.patches[len(right) : len(right) + len(part)]
+            about = [] if engine.fewer() else self.patches[len(right) : len(right) + len(part)]
             pairs = zip(rows, about, strict=bool(about))
             on_answer += [float(row[one].float().mean()) for row, one in pairs if bool(one.any())]
             right += found
@@ -161,7 +161,7 @@ class Bench:
         with pruning(self.model, pruner, self.batches if pruner.needs_data else ()) as plan:
             engine = engine_of(self.model)
             assert engine is not None
-            self.features.used = engine.smaller() is None and not getattr(pruner, "tower_layers", ())
+            self.features.used = engine.fewer() is None and not getattr(pruner, "tower_layers", ())
             found = self.look() | self.costs()
         self.features.used = True
         took = time.process_time() - started

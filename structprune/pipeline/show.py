@@ -111,9 +111,9 @@ def _watched(model: PreTrainedModel, batch: Batch) -> Mapping[int, tuple[Tensor,
         check_placeholders(model, placed)
     engine = engine_of(model)
     assert engine is not None, "its plan drops tokens"
-    if engine.smaller() is not None:
+    if engine.fewer() is not None:
         raise UsageError(
-            "its images are made smaller: what is left stands for no patches of the picture",
+            "its vision tower computes fewer features: what is left stands for no patches of the picture",
             hint="give a folder of a method that keeps tokens of the whole picture",
         )
     with engine.watching() as watched:

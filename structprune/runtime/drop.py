@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from structprune.runtime.tower import SmallerImages
+from structprune.runtime.tower import FewerFeatures
 from structprune.runtime.view import View
 
 
@@ -66,7 +66,7 @@ class Drop:
         chooser: Who chooses.
         compact: Whether positions are counted anew.
         at_most: Whether `tokens` says how many are left at most, and who chooses says how many.
-        images: How the vision tower sees images, where they are made smaller for it.
+        images: What lets the vision tower compute fewer features; None where it computes all.
         watches: Whether who chooses only looks on here, and nothing is dropped.
         pooled: Whether images of a row share what they keep, so that none is held to its own number.
     """
@@ -77,7 +77,7 @@ class Drop:
     chooser: Chooser
     compact: bool = False
     at_most: bool = False
-    images: SmallerImages | None = None
+    images: FewerFeatures | None = None
     watches: bool = False
     pooled: bool = False
 

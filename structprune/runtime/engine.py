@@ -24,7 +24,8 @@ from structprune.runtime.drop import Drop
 from structprune.runtime.forward import Forward
 from structprune.runtime.images import Features, ImageFeatures, find_images, with_newlines
 from structprune.runtime.refusals import Guarded, check_computed_once, check_runs
-from structprune.runtime.tower import SmallerImages
+from structprune.runtime.tower import FewerFeatures, TowerCall
+from structprune.runtime.tower_merge import LayerHooks, mergeable_layers
 from structprune.runtime.tower_seen import TowerAttention, TowerRun, layer_number, tower_attentions
 
 
@@ -82,7 +83,12 @@ class Engine:
             hook(mlp, before=partial(self._enter_mlp, index), after=partial(self._leave_mlp, index))
         for index, attention in enumerate(self._tower):
             hook(attention, before=partial(self._note_tower, index))
-        features = ImageFeatures(self._base, self._note_features, self.smaller, self._looking)
+        for index, layer in enumerate(mergeable_layers(self._base)):
+            for module, before, after in LayerHooks(index, self._tower_call).on(layer):
+                hook(module, before, after)
+        if hasattr(self._base, "multi_modal_projector"):
+            hook(self._base.multi_modal_projector, after=self._leave_projector)
+        features = ImageFeatures(self._base, self._note_features, self.fewer, self._looking)
         self._replace(self._base, "get_image_features", features)
         self._replace(self._root, "generate", Guarded(self._root, self._is_paused))
         if hasattr(self._language, "_deepstack_process"):
@@ -103,8 +109,11 @@ class Engine:
         if before is not None:
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if after is not None:
-            # Also after an exception: nothing of a forward that failed may meet the next one.
-            self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+            # Also after an exception: nothing of a forward that failed may meet the next one. Before others,
+            # such as those with which transformers notes what layers return.
+            self._handles.append(
+                module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True)
+            )
 
     def _replace(self, module: nn.Module, name: str, by: object) -> None:
         self._replaced.append((module, name, vars(module).get(name)))
@@ -178,13 +187,21 @@ class Engine:
         run = self._local.tower
         choosers = (drop.chooser for drops in self.drops.values() for drop in drops)
         wanted = (layer_number(layer, len(self._tower)) for one in choosers for layer in one.tower_layers)
-        if run is not None and index in wanted:
+        # What is left of merged patches is none of the image's any more.
+        if run is not None and run.call is None and index in wanted:
             states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             run.note(index, TowerAttention(module, states.detach(), kwargs))
 
+    def _tower_call(self) -> TowerCall | None:
+        return None if self._local.tower is None else self._local.tower.call
+
+    def _leave_projector(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        run = self._local.tower
+        return None if run is None or run.call is None or output is None else run.among_all(output)
+
     # No property: the bound method goes along when the model is copied, a closure would stay behind.
-    def smaller(self) -> SmallerImages | None:
-        """Return what makes images smaller for the vision tower; None where nothing does now."""
+    def fewer(self) -> FewerFeatures | None:
+        """Return what lets the vision tower compute fewer features; None where nothing does now."""
         every = (drop.images for drops in self.drops.values() for drop in drops)
         return None if self._local.paused else next((one for one in every if one is not None), None)
 

@@ -60,21 +60,27 @@ def visual_operations(cost: BlockCost, counts: Sequence[tuple[int, int]]) -> int
     return sum(cost.operations(*pair) for pair in counts)
 
 
-def tower_operations(config: PreTrainedConfig, patches: int) -> int:
-    """Return the operations of a LLaVA's vision tower and projector, of an image of so many patches.
+def tower_operations(config: PreTrainedConfig, counts: Sequence[tuple[int, int]]) -> int:
+    """Return the operations of a LLaVA's vision tower and projector.
 
     Args:
         config: The model's, one whose `image_tokens` are known.
-        patches: Those of the image as the tower sees it.
+        counts: Of every layer the patches that its attention and its feed-forward compute.
     """
     vision, wide = config.vision_config, config.get_text_config().hidden_size
-    width, tokens = vision.hidden_size, patches + _class_tokens(vision)
-    block = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * vision.intermediate_size
-    embedding = patches * vision.num_channels * vision.patch_size**2 * width
+    width, more = vision.hidden_size, _class_tokens(vision)
+    found = counts[0][0] * vision.num_channels * vision.patch_size**2 * width
+    for entering, leaving in counts:
+        found += 4 * (entering + more) * width**2 + 2 * (entering + more) ** 2 * width
+        found += 2 * (leaving + more) * width * vision.intermediate_size
     layers = config.vision_feature_layer
     read = width * (1 if isinstance(layers, int) else len(layers))
-    found: int = vision.num_hidden_layers * block + embedding + patches * wide * (read + wide)
-    return found
+    return int(found + counts[-1][1] * wide * (read + wide))
+
+
+def tower_counts(config: PreTrainedConfig, patches: int) -> list[tuple[int, int]]:
+    """Return of every layer of a LLaVA's vision tower that it computes so many patches."""
+    return [(patches, patches)] * config.vision_config.num_hidden_layers
 
 
 def rows_operations(config: PreTrainedConfig, tokens: int, layers: int) -> int:

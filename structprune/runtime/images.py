@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from structprune.errors import UsageError
-from structprune.runtime.tower import SmallerImages
+from structprune.runtime.tower import FewerFeatures
 from structprune.runtime.tower_seen import ImageShown, TowerRun, features_of, shown_of
 
 
@@ -150,7 +150,7 @@ class ImageFeatures:
     Args:
         model: Whose it is, without its head.
         note: Told what is known of each image, in order.
-        smaller: Returns what makes images smaller first; None where nothing does now.
+        fewer: Returns what lets the tower compute fewer features; None where nothing does now.
         looking: Lets a call look into the vision tower, for the length of a `with`.
     """
 
@@ -158,11 +158,11 @@ class ImageFeatures:
         self,
         model: Any,
         note: Callable[[Sequence[Features]], None],
-        smaller: Callable[[], SmallerImages | None],
+        fewer: Callable[[], FewerFeatures | None],
         looking: Callable[[TowerRun], AbstractContextManager[None]],
     ) -> None:
         self._model, self._method = model, model.get_image_features
-        self._note, self._smaller, self._looking = note, smaller, looking
+        self._note, self._fewer, self._looking = note, fewer, looking
         # `generate` asks for the names of its parameters.
         self.__signature__ = inspect.signature(self._method)
 
@@ -170,13 +170,10 @@ class ImageFeatures:
         """Return what the method returns."""
         given = self.__signature__.bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
-        smaller = self._smaller()
-        if smaller is not None:
-            found = smaller.features(self._method, given)
-        else:
-            run = TowerRun(self._model, given)
-            with self._looking(run):
-                found = self._method(*args, **kwargs)
-            run.mark(found)
+        run = TowerRun(self._model, given, self._fewer())
+        with self._looking(run):
+            # By name: defaults of the config are added to what was said so.
+            found = self._method(**(given if run.call is None else run.call.given))
+        run.mark(found)
         self._note(Features.of(found))
         return found

@@ -31,6 +31,15 @@ class TowerPatches(Protocol):
         """Return part, row and column of every token, image by image, long [tokens, 3]."""
         ...
 
+    @property
+    def pixels(self) -> Tensor:
+        """Return what patches show, [squares, patches, 3, pixels] or [patches, 3, pixels]; class tokens 0."""
+        ...
+
+    def selected(self, values: Tensor) -> Tensor:
+        """Return values of those patches, [squares, patches, ...], that become tokens."""
+        ...
+
     def packed(self, values: Tensor) -> list[Tensor]:
         """Return values of patches as values of tokens, image by image.
 
@@ -56,8 +65,7 @@ class SquarePatches:
         self._sizes: Any = given.get("image_sizes")
         strategy = given.get("vision_feature_select_strategy")
         self._strategy = strategy or model.config.vision_feature_select_strategy
-        # Pixels shall not live as long as features do.
-        self._images = len(given["pixel_values"])
+        self._pixels = given["pixel_values"]
         self.class_token = has_class_token(model)
 
     @property
@@ -79,9 +87,23 @@ class SquarePatches:
         best = [select_best_resolution((*map(int, one),), pinpoints) for one in self._sizes]
         return [1 + ceil(height / side) * ceil(width / side) for height, width in best]
 
+    @property
+    def pixels(self) -> Tensor:
+        """Return what patches of each square show."""
+        given, patch = self._pixels, self._vision.patch_size
+        if self._tiles is not None and given.ndim == 5:
+            given = torch.cat([one[:count] for one, count in zip(given, self._tiles, strict=True)])
+        cut = given.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))
+        found = cut.permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(1, 2)
+        return torch.nn.functional.pad(found, (0, 0, 0, 0, int(self.class_token), 0))
+
+    def selected(self, values: Tensor) -> Tensor:
+        """Return values without those of the first patch where the model leaves it out."""
+        return values[:, 1:] if self._strategy == "default" else values
+
     def packed(self, values: Tensor, end: float = 0.0) -> list[Tensor]:
         """Return values of patches as values of tokens; `end` where a token only ends a line."""
-        values = values[:, 1:] if self._strategy == "default" else values
+        values = self.selected(values)
         if self._tiles is None:
             return [*values]
         found: list[Tensor] = self._model.pack_image_features(
@@ -95,7 +117,7 @@ class SquarePatches:
     @cached_property
     def places(self) -> list[Tensor]:
         """Return part, row and column of every token: of the whole image, then of its stitched tiles."""
-        squares = self._images if self._tiles is None else sum(self._tiles)
+        squares = len(self._pixels) if self._tiles is None else sum(self._tiles)
         whole = _raster(self._side, self._side)
         if self.class_token:
             whole = torch.cat([whole.new_tensor([[0, -1, -1]]), whole])
@@ -110,6 +132,7 @@ class GridPatches:
 
     def __init__(self, model: Any, given: dict[str, Any]) -> None:
         self._tower, self._sizes = model.visual, given["image_grid_thw"]
+        self._pixels = given["pixel_values"]
         self._order = {name: given[name] for name in ORDER & {*given}}
 
     @property
@@ -118,6 +141,16 @@ class GridPatches:
         sizes = self._sizes.prod(-1)
         found: Tensor = sizes.repeat_interleave(sizes)
         return found
+
+    @property
+    def pixels(self) -> Tensor:
+        """Return what patches show, of the frames that make one."""
+        found: Tensor = self._pixels.unflatten(-1, (3, -1))
+        return found
+
+    def selected(self, values: Tensor) -> Tensor:
+        """Return all values."""
+        return values
 
     def packed(self, values: Tensor) -> list[Tensor]:
         """Return the mean of the patches that become one token."""

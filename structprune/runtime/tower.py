@@ -1,15 +1,14 @@
-"""The vision tower run on smaller images: its fewer features stand among the placeholders of all.
+"""A vision tower that computes fewer features: they stand among the placeholders of all.
 
-What the tower knows of places is interpolated, as transformers does where images have another size. The
-features stand where the image's own tokens of the same region do; between them there are zeros, which a drop
-at the embeddings takes away.
+The features stand where the image's own tokens of the same region do; between them there are zeros, which a
+drop at the embeddings takes away. Where images are made smaller for the tower, what it knows of places is
+interpolated, as transformers does where images have another size.
 """
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,55 @@ from structprune.runtime.flops import image_tokens
 ANY_SIZE = "interpolate_pos_encoding"
 
 
+class TowerCall:
+    """One call of `get_image_features` whose tower computes fewer features than there are patches.
+
+    Args:
+        given: The arguments of the call, by name.
+        filled: Among which patches the features stand, bool [squares, patches]; the class token of a tower
+            that has one among them. Known once the tower has run.
+
+    Attributes:
+        within: States of the layer that runs now before and after they are merged; None where they are not.
+    """
+
+    def __init__(self, given: dict[str, Any], filled: Tensor) -> None:
+        self.given, self.filled = given, filled
+        self.within: tuple[Tensor, Tensor] | None = None
+
+    def mask(self, states: Tensor) -> Tensor | None:
+        """Return what is added to the scores of a layer's attention, which reads these states."""
+        return None
+
+    def note_keys(self, keys: Tensor) -> None:
+        """Note the keys of a layer's attention, mean over heads, float32 [squares, patches, size]."""
+
+    def merged(self, layer: int, states: Tensor) -> Tensor | None:
+        """Return states for a layer's feed-forward, after attention and residual; None: all go on.
+
+        Args:
+            layer: Its number.
+            states: Shape [squares, patches, hidden].
+        """
+        return None
+
+
+class FewerFeatures(Protocol):
+    """What lets the tower of one model compute fewer features."""
+
+    def begin(self, given: dict[str, Any], *, class_token: bool) -> TowerCall:
+        """Return what one call of `get_image_features` does.
+
+        Args:
+            given: Its arguments, by name.
+            class_token: Whether a first token of the tower stands for the whole image.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class SmallerImages:
-    """`get_image_features` of one model, on images that are made smaller first.
+    """Images are made smaller before the tower.
 
     Args:
         side: Patches each way that images come with.
@@ -37,15 +82,8 @@ class SmallerImages:
     smaller: int
     patch: int
 
-    def features(self, method: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """Return what the method returns, with zeros between the features that the tower computed.
-
-        Args:
-            method: The model's own `get_image_features`.
-            given: What it is called with, by name.
-
-        Returns:
-            Its features have the shape [side * side, hidden] of every image.
+    def begin(self, given: dict[str, Any], *, class_token: bool) -> TowerCall:
+        """Return a call with smaller images.
 
         Raises:
             UsageError: The images have another size than the processor gives them.
@@ -56,13 +94,11 @@ class SmallerImages:
                 f"pixel_values {[*pixels.shape]}: images of {size} x {size} pixels are made smaller",
                 hint="pass what the model's processor returns",
             )
-        # By name: defaults of the config are added to what was said so.
-        found = method(**given | {"pixel_values": self._resized(pixels), ANY_SIZE: True})
-        few = torch.stack([*found.pooler_output])
-        whole = few.new_zeros(len(few), self.side**2, few.shape[-1])
-        whole[:, grid_places(self.smaller, self.side).to(few.device)] = few
-        found.pooler_output = list(whole)
-        return found
+        filled = torch.zeros(self.side**2 + class_token, dtype=torch.bool)
+        filled[:class_token] = True
+        filled[grid_places(self.smaller, self.side) + class_token] = True
+        smaller = {"pixel_values": self._resized(pixels), ANY_SIZE: True}
+        return TowerCall(given | smaller, filled.expand(len(pixels), -1))
 
     def _resized(self, pixels: Tensor) -> Tensor:
         """Return images as a processor would resize them, but not rounded to 8 bits again."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from structprune.errors import UsageError
 from structprune.runtime.attention import rotated
 from structprune.runtime.patches import TowerPatches, has_class_token, patches_of
+from structprune.runtime.tower import FewerFeatures, TowerCall
 
 # Queries whose attention is in memory at once.
 CHUNK = 256
@@ -119,25 +120,51 @@ class TowerAttention:
         real = torch.arange(queries.shape[1], device=lengths.device) < lengths[:, None]
         return queries.transpose(1, 2), keys.transpose(1, 2), real
 
-    def _paid(self, start: int, end: int) -> Tensor:
+    def _paid(self, start: int, end: int, asking: Tensor | None = None) -> Tensor:
         """Return what a run of patches of each segment pays to all of it, summed, mean over heads.
+
+        Args:
+            start: Where the run begins.
+            end: Where it ends.
+            asking: Which patches count, bool [segments, patches]; all unless given.
 
         Returns:
             Float32 [segments, patches].
         """
         queries, keys, real = self._segments
+        asking = real if asking is None else asking
         scores = queries[:, :, start:end] @ keys.transpose(2, 3) * self.module.head_dim**-0.5
         paid: Tensor = scores.masked_fill_(~real[:, None, None], -torch.inf).softmax(-1).mean(1)
-        return (paid * real[:, start:end, None]).sum(1)
+        return (paid * asking[:, start:end, None]).sum(1)
 
     @cached_property
     def received(self) -> Tensor:
         """Return what patches receive, mean over heads, summed over queries, shape as the states'."""
+        return self._in_order(self._summed(self._segments[2]))
+
+    def from_sinks(self, times: float) -> Tensor:
+        """Return as much of `received` as if all asked as those that receive so many times the mean.
+
+        Where none of those that see one another receives more, all ask.
+        """
         real = self._segments[2]
-        found = torch.zeros_like(real, dtype=torch.float32)
-        for start in range(0, real.shape[1], CHUNK):
-            found += self._paid(start, start + CHUNK)
-        return found if self.states.ndim == 3 else found[real]
+        every = self._summed(real)
+        # What all receive adds up to how many they are: the mean is one.
+        sinks = (every > times) & real
+        asking = torch.where(sinks.any(1, keepdim=True), sinks, real)
+        found = every if torch.equal(asking, real) else self._summed(asking)
+        return self._in_order(found * (real.sum(1) / asking.sum(1))[:, None])
+
+    def _summed(self, asking: Tensor) -> Tensor:
+        """Return what patches receive from some, mean over heads, float32 [segments, patches]."""
+        found = torch.zeros_like(asking, dtype=torch.float32)
+        for start in range(0, asking.shape[1], CHUNK):
+            found += self._paid(start, start + CHUNK, asking)
+        return found
+
+    def _in_order(self, values: Tensor) -> Tensor:
+        """Return values of segments in the shape of the states."""
+        return values if self.states.ndim == 3 else values[self._segments[2]]
 
     @cached_property
     def paid_by_first(self) -> Tensor:
@@ -173,7 +200,14 @@ class LayerShown:
     @cached_property
     def received(self) -> list[Tensor]:
         """Return what each token receives, mean over all queries of its image, float32 [tokens]."""
-        found = self.read.received / self.patches.asking.to(self.read.states.device)
+        return self._shared(self.read.received)
+
+    def from_sinks(self, times: float) -> list[Tensor]:
+        """Return what each token receives from those that receive so many times the mean, as `received`."""
+        return self._shared(self.read.from_sinks(times))
+
+    def _shared(self, received: Tensor) -> list[Tensor]:
+        found = received / self.patches.asking.to(received.device)
         return [one[:, 0] for one in self.patches.packed(found[..., None])]
 
     @cached_property
@@ -188,10 +222,17 @@ class TowerRun:
     Args:
         model: Whose call it is, without its head.
         given: The arguments of the call, by name.
+        fewer: What lets the tower compute fewer features; None where it computes all.
+
+    Attributes:
+        call: What it does in this call.
     """
 
-    def __init__(self, model: nn.Module, given: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, given: dict[str, Any], fewer: FewerFeatures | None = None) -> None:
         self.patches = patches_of(model, given)
+        self.call: TowerCall | None = None
+        if fewer is not None:
+            self.call = fewer.begin(given, class_token=self.patches.class_token)
         self._layers = len(tower_attentions(model))
         self._shown: dict[int, LayerShown] = {}
 
@@ -209,6 +250,26 @@ class TowerRun:
         if found is None:
             raise unseen(f"layer {layer} of the vision tower was not looked at when they were made")
         return found
+
+    @cached_property
+    def filled(self) -> list[Tensor] | None:
+        """Return of every image which tokens have features, bool [tokens]; None where all have."""
+        if self.call is None:
+            return None
+        marks = self.call.filled[..., None].float().cpu()
+        return [one[:, 0] > 0 for one in self.patches.packed(marks)]
+
+    def among_all(self, features: Tensor) -> Tensor:
+        """Return features of patches [squares, fewer, hidden] with zeros where patches have none."""
+        assert self.call is not None
+        there = self.patches.selected(self.call.filled.to(features.device))
+        found = features.new_zeros(*there.shape, features.shape[-1])
+        found[there] = features.flatten(0, 1)
+        return found
+
+    def of_pixels(self, values: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Return a value of the pixels of each token, the mean of its patches; float32 [tokens] per image."""
+        return [one[:, 0] for one in self.patches.packed(values(self.patches.pixels)[..., None])]
 
     def mark(self, output: Any) -> None:
         """Let the features of each image know what the tower showed of it.
@@ -231,6 +292,11 @@ class ImageShown:
 
     run: TowerRun
     number: int
+
+    @property
+    def filled(self) -> Tensor | None:
+        """Return which tokens have features, bool [tokens]; None where the tower computed all of them."""
+        return None if self.run.filled is None else self.run.filled[self.number]
 
     @property
     def places(self) -> Tensor:
@@ -269,36 +335,3 @@ def shown_of(features: Tensor) -> ImageShown | None:
     found = getattr(features, _ATTRIBUTE, None)
     assert found is None or isinstance(found, ImageShown)
     return found
-
-
-@dataclass(frozen=True, eq=False)
-class TowerTokens:
-    """What a layer of the tower showed of the tokens that a method sees; newlines have zeros.
-
-    Attributes:
-        placed: Puts values [tokens, ...] of all images of the forward side by side, [images, tokens, ...].
-        shown: What the tower showed of each of them.
-        layer: Which layer is looked at.
-    """
-
-    placed: Callable[[Sequence[Tensor]], Tensor]
-    shown: Sequence[ImageShown]
-    layer: float
-
-    @cached_property
-    def attention(self) -> Tensor:
-        """Return what the class token pays, mean over heads, or as `received`; float32 [images, tokens].
-
-        Of several patches in a token it is the mean.
-        """
-        return self.placed([one.attention(self.layer) for one in self.shown])
-
-    @cached_property
-    def received(self) -> Tensor:
-        """Return the mean attention of all queries of the image and all heads, float32 [images, tokens]."""
-        return self.placed([one.received(self.layer) for one in self.shown])
-
-    @cached_property
-    def keys(self) -> Tensor:
-        """Return keys before rotation, mean over heads, float32 [images, tokens, size]."""
-        return self.placed([one.keys(self.layer) for one in self.shown])

@@ -14,7 +14,8 @@ from torch import Tensor
 from structprune.runtime.attention import AttentionInput
 from structprune.runtime.images import Images
 from structprune.runtime.keep_set import KeepSet, gather
-from structprune.runtime.tower_seen import ImageShown, TowerTokens, unseen
+from structprune.runtime.tower_seen import ImageShown, unseen
+from structprune.runtime.tower_tokens import TowerTokens
 
 # Queries whose attention is in memory at once: rows of all tokens would be as large as an eager kernel's.
 CHUNK = 64
@@ -227,6 +228,11 @@ class View:
             UsageError: The features of an image were not made by the tower as it runs here.
         """
         return self.placed([one.places for one in self._shown])
+
+    def filled(self) -> Tensor | None:
+        """Return which tokens a tower made that computes fewer, bool [images, tokens]; None for all."""
+        found = [one.filled for one in self._shown if one.filled is not None]
+        return self.placed(found) if len(found) == len(self._shown) else None
 
     @property
     def _shown(self) -> list[ImageShown]:

@@ -8,7 +8,6 @@ in one way: the refit runs until its residual is small, not for ten steps whatev
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from structprune.decide.counts import Compare, removed_count
 from structprune.decide.select import mask_groups, mask_matrix, mask_rows
 from structprune.decide.sparsity import Amount, pattern_of
-from structprune.solvers.conjugate_gradients import USUAL_STEPS, solve_rows_by_conjugate_gradients
+from structprune.solvers.conjugate_gradients import solve_rows_by_conjugate_gradients
 from structprune.solvers.effort import VALUE_BYTES, Effort, effort_of_ranking
 from structprune.solvers.hessian import DAMPING, damp_hessian, read_weight
 
@@ -28,35 +27,29 @@ EVERY = 3
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 # A support that the very first check finds settled was frozen by too strong a pull, which is then weakened.
 WEAKENING = 5.0
+# Of the support, what may still change: that the error shows by less than one part in ten thousand.
+SETTLED = 0.0005
 # The pull is by then weaker than the damping: the support has settled, and nothing has frozen it.
 RESTARTS = 3
 # Over all restarts; the fact `settled` says whether they were enough.
 ROUNDS = 300
 
-# For what is said of a run before it runs: rounds until a support settles (33 to 51 on linears of a language
-# model), what the eigenvectors take in units of in^3, in float64, and as how many rankings a round counts:
-# one it does, and it goes over its matrices ten times between two products.
-USUAL_ROUNDS, EIGENVECTORS, RANKINGS = 40, 20, 4
+# How far the refit goes: the error that is left shows by as little.
+RESIDUAL = 1e-4
+
+# For what is said of a run before it runs: rounds until a support settles and steps of the refit (27 to 42
+# and 22 to 65 on linears of a language model), what an inverse takes in units of in^3, and as how many
+# rankings a round counts: one it does, and it goes over its matrices eight times between two products.
+USUAL_ROUNDS, REFIT_STEPS, INVERSE, RANKINGS = 32, 35, 3, 4
 
 Project = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class _Spectrum:
-    """A symmetric matrix as eigenvectors [in, in] and eigenvalues [in], float32."""
-
-    vectors: Tensor
-    values: Tensor
-
-    def solve(self, target: Tensor, shift: float) -> Tensor:
-        """Return target (H + shift I)^-1, shape [out, in]."""
-        return (target @ self.vectors).div_(self.values + shift) @ self.vectors.T
-
-
 def effort_of_alps(rows: int, inputs: int) -> Effort:
     """Return what is to be expected of a matrix [rows, inputs]; how soon it settles, the data decides."""
-    # A round multiplies by the eigenvectors and by their transpose, a step of the refit by the Hessian.
-    products = EIGENVECTORS * inputs**3 + (4 * USUAL_ROUNDS + 2 * USUAL_STEPS) * rows * inputs**2
+    # A round multiplies by an inverse, found anew as the pull changes; a step of the refit by the Hessian.
+    inverses = INVERSE * USUAL_ROUNDS // EVERY * inputs**3
+    products = inverses + 2 * (USUAL_ROUNDS + REFIT_STEPS) * rows * inputs**2
     once = effort_of_ranking(rows, inputs)
     ranked = RANKINGS * USUAL_ROUNDS * once.ranked
     return Effort(products, ranked, once.told_bytes + VALUE_BYTES * rows * inputs)
@@ -99,7 +92,7 @@ def solve_alps(
     if not bool(found.dead.all()):
         aim[:, found.dead] = 0  # they leave first; where all are dead, size decides
     mask, start, facts = _search(aim, hessian, _projection(aim.shape, sparsity, compare), rounds)
-    new, refit = solve_rows_by_conjugate_gradients(aim, mask, hessian, start)
+    new, refit = solve_rows_by_conjugate_gradients(aim, mask, hessian, start, tolerance=RESIDUAL)
     facts |= refit
     new /= scale
     # Nothing else reaches a dead input: what stays of it stays as it was.
@@ -121,6 +114,13 @@ def _projection(shape: tuple[int, ...], sparsity: Amount, compare: Compare) -> P
     return lambda scores: mask_matrix(scores, whole)
 
 
+def _inverse(hessian: Tensor, shift: float) -> Tensor:
+    """Return (H + shift I)^-1, shape [in, in]; the damping and the shift bound its condition."""
+    shifted = hessian.clone()
+    shifted.diagonal().add_(shift)
+    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+
+
 def _search(
     aim: Tensor, hessian: Tensor, project: Project, rounds: int
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -132,28 +132,28 @@ def _search(
         project: Turns scores into a mask.
         rounds: Rounds at most.
     """
-    # float64, once: the small eigenvalues decide where the error can hide.
-    values, vectors = torch.linalg.eigh(hessian.double())
-    spectrum = _Spectrum(vectors.float(), values.clamp_min(0).float())
     target = aim @ hessian
     begin, restarts, done = PULL, 0, 0
     while True:
         pull, settled, checks = begin, False, 0
         mask = project(aim.abs())
-        sparse, dual = aim * mask, torch.zeros_like(aim)
-        before = mask
+        # The multipliers are kept in units of the pull: what the last projection took away.
+        sparse, taken = aim * mask, torch.zeros_like(aim)
+        before, inverse = mask, _inverse(hessian, pull)
         while done < rounds and not settled:
             # The free copy minimises the error with the pull; the sparse one is its nearest allowed point.
-            free = spectrum.solve((target - dual).add_(sparse, alpha=pull), pull)
-            wanted = dual.div(pull).add_(free)
+            free = (sparse - taken).mul_(pull).add_(target) @ inverse
+            wanted = free.add_(taken)
             mask = project(wanted.abs())
             sparse = wanted * mask
-            dual.add_(free - sparse, alpha=pull)
+            taken = wanted.sub_(sparse)
             done += 1
             if done % EVERY == 0:
                 changed = int((mask & ~before).sum()) / max(1, int(mask.sum()))
-                settled, before, checks = changed == 0, mask, checks + 1
-                pull *= 1 if settled else next(growth for share, growth in GROWTH if changed > share)
+                settled, before, checks = changed <= SETTLED, mask, checks + 1
+                growth = 1.0 if settled else next(growth for share, growth in GROWTH if changed > share)
+                pull, inverse = pull * growth, _inverse(hessian, pull * growth)
+                taken /= growth
         if not settled or checks > 1 or restarts == RESTARTS:
             facts = {"rounds": done, "restarts": restarts, "settled": settled, "pull": pull}
             return mask, sparse, facts

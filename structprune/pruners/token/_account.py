@@ -7,7 +7,13 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from structprune.plan.promise import Computed, Promises
-from structprune.runtime.flops import BlockCost, image_tokens, tower_operations, visual_operations
+from structprune.runtime.flops import (
+    BlockCost,
+    image_tokens,
+    tower_counts,
+    tower_operations,
+    visual_operations,
+)
 
 # Of every block: a token that half of the blocks compute counts half.
 UNIT = "visual tokens in the blocks"
@@ -27,14 +33,15 @@ class Account:
         config: The model's.
         size: Tokens of the image.
         counts: Of every block how many its attention and its feed-forward compute.
-        seen: Patches that the vision tower computes.
+        seen: Of every layer of the vision tower the patches that its attention and its feed-forward compute;
+            read where every image has as many.
         choosing: Operations that choosing costs.
     """
 
     config: PreTrainedConfig
     size: int
     counts: Sequence[tuple[int, int]]
-    seen: int
+    seen: Sequence[tuple[int, int]]
     choosing: int
 
     @property
@@ -79,7 +86,8 @@ class Account:
         """
         if image_tokens(self.config) is None:
             return None
-        return tower_operations(self.config, self.seen), tower_operations(self.config, self.size)
+        whole = tower_counts(self.config, self.size)
+        return tower_operations(self.config, self.seen), tower_operations(self.config, whole)
 
     def facts(self) -> dict[str, Any]:
         """Return what is left."""

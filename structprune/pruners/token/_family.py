@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, Self, final
 
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from structprune.calibration.notebook import Look, Notebook
 from structprune.decide.token_target import Target, counts_at, rounded_up
@@ -30,7 +30,7 @@ from structprune.pruners.token._account import TYPICAL_SIZE, UNIT, Account
 from structprune.pruners.token._plan import check_tokens, counts_of, said_of
 from structprune.runtime.attach import attach, detach
 from structprune.runtime.drop import Drop
-from structprune.runtime.flops import BlockCost, image_tokens, rows_operations
+from structprune.runtime.flops import BlockCost, image_tokens, rows_operations, tower_counts
 from structprune.runtime.refusals import check_runs, has_several_axes
 from structprune.runtime.view import View
 
@@ -134,14 +134,13 @@ class TokenPruner(Pruner):
         cost = BlockCost.of(model.config).operations
         return [(left, left) for left in counts_at(self.target, size, self.stages(blocks), blocks, cost)]
 
-    def seen_by_tower(self, size: int, left: int) -> int:
-        """Return how many patches of an image the vision tower computes.
+    def seen_by_tower(self, config: PreTrainedConfig, size: int, left: int) -> list[tuple[int, int]]:
+        """Return what each layer of the tower computes, of size patches, where so many tokens are left."""
+        return tower_counts(config, size)
 
-        Args:
-            size: Those of the image.
-            left: Tokens that the last block computes.
-        """
-        return size
+    def chosen_in_tower(self, config: PreTrainedConfig, size: int, left: int) -> int:
+        """Return the operations that choosing costs in the vision tower, by the same."""
+        return rows_operations(config, size, len(self.tower_layers))
 
     def operations(self, cost: BlockCost, size: int, counts: Sequence[tuple[int, int]]) -> int:
         """Return the operations that choosing itself costs of an image, text left out.
@@ -182,12 +181,13 @@ class TokenPruner(Pruner):
         return Forecast(UNIT, str(self.target), account.gone, account.pairs, left, notes=notes)
 
     def _account(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> Account:
-        left = counts[-1][1]
-        spent = self.operations(BlockCost.of(model.config), size, counts)
-        spent += rows_operations(model.config, size, len(self.tower_layers))
+        left, spent, config = counts[-1][1], 0, model.config
         # Where all tokens stay, nobody chooses.
-        spent = spent if left < size else 0
-        return Account(model.config, size, counts, self.seen_by_tower(size, left), spent)
+        if left < size:
+            spent = self.operations(BlockCost.of(config), size, counts)
+            spent += self.chosen_in_tower(config, size, left)
+        seen = self.seen_by_tower(config, size, left) if image_tokens(config) else []
+        return Account(config, size, counts, seen, spent)
 
     def reach(self, model: Model) -> str:
         """Return which shares can be kept."""

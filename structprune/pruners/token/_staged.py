@@ -20,10 +20,12 @@ class StagedTokens(TokenPruner):
     """A pruner with several stages.
 
     Attributes:
-        paper_stages: Block, of 32, before which tokens are dropped -> share that the paper leaves there.
+        paper_stages: Block before which tokens are dropped -> share that the paper leaves there.
+        paper_depth: Of how many blocks.
     """
 
     paper_stages: ClassVar[Mapping[int, float]]
+    paper_depth: ClassVar[int] = DEPTH
 
     def stages(self, blocks: int) -> dict[int, float]:
         """Return before which blocks tokens are dropped, and the power of the last share that is left there.
@@ -44,7 +46,7 @@ class StagedTokens(TokenPruner):
         place = 0
         for block, share in self.paper_stages.items():
             if block:
-                place = min(max(scaled(block, blocks), place + 1), blocks - 1)
+                place = min(max(scaled(block, blocks, self.paper_depth), place + 1), blocks - 1)
             found[place] = log(share) / last
         return found
 
@@ -60,6 +62,6 @@ class StagedTokens(TokenPruner):
         return sum(entering[block] for block in stages if entering[block + 1] < entering[block])
 
 
-def scaled(block: int, blocks: int) -> int:
+def scaled(block: int, blocks: int, depth: int = DEPTH) -> int:
     """Return which of so many blocks is as deep as one of the paper's, the nearest, of two the later."""
-    return floor(Fraction(block * blocks, DEPTH) + Fraction(1, 2))
+    return floor(Fraction(block * blocks, depth) + Fraction(1, 2))

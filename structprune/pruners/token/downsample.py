@@ -10,18 +10,18 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
-from structprune.errors import UsageError
 from structprune.models.streamed import Model
 from structprune.plan.plan import Plan
 from structprune.pruners.forecast import Forecast
-from structprune.pruners.token._family import TokenPruner
+from structprune.pruners.token._tower import TowerPruner
 from structprune.runtime.drop import Drop
-from structprune.runtime.tower import grid_places, smaller_images, square_of
-from structprune.runtime.view import View
+from structprune.runtime.flops import tower_counts
+from structprune.runtime.tower import smaller_images, square_of
 
 
-class Downsample(TokenPruner):
+class Downsample(TowerPruner):
     """Show the vision tower smaller images; what it returns takes the place of all tokens of an image."""
 
     paper_positions: ClassVar = "compact"
@@ -43,9 +43,9 @@ class Downsample(TokenPruner):
         side = min(range(1, isqrt(size) + 1), key=lambda one: abs(one**2 - asked))
         return [(side**2, side**2)] * len(counts)
 
-    def seen_by_tower(self, size: int, left: int) -> int:
-        """Return how many patches of an image the vision tower computes: those that are left."""
-        return left
+    def seen_by_tower(self, config: PreTrainedConfig, size: int, left: int) -> list[tuple[int, int]]:
+        """Return of every layer of the tower how many patches it computes: those that are left."""
+        return tower_counts(config, left)
 
     def tokens(self, model: Model) -> dict[int, Tensor]:
         """Return how many tokens are left, all of them before the first block."""
@@ -59,28 +59,3 @@ class Downsample(TokenPruner):
             for drop in super().drops(plan, model)
             if drop.tokens is not None
         ]
-
-    def choose(self, seen: View, keep: Tensor) -> Tensor:
-        """Return the tokens in whose place there are features of the smaller image.
-
-        Returns:
-            Bool, shape [images, tokens].
-
-        Raises:
-            UsageError: The features were not made by the tower as it runs here, or were dropped before.
-        """
-        chosen = torch.zeros_like(seen.real)
-        kept = keep + seen.protected
-        for image, (size, count) in enumerate(zip(seen.sizes.tolist(), kept.tolist(), strict=True)):
-            marks = chosen.new_zeros(size)
-            marks[grid_places(isqrt(count), isqrt(size)).to(marks.device)] = True
-            # Only the last token of a prompt is no candidate, and only of the image that it ends with.
-            chosen[image] = marks[: chosen.shape[1]]
-        chosen &= seen.real
-        whole = torch.equal(seen.left + seen.protected, seen.sizes)
-        if not whole or bool(seen.features()[seen.real & ~chosen].any()):
-            raise UsageError(
-                f"{self.method()}: the features of an image are not those of a smaller one",
-                hint=f"pass pixel_values, and let no other method drop tokens before {self.method()}",
-            )
-        return chosen
