@@ -25,8 +25,9 @@ from structprune.runtime.forward import Forward
 from structprune.runtime.images import Features, ImageFeatures, find_images, with_newlines
 from structprune.runtime.refusals import Guarded, check_computed_once, check_runs
 from structprune.runtime.tower import FewerFeatures, TowerCall
+from structprune.runtime.tower_attention import TowerAttention
 from structprune.runtime.tower_merge import LayerHooks, mergeable_layers
-from structprune.runtime.tower_seen import TowerAttention, TowerRun, layer_number, tower_attentions
+from structprune.runtime.tower_seen import TowerRun, layer_number, tower_attentions
 
 
 class _Local(threading.local):
