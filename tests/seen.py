@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structprune.runtime.tower_seen import TowerTokens
+from structprune.runtime.tower_tokens import TowerTokens
 from structprune.runtime.view import View
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from structprune.errors import QualityError, UsageError
-from structprune.runtime.tower_seen import TowerAttention
+from structprune.runtime.tower_attention import TowerAttention
 from tests.oracle import column_sets, padding_of, pictures, pruned, takes, token_pruner
 from tests.pictures import FAMILIES, IMAGE, vision_model
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from structprune.errors import QualityError
 from structprune.pruners.token._outliers import OutlierTokens, outliers
-from structprune.runtime.tower_seen import TowerAttention
+from structprune.runtime.tower_attention import TowerAttention
 from structprune.runtime.view import View
 from tests.oracle import pictures, pruned, token_pruner
 from tests.pictures import vision_model

@@ -9,15 +9,22 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel, SiglipVisionConfig
+from transformers import (
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    SiglipVisionConfig,
+)
 
 from structprune.errors import UsageError
 from structprune.pruners.token._scored import ScoredTokens
 from structprune.runtime.attach import attach, detach, paused
 from structprune.runtime.drop import Drop
+from structprune.runtime.flops import BlockCost, rows_operations
 from structprune.runtime.tower_seen import tower_attentions
 from structprune.runtime.view import View
-from tests.oracle import generate, pictures
+from tests.oracle import TOKEN_METHODS, generate, pictures, token_pruner
 from tests.pictures import CLIP, FAMILIES, IMAGE, Pictures, vision_model
 from tests.tiny import randomise
 
@@ -342,3 +349,16 @@ def test_a_layer_that_a_tower_lacks_is_refused_before_anything_runs() -> None:
         Deep().forecast(vision_model("llava"))
     Deep.tower_layers = (-3,)
     assert Deep().forecast(vision_model("qwen3_vl")).unit
+
+
+@pytest.mark.parametrize("method", [one for one in TOKEN_METHODS if token_pruner(one).tower_layers])
+def test_to_look_into_the_tower_costs_less_than_a_hundredth_of_a_dense_image(method: str) -> None:
+    # LLaVA-1.5-7B, 64 of 576 tokens left.
+    cost = BlockCost(4096, 4096, 4096, 11008)
+    vision = CLIPVisionConfig(hidden_size=1024, num_attention_heads=16, num_hidden_layers=24)
+    pruner = token_pruner(method)
+    spent = pruner.operations(cost, 576, [(64, 64)] * 32)
+    shown = rows_operations(LlavaConfig(vision_config=vision), 576, len(pruner.tower_layers))
+    # Two projections of 577 patches, and all their pairs.
+    assert shown == len(pruner.tower_layers) * (2 * 577 * 1024**2 + 577**2 * 1024)
+    assert spent + shown < 0.01 * 32 * cost.operations(576)

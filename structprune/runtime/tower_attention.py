@@ -1,4 +1,4 @@
-"""What one attention of the vision tower read, and what it pays to whom, computed anew in float32."""
+"""Rows of an attention of the vision tower, computed anew in float32, whatever kernel the tower runs."""
 
 from dataclasses import dataclass
 from functools import cached_property

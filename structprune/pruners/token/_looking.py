@@ -17,7 +17,7 @@ class LookingTokens(TokenPruner):
     Args:
         queries: Whose attention counts: that of the class token, where there is one, as in papers; or of all
             patches alike. A tower that was trained with its language model alone, not as CLIP is, never
-            learnt what its class token should look at, late in the tower least of all.
+            learnt what its class token should look at.
     """
 
     queries: Literal["class", "all"] = "class"
