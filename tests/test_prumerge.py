@@ -59,7 +59,7 @@ def test_a_sample_at_equal_distances_stays_too_and_none_twice(
     assert int(both[0].sum()) <= cap
     # Of the other image only its own 40 tokens are sampled.
     assert int(both[1].sum()) in (1, 3, 4) and not bool(both[1, 40:].any())
-    none = pruner("prumerge_plus", samples=0).choose(seen, keep)
+    none = pruner("prumerge_plus", spread=0).choose(seen, keep)
     assert torch.equal(none, alone)
 
 

@@ -18,10 +18,10 @@ class PruMergePlus(OutlierTokens):
     """Keep the tokens whose attention stands out and a sample at equal distances; merge others into them.
 
     Args:
-        samples: How many times as many are sampled as stand out, as far as the target allows.
+        spread: How many times as many are sampled as stand out, as far as the target allows.
     """
 
-    samples: Annotated[float, Field(ge=0)] = 3.0
+    spread: Annotated[float, Field(ge=0)] = 3.0
 
     def choose(self, seen: View, keep: Tensor) -> Tensor:
         """Return the tokens that stand out and the sample, at most `keep`, bool, shape [images, tokens].
@@ -31,7 +31,7 @@ class PruMergePlus(OutlierTokens):
         """
         chosen, patch = self.standing_out(seen, keep), self.patches(seen)
         count = chosen.sum(1)
-        wanted = torch.floor(count * self.samples + 0.5).long().minimum(keep - count)[:, None]
+        wanted = torch.floor(count * self.spread + 0.5).long().minimum(keep - count)[:, None]
         size, number = patch.sum(1, keepdim=True), (patch.cumsum(1) - 1).clamp(min=0)
         part = torch.arange(int(wanted.max()), device=patch.device)
         # The middle of each of as many equal parts as are wanted.
