@@ -181,11 +181,10 @@ class TokenPruner(Pruner):
         return Forecast(UNIT, str(self.target), account.gone, account.pairs, left, notes=notes)
 
     def _account(self, model: Model, counts: Sequence[tuple[int, int]], size: int) -> Account:
-        left, spent, config = counts[-1][1], 0, model.config
+        left, spent, cost, config = counts[-1][1], 0, BlockCost.of(model.config), model.config
         # Where all tokens stay, nobody chooses.
         if left < size:
-            spent = self.operations(BlockCost.of(config), size, counts)
-            spent += self.chosen_in_tower(config, size, left)
+            spent = self.operations(cost, size, counts) + self.chosen_in_tower(config, size, left)
         seen = self.seen_by_tower(config, size, left) if image_tokens(config) else []
         return Account(config, size, counts, seen, spent)
 
