@@ -87,6 +87,10 @@ def fits(pruner: Pruner, home: str | Home) -> bool:
     return True
 
 
+# A tiny model's image has 16 tokens.
+LEAST = 1 / 16
+
+
 @cache
 def home(method: str) -> Home:
     """Return on what a method's laws are tried: the first family that it can prune."""
@@ -113,7 +117,14 @@ def quick(method: str, **fields: Any) -> Pruner:
     found = catalogue.find(method)
     few: dict[str, Any] = {"rounds": 2} if "rounds" in found.model_fields else {}
     half = {"sparsity": 0.5} if method in STRUCTURE_METHODS else {}
-    return found.model_validate(few | half | fields)
+    return found.model_validate(few | half | reachable(found()) | fields)
+
+
+def reachable(pruner: Pruner) -> dict[str, Any]:
+    """Return a target in place of one that leaves no token of a tiny model's image."""
+    target = getattr(pruner, "target", None)
+    less = target is not None and (target.keep_ratio or 1) < LEAST
+    return {"target": {"keep_ratio": LEAST}} if less else {}
 
 
 def weigher(method: str, **fields: Any) -> WeightPruner:

@@ -17,7 +17,7 @@ from structprune.recipe.options import EvaluateOptions, sparsity_of
 from structprune.recipe.recipe import Recipe, assemble, choose_recipe, load, stage
 from structprune.recipe.request import choose_settings, request_recipe
 from structprune.storage import strict_yaml
-from tests.methods import home
+from tests.methods import home, reachable
 from tests.seeing import save_rows
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -67,6 +67,8 @@ def test_a_shipped_recipe_prunes_a_tiny_model(path, llama, tmp_path):
     at = home(load(path).prune[0].method())
     if at.images:
         sets = [f"calibration.source={save_rows(tmp_path)}", "calibration.samples=2"]
+        few = reachable(load(path).prune[0])
+        sets += [f"prune.target.keep_ratio={few['target']['keep_ratio']}"] if few else []
     if load(path).recover is not None:
         sets += [f"recover.teacher={llama}", "recover.steps=2", "recover.check_every=1", "recover.length=16"]
     model = llama if at.family == "llama" else at.save(tmp_path / "model")
