@@ -38,6 +38,7 @@ from structprune.calibration.text_source import DEMO_VISION, TextSource
 from structprune.checkpoint.locate import resolve
 from structprune.demo.scenes import covered
 from structprune.demo.sights import HELD_OUT_SEED, VisualQuestion, visual_questions
+from structprune.errors import UsageError
 from structprune.evaluation.questions import QuestionExam, answer, read_question_exam
 from structprune.machine import environment
 from structprune.models.opening import Opening
@@ -52,13 +53,18 @@ from structprune.runtime.images import placeholder
 SHARES = (1 / 3, 0.11, 0.05, 0.025)
 SEEDS = (0, 1, 2)
 BATCH = 16
+ALL = "all"
 # Prefills of a method and of the dense model in turns, of which the medians are compared.
 TURNS = 5
 
 
 def token_methods() -> list[str]:
-    """Return all token methods: what knows nothing of the picture first, then by name."""
+    """Return all token methods: what knows nothing of the picture first, then by name.
+
+    Those that ask the tower's class token stand there a second time, where they ask all of its patches.
+    """
     found = [name for name in catalogue.names() if issubclass(catalogue.find(name), TokenPruner)]
+    found += [f"{name} {ALL}" for name in found if "queries" in catalogue.find(name).model_fields]
     return sorted(found, key=lambda name: (name not in BASELINES, name))
 
 
@@ -152,10 +158,9 @@ class Bench:
 
     def measure(self, method: str, share: float, seed: int) -> Cell:
         """Return a cell: which answers of a pruned model are right, and what it costs."""
-        target = {"keep_ratio": share}
-        pruner = catalogue.find(method).model_validate(
-            {"target": target} | ({"seed": seed} if draws(method) else {})
-        )
+        name, _, queries = method.partition(" ")
+        fields: dict[str, Any] = {"target": {"keep_ratio": share}} | ({"queries": queries} if queries else {})
+        pruner = catalogue.find(name).model_validate(fields | ({"seed": seed} if draws(method) else {}))
         assert isinstance(pruner, TokenPruner)
         started = time.process_time()
         with pruning(self.model, pruner, self.batches if pruner.needs_data else ()) as plan:
@@ -209,7 +214,9 @@ def patches_of(asked: VisualQuestion) -> Tensor:
 
 def draws(method: str) -> bool:
     """Tell whether a method draws."""
-    return "seed" in catalogue.find(method).model_fields
+    fields = catalogue.find(method.partition(" ")[0]).model_fields
+    # A search draws what it tries, and none runs here.
+    return "seed" in fields and "trials" not in fields
 
 
 def missing(cells: list[Cell], methods: list[str]) -> Iterator[tuple[str, float, int]]:
@@ -255,7 +262,11 @@ def main() -> None:
     if "dense" not in kept:
         kept["dense"] = bench.look()["right"]
     for method, share, seed in missing(kept["cells"], options.methods.split(",")):
-        cell = bench.measure(method, share, seed)
+        try:
+            cell = bench.measure(method, share, seed)
+        except UsageError as error:
+            print(f"{method} {share:.3f}: {error}", flush=True)
+            continue
         kept["cells"].append(cell)
         options.json.write_text(json.dumps(kept))
         print(f"{method} {share:.3f} seed {seed}: {fmean(cell['right']):.3f} right", flush=True)

@@ -52,7 +52,7 @@ class Downsample(TowerPruner):
         return {0: torch.tensor(self.counts(model, square_of(model))[-1][1])}
 
     def drops(self, plan: Plan, model: Model) -> list[Drop]:
-        """Return what the engine carries out on a model."""
+        """Return what the engine carries out: images get smaller, shape [images, 3, side, side]."""
         whole = self._in_memory(model)
         return [
             replace(drop, images=smaller_images(whole, int(drop.keep(torch.tensor(square_of(whole))))))

@@ -85,6 +85,7 @@ class ToMe(TowerPruner):
         return found
 
     def _match(self, keys: Tensor, gone: int, protected: int) -> Tensor:
+        """Return which patch each one is merged into, by keys of the shape [squares, patches, size]."""
         if not bool(keys.isfinite().all()):
             raise QualityError(
                 f"{self.method()}: a key of the vision tower is not finite",

@@ -50,7 +50,7 @@ class VScan(StagedTokens, LookingTokens):
         return size**2 * cost.hidden + counts[middle - 1][1] * cost.queries
 
     def choose(self, seen: View, keep: Tensor) -> Tensor:
-        """Return the tokens that both scans take, or those that the last token looks at, [images, tokens].
+        """Return what both scans take, or what the last token looks at, bool [images, tokens].
 
         Raises:
             QualityError: An attention is not a number.
