@@ -10,18 +10,20 @@ VOCABULARY = 4096
 IMAGE = VOCABULARY - 1
 
 
-def random_llava(side: int = SIDE) -> LlavaForConditionalGeneration:
-    """Return a LLaVA with random weights; its tower is small, for it is not what is measured.
+def random_llava(side: int = SIDE, width: int = 64, layers: int = 1) -> LlavaForConditionalGeneration:
+    """Return a LLaVA with random weights.
 
     Args:
         side: Pixels of an image each way.
+        width: Of the vision tower; small, where that is not what is measured.
+        layers: Of the vision tower.
     """
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(2, width // 64),
         image_size=side,
         patch_size=PATCH,
     )
