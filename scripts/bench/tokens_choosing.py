@@ -24,11 +24,11 @@ from structprune.pruners.catalogue import find
 from structprune.pruners.while_running import pruning
 from structprune.runtime.attach import engine_of, paused
 
-WIDTH, LAYERS, ROUNDS = 1024, 4, 3
+WIDTH, LAYERS = 1024, 4
 
 
 @torch.no_grad()
-def choosing(model: Any, batch: Any, method: str) -> tuple[float, float] | None:
+def choosing(model: Any, batch: Any, method: str, rounds: int) -> tuple[float, float] | None:
     """Return what choosing takes, and the whole prefill, over a dense prefill; None where it is not seen."""
     name, _, queries = method.partition(" ")
     pruner: Any = find(name).model_validate({"queries": queries} if queries else {})
@@ -39,7 +39,7 @@ def choosing(model: Any, batch: Any, method: str) -> tuple[float, float] | None:
         engine = engine_of(model)
         if engine is None or engine.fewer() is not None:
             return None
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             with in_language_model(model) as dense, paused(model):
                 model(**batch, logits_to_keep=1)
             with TimedChoosers(engine) as choosers, in_language_model(model) as mine:
@@ -51,6 +51,7 @@ def choosing(model: Any, batch: Any, method: str) -> tuple[float, float] | None:
 def main() -> None:
     """Measure, print and, with --write, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="write the section of README.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -58,7 +59,7 @@ def main() -> None:
     rows = []
     for method in token_methods():
         try:
-            found = choosing(model, batch, method)
+            found = choosing(model, batch, method, options.rounds)
         except UsageError as error:
             print(f"{method}: {error}")
             continue
@@ -67,7 +68,7 @@ def main() -> None:
             print(*rows[-1], flush=True)
     table = markdown(["method", "choosing / dense prefill", "prefill / dense prefill"], rows)
     said = (
-        f"Image of 576 tokens, {TEXT} tokens of text, each method's defaults; medians of {ROUNDS}. Prefill: "
+        f"Image of 576 tokens, {TEXT} tokens of text, each method's defaults; medians of {options.rounds}. Prefill: "
         "choosing included, the tower left out. Not here: methods that spare the tower; and fitprune, whose "
         f"figures stand under tokens.py. {environment()['machine']['processor']}, a shared host."
     )
