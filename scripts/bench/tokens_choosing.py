@@ -68,9 +68,9 @@ def main() -> None:
             print(*rows[-1], flush=True)
     table = markdown(["method", "choosing / dense prefill", "prefill / dense prefill"], rows)
     said = (
-        f"Image of 576 tokens, {TEXT} tokens of text, each method's defaults; medians of {options.rounds}. Prefill: "
-        "choosing included, the tower left out. Not here: methods that spare the tower; and fitprune, whose "
-        f"figures stand under tokens.py. {environment()['machine']['processor']}, a shared host."
+        f"Image of 576 tokens, {TEXT} tokens of text, each method's defaults; medians of {options.rounds}. "
+        "Prefill: choosing included, the tower left out. Not here: methods that spare the tower; and fitprune, "
+        f"whose figures stand under tokens.py. {environment()['machine']['processor']}, a shared host."
     )
     if options.write:
         write_section("tokens_choosing.py", f"{table}\n\n{said}")
