@@ -67,10 +67,11 @@ def main() -> None:
             rows.append([method, f"{found[0]:.2%}", f"{found[1]:.2f}"])
             print(*rows[-1], flush=True)
     table = markdown(["method", "choosing / dense prefill", "prefill / dense prefill"], rows)
+    processor = environment()["machine"]["processor"]
     said = (
         f"Image of 576 tokens, {TEXT} tokens of text, each method's defaults; medians of {options.rounds}. "
-        "Prefill: choosing included, the tower left out. Not here: methods that spare the tower; and fitprune, "
-        f"whose figures stand under tokens.py. {environment()['machine']['processor']}, a shared host."
+        "Prefill: choosing included, without the tower. Not here: methods that spare the tower, and fitprune, "
+        f"whose figures stand under tokens.py. {processor}, a shared host."
     )
     if options.write:
         write_section("tokens_choosing.py", f"{table}\n\n{said}")

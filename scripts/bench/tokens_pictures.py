@@ -19,6 +19,7 @@ from torch import Tensor
 from structprune.calibration.image_questions import ImageQuestion, read_questions
 from structprune.calibration.images import batch_of
 from structprune.calibration.text_source import DEMO_VISION, TextSource
+from structprune.errors import UsageError
 from structprune.pruners.catalogue import find
 from structprune.pruners.while_running import pruning
 from structprune.report.patches import Patches, patches_of
@@ -32,7 +33,9 @@ SIDE, FAINT, DPI, COLOURS_KEPT, COLUMNS = 1.05, 0.2, 80, 128, 3
 @torch.no_grad()
 def kept_of(bench: Bench, method: str, share: float) -> list[Tensor]:
     """Return which patches of each picture are left, bool [tokens]; none where others stand for them."""
-    pruner: Any = find(method).model_validate({"target": {"keep_ratio": share}})
+    name, _, queries = method.partition(" ")
+    fields: dict[str, Any] = {"target": {"keep_ratio": share}} | ({"queries": queries} if queries else {})
+    pruner: Any = find(name).model_validate(fields)
     with pruning(bench.model, pruner, bench.batches if pruner.needs_data else ()):
         engine = engine_of(bench.model)
         assert engine is not None
@@ -98,7 +101,11 @@ def main() -> None:
     patches = [patches_of(bench.model.config, one, bench.processor, 144) for one in bench.asked]
     rows = {"all": [drawn(one, torch.ones(144, dtype=torch.bool)) for one in patches]}
     for method in token_methods():
-        kept = kept_of(bench, method, options.share)
+        try:
+            kept = kept_of(bench, method, options.share)
+        except UsageError as error:
+            print(f"{method}: {error}")
+            continue
         if kept:
             rows[method] = [drawn(*pair) for pair in zip(patches, kept, strict=True)]
     questions = [one.question for one in asked]
