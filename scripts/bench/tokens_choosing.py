@@ -70,7 +70,7 @@ def main() -> None:
     processor = environment()["machine"]["processor"]
     said = (
         f"Image of 576 tokens, {TEXT} tokens of text, each method's defaults; medians of {options.rounds}. "
-        "Prefill: choosing included, without the tower. Not here: methods that spare the tower, and fitprune, "
+        "Prefill: choosing included, without the tower. Not here: what spares the tower, and fitprune, "
         f"whose figures stand under tokens.py. {processor}, a shared host."
     )
     if options.write:
