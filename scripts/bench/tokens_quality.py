@@ -254,7 +254,11 @@ def main() -> None:
     )
     kept = kept_cells(options.json, protocol)
     name = Path(options.model).name + (f", after {options.examples} examples" if options.examples else "")
-    kept |= {"model": name, "processor": environment()["machine"]["processor"]}
+    kept |= {
+        "model": name,
+        "images": 1 + options.examples,
+        "processor": environment()["machine"]["processor"],
+    }
     kept |= {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "kinds": [str(one.kind) for one in bench.exam.questions],

@@ -51,16 +51,21 @@ def section(kept: Mapping[str, Any]) -> str:
         rows = [first]
         for method in dict.fromkeys(one["method"] for one in cells):
             mine = [one for one in cells if one["method"] == method]
-            rows.append(row(method, mine, random, dense, kinds))
+            rows.append(row(method, mine, random, dense, kinds, kept.get("images", 1)))
         ranked = sorted(rows[1:], key=lambda one: (one[0] not in BASELINES, -float(one[7].rstrip("%"))))
         parts += [f"**{share:.1%} of the tokens**", markdown(header, [first, *ranked])]
     return "\n\n".join(parts + [SHOWN] * (kept["model"] == DEMO_VISION))
 
 
 def row(
-    method: str, cells: list[Cell], random: Sequence[float], dense: Sequence[bool], kinds: Sequence[str]
+    method: str,
+    cells: list[Cell],
+    random: Sequence[float],
+    dense: Sequence[bool],
+    kinds: Sequence[str],
+    images: int,
 ) -> list[str]:
-    """Return a line of the table, of several seeds the mean."""
+    """Return a line of the table, of several seeds the mean; of prompts with so many images."""
     facts, mine, names = cells[0]["facts"], pooled(cells), sorted(set(kinds))
     shares, whole = shares_of(mine, kinds, names), shares_of(dense, kinds, names)
     lost = [after - before for after, before in zip(shares, whole, strict=True)]
@@ -68,7 +73,7 @@ def row(
     on_answer = [one["on_answer"] for one in cells if one.get("on_answer") is not None]
     return [
         method,
-        f"{fmean(one['left'] for one in cells):.3g} of {facts['visual_tokens']}",
+        f"{fmean(one['left'] for one in cells):.3g} of {images * facts['visual_tokens']}",
         f"{facts['visual_flops']:.3f}",
         f"{facts['image_flops']:.3f}" if "image_flops" in facts else "",
         f"{fmean(one['cache'] for one in cells):.2f}",
