@@ -159,6 +159,7 @@ class Forward:
         weights = drop.chooser.merge(seen, chosen)
         if weights is None:
             return states
+        assert not drop.within, "a feed-forward reads what its norm made of the states, not the states"
         self.merges.append((seen, chosen, weights))
         return seen.merged(chosen, weights, states)
 

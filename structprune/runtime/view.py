@@ -235,6 +235,11 @@ class View:
         return self.placed(found) if len(found) == len(self._shown) else None
 
     @property
+    def patches(self) -> Tensor:
+        """Return which entries do more than end a line, bool [images, tokens]."""
+        return self.real & (self.places[..., 2] >= 0)
+
+    @property
     def _shown(self) -> list[ImageShown]:
         found = [one for one in self.images.shown if one is not None]
         if len(found) < len(self.images.sizes):

@@ -58,19 +58,15 @@ class OutlierTokens(LookingTokens):
         """Return nothing: pairs of keys, a head wide, are less than all rows of the tower's attention."""
         return 0
 
-    def patches(self, seen: View) -> Tensor:
-        """Return which tokens do more than end a line, bool [images, tokens]."""
-        return seen.real & (seen.places[..., 2] >= 0)
-
     def standing_out(self, seen: View, keep: Tensor) -> Tensor:
         """Return the tokens that stand out, the highest of them up to `keep`, at least one of an image."""
-        paid, patch = self.attention(seen, -1), self.patches(seen)
+        paid, patch = self.attention(seen, -1), seen.patches
         count = outliers(paid, patch, self.iqr).sum(1).clamp(min=1)
         return highest(paid, patch, count.minimum(keep))
 
     def merge(self, seen: View, chosen: Tensor) -> Tensor | None:
         """Return means of each token that stays and its neighbours that go, weighted by attention."""
-        paid, going = self.attention(seen, -1).clamp(min=torch.finfo().tiny), self.patches(seen) & ~chosen
+        paid, going = self.attention(seen, -1).clamp(min=torch.finfo().tiny), seen.patches & ~chosen
         keys = normalize(finite(seen.tower(-1).keys, seen.real, self.method()), dim=-1)
         stays = torch.argsort((~chosen).int(), dim=1, stable=True)[:, : int(chosen.sum(1).max())]
         mine = keys.gather(1, stays[..., None].expand(-1, -1, keys.shape[2]))
@@ -78,7 +74,7 @@ class OutlierTokens(LookingTokens):
         near = alike.argsort(dim=2, descending=True, stable=True)[..., : self.neighbours]
         some = torch.zeros_like(alike).scatter(2, near, 1.0) * going[:, None]
         # Only itself where the end of a line stays: it has no key to be near.
-        some = some * self.patches(seen).gather(1, stays)[..., None]
+        some = some * seen.patches.gather(1, stays)[..., None]
         some = some.scatter(2, stays[..., None], 1.0) * paid[:, None]
         width = chosen.shape[1]
         whole = torch.zeros(len(chosen), width, width, device=chosen.device)

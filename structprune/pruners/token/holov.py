@@ -59,7 +59,7 @@ class HoloV(LookingTokens):
             QualityError: A feature or an attention is not a number.
         """
         attention, crop = self.attention(seen), self._crop(seen)
-        patch = seen.real & (seen.places[..., 2] >= 0)
+        patch = seen.patches
         varying = self._varying(seen, crop, patch)
         scale = attention.sum(1, keepdim=True) / varying.sum(1, keepdim=True).clamp(min=1e-30)
         score = attention + (0.09 if self.compat else 1.0) * scale * varying

@@ -29,7 +29,7 @@ class PruMergePlus(OutlierTokens):
         Raises:
             QualityError: An attention is not a number.
         """
-        chosen, patch = self.standing_out(seen, keep), self.patches(seen)
+        chosen, patch = self.standing_out(seen, keep), seen.patches
         count = chosen.sum(1)
         wanted = torch.floor(count * self.spread + 0.5).long().minimum(keep - count)[:, None]
         size, number = patch.sum(1, keepdim=True), (patch.cumsum(1) - 1).clamp(min=0)

@@ -72,7 +72,7 @@ class Recoverable(LookingTokens):
         """
         paid = self.attention(seen, -1)
         features = finite(seen.features(), seen.real, self.method())
-        patch = seen.real & (seen.places[..., 2] >= 0)
+        patch = seen.patches
         kept = highest(paid, patch, outliers(paid, patch, self.iqr).sum(1).minimum(keep))
         if self.text_iqr is not None:
             asked, rest = self._asked(seen, features), patch & ~kept

@@ -59,7 +59,7 @@ class TokenCorr(LookingTokens):
             QualityError: An attention or a key is not a number.
         """
         paid = self.attention(seen, -1)
-        part, patch = seen.places[..., 0], self._patch(seen)
+        part, patch = seen.places[..., 0], seen.patches
         inside = one_hot(part, int(part.max()) + 1) * patch[..., None]
         sizes = inside.sum(1)
         same = (part[:, :, None] == part[:, None]) & patch[:, :, None] & patch[:, None]
@@ -76,15 +76,11 @@ class TokenCorr(LookingTokens):
 
     def merge(self, seen: View, chosen: Tensor) -> Tensor | None:
         """Return means of each token that stays and those of its part whose keys are nearest."""
-        part, patch = seen.places[..., 0], self._patch(seen)
+        part, patch = seen.places[..., 0], seen.patches
         into = chosen[:, None] & (part[:, :, None] == part[:, None])
         nearest = self._cosines(seen).masked_fill(~into, -torch.inf).argmax(2)
         place = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
         return means(torch.where(patch & ~chosen & into.any(2), nearest, place))
-
-    def _patch(self, seen: View) -> Tensor:
-        """Return which tokens do more than end a line, bool [images, tokens]."""
-        return seen.real & (seen.places[..., 2] >= 0)
 
     def _cosines(self, seen: View) -> Tensor:
         """Return the cosines of all pairs of keys, [images, tokens, tokens]."""

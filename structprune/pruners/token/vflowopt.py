@@ -103,7 +103,7 @@ class VFlowOpt(SearchedTokens, StagedTokens):
             if self.alpha:
                 show = partial(entropy, mean=self.image_mean, std=self.image_std)
                 bits = seen.tower(self.tower_layers[0]).of_pixels(show)
-                shares = bits.masked_fill(~seen.real | (seen.places[..., 2] < 0), -torch.inf).softmax(-1)
+                shares = bits.masked_fill(~seen.patches, -torch.inf).softmax(-1)
                 found = found + self.alpha * shares
             seen.notes["importance"] = seen.marked(found)
         return seen.spread(seen.notes["importance"], whole=True)

@@ -53,7 +53,7 @@ class VisionZip(LookingTokens):
 
     def _parts(self, seen: View, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Return which tokens are dominant and which are contextual, bool [images, tokens] each."""
-        attention, patch = self.attention(seen), self._patch(seen)
+        attention, patch = self.attention(seen), seen.patches
         wanted = torch.floor((keep * self.contextual).round(decimals=9) + 0.5).long()
         # Where ends of lines stay for want of patches, nothing is left to merge.
         wanted = torch.where(keep <= patch.sum(1), wanted, 0)
@@ -64,15 +64,12 @@ class VisionZip(LookingTokens):
         contextual = rest & (number % step == 0) & (number // step < wanted[:, None])
         return dominant, contextual
 
-    def _patch(self, seen: View) -> Tensor:
-        return seen.real & (seen.places[..., 2] >= 0)
-
     def merge(self, seen: View, chosen: Tensor) -> Tensor:
         """Return weights by which each token goes into the contextual one of the most similar key."""
         _, contextual = self._parts(seen, chosen.sum(1))
         keys = normalize(finite(seen.tower(-2).keys, seen.real, self.method()), dim=-1)
         alike = (keys @ keys.transpose(1, 2)).masked_fill(~contextual[:, None], -torch.inf)
-        goes = self._patch(seen) & ~chosen & contextual.any(1, keepdim=True)
+        goes = seen.patches & ~chosen & contextual.any(1, keepdim=True)
         places = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
         into = torch.where(goes, alike.argmax(2), places)
         if not self.compat:

@@ -58,7 +58,7 @@ class VScan(StagedTokens, LookingTokens):
         if seen.block:
             return highest(finite(seen.paid_by_last(), seen.real, self.method()), seen.real, keep)
         everywhere, inside = (self.attention(seen, layer) for layer in (GLOBAL, LOCAL))
-        patch = self._patch(seen)
+        patch = seen.patches
         wanted = torch.floor((keep * self.local).round(decimals=9)).long()
         # Where ends of lines stay for want of patches, windows have nothing to add.
         wanted = torch.where(keep <= patch.sum(1), wanted, 0)
@@ -71,14 +71,11 @@ class VScan(StagedTokens, LookingTokens):
         order = order.gather(1, torch.argsort(rounds, dim=1, stable=True))
         return taken | ((order.argsort(1) < wanted[:, None]) & free)
 
-    def _patch(self, seen: View) -> Tensor:
-        return seen.real & (seen.places[..., 2] >= 0)
-
     def merge(self, seen: View, chosen: Tensor) -> Tensor | None:
         """Return the means of the tokens that stay with those most like them; None in the middle."""
         if seen.block:
             return None
-        unit, patch = normalize(finite(seen.features(), seen.real, self.method()), dim=-1), self._patch(seen)
+        unit, patch = normalize(finite(seen.features(), seen.real, self.method()), dim=-1), seen.patches
         open_to = chosen & patch
         alike = (unit @ unit.transpose(1, 2)).masked_fill(~open_to[:, None], -torch.inf)
         places = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
