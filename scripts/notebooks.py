@@ -8,6 +8,7 @@ into pieces, the version of Python) is not stored.
 
 import argparse
 import os
+import resource
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,16 +51,23 @@ def execute(path: Path, folder: Path) -> NotebookNode:
     return notebook
 
 
+def processor_seconds() -> float:
+    """Return what the processes that this one started, and that have ended, took of the processors."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> None:
     """Execute notebooks and store them with their outputs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="all unless given")
     for path in parser.parse_args().notebooks or sorted(NOTEBOOKS.glob("*.ipynb")):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), processor_seconds()
         with TemporaryDirectory() as folder:
             notebook = execute(path, Path(folder))
         nbformat.write(notebook, path)
-        print(f"{path.name}: {time.perf_counter() - start:.0f} s")
+        seconds = time.perf_counter() - start
+        print(f"{path.name}: {seconds:.0f} s, {processor_seconds() - used:.0f} s of processor time")
 
 
 if __name__ == "__main__":
