@@ -11,28 +11,9 @@ from cells import Cell, difference, divergence_of, pooled, with_error
 
 from structprune.report.plots import PALETTE
 
-SPARSITIES = ("0.3", "0.5", "0.6", "0.7", "2:4", "4:8")
-EQUAL_BYTES = "sparsegpt, armor's bytes"
-# By row: the method, and the fields that are not its defaults. The first rows are each from one paper (OWL
-# is one), those with a plus from several. N:M leaves a budget nothing to do: it is left out there.
-SINGLE = ("random", "magnitude", "wanda", "gblm", "ria", "nowag", "sparsegpt", "alps")
-ROWS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in SINGLE} | {
-    "owl (wanda)": ("wanda", {"budget": "owl"}),
-    "owl (sparsegpt)": ("sparsegpt", {"budget": "owl"}),
-    "wanda + owl + least_squares": ("wanda", {"budget": "owl", "repair": "least_squares"}),
-    "alps + owl": ("alps", {"budget": "owl"}),
-    "armor": ("armor", {}),
-    "armor, gram": ("armor", {"proxy": "gram"}),
-    EQUAL_BYTES: ("sparsegpt", {}),
-}
 # What is compared: worse, better; where they are unstructured, and where they are N:M.
 PAIRS = (("magnitude", "wanda"), ("wanda", "sparsegpt"))
 PATTERN_PAIRS = tuple(product(("nowag", "sparsegpt", EQUAL_BYTES), ("armor", "armor, gram")))
-
-
-def cells_at(cells: Sequence[Cell], row: str, sparsity: str) -> dict[int, Cell]:
-    """Return the cells of a row at a sparsity, by seed."""
-    return {cell["seed"]: cell for cell in cells if (cell["row"], cell["sparsity"]) == (row, sparsity)}
 
 
 def perplexity_of(cells: Sequence[Cell]) -> float:
