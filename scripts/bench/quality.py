@@ -240,7 +240,9 @@ def bench_of(options: argparse.Namespace, questions: Path) -> tuple[Bench, dict[
         f"{versions['torch']}, transformers {versions['transformers']}; armor's wrappers "
         f"{wrapper} x {wrapper}, {overhead:.1%} of the linears' parameters"
     )
-    known = {"protocol": protocol, "model": folder.name, "parameters": parameters_of(dense)}
+    known = {"protocol": protocol, "model": Path(options.model).name, "parameters": parameters_of(dense)}
+    known["linears"] = sum(linear.weight.numel() for block in all_linears(dense) for linear in block)
+    known["prompts"] = [*PROMPTS]
     known |= {"processor": environment()["machine"]["processor"], "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     return bench, known
 

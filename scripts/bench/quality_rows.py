@@ -1,6 +1,7 @@
 """The rows that `quality.py` measures, and their cells found again in a file."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from cells import Cell
@@ -33,3 +34,8 @@ UNITS: dict[str, tuple[str, dict[str, Any]]] = {
 def cells_at(cells: Sequence[Cell], row: str, sparsity: str) -> dict[int, Cell]:
     """Return the cells of a row at a sparsity, by seed."""
     return {cell["seed"]: cell for cell in cells if (cell["row"], cell["sparsity"]) == (row, sparsity)}
+
+
+def perplexity_of(cells: Sequence[Cell]) -> float:
+    """Return the mean perplexity over seeds."""
+    return fmean(cell["perplexity"] for cell in cells)
