@@ -11,7 +11,7 @@ from structprune.report.plots import INK, PALETTE
 # Perplexities above so many times the dense one are left out: they would press the others together.
 MOST = 40
 WIDTH, HEIGHT, DPI = 9.0, 5.0, 120
-MARKERS = "osD^vP*X<>hpdo8s^D"
+MARKERS = "osD^vP*X<>hpd"
 
 
 def file_of(kept: Mapping[str, Any]) -> str:
@@ -46,7 +46,10 @@ def draw(kept: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.add_subplot()
     for place, row in enumerate([*ROWS, *UNITS]):
-        style: dict[str, Any] = {"color": PALETTE[place % len(PALETTE)], "marker": MARKERS[place]}
+        style: dict[str, Any] = {
+            "color": PALETTE[place % len(PALETTE)],
+            "marker": MARKERS[place % len(MARKERS)],
+        }
         points = _points(kept, row)
         if low := sorted(point for at, point in points.items() if ":" not in at):
             axes.plot(*zip(*low), linestyle="-" if "+" in row else ":", linewidth=1.2, label=row, **style)
