@@ -50,7 +50,7 @@ def draw(kept: Mapping[str, Any], path: Path) -> None:
             "color": PALETTE[place % len(PALETTE)],
             "marker": MARKERS[place % len(MARKERS)],
         }
-        points = _points(kept, row)
+        points = points_of(kept, row)
         if low := sorted(point for at, point in points.items() if ":" not in at):
             axes.plot(*zip(*low), linestyle="-" if "+" in row else ":", linewidth=1.2, label=row, **style)
             style["label"] = "_"
@@ -71,7 +71,7 @@ def draw(kept: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=DPI)
 
 
-def _points(kept: Mapping[str, Any], row: str) -> dict[str, tuple[float, float]]:
+def points_of(kept: Mapping[str, Any], row: str) -> dict[str, tuple[float, float]]:
     """Return by sparsity what a row has left, and its perplexity, where that is not beyond the picture."""
     cells = {at: [*cells_at(kept["cells"], row, at).values()] for at in (*SPARSITIES, *SMALLER)}
     points = {at: (left_of(kept, each[0]), perplexity_of(each)) for at, each in cells.items() if each}
