@@ -86,7 +86,7 @@ def test_what_is_left_is_stored_and_not_zero(
 
 
 def test_a_plot_leaves_out_what_is_beyond_it(tmp_path: Path) -> None:
-    from quality_plot import points_of, draw, file_of
+    from quality_plot import draw, file_of, points_of
 
     found = kept(cell("wanda", "0.5", 0.2), cell("wanda", "0.7", 2, perplexity=1e6), cell("cfsp", "2:4", 1))
     assert points_of(found, "wanda") == {"0.5": (0.6, 8.0)}
