@@ -6,7 +6,7 @@ from typing import Any
 from structprune.plan.plan import PlanHead
 from structprune.plan.promise import Computed
 from structprune.report.charts import Axis, Chart, bars
-from structprune.report.figures import percent, scaled
+from structprune.report.figures import fraction, percent, scaled
 from structprune.report.plots import zeros_share
 
 UNITS = ("", "k", "M", "G")
@@ -30,6 +30,11 @@ def counted_short(value: float) -> str:
     return scaled(value, UNITS).replace(" ", "")
 
 
+def percent_short(value: float) -> str:
+    """Return a share as it stands beside an axis: "50%"."""
+    return percent(value).replace(".0%", "%")
+
+
 def _zeros(report: Mapping[str, Any]) -> Iterator[Chart]:
     """Yield the zeros of each block, stacked by matrix, as they stand in the files."""
     if report["sparsity"] and report["blocks"]:
@@ -37,8 +42,9 @@ def _zeros(report: Mapping[str, Any]) -> Iterator[Chart]:
             (str(block["block"]), {kind: zeros_share(block, kind) for kind in block["matrices"]})
             for block in report["blocks"]
         ]
+        said = f"measured {fraction(report['sparsity'])}"
         chart = Chart("Zeros in each block's matrices", "Counted in the files; stacked by matrix.", "")
-        yield bars(chart, rows, Axis("zeros", percent), report["sparsity"])
+        yield bars(chart, rows, Axis("zeros", percent_short), (report["sparsity"], said))
 
 
 def _parameters(report: Mapping[str, Any]) -> Iterator[Chart]:
@@ -88,7 +94,7 @@ def _tokens(plan: PlanHead) -> Iterator[Chart]:
         where = f"each block's {place}" if len(places) > 1 else "each block"
         chart = Chart(
             f"Visual tokens in {where}",
-            f"Of {of:,} of an image, {most}so many under {plan.method}; counted while the model ran.",
+            f"Of an image, {most}so many are computed under {plan.method}.",
             "",
         )
-        yield bars(chart, rows, Axis("visual tokens", counted_short))
+        yield bars(chart, rows, Axis("visual tokens", counted_short), (of, f"{of:,} in an image"))

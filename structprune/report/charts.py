@@ -105,7 +105,10 @@ class _Scale:
 
 
 def bars(
-    chart: Chart, rows: Sequence[tuple[str, Mapping[str, float]]], axis: Axis, line: float | None = None
+    chart: Chart,
+    rows: Sequence[tuple[str, Mapping[str, float]]],
+    axis: Axis,
+    line: tuple[float, str] | None = None,
 ) -> Chart:
     """Return a chart of one bar per block, stacked by what each part adds to it.
 
@@ -113,12 +116,12 @@ def bars(
         chart: Its title and its note.
         rows: What stands under a bar -> its parts.
         axis: What their height means.
-        line: A value that stands as a line across all bars.
+        line: A value that stands as a line across all bars, and what is written at it.
     """
     parts = list(dict.fromkeys(part for _, found in rows for part in found))
     width = max(WIDTH, LEFT + RIGHT + SLOT * len(rows))
     heights = [sum(found.values()) for _, found in rows]
-    top = max([*heights, line or 0.0]) * 1.12 or 1.0
+    top = max([*heights, line[0] if line else 0.0]) * 1.12 or 1.0
     scale = _Scale(0, top, HEIGHT - BOTTOM, TOP)
     svg = _canvas(chart.title, width)
     _level(svg, scale, axis, width)
@@ -144,9 +147,9 @@ def bars(
         if number % every == 0:
             _add(svg, "text", label, x=middle, y=HEIGHT - BOTTOM + 14, class_="middle")
     if line is not None:
-        level = scale(line)
+        level = scale(line[0])
         _add(svg, "line", x1=LEFT, x2=width - RIGHT, y1=level, y2=level, class_="reference")
-        _add(svg, "text", f"measured {axis.say(line)}", x=width - RIGHT, y=level - 4, class_="end strong")
+        _add(svg, "text", line[1], x=width - RIGHT, y=level - 4, class_="end strong")
     _add(svg, "text", "block", x=(LEFT + width - RIGHT) / 2, y=HEIGHT - 8, class_="middle")
     legend = [(_colour(parts, part), part) for part in parts] if len(parts) > 1 else []
     return Chart(chart.title, chart.note, ElementTree.tostring(svg, encoding="unicode"), width, legend)

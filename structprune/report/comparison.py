@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from structprune.report.block_charts import counted_short
+from structprune.report.block_charts import counted_short, percent_short
 from structprune.report.charts import Axis, Chart, Dot, scatter
-from structprune.report.figures import bytes_text, number, percent
+from structprune.report.figures import bytes_text, number
 from structprune.report.finished import FinishedRun
 from structprune.report.report import TableRow, footing, table_rows
 from structprune.report.sentences import goals_rows
@@ -114,5 +114,5 @@ KL = Axis("KL, nats", number)
 SIZES = (
     _Size(Axis("parameters that are not zero", counted_short), lambda one: one["parameters"]["nonzero"]),
     _Size(Axis("bytes of the weight files", bytes_text), lambda one: one["bytes"]["pruned"]),
-    _Size(Axis("operations of visual tokens", percent), _visual_operations),
+    _Size(Axis("operations of visual tokens", percent_short), _visual_operations),
 )

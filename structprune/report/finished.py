@@ -76,7 +76,7 @@ def _read_run(folder: Path, place: Path, name: str) -> FinishedRun:
         )
     _check_unchanged(place, REPORT_FILE, manifest)
     _check_unchanged(place, RECIPE_FILE, manifest)
-    report = _checked(read_report(place), place)
+    report = checked_report(read_report(place), place)
     recipe = read_whole(place / RECIPE_FILE, limit_bytes=LIMIT_BYTES, root=place)
     plans = []
     for stage in report["stages"]:
@@ -125,8 +125,12 @@ def _check_unchanged(place: Path, name: str, manifest: Manifest) -> None:
         )
 
 
-def _checked(found: Mapping[str, Any], place: Path) -> dict[str, Any]:
-    """Return what a report says of what it is known to hold.
+def checked_report(found: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    """Return of a report what a page may rely on.
+
+    Args:
+        found: The report of a run.
+        place: The folder that it stands in.
 
     Raises:
         InputError: It lacks something, or says it in another way.
