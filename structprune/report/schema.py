@@ -6,7 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # What 64 bits hold: no figure of a model is larger, and Python would print thousands of digits.
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Figures = dict[str, float | None]
+# What float32 holds, in which models compute: a chart can still be drawn of it.
+Figure = Annotated[float, Field(ge=-1e39, le=1e39)]
+Share = Annotated[float, Field(ge=0, le=1)]
 COUNTED_WHILE_RUNNING = ("visual_tokens", "avg_tokens", "selection_flops", "counted", "visual_flops")
 
 
@@ -31,7 +33,7 @@ class _Found(_Read):
     """What had been pruned before."""
 
     pruned: bool
-    sparsity: float | None
+    sparsity: Share | None
     pattern: str | None
     method: str | None
 
@@ -42,7 +44,7 @@ class _WhileRunning(_Read):
     visual_tokens: Count = 0
     tokens: Count = 0
     avg_tokens: float = 0.0
-    visual_flops: float = 0.0
+    visual_flops: Figure = 0.0
     image_flops: float = 0.0
     selection_flops: float = 0.0
     counted: str = ""
@@ -102,9 +104,9 @@ class _Checks(_Read):
 class _Divergence(_Read):
     """How far a model's distributions are from the dense one's."""
 
-    kl: float | None
-    kl_se: float | None
-    top1_agreement: float | None
+    kl: Figure | None
+    kl_se: Figure | None
+    top1_agreement: Share | None
 
 
 class _Pair(_Read):
@@ -127,8 +129,8 @@ class _Answers(_Read):
 
     accuracy: _Pair
     kinds: dict[str, _Pair]
-    kl: float | None
-    kl_se: float | None
+    kl: Figure | None
+    kl_se: Figure | None
     mcnemar: _McNemar | None
 
 
@@ -265,7 +267,7 @@ class Report(_Read):
 
     output: str
     method: str
-    sparsity: float | None
+    sparsity: Share | None
     pattern: str | None
     parameters: _Parameters
     bytes: _Sizes
