@@ -228,7 +228,7 @@ def _name(svg: Element, names: Sequence[tuple[str, float, float]]) -> None:
         wide = LETTER * len(short)
         after = left + 9 + wide <= WIDTH - 2
         start = left + 9 if after else left - 9 - wide
-        place = level + 4
+        place = level - 5  # a line through the points leaves them to the right
         while place < HEIGHT - BOTTOM and any(
             abs(place - other) < LINE and start < high and low < start + wide for low, high, other in taken
         ):

@@ -49,12 +49,24 @@ def side_by_side(runs: Sequence[FinishedRun]) -> list[SideRow]:
     for place, what in ((2, "Asked"), (4, "Measured")):
         cells = [", ".join(row[place] for row in found) or NOTHING for found in goals]
         rows.append(SideRow(what, "removed, stage by stage" if place == 4 else "", "", cells))
-    found: dict[tuple[str, str], tuple[TableRow, list[str]]] = {}
-    for number_, run in enumerate(runs):
+    found: dict[tuple[str, str], dict[int, TableRow]] = {}
+    for place, run in enumerate(runs):
         for row in table_rows(run.report):
-            _, cells = found.setdefault((row.what, row.footing), (row, [NOTHING] * len(runs)))
-            cells[number_] = row.pruned
-    return rows + [SideRow(row.what, row.how, row.dense, cells) for row, cells in found.values()]
+            found.setdefault((row.what, row.footing), {})[place] = row
+    return rows + [_side_row(alike, len(runs)) for alike in found.values()]
+
+
+def _side_row(alike: Mapping[int, TableRow], count: int) -> SideRow:
+    """Return one figure of the runs at some places among so many."""
+    first = next(iter(alike.values()))
+    same = {row.dense for row in alike.values()} == {first.dense}
+    # What only the dense model gets right, say, depends on the run that it is set against.
+    said = {
+        place: row.pruned if same else f"{row.dense} dense, {row.pruned} pruned"
+        for place, row in alike.items()
+    }
+    cells = [said.get(place, NOTHING) for place in range(count)]
+    return SideRow(first.what, first.how, first.dense if same else "", cells)
 
 
 def trade_offs(runs: Sequence[FinishedRun]) -> list[Chart]:

@@ -189,7 +189,12 @@ def footing(report: Mapping[str, Any], kind: str = "", name: str = "") -> str:
     found = report.get("evaluation") or {}
     stamp = found.get("protocol", {}).get(kind, {}).get(name, {})
     shared = {key: value for key, value in stamp.items() if key not in PROVENANCE}
-    dense = [row[1] for one, called, rows in _figures(found) if (one, called) == (kind, name) for row in rows]
+    if kind == "texts":
+        dense = [number(found["perplexity"][name]["dense"])]
+    elif kind == "questions":
+        dense = [number(found["questions"][name]["accuracy"]["dense"])]
+    else:
+        dense = [number(one["dense"]) for one in found["tasks"][name].values()] if name else []
     return json.dumps([report["parameters"]["dense"], report["bytes"]["dense"], kind, shared, dense])
 
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 # What float32 holds, in which models compute: a chart can still be drawn of it.
 Figure = Annotated[float, Field(ge=-1e39, le=1e39)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 COUNTED_WHILE_RUNNING = ("visual_tokens", "avg_tokens", "selection_flops", "counted", "visual_flops")
 
 
@@ -33,7 +33,7 @@ class _Found(_Read):
     """What had been pruned before."""
 
     pruned: bool
-    sparsity: Share | None
+    sparsity: Fraction | None
     pattern: str | None
     method: str | None
 
@@ -106,7 +106,7 @@ class _Divergence(_Read):
 
     kl: Figure | None
     kl_se: Figure | None
-    top1_agreement: Share | None
+    top1_agreement: Fraction | None
 
 
 class _Pair(_Read):
@@ -267,7 +267,7 @@ class Report(_Read):
 
     output: str
     method: str
-    sparsity: Share | None
+    sparsity: Fraction | None
     pattern: str | None
     parameters: _Parameters
     bytes: _Sizes
