@@ -18,7 +18,7 @@ from structprune.errors import InputError
 from structprune.plan.plan import PlanHead
 from structprune.plan.promise import Computed, Promises
 from structprune.report.block_charts import block_charts
-from structprune.report.charts import COLOURS, Axis, Chart, Dot, front, scatter
+from structprune.report.charts import COLOURS, Axis, Dot, front, scatter
 from structprune.report.comparison import side_by_side, trade_offs
 from structprune.report.figures import number
 from structprune.report.finished import FinishedRun, checked_report, read_runs
@@ -261,7 +261,7 @@ class TestCharts:
         dots = [Dot("a", 1, 5), Dot("b", 2, 6), Dot("c", 3, 1), Dot("d", 3, 2), Dot("e", 0.5, 9)]
         assert [dot.label for dot in front(dots)] == ["e", "a", "c"]
         axis = Axis("x", number)
-        drawn = scatter(Chart("t", "n", ""), dots, axis, axis).svg
+        drawn = scatter("t", "n", dots, axis, axis).svg
         assert drawn.count('class="best"') == 3 and drawn.count('class="beaten"') == 2
         assert drawn.count('class="front"') == 1
 
@@ -270,7 +270,7 @@ class TestCharts:
     )
     def test_any_values_can_be_drawn(self, values: list[tuple[float, float]]) -> None:
         axis = Axis("x", number)
-        drawn = scatter(Chart("t", "n", ""), [Dot("d" * 90, x, y, 0.1) for x, y in values], axis, axis).svg
+        drawn = scatter("t", "n", [Dot("d" * 90, x, y, 0.1) for x, y in values], axis, axis).svg
         for place in re.findall(r' (?:cx|x)="([^"]+)"', drawn):
             assert 0 <= float(place) <= 360
         for place in re.findall(r' cy="([^"]+)"', drawn):

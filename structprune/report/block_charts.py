@@ -10,6 +10,9 @@ from structprune.report.figures import fraction, percent, scaled
 from structprune.report.plots import zeros_share
 
 UNITS = ("", "k", "M", "G")
+IN_FILES = "Counted in the files; stacked by matrix."
+# What no count of a model comes near, and a float still holds.
+LARGEST = 2**63
 
 
 def block_charts(report: Mapping[str, Any], plans: Sequence[PlanHead]) -> list[Chart]:
@@ -43,8 +46,13 @@ def _zeros(report: Mapping[str, Any]) -> Iterator[Chart]:
             for block in report["blocks"]
         ]
         said = f"measured {fraction(report['sparsity'])}"
-        chart = Chart("Zeros in each block's matrices", "Counted in the files; stacked by matrix.", "")
-        yield bars(chart, rows, Axis("zeros", percent_short), (report["sparsity"], said))
+        yield bars(
+            "Zeros in each block's matrices",
+            IN_FILES,
+            rows,
+            Axis("zeros", percent_short),
+            (report["sparsity"], said),
+        )
 
 
 def _parameters(report: Mapping[str, Any]) -> Iterator[Chart]:
@@ -54,10 +62,9 @@ def _parameters(report: Mapping[str, Any]) -> Iterator[Chart]:
             (str(block["block"]), {kind: one["parameters"] for kind, one in block["matrices"].items()})
             for block in report["blocks"]
         ]
-        chart = Chart(
-            "Parameters left in each block's matrices", "Counted in the files; stacked by matrix.", ""
+        yield bars(
+            "Parameters left in each block's matrices", IN_FILES, rows, Axis("parameters", counted_short)
         )
-        yield bars(chart, rows, Axis("parameters", counted_short))
 
 
 def _units(plan: PlanHead) -> Iterator[Chart]:
@@ -67,22 +74,19 @@ def _units(plan: PlanHead) -> Iterator[Chart]:
         return
     for kind in dict.fromkeys(str(kind) for one in kept for kind in one):
         counts = [one.get(kind, 0) for one in kept]
-        if all(isinstance(count, int) and 0 <= count < 2**63 for count in counts) and any(counts):
+        if all(isinstance(count, int) and 0 <= count < LARGEST for count in counts) and any(counts):
             rows = [(str(block), {kind: float(count)}) for block, count in enumerate(counts)]
             what = kind.replace("_", " ").replace("kv", "key-value")
-            chart = Chart(
-                f"{what} left in each block".capitalize(),
-                f"What {plan.method} decided; the proof held the shapes in the files to it.",
-                "",
-            )
-            yield bars(chart, rows, Axis(what, counted_short))
+            title = f"{what} left in each block".capitalize()
+            note = f"What {plan.method} decided; the proof held the shapes in the files to it."
+            yield bars(title, note, rows, Axis(what, counted_short))
 
 
 def _tokens(plan: PlanHead) -> Iterator[Chart]:
     """Yield how many visual tokens each block computes, twice where attention computes others."""
     stored = plan.promises.stored if plan.promises else ()
     computed = [one for one in stored if isinstance(one, Computed)]
-    if not computed:
+    if not computed or any(max(one.attention, one.feed_forward, one.of) >= LARGEST for one in computed):
         return
     places = {"attention": [one.attention for one in computed]}
     if (after := [one.feed_forward for one in computed]) != places["attention"]:
@@ -92,9 +96,6 @@ def _tokens(plan: PlanHead) -> Iterator[Chart]:
     for place, counts in places.items():
         rows = [(str(block), {place: float(count)}) for block, count in enumerate(counts)]
         where = f"each block's {place}" if len(places) > 1 else "each block"
-        chart = Chart(
-            f"Visual tokens in {where}",
-            f"Of an image, {most}so many are computed under {plan.method}.",
-            "",
-        )
-        yield bars(chart, rows, Axis("visual tokens", counted_short), (of, f"{of:,} in an image"))
+        note = f"Of an image, {most}so many are computed under {plan.method}."
+        line = (of, f"{of:,} in an image")
+        yield bars(f"Visual tokens in {where}", note, rows, Axis("visual tokens", counted_short), line)

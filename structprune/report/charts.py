@@ -105,7 +105,8 @@ class _Scale:
 
 
 def bars(
-    chart: Chart,
+    title: str,
+    note: str,
     rows: Sequence[tuple[str, Mapping[str, float]]],
     axis: Axis,
     line: tuple[float, str] | None = None,
@@ -113,7 +114,8 @@ def bars(
     """Return a chart of one bar per block, stacked by what each part adds to it.
 
     Args:
-        chart: Its title and its note.
+        title: What it shows.
+        note: How it is to be read.
         rows: What stands under a bar -> its parts.
         axis: What their height means.
         line: A value that stands as a line across all bars, and what is written at it.
@@ -123,7 +125,7 @@ def bars(
     heights = [sum(found.values()) for _, found in rows]
     top = max([*heights, line[0] if line else 0.0]) * 1.12 or 1.0
     scale = _Scale(0, top, HEIGHT - BOTTOM, TOP)
-    svg = _canvas(chart.title, width)
+    svg = _canvas(title, width)
     _level(svg, scale, axis, width)
     slot = (width - LEFT - RIGHT) / max(len(rows), 1)
     thick = min(0.72 * slot, WIDEST)
@@ -152,19 +154,20 @@ def bars(
         _add(svg, "text", line[1], x=width - RIGHT, y=level - 4, class_="end strong")
     _add(svg, "text", "block", x=(LEFT + width - RIGHT) / 2, y=HEIGHT - 8, class_="middle")
     legend = [(_colour(parts, part), part) for part in parts] if len(parts) > 1 else []
-    return Chart(chart.title, chart.note, ElementTree.tostring(svg, encoding="unicode"), width, legend)
+    return Chart(title, note, ElementTree.tostring(svg, encoding="unicode"), width, legend)
 
 
-def scatter(chart: Chart, dots: Sequence[Dot], x: Axis, y: Axis) -> Chart:
+def scatter(title: str, note: str, dots: Sequence[Dot], x: Axis, y: Axis) -> Chart:
     """Return a chart of points, with a line through those that no other beats in both.
 
     Args:
-        chart: Its title and its note.
+        title: What it shows.
+        note: How it is to be read.
         dots: At least one; y is logarithmic where all are positive and lie far apart.
         x: What is on the horizontal axis.
         y: What is on the vertical axis.
     """
-    svg = _canvas(chart.title, WIDTH)
+    svg = _canvas(title, WIDTH)
     across = _across([dot.x for dot in dots])
     up = _upward(dots)
     _level(svg, up, y, WIDTH)
@@ -186,7 +189,7 @@ def scatter(chart: Chart, dots: Sequence[Dot], x: Axis, y: Axis) -> Chart:
         spread = f" ± {y.say(dot.error)}" if dot.error else ""
         _add(circle, "title", f"{dot.label}: {x.title} {x.say(dot.x)}, {y.title} {y.say(dot.y)}{spread}")
     _name(svg, [(dot.label, across(dot.x), up(dot.y)) for dot in dots])
-    return Chart(chart.title, chart.note, ElementTree.tostring(svg, encoding="unicode"))
+    return Chart(title, note, ElementTree.tostring(svg, encoding="unicode"))
 
 
 def front(dots: Sequence[Dot]) -> list[Dot]:

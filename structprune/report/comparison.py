@@ -80,7 +80,7 @@ def trade_offs(runs: Sequence[FinishedRun]) -> list[Chart]:
             found = [(run.name, size.read(run.report), kl, error) for run, kl, error in group]
             dots = [Dot(label, x, kl, error) for label, x, kl, error in found if x is not None]
             title = f"KL from dense on {name}, against {size.axis.title}"
-            charts.append(scatter(Chart(title, _note(runs, dots), ""), dots, size.axis, KL))
+            charts.append(scatter(title, _note(runs, dots), dots, size.axis, KL))
     return charts
 
 

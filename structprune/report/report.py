@@ -190,7 +190,7 @@ def footing(report: Mapping[str, Any], kind: str = "", name: str = "") -> str:
     stamp = found.get("protocol", {}).get(kind, {}).get(name, {})
     shared = {key: value for key, value in stamp.items() if key not in PROVENANCE}
     if kind == "texts":
-        dense = [number(found["perplexity"][name]["dense"])]
+        dense = [number(found.get("perplexity", {}).get(name, {}).get("dense"))]
     elif kind == "questions":
         dense = [number(found["questions"][name]["accuracy"]["dense"])]
     else:
