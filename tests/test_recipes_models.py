@@ -28,7 +28,7 @@ def forecast(recipe: Recipe) -> list[Forecast]:
 
 
 def memory(recipe: Recipe) -> str:
-    """Return the peak that `--dry-run` says of a machine that cannot hold the model, or of one that has to."""
+    """Return the peak that `--dry-run` says: streamed, but for what works while a model runs."""
     model, data = without_weights(recipe.model), recipe.calibration
     streamed = not any(one.at_run_time for one in recipe.prune)
     length = window_length(data.length, positions(model.config))
@@ -115,7 +115,7 @@ def test_what_leaves_is_what_was_worked_out_by_hand(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, left", [("divprune", [250] * 28), ("quality_dpp", [1000] * 2 + [110] * 26)]
+    ("name", "left"), [("divprune", [250] * 28), ("quality_dpp", [1000] * 2 + [110] * 26)]
 )
 def test_of_an_image_of_any_size_the_same_share_stays(name: str, left: list[int]) -> None:
     recipe = load(FOLDER / "qwen2.5-vl-7b" / f"{name}.yaml")
