@@ -4,11 +4,9 @@ Two blocks, hidden size 64, every width a multiple of 8; grouped-query attention
 embeddings wherever the family has them. Nothing is downloaded.
 """
 
-import atexit
 import copy
 import math
 import re
-import shutil
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -170,22 +168,22 @@ def save_tiny(
     Returns:
         `folder`, which is created when missing.
     """
-    shutil.copytree(
-        _saved(family, seed, shards, dtype, depth), folder, copy_function=shutil.copyfile, dirs_exist_ok=True
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _files(family, seed, shards, dtype, depth).items():
+        (folder / name).write_bytes(content)
     return folder
 
 
 @cache
-def _saved(family: str, seed: int, shards: int, dtype: torch.dtype, depth: int) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="tiny-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+def _files(family: str, seed: int, shards: int, dtype: torch.dtype, depth: int) -> dict[str, bytes]:
     model = tiny(family, seed=seed, dtype=dtype, depth=depth)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    model.save_pretrained(folder, max_shard_size=math.ceil(size / shards) if shards > 1 else "5GB")
-    assert shards == 1 or len(list(folder.glob("model-*.safetensors"))) >= shards
-    tokenizer().save_pretrained(folder)
-    return folder
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=math.ceil(size / shards) if shards > 1 else "5GB")
+        tokenizer().save_pretrained(folder)
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    assert shards == 1 or sum(name.startswith("model-") for name in files) >= shards
+    return files
 
 
 def tokens(model: PreTrainedModel, batch: int = 2, length: int = 32, seed: int = 0) -> dict[str, Tensor]:
