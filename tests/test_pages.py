@@ -107,6 +107,8 @@ def _type(words: list[str], where: str, command: Command) -> None:
     typed = [MEANT.get(word, word) for word in words[1:]]
     if not {"--dry-run", "--rates"} & set(words):
         less = [flag for one in LESS if one in words for flag in LESS[one].split()]
+        if "questions.jsonl" in words:
+            less.remove("--length=" + ("32" if words[1] == "prune" else "16"))  # questions are read whole
         typed += [flag for flag in less if flag.partition("=")[0] not in words or flag.startswith("--set=")]
     done = command(*typed)
     assert done.code == 0, f"{where}: {line}: {done.err}"
