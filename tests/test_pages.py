@@ -36,6 +36,7 @@ NOT_RUN = {
     "scripts/demo": "takes minutes, and makes an environment of its own",
     "scripts/test": "is what runs this",
     "scripts/check": "is run before this",
+    "jupyter": "opens a browser",
     "lm_eval": "downloads the questions of the task",
     "torchrun": "starts processes with imports of their own; tests/test_launches.py does, once",
     "accelerate launch": "starts processes with imports of their own; tests/test_launches.py does, once",
