@@ -108,7 +108,8 @@ def _manifest(folder: Path, place: Path) -> Manifest:
         raise InputError(f"{folder}: incomplete, it has {OURS}/ but no {MANIFEST}", hint=AGAIN)
     if inner := sorted(path.parent.name for path in place.glob(f"*/{MANIFEST}")):
         raise InputError(
-            f"{folder}: no result itself, it holds {len(inner)} of them", hint=f"give {folder}/{inner[0]} ..."
+            f"{folder}: no result itself, it holds {len(inner)} of them",
+            hint=f"give them, such as {folder}/{inner[0]}",
         )
     raise InputError(
         f"{folder}: no folder that structprune wrote: it has no {MANIFEST}",
