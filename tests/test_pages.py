@@ -47,7 +47,8 @@ NOT_RUN_PAGES = {"scripts/bench": "a bench takes minutes to days"}
 LESS = {
     "prune": "--samples=4 --length=32",
     "evaluate": "--windows=1 --length=16 --limit=2 --set=evaluate.generations=false",
-    "recover": "--steps=2 --length=16 --set=recover.check_every=1",
+    # Small as they are, some of these steps lead down: what does not is refused.
+    "recover": "--steps=4 --length=32 --learning-rate=1e-3 --set=recover.check_every=1",
     "bench": "--length=8 --new=2 --repeats=1",
     "armor": "--set=prune.rounds=2",
 }
