@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from structprune.checkpoint import accelerate as acceleration
 from structprune.checkpoint.adapter import is_adapter
 from structprune.checkpoint.integrity import check_weights, intact_manifest
+from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.manifest import MANIFEST
 from structprune.checkpoint.running import carry_on
 from structprune.checkpoint.source import open_adapted
@@ -28,7 +29,8 @@ def load(
     """Open a folder that structprune wrote, or any model folder, and its tokenizer.
 
     Args:
-        folder: A pruned or recovered model, a kept adapter (its base is opened too), or a plain model.
+        folder: A pruned or recovered model, a kept adapter (its base is opened too), or a plain model; its
+            folder, its name on the hub, or a built-in one's.
         opening: How; an adapter and an accelerated model are always held in memory.
         accelerate: "2:4" runs linears with that pattern on sparse kernels where the device measures faster.
         check: Hash the weights too and compare them with the manifest, which reads every byte once more;
@@ -47,7 +49,7 @@ def load(
         model, tokenizer = load(folder, replace(opening, stream=False), check=check)
         acceleration.accelerate(model)
         return model, tokenizer
-    path = Path(folder).expanduser()
+    path = resolve(str(folder))
     if is_adapter(path):
         source = open_adapted(str(path), path, opening)
         return carry_on(source.model, source.folder), source.tokenizer

@@ -66,7 +66,9 @@ def find(name: str) -> "type[Pruner]":
 def _files() -> dict[str, Path]:
     """Return the file of every method by its name; files that begin with an underscore are no methods."""
     found: dict[str, Path] = {}
-    for path in sorted((file for root in pruners.__path__ for file in Path(root).glob("*/*.py")), key=str):
+    # A cell of a notebook that is run twice adds its folder twice.
+    roots = dict.fromkeys(map(Path, pruners.__path__))
+    for path in sorted((file for root in roots for file in root.glob("*/*.py")), key=str):
         if path.stem.startswith("_"):
             continue
         if path.stem in found:

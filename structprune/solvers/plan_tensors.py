@@ -83,6 +83,9 @@ def _whole(what: str, pruned: PrunedLinears, kinds: Mapping[str, torch.dtype]) -
         part: Tensor | None = getattr(matrix, what)
         if part is None:
             continue
+        if what == "weight":
+            # A solver may leave anything where the mask is False, -0.0 included; the files hold 0 there.
+            part = part.masked_fill(~matrix.mask, 0)
         if linear.name not in found:
             kind = kinds[linear.name]
             undecided = {"mask": linear.whole.new_ones(1), "score": linear.whole.new_zeros(1)}
