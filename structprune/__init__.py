@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from structprune.pipeline.prune import prune as prune
     from structprune.pipeline.rates import bench_rates as bench_rates
     from structprune.pipeline.recover import recover as recover
+    from structprune.pipeline.report import report_runs as report_runs
     from structprune.pipeline.show import show as show
     from structprune.pipeline.sweep import prune_each as prune_each
     from structprune.pipeline.verify import verify as verify
@@ -80,6 +81,7 @@ _HOMES = {
     "prune_each": "pipeline.sweep",
     "pruning": "pruners.while_running",
     "recover": "pipeline.recover",
+    "report_runs": "pipeline.report",
     "show": "pipeline.show",
     "verify": "pipeline.verify",
 }
@@ -119,6 +121,7 @@ __all__ = [
     "prune_each",
     "pruning",
     "recover",
+    "report_runs",
     "show",
     "verify",
 ]

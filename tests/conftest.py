@@ -18,7 +18,7 @@ from structprune.pipeline import finish
 from tests.forks import Parent
 from tests.fresh import FreshProcesses, place_fresh_processes
 from tests.seeing import save_seeing
-from tests.specimens import Finished, write_specimens
+from tests.specimens import Finished, leave_out_waiting, write_specimens
 from tests.tiny import save_tiny
 
 DRAW = finish.draw
@@ -29,6 +29,14 @@ Command = Callable[..., Finished]
 def one_thread() -> None:
     # More threads than cores, in several workers, are many times slower; and sums depend on their number.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """Let no file wait until the disk has it, two thirds of a tiny run; only a power cut would tell."""
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_waiting(patch)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

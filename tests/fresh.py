@@ -44,7 +44,7 @@ class FreshProcesses:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for parent in self._parents.values():
-            parent.communicate(timeout=10)
+            parent.communicate(timeout=60)
 
     def run(self, words: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
         """Run a Python program as `subprocess.run` would that captures its output as text."""

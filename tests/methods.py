@@ -74,7 +74,8 @@ class Home:
         seeds = range(seed, seed + count)
         if self.images:
             return [Pictures(self.family, seed=one).batch() for one in seeds]
-        return [tokens(self.model(), length=24, seed=one) for one in seeds]
+        model = self.model()
+        return [tokens(model, length=24, seed=one) for one in seeds]
 
 
 def fits(pruner: Pruner, home: str | Home) -> bool:

@@ -1,12 +1,9 @@
 """What a worker of a group of processes does: every method decides, and what it decided is told.
 
-    python -m tests.ranked RENDEZVOUS RANK FOLDER
-
 Three workers decide as a group of three; then the first two as a group of two, and the first one alone.
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -183,7 +180,3 @@ def main(rendezvous: str, rank: int, folder: Path) -> None:
             found["counted"] = count_bytes(folder / "llama")
         dist.destroy_process_group()
         (folder / f"{count}-{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

@@ -18,6 +18,9 @@ from structprune.models.tokenizer import open_tokenizer
 from structprune.plan.block import PlanBlock
 from structprune.plan.plan import Plan
 from structprune.recipe.recipe import load
+from structprune.report.finished import FinishedRun, checked_report
+from structprune.report.page import page
+from structprune.report.report import read_report
 from structprune.storage.header import read_header
 from structprune.storage.reader import CheckpointReader
 from structprune.storage.strict_json import read_json
@@ -76,6 +79,12 @@ def _tokenize(path: Path) -> None:
         assert tokenizer("a b c").input_ids is not None
 
 
+def _page(path: Path) -> None:
+    folder = path.parents[1]
+    report = checked_report(read_report(folder), folder)
+    page([FinishedRun("run", folder, report, "", ())])
+
+
 MODEL, PRUNED, SOLVED = (
     "model",
     "pruned/structprune/plans/01-magnitude",
@@ -102,6 +111,7 @@ READERS: dict[str, Reader] = {
     "fingerprint": Reader(
         "pruned/structprune/fingerprint.json", lambda path: is_delivered(path.parents[1], {}), 5_000
     ),
+    "report": Reader("pruned/structprune/report.json", _page, 4_000),
     "packing": Reader(
         "packed/structprune/packing.json", lambda path: read_packing(path.parents[1], None), 4_000
     ),

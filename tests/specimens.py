@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,11 @@ def leave_out_fresh_process(patch: pytest.MonkeyPatch) -> None:
     # By its path: the package has a function of that name too.
     patch.setattr(import_module("structprune.proof.verify"), "check_running", lambda *_: None)
     patch.setattr(footprint, "in_fresh_process", lambda _, workload: [2**20 for _ in workload.batches])
+
+
+def leave_out_waiting(patch: pytest.MonkeyPatch) -> None:
+    # It refuses a closed descriptor as fsync does.
+    patch.setattr(os, "fsync", os.fstat)
 
 
 def quick(text: Path) -> list[str]:

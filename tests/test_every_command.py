@@ -78,6 +78,7 @@ def lines(name: str, specimens: Path) -> list[list[object]]:
         "show": [
             ["show", specimens / "dropping", "--image", picture, "--question", "What?", "-o", "out/kept.png"]
         ],
+        "report": [["report", pruned, specimens / "solved", specimens / "dropping", "-o", "out/page.html"]],
         "methods": [["methods"], ["methods", "wanda"]],
         "env": [["env"]],
     }

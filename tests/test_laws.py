@@ -335,8 +335,16 @@ ROUNDING: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("stored", "computed"), DTYPES)
-@pytest.mark.parametrize(("method", "fields"), ROUNDING, ids=lambda value: str(value))
+def rounding_cases() -> Iterator[object]:
+    """Yield every method with every pair of dtypes; all but the usual pair and one in turn are slow."""
+    for number, (method, fields) in enumerate(ROUNDING):
+        for turn, (stored, computed) in enumerate(DTYPES):
+            marks = () if turn in (0, 1 + number % 2) else pytest.mark.slow
+            name = f"{method}-{fields}-{stored}-{computed}"
+            yield pytest.param(method, fields, stored, computed, marks=marks, id=name)
+
+
+@pytest.mark.parametrize(("method", "fields", "stored", "computed"), [*rounding_cases()])
 class TestStoredAndComputedDtypes:
     def test_new_values_are_rounded_to_what_their_tensor_is_stored_in(
         self, method: str, fields: dict[str, Any], stored: str, computed: str, tmp_path: Path
@@ -385,12 +393,16 @@ LAYOUTS = {"llama", "gpt2", "mixtral"}
 
 
 def cases() -> Iterator[object]:
-    """Yield every method with every family and kind of sparsity; what seldom tells more is slow."""
-    for name in WEIGHT_METHODS:
+    """Yield every method with every family and kind of sparsity; what seldom tells more is slow.
+
+    Every method meets every layout with every sparsity, and a third of the other families in turn, so
+    that every family meets three or more of the methods.
+    """
+    for number, name in enumerate(WEIGHT_METHODS):
         wanted = [sparsity for sparsity in (0.5, "2:4") if accepts(name, sparsity=sparsity)]
         for sparsity in wanted:
-            for family in FAMILIES:
-                quick = sparsity == wanted[0] or family in LAYOUTS
+            for turn, family in enumerate(FAMILIES):
+                quick = family in LAYOUTS or (sparsity == wanted[0] and (number + turn) % 3 == 0)
                 marks = () if quick else pytest.mark.slow
                 yield pytest.param(name, sparsity, family, marks=marks, id=f"{name}-{sparsity}-{family}")
 

@@ -14,6 +14,8 @@ from transformers import (
 )
 
 from structprune.errors import EnvironmentFailure, InputError
+from structprune.models.arch import all_linears
+from structprune.models.identity import names_of, stored_names
 from structprune.models.names import Names
 from tests.tiny import FAMILIES, tiny
 
@@ -85,6 +87,18 @@ def test_the_experts_of_a_mixtral_lie_where_they_belong() -> None:
     prefix = "model.layers.1.block_sparse_moe.experts.2"
     assert torch.equal(stored[f"{prefix}.w1.weight"], tensor[2, :96])
     assert torch.equal(stored[f"{prefix}.w3.weight"], tensor[2, 96:])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_an_experts_own_tensors_are_those_that_the_conversion_puts_it_into(family: str) -> None:
+    model = tiny(family)
+    names = names_of(model)
+    for linear in (one for block in all_linears(model) for one in block if one.expert is not None):
+        marked = torch.zeros_like(linear.whole, dtype=torch.bool)
+        linear.view(marked).fill_(True)
+        own = {part for part, mark in names.to_stored({linear.name: marked}).items() if bool(mark.any())}
+        assert 0 < len(own) < len(names.stored_of[linear.name])
+        assert set(stored_names(names, [linear])) == own
 
 
 def test_ten_and_more_experts_stay_in_numerical_order() -> None:

@@ -33,6 +33,7 @@ from structprune.recipe.fields import build
 from structprune.recipe.recipe import Recipe
 from tests.counted import BATCH, LENGTH, SAMPLES, counted_methods
 from tests.counted import WORKERS as PAIR
+from tests.groups import run_group
 from tests.methods import TEXT, Home, home, quick
 from tests.ranked import CASES, STREAMED, WORKERS
 
@@ -64,23 +65,6 @@ def decided(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[
         for rank in range(count)
     }
     return folder, said
-
-
-def run_group(module: str, folder: Path, count: int) -> None:
-    """Run a module in so many processes at once, each told where they meet, its number and the folder."""
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, str(folder / "meeting"), str(rank), str(folder)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=600)
-        assert worker.returncode == 0, errors
 
 
 def damage(model: Path) -> None:

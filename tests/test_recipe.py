@@ -1,6 +1,5 @@
 """A recipe: what a YAML file, `--set` and flags add up to."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -38,22 +37,6 @@ def test_a_recipe_of_three_keys_has_a_default_for_everything_else():
 
 def test_every_method_has_a_recipe_of_its_name():
     assert set(catalogue.names()) <= {path.stem for path in RECIPES}
-
-
-def test_the_guide_to_the_recipes_lists_every_method_and_no_other():
-    guide = RECIPES[0].with_name("README.md").read_text()
-    rows = re.findall(
-        r"^\| `(\w+)` \| (weights|structure|visual tokens) \|.*\| (.+) \|$", guide, re.MULTILINE
-    )
-    families = {"weights": "weight", "structure": "structure", "visual tokens": "token"}
-    assert {name: families[changes] for name, changes, _ in rows} == catalogue.names()
-    for name, _, data in rows:
-        pruner = catalogue.find(name)()
-        kinds = {"text": "text", "images": "questions on images"}
-        assert data == (kinds[pruner.reads] if pruner.looks_at_data else "none"), name
-    for said in re.findall(r"`method: (\w+)`(?:, `block: (\d)`)?, `target: \{(\w+): ([\d.]+)\}`", guide):
-        method, block, key, value = said
-        stage({"method": method, "target": {key: float(value)}} | ({"block": int(block)} if block else {}))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

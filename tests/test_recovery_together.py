@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,16 @@ from structprune.ranks import Ranks
 from structprune.recipe.options import EvaluateOptions, RecoverOptions
 from structprune.recipe.recipe import assemble
 from structprune.recovery.merged import MergedReader
+from structprune.recovery.outcome import Recovery
 from structprune.storage.header import read_header
 from structprune.storage.tensor_file import read_tensors
+from tests.groups import run_group
 from tests.recovering import prune, trained
-from tests.test_ranks import run_group, torchrun, worker_of
+from tests.test_ranks import torchrun, worker_of
 from tests.tiny import save_tiny, tiny, tokenizer
 from tests.training_together import DEEP, DENSE, FAMILIES, FEW, STEPS, WORKERS, copied, facts, streamed
 
-ROOT = Path(__file__).parents[1]
+Trainings = Callable[..., tuple[Recovery, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,13 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple
     return folder, said
 
 
+@pytest.fixture(scope="module")
+def alone(together: Any) -> Trainings:
+    """Return a function that trains a model in one process, once for all tests that ask for the same."""
+    folder, _ = together
+    return cache(lambda name, **options: copied(folder / name, **options))
+
+
 def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert len(one["train"]) == len(other["train"]) > 0
     assert one["train"] == pytest.approx(other["train"], abs=1e-4)
@@ -61,17 +72,19 @@ def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 class TestLosses:
     @pytest.mark.parametrize("way", ["copied", "divided"])
-    def test_fifty_steps_of_two_processes_lose_what_those_of_one_do(self, together: Any, way: str) -> None:
-        folder, said = together
-        alone = facts(copied(folder / "llama", steps=STEPS, check_every=1, learning_rate=5e-3)[0])
-        assert len(alone["train"]) == STEPS
-        assert alone["held_out"][-1] < 0.7 * alone["start"]
-        assert_close(said[2, 0][f"long {way}"], alone)
+    def test_fifty_steps_of_two_processes_lose_what_those_of_one_do(
+        self, together: Any, alone: Trainings, way: str
+    ) -> None:
+        _, said = together
+        one = facts(alone("llama", steps=STEPS, check_every=1, learning_rate=5e-3)[0])
+        assert len(one["train"]) == STEPS
+        assert one["held_out"][-1] < 0.7 * one["start"]
+        assert_close(said[2, 0][f"long {way}"], one)
 
     @pytest.mark.parametrize("way", ["copied", "divided"])
-    def test_three_processes_lose_what_one_does(self, together: Any, way: str) -> None:
-        folder, said = together
-        assert_close(said[3, 0][way], facts(copied(folder / "llama", **FEW, batch_size=6)[0]))
+    def test_three_processes_lose_what_one_does(self, together: Any, alone: Trainings, way: str) -> None:
+        _, said = together
+        assert_close(said[3, 0][way], facts(alone("llama", **FEW, batch_size=6)[0]))
 
     def test_all_of_a_group_say_the_same(self, together: Any) -> None:
         _, said = together
@@ -96,11 +109,11 @@ class TestLosses:
 class TestWeights:
     @pytest.mark.parametrize("family", FAMILIES)
     def test_every_parameter_is_divided_and_learns_what_it_learns_whole(
-        self, together: Any, family: str
+        self, together: Any, alone: Trainings, family: str
     ) -> None:
         folder, said = together
         assert said[2, 0][family]["left"] == []
-        recovery, _ = copied(folder / family, **FEW)
+        recovery, _ = alone(family, **FEW)
         assert_close(said[2, 0][family], facts(recovery))
         found = read_tensors(folder / f"divided-{family}")
         assert len(found) == 2 * len(recovery.factors)
@@ -112,10 +125,10 @@ class TestWeights:
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_what_is_written_block_by_block_is_what_is_merged_in_memory(
-        self, together: Any, family: str
+        self, together: Any, alone: Trainings, family: str
     ) -> None:
         folder, _ = together
-        recovery, model = copied(folder / family, **FEW)
+        recovery, model = alone(family, **FEW)
         reader = MergedReader(streamed(folder / family), [], recovery)
         stored = names_of(model).to_stored(dict(model.named_parameters()))
         before = streamed(folder / family).reader

@@ -4,9 +4,12 @@ Two blocks, hidden size 64, every width a multiple of 8; grouped-query attention
 embeddings wherever the family has them. Nothing is downloaded.
 """
 
+import copy
 import math
 import re
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +117,12 @@ def tiny(
     Raises:
         KeyError: `family` is not one of `FAMILIES`.
     """
+    # A copy is made in a third of the time.
+    return copy.deepcopy(_drawn(family, seed, dtype, depth))
+
+
+@cache
+def _drawn(family: str, seed: int, dtype: torch.dtype, depth: int) -> PreTrainedModel:
     config = deepened(CONFIGS[family](), depth)
     text_only = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING if text_only else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -159,12 +168,22 @@ def save_tiny(
     Returns:
         `folder`, which is created when missing.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _files(family, seed, shards, dtype, depth).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@cache
+def _files(family: str, seed: int, shards: int, dtype: torch.dtype, depth: int) -> dict[str, bytes]:
     model = tiny(family, seed=seed, dtype=dtype, depth=depth)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    model.save_pretrained(folder, max_shard_size=math.ceil(size / shards) if shards > 1 else "5GB")
-    assert shards == 1 or len(list(folder.glob("model-*.safetensors"))) >= shards
-    tokenizer().save_pretrained(folder)
-    return folder
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=math.ceil(size / shards) if shards > 1 else "5GB")
+        tokenizer().save_pretrained(folder)
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    assert shards == 1 or sum(name.startswith("model-") for name in files) >= shards
+    return files
 
 
 def tokens(model: PreTrainedModel, batch: int = 2, length: int = 32, seed: int = 0) -> dict[str, Tensor]:

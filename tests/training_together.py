@@ -1,7 +1,5 @@
 """What a worker of a group of processes does: it trains with the others, in copies and divided.
 
-    python -m tests.training_together RENDEZVOUS RANK FOLDER
-
 Three workers train as a group of three; then the first two as a group of two.
 """
 
@@ -9,7 +7,6 @@ import gc
 import itertools
 import json
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -209,7 +206,3 @@ def main(rendezvous: str, rank: int, folder: Path) -> None:
         found = run(folder)
         dist.destroy_process_group()
         (folder / f"{count}-{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

@@ -88,6 +88,7 @@ def _serve() -> None:
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a fork would copy one of several threads"
     for line in sys.stdin:
         print(json.dumps([asdict(ended) for ended in _fork(json.loads(line))]), flush=True)
+    os._exit(0)  # to take all that was imported apart takes a second
 
 
 def _warm_up() -> None:
@@ -101,6 +102,7 @@ def _warm_up() -> None:
     # Its monitor is a thread.
     tqdm.monitor_interval = 0
     specimens.leave_out_fresh_process(pytest.MonkeyPatch())
+    specimens.leave_out_waiting(pytest.MonkeyPatch())
     with tempfile.TemporaryDirectory(prefix="warm-") as folder:
         specimens.write_specimens(Path(folder) / "specimens")
 

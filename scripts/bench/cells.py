@@ -16,13 +16,19 @@ Cell = dict[str, Any]
 
 
 def held_out_of(
-    pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase, count: int, length: int
+    pieces: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    *,
+    first: bool = False,
 ) -> Windows:
-    """Return `count` windows of `length` tokens, spread evenly over a text."""
+    """Return `count` windows of `length` tokens: the first of a text, or spread evenly over it."""
     every = windows_of(data.encode(pieces, tokenizer), length, first=data.sequence_start(tokenizer).token)
     step = len(every.inputs) // count
     if not step:
         raise SystemExit(f"the text has only {len(every.inputs)} windows of {length} tokens")
+    step = 1 if first else step
     picked = slice(0, count * step, step)
     return Windows(every.inputs[picked], every.starts[picked])
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 README = Path(__file__).with_name("README.md")
+# What pruning costs in quality is what a reader comes for; times and memory follow.
+LEADING = ("quality.py", "structure_quality.py", "tokens_quality.py")
 TITLE = "# Figures\n\nEach section is written by the bench that it names, with `--write`.\n"
 
 
@@ -19,8 +21,15 @@ def write_section(bench: str, text: str, readme: Path = README) -> None:
     said = readme.read_text(encoding="utf-8") if readme.is_file() else TITLE
     head, *sections = re.split(r"^## ", said, flags=re.MULTILINE)
     kept = [one for one in sections if one.partition("\n")[0] != bench]
-    kept = [f"## {one.strip()}\n" for one in sorted([*kept, f"{bench}\n\n{text.strip()}\n"])]
+    kept = sorted([*kept, f"{bench}\n\n{text.strip()}\n"], key=_place)
+    kept = [f"## {one.strip()}\n" for one in kept]
     readme.write_text("\n".join([f"{head.strip()}\n", *kept]), encoding="utf-8")
+
+
+def _place(section: str) -> tuple[int, str]:
+    """Return by what sections are sorted: the leading ones first, the others by name."""
+    name = section.partition("\n")[0]
+    return (LEADING.index(name) if name in LEADING else len(LEADING)), section
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,74 +1,68 @@
-"""The tables and the plot of `quality.py`, from its cells."""
+"""The tables of `quality.py`, from its files: several of one model are taken together.
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+python scripts/bench/quality_tables.py /tmp/demo.json /tmp/real.json --write
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from cells import Cell, difference, divergence_of, pooled, with_error
+from figures import README, markdown, write_section
+from quality_plot import draw, file_of
+from quality_rows import EQUAL_BYTES, ROWS, SMALLER, SPARSITIES, UNITS, cells_at, perplexity_of
 
-from structprune.report.plots import PALETTE
-
-SPARSITIES = ("0.3", "0.5", "0.6", "0.7", "2:4", "4:8")
-EQUAL_BYTES = "sparsegpt, armor's bytes"
-# By row: the method, and the fields that are not its defaults. The first rows are each from one paper (OWL
-# is one), those with a plus from several. N:M leaves a budget nothing to do: it is left out there.
-SINGLE = ("random", "magnitude", "wanda", "gblm", "ria", "nowag", "sparsegpt", "alps")
-ROWS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in SINGLE} | {
-    "owl (wanda)": ("wanda", {"budget": "owl"}),
-    "owl (sparsegpt)": ("sparsegpt", {"budget": "owl"}),
-    "wanda + owl + least_squares": ("wanda", {"budget": "owl", "repair": "least_squares"}),
-    "alps + owl": ("alps", {"budget": "owl"}),
-    "armor": ("armor", {}),
-    "armor, gram": ("armor", {"proxy": "gram"}),
-    EQUAL_BYTES: ("sparsegpt", {}),
-}
+EVERY, COLUMNS = [*ROWS, *UNITS], [*SPARSITIES, *SMALLER]
 # What is compared: worse, better; where they are unstructured, and where they are N:M.
-PAIRS = (("magnitude", "wanda"), ("wanda", "sparsegpt"))
-PATTERN_PAIRS = tuple(product(("nowag", "sparsegpt", EQUAL_BYTES), ("armor", "armor, gram")))
-
-
-def cells_at(cells: Sequence[Cell], row: str, sparsity: str) -> dict[int, Cell]:
-    """Return the cells of a row at a sparsity, by seed."""
-    return {cell["seed"]: cell for cell in cells if (cell["row"], cell["sparsity"]) == (row, sparsity)}
-
-
-def perplexity_of(cells: Sequence[Cell]) -> float:
-    """Return the mean perplexity over seeds."""
-    return fmean(cell["perplexity"] for cell in cells)
+PAIRS = (("magnitude", "wanda"), ("wanda", "sparsegpt"), ("cfsp", "cfsp + least_squares"))
+PATTERN_PAIRS = (
+    ("wanda", "wanda + least_squares"),
+    *product(("nowag", "sparsegpt", EQUAL_BYTES), ("armor", "armor, gram")),
+)
+# Where continuations are shown.
+SHOWN = ("0.5", "2:4", "20% smaller")
+LOSSES = "| loss of a matrix, over matrices and seeds | at | min | median | max |\n" + "|---" * 5 + "|"
 
 
 def accuracy_of(cells: Sequence[Cell]) -> str:
-    """Return the mean share of right answers over seeds and its standard error over questions."""
-    found = [cell for cell in cells if "accuracy" in cell]
-    if not found:
-        return ""
-    mean, error = (fmean(cell["accuracy"][part] for cell in found) for part in (0, 1))
-    return f"{mean:.1%} ± {error:.1%} ({len(found)})"
+    """Return the mean share of right answers over seeds."""
+    found = [cell["accuracy"][0] for cell in cells if "accuracy" in cell]
+    return f", {fmean(found):.0%}" if found else ""
 
 
 def told(cells: Sequence[Cell]) -> str:
-    """Return "mean ± standard error (seeds)", the error with two digits."""
-    return f"{with_error(*divergence_of(cells))} ({len(cells)})"
+    """Return perplexity, what is right, and KL with its standard error; nothing without cells."""
+    if not cells:
+        return ""
+    return f"{perplexity_of(cells):.4g}{accuracy_of(cells)} ({with_error(*divergence_of(cells))})"
 
 
-def table(cells: Sequence[Cell], show: Callable[[Sequence[Cell]], str]) -> Iterator[str]:
-    """Yield the lines of a Markdown table of one figure: a row per method, a column per sparsity."""
-    yield "| | " + " | ".join(SPARSITIES) + " |\n" + "|---" * (len(SPARSITIES) + 1) + "|"
-    for row in ROWS:
-        found = [[*cells_at(cells, row, sparsity).values()] for sparsity in SPARSITIES]
+def table(kept: Mapping[str, Any]) -> str:
+    """Return a row per method, a column per sparsity, with the processor's seconds of deciding."""
+    cells = kept["cells"]
+    columns = [at for at in COLUMNS if any(cell["sparsity"] == at for cell in cells)]
+    dense = f"{kept['dense']['perplexity']:.4g}{accuracy_of([kept['dense']])} (0)"
+    lines = [["dense", *[dense] * len(columns), "", ""]]
+    for row in EVERY:
+        found = [[*cells_at(cells, row, at).values()] for at in columns]
         if any(found):
-            yield f"| {row} | " + " | ".join(show(each) if each else "" for each in found) + " |"
+            every = [cell for each in found for cell in each]
+            seconds = median(cell["calibration_cpu_seconds"] for cell in every)
+            seeds = f"{max(len(each) for each in found)}"
+            lines.append([row, *map(told, found), f"{seconds:.0f}", seeds])
+    return markdown(["", *columns, "s to decide", "seeds"], lines)
 
 
 def pairs(cells: Sequence[Cell]) -> Iterator[str]:
     """Yield the lines of a Markdown table of paired differences; composed ones against the best single."""
     yield "| worse - better | at | KL | in SE | by seed | gap closed: KL, perplexity |\n" + "|---" * 6 + "|"
-    for at in SPARSITIES:
+    for at in COLUMNS:
         wanted = [*(PATTERN_PAIRS if ":" in at else PAIRS)]
-        found = {row: [*each.values()] for row in ROWS if (each := cells_at(cells, row, at))}
+        found = {row: [*each.values()] for row in EVERY if (each := cells_at(cells, row, at))}
         means = {row: divergence_of(each)[0] for row, each in found.items()}
         if ":" not in at and (single := [row for row in means if "+" not in row]):
             best = min(single, key=means.__getitem__)
@@ -93,8 +87,7 @@ def compared(worse: Sequence[Cell], better: Sequence[Cell]) -> str:
 
 
 def losses(cells: Sequence[Cell]) -> Iterator[str]:
-    """Yield the lines of a Markdown table: ARMOR's losses to NoWag's, other errors to SparseGPT's."""
-    yield "| loss of a matrix, over matrices and seeds | at | min | median | max |\n" + "|---" * 5 + "|"
+    """Yield the rows of a table: ARMOR's losses to NoWag's, other errors to SparseGPT's."""
     for row, at in product(ROWS, SPARSITIES):
         ratios = []
         for seed, cell in cells_at(cells, row, at).items():
@@ -110,31 +103,72 @@ def losses(cells: Sequence[Cell]) -> Iterator[str]:
             yield f"| {row} / {rival} | {at} | {numbers} |"
 
 
-def draw(cells: Sequence[Cell], path: Path, title: str) -> None:
-    """Draw KL and perplexity (dotted: dense) against sparsity; N:M stands as points at the right."""
-    from matplotlib.figure import Figure
+def continuations(kept: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a table of what each model writes after each prompt, where it was asked."""
+    cells = [cell for cell in kept["cells"] if "written" in cell and cell["sparsity"] in SHOWN]
+    if not cells:
+        return
+    order = [(at, row) for at in SHOWN for row in EVERY]
+    cells.sort(key=lambda cell: order.index((cell["sparsity"], cell["row"])))
+    lines = [["dense", *kept["dense"]["written"]]]
+    lines += [[f"{cell['row']}, {cell['sparsity']}", *cell["written"]] for cell in cells]
+    safe = [[" ".join(text.replace("|", "/").split()) for text in line] for line in lines]
+    yield "The likeliest continuations:"
+    yield markdown(["", *(f"{prompt} ..." for prompt in kept["prompts"])], safe)
 
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    for number, label in enumerate(("KL(dense || pruned), nats per token", "perplexity, without random")):
-        axes = figure.add_subplot(1, 2, number + 1)
-        axes.plot(SPARSITIES, [math.nan] * len(SPARSITIES))  # fixes the order of the columns
-        for place, row in enumerate([*ROWS][number:], number):
-            cells_of = {at: [*each.values()] for at in SPARSITIES if (each := cells_at(cells, row, at))}
-            found = {at: (divergence_of(c)[0], perplexity_of(c))[number] for at, c in cells_of.items()}
-            style: dict[str, Any] = {
-                "color": PALETTE[place % 8],
-                "marker": "osD^vP*X<"[place // 2],
-                "label": row,
-            }
-            for line, pattern in (("--" if "+" in row else "-", False), ("none", True)):
-                points = [at for at in found if (":" in at) == pattern]
-                if points:
-                    axes.plot(points, [found[at] for at in points], linestyle=line, **style)
-                    style["label"] = "_"
-        axes.set(yscale="log", xlabel="sparsity", ylabel=label)
-        axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    axes.axhline(cells[0]["dense_perplexity"], color="#333333", linestyle=":")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
-    figure.suptitle(title, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+
+def section(kept: Mapping[str, Any]) -> str:
+    """Return all figures of one model."""
+    parts = [f"### {kept['model']}", f"![Perplexity against the weights that are left]({file_of(kept)})"]
+    parts.append(
+        f"{kept['protocol']}. {kept['processor']}, 1 thread, {kept['date']}. Dense: "
+        f"{kept['parameters'] / 1e6:.2f} M parameters, {kept['linears'] / 1e6:.2f} M of them in the linears "
+        "of the blocks."
+    )
+    parts += [table(kept), "\n".join(pairs(kept["cells"]))]
+    if lines := [*losses(kept["cells"])]:
+        parts.append("\n".join([LOSSES, *lines]))
+    return "\n\n".join([*parts, *continuations(kept)])
+
+
+LEGEND = """
+A cell: perplexity (with the share of right answers where questions were asked), in brackets mean nats of
+KL(dense || pruned) per token ± standard error over windows. s to decide: the processor's seconds of
+calibrating and solving, the median over the row. "smaller": of the parameters of key-value groups and
+channels, which leave the files; elsewhere zeros. In pairs: by how much KL falls, the same in standard errors
+of the paired windows, and the share of the way back to dense."""
+
+
+def together(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return what is kept of each model; the cells of files of one model and protocol stand together."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in files:
+        one = json.loads(path.read_text())
+        known = found.setdefault(one["model"], one)
+        if known["protocol"] != one["protocol"]:
+            raise SystemExit(f"{path}: {one['model']} was measured with another protocol")
+        if known is not one:
+            known["cells"] += one["cells"]
+            known["date"] = max(known["date"], one["date"])
+    return [*found.values()]
+
+
+def main() -> None:
+    """Print the tables of several models; with --write, put them and their plots where they are read."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--write", action="store_true", help="put them into README.md, the plots beside it")
+    parser.add_argument("--plots", type=Path, help="a folder to put the plots into")
+    options = parser.parse_args()
+    kept = together(options.files)
+    said = "\n\n".join([LEGEND.strip().replace("\n", " "), *map(section, kept)])
+    print(said)
+    if options.write:
+        write_section("quality.py", said)
+    for folder in filter(None, (options.plots, README.parent if options.write else None)):
+        for one in kept:
+            draw(one, folder / file_of(one))
+
+
+if __name__ == "__main__":
+    main()

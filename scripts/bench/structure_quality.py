@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from cells import Cell, held_out_of, kept_cells
+from judged import Judged, written
 from structure_rows import ROWS
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -36,52 +37,23 @@ from structprune.calibration import data
 from structprune.calibration.text_source import TextSource
 from structprune.checkpoint.locate import resolve
 from structprune.demo.world import HELD_OUT_SEED, TUNING_SEED, text
-from structprune.evaluation.perplexity import Scores, Windows, score
-from structprune.evaluation.speed import Spread, Workload, prompts, timed_pass
+from structprune.evaluation.speed import Spread, Workload, prompts
 from structprune.machine import environment
 from structprune.models.cost import parameters_of
 from structprune.models.identity import stored_dtypes, weights_of
 from structprune.models.opening import Opening
-from structprune.models.outputs import Output, outputs
-from structprune.models.streamed import Batch, Model, open_model
+from structprune.models.streamed import Batch, open_model
 from structprune.models.tokenizer import open_tokenizer
 from structprune.pruners.catalogue import find
 from structprune.pruners.pruner import Pruner
 
 # The row whose units all rows of width are held against.
 ALL_UNITS = "random_units"
-# Tokens that are scored in one forward, to bound the memory of logits.
+# Tokens that are scored in one forward.
 TOGETHER = 2048
 # Tokens of a prompt, and of what is written after it; a repetition is a group of so many tokens.
 PROMPT, WRITTEN, GROUP = 32, 48, 4
 DECODED = 16
-
-
-class Judged:
-    """Windows of a text, with what the dense model says of them.
-
-    Args:
-        dense: The model that others are compared with.
-        windows: What is scored.
-        batch_size: Windows per forward.
-    """
-
-    def __init__(self, dense: PreTrainedModel, windows: Windows, batch_size: int) -> None:
-        self._dense, self._windows, self._batch_size = dense, windows, batch_size
-        parts = torch.split(windows.inputs, batch_size)
-        self._said = [*outputs(dense, [{"input_ids": part.clone()} for part in parts])]
-
-    def score(self, model: Model) -> Scores:
-        """Return how a model does on the windows."""
-        return score(model, self._windows, dense=self._dense, say=self._say, batch_size=self._batch_size)
-
-    def of(self, dense: PreTrainedModel) -> "Judged":
-        """Return the same windows with what another model says of them."""
-        return Judged(dense, self._windows, self._batch_size)
-
-    def _say(self, dense: Model, batches: Sequence[Batch]) -> Iterator[Output]:
-        assert len(batches) == len(self._said)
-        yield from self._said
 
 
 @dataclass(frozen=True)
@@ -156,7 +128,7 @@ class Bench:
         cell["dense_perplexity"] = math.exp(report.mean(report.dense))
         cell["parameters"] = parameters_of(pruned)
         cell["blocks"] = _block_parameters(pruned) / _block_parameters(self.dense)
-        mine = written(pruned, self.prompts)
+        mine = written(pruned, self.prompts, WRITTEN)
         cell["agreement"] = [agreement(*pair) for pair in zip(self.written, mine, strict=True)]
         cell["repetition"] = fmean(map(repetition, mine))
         return cell | (self.speed(pruned) if self.load.repeats else {})
@@ -191,12 +163,6 @@ def _block_parameters(model: PreTrainedModel) -> int:
     """Return the parameters that are no token's own."""
     vocabulary = model.config.get_text_config().vocab_size
     return parameters_of(model) - sum(one.numel() for one in model.parameters() if len(one) == vocabulary)
-
-
-def written(model: PreTrainedModel, prompts: Tensor) -> list[list[int]]:
-    """Return the likeliest continuation of each prompt."""
-    found: list[list[int]] = timed_pass(model, prompts, WRITTEN).tokens.tolist()
-    return found
 
 
 def agreement(dense: Sequence[int], mine: Sequence[int]) -> int:
@@ -244,7 +210,7 @@ def bench_of(options: Namespace) -> Bench:
     timed = options.timed or options.length
     room = min(timed, data.positions(dense.config) or timed) - DECODED
     load = Workload(room, DECODED, (1,), options.rounds)
-    said = written(dense, begun)
+    said = written(dense, begun, WRITTEN)
     return Bench(folder, dense, found.batches, choose, report, begun, said, load)
 
 

@@ -94,10 +94,16 @@ def pooled(cells: Sequence[Cell]) -> list[float]:
 
 def paired(mine: Sequence[float], other: Sequence[float]) -> str:
     """Return the mean difference of two models' answers to the same questions, with its 95% interval."""
+    mean, error = interval(mine, other)
+    return f"{mean:+.1%} ± {error:.1%}"
+
+
+def interval(mine: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """Return the mean difference of two models on the same questions, and half its 95% interval."""
     each = [one - two for one, two in zip(mine, other, strict=True)]
     mean = fmean(each)
     error = math.sqrt(fmean((one - mean) ** 2 for one in each) / len(each))
-    return f"{mean:+.1%} ± {ERRORS * error:.1%}"
+    return mean, ERRORS * error
 
 
 def shares_of(right: Sequence[float], kinds: Sequence[str], names: Sequence[str]) -> list[float]:

@@ -69,6 +69,7 @@ for _run in (
     readers.evaluate,
     readers.bench,
     readers.show,
+    readers.report,
     readers.methods,
     readers.env,
 ):

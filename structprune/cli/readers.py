@@ -210,6 +210,16 @@ def show(
 
 
 @command
+def report(
+    outputs: Annotated[list[str], typer.Argument(metavar="OUT...", help="Folders that structprune wrote.")],
+    page: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html", help="The page to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page that is there.")] = False,
+) -> Job:
+    """Write one page about one or several runs: asked and measured, dense and pruned, side by side."""
+    return Job(lambda _: structprune.report_runs(outputs, page, overwrite=overwrite), summary.report_lines)
+
+
+@command
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="One method, with its fields.")] = None,
 ) -> Job:

@@ -122,6 +122,12 @@ def show_lines(result: Result) -> str:
     return table([*rows, ("where", result["output"])])
 
 
+def report_lines(result: Result) -> str:
+    """Return which runs are on a page, and where it is."""
+    rows = [("run", f"{one['name']}, {one['method']}") for one in result["runs"]]
+    return table([*rows, ("where", result["output"])])
+
+
 def methods_lines(result: Result) -> str:
     """Return one line per method."""
     return table([(row["name"], row["family"], row["about"]) for row in result["methods"]])

@@ -20,6 +20,8 @@ from structprune.errors import EnvironmentFailure
 Shape = tuple[int, ...]
 Slot = tuple[str, int]
 
+STAR = "*."  # where a conversion pattern has the number of an expert
+
 INTERNALS: dict[str, tuple[str, ...]] = {
     "transformers.core_model_loading": (
         "WeightConverter",
@@ -146,9 +148,14 @@ def _internals(module: str) -> Any:
     return found
 
 
+def is_numbered(slot: Slot) -> bool:
+    """Tell whether a slot's tensor is one of a numbered list, such as an expert's own."""
+    return STAR in slot[0]
+
+
 def _position(name: str, pattern: str) -> int:
     """Return the number at the star of a conversion pattern, such as the expert's; 0 without a star."""
-    match = re.search(pattern.replace("*.", r"(\d+)\."), name) if "*." in pattern else None
+    match = re.search(pattern.replace(STAR, r"(\d+)\."), name) if STAR in pattern else None
     return int(match[1]) if match else 0
 
 

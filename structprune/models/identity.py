@@ -97,18 +97,7 @@ def names_of_matrix(names: Names, linear: Linear) -> tuple[str, ...]:
 
 def stored_names(names: Names, chosen: Sequence[Linear]) -> list[str]:
     """Return the stored tensors that linears are made of, sorted; of a mixture the given experts' own."""
-    parts = {part for linear in chosen if linear.expert is None for part in names.stored_of[linear.name]}
-    fused: dict[str, list[Linear]] = {}
-    for linear in chosen:
-        if linear.expert is not None:
-            fused.setdefault(linear.name, []).append(linear)
-    for name, experts in fused.items():
-        # The conversion itself tells which of its parts an expert ends up in.
-        marked = torch.zeros(experts[0].module.get_parameter(experts[0].parameter).shape, dtype=torch.bool)
-        for linear in experts:
-            linear.view(marked).fill_(True)
-        parts |= {part for part, mark in names.to_stored({name: marked}).items() if bool(mark.any())}
-    return sorted(parts)
+    return sorted({part for linear in chosen for part in names.stored_of_linear(linear.name, linear.expert)})
 
 
 def _hashed(name: str, value: Tensor) -> tuple[Entry, str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from structprune.errors import InputError
-from structprune.models.conversion import Conversion, Part, Shape, Slot
+from structprune.models.conversion import Conversion, Part, Shape, Slot, is_numbered
 
 OTHER_MODEL = "give the tensors of this very model: one with the same tensor names and shapes"
 
@@ -63,6 +63,20 @@ class Names:
         """Return every state-dict name of the same parameter, the one it is saved under first."""
         main = self.aliases.get(name, name)
         return (main, *(alias for alias, of in self.aliases.items() if of == main))
+
+    def stored_of_linear(self, name: str, expert: int | None = None) -> tuple[str, ...]:
+        """Return the names in the files that a matrix is made of; of an expert stored apart, its own only.
+
+        Args:
+            name: State-dict name of its parameter.
+            expert: Its number, where the parameter holds all experts of a mixture.
+        """
+        part = self._part(name)
+        if expert is None or not part.slots:
+            return part.stored
+        # Said by the pattern, not tried with marked tensors: a large mixture has 12 288 matrices.
+        found = zip(part.stored, part.slots, strict=True)
+        return tuple(one for one, slot in found if not is_numbered(slot) or slot[1] == expert)
 
     def to_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert tensors of any dtype from the model's layout to that of the files; tied ones come once.

@@ -27,14 +27,15 @@ from structprune.storage.strict_json import read_json
 
 CHANGED = "the file was changed; prune again"
 
+PLAN_FILE = "plan.json"
 # 2: keys of six edits, promises, a patch of config.json.
 FORMAT = 2
 # A plan.json holds a few facts per matrix; far below this even for a model with thousands of experts.
 PLAN_JSON_LIMIT = 256 * 2**20
 
 
-class _Head(BaseModel):
-    """Content of plan.json; `format` is looked at before."""
+class PlanHead(BaseModel):
+    """Content of plan.json: a plan without its tensors; `format` is looked at before."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -175,34 +176,45 @@ class Plan(Mapping[Key, Tensor]):
         Raises:
             InputError: A file is missing, damaged, of another format, or not what `plan.json` says.
         """
-        path = folder / "plan.json"
-        if not path.is_file():
-            raise InputError(
-                f"{folder}: holds no plan.json", hint="a plan folder is written by `structprune prune`"
-            )
-        head = read_json(path, limit_bytes=PLAN_JSON_LIMIT)
-        if not isinstance(head, dict) or head.get("format") != FORMAT:
-            found = head.get("format") if isinstance(head, dict) else None
-            raise InputError(
-                f"{path}: a plan of format {found}, this structprune reads format {FORMAT}",
-                hint="written by another version: prune again with its recipe, structprune/recipe.yaml",
-            )
-        try:
-            said = _Head.model_validate(head)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"{path}: {place}: {first['msg']}", hint=CHANGED) from None
-        if said.before is not None and said.before.hash != said.architecture:
-            raise InputError(f"{path}: before: not the architecture that it names", hint=CHANGED)
+        said = read_head(folder)
         origin = Origin(said.method, said.config, said.architecture, said.weights, said.before)
         blocks = [PlanBlock.load(folder / block_file(index)) for index in range(said.blocks)]
         plan = cls(origin, blocks, facts=said.facts, promises=said.promises, patch=said.patch)
         if plan.id != said.id:
             raise InputError(
-                f"{path}: id {said.id[:80]} does not match the plan's content {plan.id}", hint=CHANGED
+                f"{folder / PLAN_FILE}: id {said.id[:80]} does not match the plan's content {plan.id}",
+                hint=CHANGED,
             )
         return plan
+
+
+def read_head(folder: Path) -> PlanHead:
+    """Return what a plan's folder says of the plan, without reading a tensor.
+
+    Raises:
+        InputError: It is missing, damaged, or of another format.
+    """
+    path = folder / PLAN_FILE
+    if not path.is_file():
+        raise InputError(
+            f"{folder}: holds no {PLAN_FILE}", hint="a plan folder is written by `structprune prune`"
+        )
+    head = read_json(path, limit_bytes=PLAN_JSON_LIMIT)
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        found = head.get("format") if isinstance(head, dict) else None
+        raise InputError(
+            f"{path}: a plan of format {found}, this structprune reads format {FORMAT}",
+            hint="written by another version: prune again with its recipe, structprune/recipe.yaml",
+        )
+    try:
+        said = PlanHead.model_validate(head)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path}: {place}: {first['msg']}", hint=CHANGED) from None
+    if said.before is not None and said.before.hash != said.architecture:
+        raise InputError(f"{path}: before: not the architecture that it names", hint=CHANGED)
+    return said
 
 
 def block_file(index: int) -> str:
@@ -289,6 +301,6 @@ class PlanWriter:
             # Once tensors are smaller or gone, nothing else tells what they were.
             if self.origin.before is not None and any(key.edit in RESHAPING for key in plan):
                 head["before"] = self.origin.before.model_dump(mode="json")
-            with DurableFile(self.folder / "plan.json") as file:
+            with DurableFile(self.folder / PLAN_FILE) as file:
                 file.write((json.dumps(head, indent=1, sort_keys=True) + "\n").encode())
         return plan

@@ -38,7 +38,7 @@ def sparsity_per_block(path: Path, report: Mapping[str, Any]) -> Path:
     places = [block["block"] for block in blocks]
     heights = [0.0] * len(blocks)
     for number, kind in enumerate(kinds):
-        parts = [_share(block, kind) for block in blocks]
+        parts = [zeros_share(block, kind) for block in blocks]
         axes.bar(
             places,
             parts,
@@ -150,7 +150,7 @@ def _bars(
     axes.set_xlim(-0.6, len(labels) - 0.4)
 
 
-def _share(block: Mapping[str, Any], kind: str) -> float:
+def zeros_share(block: Mapping[str, Any], kind: str) -> float:
     """Return the zeros of one kind of matrix as a fraction of all weights of the block's matrices."""
     matrix = block["matrices"].get(kind)
     return matrix["zeros"] / block["parameters"] if matrix and block["parameters"] else 0.0

@@ -4,10 +4,10 @@ A number that is not finite becomes null: NaN is not JSON, and other readers sto
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from structprune.errors import InputError
 from structprune.machine import machine, peak_rss, versions
@@ -19,6 +19,8 @@ from structprune.storage.strict_json import read_json
 REPORT_FILE = "structprune/report.json"
 # A thousand blocks with a table each stay far below.
 REPORT_LIMIT = 2**26
+# Where a text came from does not change a figure; its hash stands beside.
+PROVENANCE = ("source", "column", "split", "revision")
 
 
 @dataclass(frozen=True)
@@ -135,30 +137,100 @@ def read_report(folder: Path) -> dict[str, Any]:
     return found
 
 
+class TableRow(NamedTuple):
+    """One figure of both models.
+
+    Attributes:
+        what: What was measured.
+        dense: Of the dense model; "-" where it was not measured.
+        pruned: Of the pruned one.
+        how: How it was measured, in a few words; "" of what is counted.
+        footing: The dense model and the protocol; figures of one footing may be compared.
+    """
+
+    what: str
+    dense: str
+    pruned: str
+    how: str = ""
+    footing: str = ""
+
+
 def table(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return (what, dense, pruned) for people: sizes, then quality where evaluated; "-" if not measured."""
+    return [(row.what, row.dense, row.pruned) for row in table_rows(report)]
+
+
+def table_rows(report: Mapping[str, Any]) -> list[TableRow]:
+    """Return the figures of `table` with how they were measured."""
     parameters, size = report["parameters"], report["bytes"]
     before = report.get("found") or {"pruned": False}
-    rows = [("Parameters", f"{parameters['dense']:,}", f"{parameters['pruned']:,}")]
+    sizes = [("Parameters", f"{parameters['dense']:,}", f"{parameters['pruned']:,}")]
     if report["sparsity"]:  # where whole units left, there are no zeros to tell of
         zeros = fraction(before["sparsity"]) if before["pruned"] else "-"
-        rows.append(("Parameters that are not zero", "-", f"{parameters['nonzero']:,}"))
-        rows.append(("Zeros in the pruned matrices", zeros, fraction(report["sparsity"])))
-    rows.append(("Bytes of the weight files", f"{size['dense']:,}", f"{size['pruned']:,}"))
+        sizes.append(("Parameters that are not zero", "-", f"{parameters['nonzero']:,}"))
+        sizes.append(("Zeros in the pruned matrices", zeros, fraction(report["sparsity"])))
+    sizes.append(("Bytes of the weight files", f"{size['dense']:,}", f"{size['pruned']:,}"))
+    rows = [TableRow(*row, footing=footing(report)) for row in sizes]
     found = report.get("evaluation") or {}
-    for name, figures in found.get("perplexity", {}).items():
-        rows.append((f"Perplexity, {name}", number(figures["dense"]), number(figures["model"])))
-    for name, figures in found.get("divergence", {}).items():
-        kl = f"{number(figures['kl'])} ± {number(figures['kl_se'])}"
-        rows.append((f"KL from dense in nats per token, {name}", "0", kl))
-        rows.append((f"Same first choice as dense, {name}", "100%", percent(figures["top1_agreement"])))
-    rows += question_rows(found.get("questions", {}))
-    for task, metrics in found.get("tasks", {}).items():
-        for metric in metrics:
-            if not metric.partition(",")[0].endswith("_stderr"):
-                pair = [_scored(metrics, metric, which) for which in ("dense", "model")]
-                rows.append((f"{task}, {metric}", pair[0], pair[1]))
+    for kind, name, figures in _figures(found):
+        how = _how(kind, found.get("protocol", {}).get(kind, {}).get(name, {}))
+        rows += [TableRow(*row, how, footing(report, kind, name)) for row in figures]
     return rows
+
+
+def footing(report: Mapping[str, Any], kind: str = "", name: str = "") -> str:
+    """Return what figures of several runs must share before they may be compared, as text.
+
+    Args:
+        report: The report of a run.
+        kind: "texts", "questions" or "tasks"; "" for what is counted in the files.
+        name: Of the text, the questions or the task.
+    """
+    found = report.get("evaluation") or {}
+    stamp = found.get("protocol", {}).get(kind, {}).get(name, {})
+    shared = {key: value for key, value in stamp.items() if key not in PROVENANCE}
+    if kind == "texts":
+        dense = [number(found.get("perplexity", {}).get(name, {}).get("dense"))]
+    elif kind == "questions":
+        dense = [number(found["questions"][name]["accuracy"]["dense"])]
+    else:
+        dense = [number(one["dense"]) for one in found["tasks"][name].values()] if name else []
+    return json.dumps([report["parameters"]["dense"], report["bytes"]["dense"], kind, shared, dense])
+
+
+def _figures(found: Mapping[str, Any]) -> Iterator[tuple[str, str, list[tuple[str, str, str]]]]:
+    """Yield (kind, name, rows) of everything that both models were measured on."""
+    for name, figures in found.get("perplexity", {}).items():
+        rows = [(f"Perplexity, {name}", number(figures["dense"]), number(figures["model"]))]
+        if name in found.get("divergence", {}):
+            apart = found["divergence"][name]
+            kl = f"{number(apart['kl'])} ± {number(apart['kl_se'])}"
+            rows.append((f"KL from dense in nats per token, {name}", "0", kl))
+            rows.append((f"Same first choice as dense, {name}", "100%", percent(apart["top1_agreement"])))
+        yield "texts", name, rows
+    for name, figures in found.get("questions", {}).items():
+        yield "questions", name, question_rows({name: figures})
+    for task, metrics in found.get("tasks", {}).items():
+        yield (
+            "tasks",
+            task,
+            [
+                (f"{task}, {metric}", _scored(metrics, metric, "dense"), _scored(metrics, metric, "model"))
+                for metric in metrics
+                if not metric.partition(",")[0].endswith("_stderr")
+            ],
+        )
+
+
+def _how(kind: str, stamp: Mapping[str, Any]) -> str:
+    """Return in a few words how a figure was measured; "" where nobody said it."""
+    if not stamp:
+        return ""
+    if kind == "texts":
+        return f"{stamp.get('windows')} windows of {stamp.get('length')} tokens, {stamp.get('dtype')}"
+    if kind == "questions":
+        return f"{stamp.get('questions')} questions, {stamp.get('dtype')}"
+    return f"{stamp.get('fewshot')}-shot, {stamp.get('samples')} documents"
 
 
 def _scored(metrics: Mapping[str, Mapping[str, float | None]], metric: str, which: str) -> str:

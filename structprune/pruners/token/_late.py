@@ -23,9 +23,22 @@ class LateTokens(TokenPruner):
         Raises:
             UsageError: The model has no such block.
         """
-        if self.block >= blocks:
-            raise UsageError(
-                f"block: {self.block} of a model with {blocks} blocks leaves no block to save in",
-                hint=f"block can be from 1 to {blocks - 1}",
-            )
-        return self.block
+        return checked(self.block, blocks)
+
+
+def checked(block: int, blocks: int) -> int:
+    """Return the number of blocks that compute all tokens, where others are left to save in.
+
+    Args:
+        block: How many compute all tokens.
+        blocks: How many the model has.
+
+    Raises:
+        UsageError: None is left.
+    """
+    if block >= blocks:
+        raise UsageError(
+            f"block: {block} of a model with {blocks} blocks leaves no block to save in",
+            hint=f"block can be from 1 to {blocks - 1}",
+        )
+    return block

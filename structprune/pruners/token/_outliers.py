@@ -38,12 +38,15 @@ class OutlierTokens(LookingTokens):
         target: The most that is left; an image may have fewer tokens that stand out.
         iqr: A token stands out so many interquartile ranges above the upper quartile.
         neighbours: How many of the tokens that go are merged into each that stays, those of the nearest keys.
+        compat: Whether these are added to it, each as often as it is looked at, as in the released code; else
+            it becomes the mean of all, weighted by attention. What is looked at evenly then changes little.
     """
 
     # No more than a quarter of anything lies above its upper quartile.
     target: Target = Field(default_factory=lambda: Target(keep_ratio=0.25))
     iqr: Annotated[float, Field(ge=0)] = 1.5
     neighbours: Annotated[int, Field(ge=0)] = 32
+    compat: bool = False
 
     # The layer that reads what LLaVA takes for features.
     tower_layers: ClassVar = (-1,)
@@ -65,7 +68,7 @@ class OutlierTokens(LookingTokens):
         return highest(paid, patch, count.minimum(keep))
 
     def merge(self, seen: View, chosen: Tensor) -> Tensor | None:
-        """Return means of each token that stays and its neighbours that go, weighted by attention."""
+        """Return what becomes of each token that stays and its neighbours that go, weighted by attention."""
         paid, going = self.attention(seen, -1).clamp(min=torch.finfo().tiny), seen.patches & ~chosen
         keys = normalize(finite(seen.tower(-1).keys, seen.real, self.method()), dim=-1)
         stays = torch.argsort((~chosen).int(), dim=1, stable=True)[:, : int(chosen.sum(1).max())]
@@ -75,7 +78,11 @@ class OutlierTokens(LookingTokens):
         some = torch.zeros_like(alike).scatter(2, near, 1.0) * going[:, None]
         # Only itself where the end of a line stays: it has no key to be near.
         some = some * seen.patches.gather(1, stays)[..., None]
-        some = some.scatter(2, stays[..., None], 1.0) * paid[:, None]
+        some = some * paid[:, None]
+        own = 1.0 if self.compat else paid.gather(1, stays)[..., None]
+        some = some.scatter(2, stays[..., None], torch.ones_like(some[..., :1]) * own)
+        if not self.compat:
+            some = some / some.sum(2, keepdim=True)
         width = chosen.shape[1]
         whole = torch.zeros(len(chosen), width, width, device=chosen.device)
-        return whole.scatter(1, stays[..., None].expand_as(some), some / some.sum(2, keepdim=True))
+        return whole.scatter(1, stays[..., None].expand_as(some), some)

@@ -1,9 +1,9 @@
 """PruMerge: visual tokens stay that the class token looks at unusually much, and take in what is like them.
 
 Source: Shang et al. 2024, https://arxiv.org/abs/2403.15388
-Attention is the mean over heads, as the paper reads; the released code takes queries and keys of all heads as
-one, adds neighbours without dividing by their weights, and one token more with all that is left over. None of
-that is offered here.
+Attention is the mean over heads, as the paper reads. The released code adds neighbours without dividing by
+their weights (`compat`); it also takes queries and keys of all heads as one, and makes one token more of all
+that is left over, which is not offered here.
 """
 
 from torch import Tensor
