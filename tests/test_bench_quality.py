@@ -92,3 +92,14 @@ def test_a_plot_leaves_out_what_is_beyond_it(tmp_path: Path) -> None:
     assert points_of(found, "wanda") == {"0.5": (0.6, 8.0)}
     draw(found, tmp_path / "new" / file_of(found))
     assert 0 < (tmp_path / "new" / "tiny.png").stat().st_size < 150_000
+
+
+def test_a_model_that_was_not_measured_again_keeps_its_figures(tmp_path: Path) -> None:
+    from figures import write_section
+
+    page = tmp_path / "README.md"
+    write_section("quality.py", "old words\n\n### one\n\n1\n\n### two\n\n2", page)
+    write_section("quality.py", "new words\n\n### two\n\n3", page, others_stay=True)
+    write_section("alone.py", "4", page)
+    said = page.read_text()
+    assert said.endswith("## quality.py\n\nnew words\n\n### two\n\n3\n\n### one\n\n1\n\n## alone.py\n\n4\n")

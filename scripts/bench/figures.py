@@ -10,17 +10,24 @@ LEADING = ("quality.py", "structure_quality.py", "tokens_quality.py")
 TITLE = "# Figures\n\nEach section is written by the bench that it names, with `--write`.\n"
 
 
-def write_section(bench: str, text: str, readme: Path = README) -> None:
+def write_section(bench: str, text: str, readme: Path = README, *, others_stay: bool = False) -> None:
     """Put a bench's figures into the file of all figures, in place of its last ones.
 
     Args:
         bench: The file of the bench; its section is called so.
         text: Markdown without headings of the first two levels.
         readme: The file; it is made where it is missing.
+        others_stay: Whether a model's part of the last figures stays, after the new ones, where they say
+            nothing of it; parts begin with a heading of the third level.
     """
     said = readme.read_text(encoding="utf-8") if readme.is_file() else TITLE
     head, *sections = re.split(r"^## ", said, flags=re.MULTILINE)
     kept = [one for one in sections if one.partition("\n")[0] != bench]
+    if others_stay:
+        old = next((one for one in sections if one not in kept), "")
+        _, *parts = re.split(r"^(?=### )", old, flags=re.MULTILINE)
+        new = set(re.findall(r"^### .*$", text, flags=re.MULTILINE))
+        text += "".join(f"\n\n{one.strip()}" for one in parts if one.partition("\n")[0] not in new)
     kept = sorted([*kept, f"{bench}\n\n{text.strip()}\n"], key=_place)
     kept = [f"## {one.strip()}\n" for one in kept]
     readme.write_text("\n".join([f"{head.strip()}\n", *kept]), encoding="utf-8")

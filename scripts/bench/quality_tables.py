@@ -164,7 +164,7 @@ def main() -> None:
     said = "\n\n".join([LEGEND.strip().replace("\n", " "), *map(section, kept)])
     print(said)
     if options.write:
-        write_section("quality.py", said)
+        write_section("quality.py", said, others_stay=True)
     for folder in filter(None, (options.plots, README.parent if options.write else None)):
         for one in kept:
             draw(one, folder / file_of(one))
