@@ -6,7 +6,7 @@ from pathlib import Path
 
 README = Path(__file__).with_name("README.md")
 # What pruning costs in quality is what a reader comes for; times and memory follow.
-LEADING = ("quality.py", "structure_quality.py", "tokens_quality.py")
+LEADING = ("quality.py", "structure_quality.py", "tokens_quality.py", "tokens_rivals.py")
 TITLE = "# Figures\n\nEach section is written by the bench that it names, with `--write`.\n"
 
 
