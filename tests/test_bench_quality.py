@@ -102,4 +102,6 @@ def test_a_model_that_was_not_measured_again_keeps_its_figures(tmp_path: Path) -
     write_section("quality.py", "new words\n\n### two\n\n3", page, others_stay=True)
     write_section("alone.py", "4", page)
     said = page.read_text()
+    assert "\n\nSections: [quality.py](#qualitypy) · [alone.py](#alonepy)\n\n## " in said
+    assert said.count("Sections:") == 1
     assert said.endswith("## quality.py\n\nnew words\n\n### two\n\n3\n\n### one\n\n1\n\n## alone.py\n\n4\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 README = Path(__file__).with_name("README.md")
 # What pruning costs in quality is what a reader comes for; times and memory follow.
 LEADING = ("quality.py", "structure_quality.py", "tokens_quality.py", "tokens_rivals.py")
+CONTENTS = "Sections: "
 TITLE = "# Figures\n\nEach section is written by the bench that it names, with `--write`.\n"
 
 
@@ -30,7 +31,15 @@ def write_section(bench: str, text: str, readme: Path = README, *, others_stay: 
         text += "".join(f"\n\n{one.strip()}" for one in parts if one.partition("\n")[0] not in new)
     kept = sorted([*kept, f"{bench}\n\n{text.strip()}\n"], key=_place)
     kept = [f"## {one.strip()}\n" for one in kept]
-    readme.write_text("\n".join([f"{head.strip()}\n", *kept]), encoding="utf-8")
+    words, _, _ = head.partition(CONTENTS)
+    names = [one.removeprefix("## ").partition("\n")[0] for one in kept]
+    contents = CONTENTS + " · ".join(f"[{name}](#{_anchor(name)})" for name in names) + "\n"
+    readme.write_text("\n".join([f"{words.strip()}\n", contents, *kept]), encoding="utf-8")
+
+
+def _anchor(heading: str) -> str:
+    """Return what a link to a heading says."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
 def _place(section: str) -> tuple[int, str]:
