@@ -14,7 +14,7 @@ each of three prompts.
     python scripts/bench/quality_tables.py /tmp/demo.json --write
 
 The JSON is rewritten after every cell; a second call with the same file measures only what it lacks. Several
-calls at once take a file each; the tables take them together.
+calls at once take a file each; the tables take them together. The cells of a real model are in smollm2.json.
 """
 
 import argparse
@@ -244,7 +244,7 @@ def bench_of(options: argparse.Namespace, questions: Path) -> tuple[Bench, dict[
     known["linears"] = sum(linear.weight.numel() for block in all_linears(dense) for linear in block)
     known["prompts"] = [*PROMPTS]
     known |= {"processor": environment()["machine"]["processor"], "date": f"{datetime.now(UTC):%Y-%m-%d}"}
-    return bench, known
+    return bench, known | ({"about": options.about} if options.about else {})
 
 
 def main() -> None:
@@ -263,6 +263,7 @@ def main() -> None:
     parser.add_argument("--first", action="store_true", help="score the first windows of the text")
     parser.add_argument("--questions", type=int, default=0, help="per task of lm-eval; 0 asks none")
     parser.add_argument("--continued", type=int, default=0, help="tokens written after each prompt")
+    parser.add_argument("--about", help="a sentence on the model, which stands beside its figures")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     asked = TemporaryDirectory()

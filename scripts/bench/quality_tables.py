@@ -123,7 +123,7 @@ def section(kept: Mapping[str, Any]) -> str:
     parts.append(
         f"{kept['protocol']}. {kept['processor']}, 1 thread, {kept['date']}. Dense: "
         f"{kept['parameters'] / 1e6:.2f} M parameters, {kept['linears'] / 1e6:.2f} M of them in the linears "
-        "of the blocks."
+        f"of the blocks. {kept.get('about', '')}"
     )
     parts += [table(kept), "\n".join(pairs(kept["cells"]))]
     if lines := [*losses(kept["cells"])]:
