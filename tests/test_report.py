@@ -17,6 +17,7 @@ from structprune.proof.verification import Check, Verification
 from structprune.report import plots
 from structprune.report.card import write_card
 from structprune.report.report import RunRecord, Size, build, table, write_report
+from structprune.report.sentences import calibration_sentence
 
 EVALUATION = {
     "perplexity": {"demo": {"model": 3.4567, "dense": 3.1}, "broken": {"model": None, "dense": 3.0}},
@@ -140,6 +141,19 @@ class TestCard:
         assert "model_name" not in front
         assert "The 2:4 pattern holds in every pruned matrix" in body
         assert "None: this method looks at the weights only." in body
+
+    def test_a_recovery_of_an_unknown_model_tells_what_was_trained_on(self, tmp_path: Path) -> None:
+        data = {"windows": 90, "length": 32, "source": "own.txt", "seed": 3, "sha256": "ef" * 32}
+        told = calibration_sentence({"calibration": None, "recovery": {"data": data}})
+        assert told.startswith("Trained on 90 windows of 32 tokens from `own.txt` (seed 3; ")
+        assert "weights only" not in told
+
+    def test_a_card_of_an_applied_plan_names_its_command(self, tmp_path: Path) -> None:
+        record = RunRecord("wanda", command="apply", stages=[STAGE])
+        found = build(measured(), record, output=tmp_path, dense=Size(1000, 4096), seconds=1.0)
+        body = write_card(tmp_path, found, recipe="", base="owner/base").read_text(encoding="utf-8")
+        assert "run `structprune apply recipe.yaml`" in body
+        assert "None in this run: it carried out a plan that was decided before." in body
 
     @pytest.mark.parametrize("card", ["---\n- a list\n---\n", "---\nlicense: [\n---\n", "no front matter"])
     def test_a_source_with_a_damaged_card_gives_no_license(self, card: str, tmp_path: Path) -> None:
