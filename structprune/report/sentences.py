@@ -113,7 +113,9 @@ def calibration_sentence(report: Mapping[str, Any]) -> str:
     if not training:
         return _looked_at(facts) if facts else _no_look(report)
     # Of a recovered model without them nobody knows what its pruning looked at.
-    return f"{_looked_at(facts)} Then trained on {_text(training)}" if facts else f"Trained on {_text(training)}"
+    return (
+        f"{_looked_at(facts)} Then trained on {_text(training)}" if facts else f"Trained on {_text(training)}"
+    )
 
 
 def made_sentence(report: Mapping[str, Any]) -> str:
