@@ -330,7 +330,7 @@ def test_evaluate_and_recover_take_their_options(calls, command):
     (asked,), rest = calls["recover"]
     assert (asked.model, asked.output, rest["opening"]) == ("out", Path("new"), Opening())
     assert asked.recover == RecoverOptions(data="demo", steps=7, warmup=0.1, keep_adapter=True, seed=3)
-    assert done.out.startswith("held-out loss  2 -> 1 after step 5")
+    assert done.out.startswith("held-out loss  2 -> 1 nats per token after step 5")
 
 
 def test_every_command_prints_one_json_object(calls, command, tmp_path):

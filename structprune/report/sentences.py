@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from structprune.calibration.text_source import DEMO, SUFFIXES
 from structprune.report.figures import bytes_text, fraction
 
 NO_LOOK = "None: nothing is looked at before the model runs."
@@ -118,6 +119,23 @@ def calibration_sentence(report: Mapping[str, Any]) -> str:
     )
 
 
+def seen_before(report: Mapping[str, Any], name: str) -> str:
+    """Return which text of its own run a text is that was measured on, such as "calibration text"; "" of none.
+
+    Args:
+        report: The report of a run.
+        name: What the text's figures are called.
+    """
+    stamp = (report.get("evaluation") or {}).get("protocol", {}).get("texts", {}).get(name, {})
+    read = {
+        "calibration": report.get("calibration") or {},
+        "training": (report.get("recovery") or {}).get("data", {}),
+    }
+    which = [what for what, facts in read.items() if _same_text(stamp, facts)]
+    part = "held-out part of the " if "held_out" in stamp else ""
+    return f"{part}{' and '.join(which)} text" if which else ""
+
+
 def made_sentence(report: Mapping[str, Any]) -> str:
     """Return how long the run took, where, and with which versions."""
     versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items() if value)
@@ -158,6 +176,14 @@ def _text(training: Mapping[str, Any]) -> str:
         f"{data.get('windows')} windows of {data.get('length')} tokens from `{data.get('source')}` "
         f"(seed {data.get('seed')}; sha256 of the token ids `{str(data.get('sha256'))[:16]}`)."
     )
+
+
+def _same_text(stamp: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    """Tell whether two stamps are of one text; of the built-in one an evaluation reads another part."""
+    source = stamp.get("source")
+    if source is None or source == DEMO or source != facts.get("source"):
+        return False
+    return str(source).endswith(SUFFIXES) or stamp.get("split") == facts.get("split")  # a file has no split
 
 
 def _running(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
