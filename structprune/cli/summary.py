@@ -211,8 +211,9 @@ def _reasons(left: list[Mapping[str, str]]) -> str:
 def _quality(result: Result) -> list[str]:
     evaluation = result.get("evaluation") or {}
     seen = {name: seen_before(result, name) for name in evaluation.get("perplexity", {})}
+    names = {name: f"{name} ({text})" if text else name for name, text in seen.items()}
     found = [
-        f"perplexity on {name}{f' ({seen[name]})' if seen[name] else ''} {number(figures.get('dense'))} -> {number(figures.get('model'))}"
+        f"perplexity on {names[name]} {number(figures.get('dense'))} -> {number(figures.get('model'))}"
         for name, figures in evaluation.get("perplexity", {}).items()
     ]
     found += [f"KL {number(figures['kl'])}" for figures in evaluation.get("divergence", {}).values()]

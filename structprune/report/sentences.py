@@ -120,7 +120,7 @@ def calibration_sentence(report: Mapping[str, Any]) -> str:
 
 
 def seen_before(report: Mapping[str, Any], name: str) -> str:
-    """Return which text of its own run a text is that was measured on, such as "calibration text"; "" of none.
+    """Return which text of its own run a text is that was measured on, such as "training text"; or "".
 
     Args:
         report: The report of a run.
