@@ -50,7 +50,7 @@ def verify(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="MODEL of the command that wrote OUT; of a recovered one also what was pruned.",
+            help="MODEL of the command that wrote OUT.",
         ),
     ] = None,
     *,
