@@ -330,7 +330,7 @@ def test_evaluate_and_recover_take_their_options(calls, command):
     (asked,), rest = calls["recover"]
     assert (asked.model, asked.output, rest["opening"]) == ("out", Path("new"), Opening())
     assert asked.recover == RecoverOptions(data="demo", steps=7, warmup=0.1, keep_adapter=True, seed=3)
-    assert done.out.startswith("held-out loss  2 -> 1 after step 5")
+    assert done.out.startswith("held-out loss  2 -> 1 nats per token after step 5")
 
 
 def test_every_command_prints_one_json_object(calls, command, tmp_path):
@@ -569,3 +569,11 @@ def test_the_module_and_the_scripts_are_the_same_command(monkeypatch, capsys):
     for script in ("prune", "recover", "evaluate"):
         text = (ROOT / "scripts" / f"{script}.py").read_text()
         assert f'main(["{script}", *sys.argv[1:]])' in text
+
+
+def test_help_tells_the_defaults_that_a_number_or_a_rule_gives(command):
+    recover = " ".join(command("recover", "--help").out.split())
+    assert f"Optimizer steps (default {RecoverOptions().steps})" in recover
+    assert "(default as many as the model takes, 2048 at most)" in recover
+    evaluate = " ".join(command("evaluate", "--help").out.split())
+    assert "(default no overlap)" in evaluate and "(default all)" in evaluate

@@ -270,6 +270,21 @@ def test_a_missed_quality_gate_publishes_nothing(llama: Path, tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["less", "out"]
 
 
+@pytest.mark.parametrize("output", [None, "other"])
+def test_a_recipe_given_as_a_model_is_told_how_it_is_read(
+    output: str | None, llama: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    said = {"model": str(llama), "output": str(tmp_path / "out"), "prune": "magnitude", "evaluate": False}
+    file.write_text(json.dumps(said))
+    place = output and tmp_path / output
+    with pytest.raises(UsageError, match="a recipe's file, expected a model") as refused:
+        structprune.prune(file, place)
+    report = eval(refused.value.hint.partition(": ")[2], {"structprune": structprune})
+    assert report["output"] == str(place or tmp_path / "out")
+    assert report["sparsity"] == 0.5
+
+
 def test_every_command_protects_what_it_reads(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     structprune.prune(llama, out, "magnitude", **QUICK)

@@ -91,6 +91,11 @@ def test_recovery_lowers_the_held_out_loss_and_moves_no_zero(pruned: Path, tmp_p
     assert report["recovery"]["best_loss"] < report["recovery"]["start_loss"]
     assert report["recovery"]["masks"] == "plans"
     assert report["sparsity"] == 0.5 and report["pattern"] == "2:4"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "6 samples of 32 tokens from `demo`" in card
+    assert f"Then trained on {report['recovery']['data']['windows']} windows of 32 tokens from `" in card
+    assert "weights only" not in card
+    assert "run `structprune recover recipe.yaml`" in card
     before, after = zeros(pruned / "pruned"), zeros(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
     weights = [(tmp_path / "out" / "model.safetensors"), (pruned / "pruned" / "model.safetensors")]

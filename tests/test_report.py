@@ -7,16 +7,18 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 
 from structprune import machine
+from structprune.cli.summary import recovery_lines
 from structprune.proof.verification import Check, Verification
 from structprune.report import plots
 from structprune.report.card import write_card
 from structprune.report.report import RunRecord, Size, build, table, write_report
+from structprune.report.sentences import calibration_sentence, seen_before
 
 EVALUATION = {
     "perplexity": {"demo": {"model": 3.4567, "dense": 3.1}, "broken": {"model": None, "dense": 3.0}},
@@ -141,6 +143,19 @@ class TestCard:
         assert "The 2:4 pattern holds in every pruned matrix" in body
         assert "None: this method looks at the weights only." in body
 
+    def test_a_recovery_of_an_unknown_model_tells_what_was_trained_on(self, tmp_path: Path) -> None:
+        data = {"windows": 90, "length": 32, "source": "own.txt", "seed": 3, "sha256": "ef" * 32}
+        told = calibration_sentence({"calibration": None, "recovery": {"data": data}})
+        assert told.startswith("Trained on 90 windows of 32 tokens from `own.txt` (seed 3; ")
+        assert "weights only" not in told
+
+    def test_a_card_of_an_applied_plan_names_its_command(self, tmp_path: Path) -> None:
+        record = RunRecord("wanda", command="apply", stages=[STAGE])
+        found = build(measured(), record, output=tmp_path, dense=Size(1000, 4096), seconds=1.0)
+        body = write_card(tmp_path, found, recipe="", base="owner/base").read_text(encoding="utf-8")
+        assert "run `structprune apply recipe.yaml`" in body
+        assert "None in this run: it carried out a plan that was decided before." in body
+
     @pytest.mark.parametrize("card", ["---\n- a list\n---\n", "---\nlicense: [\n---\n", "no front matter"])
     def test_a_source_with_a_damaged_card_gives_no_license(self, card: str, tmp_path: Path) -> None:
         (tmp_path / "README.md").write_text(card)
@@ -198,3 +213,34 @@ class TestMachine:
         wanted = before + 2**27
         subprocess.run([sys.executable, "-c", f"len(bytearray(b'1') * {wanted})"], check=True)
         assert wanted < machine.peak_rss() < wanted + 2**28
+
+
+class TestSeenBefore:
+    READ: ClassVar = {"source": "own.txt", "split": "train"}
+
+    def told(self, stamp: dict[str, Any], **report: Any) -> str:
+        return seen_before({"evaluation": {"protocol": {"texts": {"own": stamp}}}, **report}, "own")
+
+    def test_a_text_that_the_run_read_is_called_so(self) -> None:
+        whole, left = self.READ | {"split": "test"}, self.READ | {"held_out": "the last windows"}
+        assert self.told(whole, calibration=self.READ) == "calibration text"
+        assert self.told(left, calibration=None, recovery={"data": self.READ}) == (
+            "held-out part of the training text"
+        )
+        assert self.told(whole, calibration=self.READ, recovery={"data": self.READ}) == (
+            "calibration and training text"
+        )
+
+    def test_the_line_for_people_says_it(self) -> None:
+        training = {"start_loss": 2.5, "best_loss": 2.0, "best_step": 5, "data": self.READ}
+        texts = {"own": self.READ | {"held_out": "the last windows"}}
+        evaluation = {"perplexity": {"own": {"dense": 3.0, "model": 4.0}}, "protocol": {"texts": texts}}
+        made = {"output": "out", "adapter": {"base": "base"}, "loads_in": ["structprune"]}
+        said = recovery_lines({"recovery": training, "evaluation": evaluation, **made})
+        assert "2.5 -> 2 nats per token after step 5" in said
+        assert "perplexity on own (held-out part of the training text) 3 -> 4" in said
+
+    @pytest.mark.parametrize("source", ["other.txt", "demo", "a/dataset:name"])
+    def test_another_text_or_split_is_not(self, source: str) -> None:
+        read = self.READ | {"source": source if source != "other.txt" else "own.txt"}
+        assert self.told({"source": source, "split": "test"}, calibration=read) == ""

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 import structprune
 from structprune import pruners
+from structprune.errors import UsageError
 from structprune.models.identity import architecture_of, names_of
 from structprune.models.opening import Opening
 from structprune.models.streamed import open_model
@@ -154,3 +155,10 @@ def test_several_amounts_each_get_a_folder(source: Path, tmp_path: Path) -> None
 def test_no_file_of_the_package_names_it() -> None:
     package = Path(structprune.__file__).parent
     assert not [path for path in package.rglob("*.py") if METHOD in path.read_text(encoding="utf-8")]
+
+
+def test_an_unknown_method_is_told_where_methods_are_looked_for() -> None:
+    with pytest.raises(UsageError, match="'rootwanda' does not exist") as refused:
+        find("rootwanda")
+    assert f"in {Path(pruners.__file__).parent}/*/ and {TOYS}/*/" in refused.value.message
+    assert refused.value.hint == "did you mean 'wanda'?"

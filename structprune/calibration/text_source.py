@@ -5,6 +5,7 @@ from dataclasses import dataclass
 DEMO = "demo"  # the built-in text, and the model that has learned its world
 DEMO_VISION = "demo-vision"  # the built-in questions on images, and the model that answers them
 DEMOS = (DEMO, DEMO_VISION)
+SUFFIXES = (".txt", ".jsonl", ".parquet")  # of a file that holds a text
 
 
 @dataclass(frozen=True)

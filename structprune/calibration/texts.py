@@ -9,7 +9,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from structprune.calibration.text_source import DEMO, TextSource
+from structprune.calibration.text_source import DEMO, SUFFIXES, TextSource
 from structprune.errors import EnvironmentFailure, InputError, StructpruneError, UsageError
 from structprune.storage import hub
 
@@ -18,7 +18,6 @@ AS_TEXT = "save it as UTF-8 text; compressed and binary files are not read"
 RIGHTS = "check the rights of the file, and the disk"
 
 COLUMN = "text"
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 # Never a data set's name: without these a mistyped file name would be asked for on a hub.
 OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".md", ".gz", ".xz", ".zip", ".zst", ".arrow")
 # A line of text is a paragraph at most; longer ones are binary files or dumps that would fill the memory.

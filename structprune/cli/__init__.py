@@ -42,7 +42,7 @@ from structprune.version import __version__
 LAUNCHED = ("prune", "recover", "evaluate", "bench")
 app = typer.Typer(
     epilog="In N processes: torchrun --nproc-per-node N -m structprune prune ...; so recover and evaluate.",
-    help="Prune a language model checkpoint, prove what was done, evaluate it and recover it.",
+    help="Prune language and vision-language models: weights, structure, visual tokens.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -60,7 +60,12 @@ Tokenizer = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Decides what is drawn (default 0)")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps (default auto)")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16 (default auto)")]
-Length = Annotated[int | None, typer.Option("--length", "--seqlen", help="Tokens per sequence.")]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        "--length", "--seqlen", help="Tokens per sequence (default as many as the model takes, 2048 at most)"
+    ),
+]
 Samples = Annotated[int | None, typer.Option("--samples", "--nsamples", help="Sequences (default 128)")]
 Column = Annotated[str | None, typer.Option(help="Which column holds the text (default text)")]
 Batch = Annotated[int | None, typer.Option(help="Sequences per forward (default 8)")]

@@ -46,7 +46,13 @@ def verify(
     output: Annotated[
         str, typer.Argument(metavar="OUT", help="A folder that structprune wrote, or any model.")
     ],
-    against: Annotated[str | None, typer.Option(metavar="MODEL", help="The model it was made from.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="MODEL of the command that wrote OUT.",
+        ),
+    ] = None,
     *,
     opens: OpeningFlags,
 ) -> Job:
@@ -60,7 +66,10 @@ def verify(
 @command
 def evaluate(
     model: Model,
-    text: Annotated[list[str] | None, typer.Option(help="A text for the perplexity; repeatable.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="A text for the perplexity; repeatable (default held-out text of the demo)"),
+    ] = None,
     questions: Annotated[
         str | None, typer.Option(metavar="FILE.jsonl", help="Questions on images, with answers.")
     ] = None,
@@ -68,8 +77,12 @@ def evaluate(
     include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="Your own task files.")] = None,
     length: Length = None,
     column: Column = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens from one window to the next.")] = None,
-    windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from one window to the next (default no overlap)")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="Only the first windows of each text (default all)")
+    ] = None,
     batch_size: Batch = None,
     limit: Annotated[
         int | None, typer.Option(help="Only the first documents of each task, and the first questions.")

@@ -6,6 +6,7 @@ from typing import Any
 from structprune.cli.tables import table, wrapped
 from structprune.errors import counted
 from structprune.report.figures import bytes_text, number, percent, question_rows
+from structprune.report.sentences import seen_before
 from structprune.report.speed import speed_header, speed_notes, speed_rows
 
 Result = Mapping[str, Any]
@@ -26,7 +27,7 @@ def run_lines(result: Result) -> str:
     got = [_reached(stage) for stage in goals] or [f"sparsity {_exact(result['sparsity'])}"]
     got.append(f"{parameters['dense']:,} -> {parameters['pruned']:,} parameters")
     got.append(f"{size['dense']:,} -> {size['pruned']:,} bytes")
-    got += _quality(result.get("evaluation") or {})
+    got += _quality(result)
     where = (
         f"{result['output']} ({result['seconds']:.0f} s, peak memory {bytes_text(result['peak_rss_bytes'])})"
     )
@@ -49,7 +50,7 @@ def run_lines(result: Result) -> str:
 def recovery_lines(result: Result) -> str:
     """Return what training gained, and the folder it was written to."""
     training = result["recovery"]
-    loss = f"{number(training['start_loss'])} -> {number(training['best_loss'])}"
+    loss = f"{number(training['start_loss'])} -> {number(training['best_loss'])} nats per token"
     rows = [("held-out loss", f"{loss} after step {training['best_step']}")]
     if training.get("ranks"):
         ranks = training["ranks"].values()
@@ -57,7 +58,7 @@ def recovery_lines(result: Result) -> str:
     if training.get("steps_resumed"):
         rows += [("resumed", f"after {counted(training['steps_resumed'], 'step')}")]
     if "adapter" in result:
-        rows += [("quality", ", ".join(_quality(result["evaluation"])))]
+        rows += [("quality", ", ".join(_quality(result)))]
         rows += [("adapter", f"{result['output']} for {result['adapter']['base']}")]
         rows += [("loads in", ", ".join(result["loads_in"]))]
         return table([row for row in rows if row[1]])
@@ -207,9 +208,12 @@ def _reasons(left: list[Mapping[str, str]]) -> str:
     return f"{len(linears)} of them in decoder blocks, such as {linears[0]['name']}: {linears[0]['reason']}"
 
 
-def _quality(evaluation: Result) -> list[str]:
+def _quality(result: Result) -> list[str]:
+    evaluation = result.get("evaluation") or {}
+    seen = {name: seen_before(result, name) for name in evaluation.get("perplexity", {})}
+    names = {name: f"{name} ({text})" if text else name for name, text in seen.items()}
     found = [
-        f"perplexity on {name} {number(figures.get('dense'))} -> {number(figures.get('model'))}"
+        f"perplexity on {names[name]} {number(figures.get('dense'))} -> {number(figures.get('model'))}"
         for name, figures in evaluation.get("perplexity", {}).items()
     ]
     found += [f"KL {number(figures['kl'])}" for figures in evaluation.get("divergence", {}).values()]

@@ -34,6 +34,7 @@ from structprune.cli.flags import (
 from structprune.errors import UsageError
 from structprune.recipe.changes import APPLY, RECOVER
 from structprune.recipe.draft import ApplyRun, RecoverRun
+from structprune.recipe.options import RecoverOptions
 from structprune.recipe.request import Request, choose_run, request_recipe
 
 if TYPE_CHECKING:
@@ -50,7 +51,11 @@ def prune(
     *,
     asks: MethodFlags,
     calibration: Annotated[
-        str | None, typer.Option(help="A file, a data set's name, demo or demo-vision.")
+        str | None,
+        typer.Option(
+            help="A file, a data set's name, demo or demo-vision; quality is measured on "
+            "what is left of it, unless evaluate.text is set."
+        ),
     ] = None,
     samples: Samples = None,
     length: Length = None,
@@ -179,8 +184,17 @@ def apply(
 def recover(
     model: ModelOrRecipe,
     output: Output = None,
-    data: Annotated[str | None, typer.Option(help="A text file, a data set's name, or demo.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A text file, a data set's name, or demo; quality is measured on what "
+            "is left of it, unless evaluate.text is set."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help=f"Optimizer steps (default {RecoverOptions.model_fields['steps'].default})"),
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of each matrix's change (default 16)")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The highest (default 1e-4)")] = None,
     samples: Annotated[

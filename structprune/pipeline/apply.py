@@ -98,6 +98,7 @@ def _apply(run: ApplyRun, opening: Opening, writing: Writing, progress: Progress
         record = RunRecord(
             method="+".join(one.method for one in plans),
             recipe=run.text(),
+            command=run.command,
             stages=stages(plans),
         )
         exam = prepare_exam(None, source, None)

@@ -10,6 +10,7 @@ from structprune.checkpoint.locate import check_name, resolve
 from structprune.checkpoint.output import check_output
 from structprune.checkpoint.side_files import copied_names
 from structprune.checkpoint.writing import Writing
+from structprune.errors import UsageError
 from structprune.evaluation.memory import Memory
 from structprune.models.opening import Opening
 from structprune.pipeline.decision import (
@@ -34,6 +35,7 @@ from structprune.recipe.draft import RecoverRun
 from structprune.recipe.fields import build
 from structprune.recipe.options import EvaluateOptions
 from structprune.recipe.recipe import Recipe
+from structprune.recipe.request import is_recipe
 
 
 def prune(
@@ -50,7 +52,8 @@ def prune(
     """Prune a checkpoint, prove the result and return the report.
 
     Args:
-        recipe: A recipe; or a model ("demo", a folder, a hub name), with `output` and `pruner` beside it.
+        recipe: A recipe, as `choose_recipe` reads it from a file; or a model ("demo", a folder, a hub name),
+            with `output` and `pruner` beside it.
         output: The folder to write.
         pruner: A pruner, or a method's name.
         opening: How the model is opened; a recipe's own dtype and device are those of the run.
@@ -167,6 +170,12 @@ def _recipe(
     model: str, output: str | Path | None, pruner: Pruner | str | None, options: dict[str, Any]
 ) -> Recipe:
     """Return the recipe that `prune` was called with; what is no key of a recipe belongs to the method."""
+    if pruner is None and is_recipe(model) and Path(model).is_file():
+        place = f", flags={{'output': {str(output)!r}}}" if output is not None else ""
+        raise UsageError(
+            f"{model}: a recipe's file, expected a model or a recipe that was read",
+            hint=f"read it first: structprune.prune(structprune.choose_recipe({model!r}{place}))",
+        )
     stage: object = pruner
     if isinstance(pruner, str):
         stage = {"method": pruner} | {k: v for k, v in options.items() if k not in Recipe.model_fields}

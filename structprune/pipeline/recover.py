@@ -169,7 +169,7 @@ def _recover_on(
             raise
         if options.keep_adapter:
             return publish_adapter(work, task, recovery)
-        return publish_merged(work, task, recovery, saved.text())
+        return publish_merged(work, task, recovery, saved)
 
 
 def check_recovery(options: RecoverOptions, source: Source) -> None:

@@ -1,7 +1,9 @@
 """What a recovery started from and ended with, written: a whole model, or an adapter beside its base."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -11,6 +13,7 @@ from structprune.checkpoint.delivery import Delivery
 from structprune.checkpoint.export import export
 from structprune.checkpoint.plans import save_plans, stages
 from structprune.checkpoint.source import Source
+from structprune.errors import InputError
 from structprune.evaluation.exam import Exam
 from structprune.models.edited_reader import Reader
 from structprune.models.identity import names_of, skeleton
@@ -18,12 +21,13 @@ from structprune.models.streamed import StreamedModel
 from structprune.pipeline.finish import finish, measure
 from structprune.plan.plan import Plan
 from structprune.progress import Clock, Progress
+from structprune.recipe.draft import Run
 from structprune.recipe.options import RecoverOptions
 from structprune.recovery.merged import MergedReader
 from structprune.recovery.outcome import Recovery
 from structprune.recovery.windows import TrainingWindows
 from structprune.report import report
-from structprune.report.report import RunRecord
+from structprune.report.report import RunRecord, read_report
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Task:
     clock: Clock
 
 
-def publish_merged(work: Delivery, task: Task, recovery: Recovery, recipe: str) -> dict[str, Any]:
+def publish_merged(work: Delivery, task: Task, recovery: Recovery, recipe: Run) -> dict[str, Any]:
     """Write the model with the change merged, and the plans beside it; return the report."""
     with task.clock.phase("write"):
         reader, values, changed = _result(task, recovery)
@@ -70,7 +74,9 @@ def publish_merged(work: Delivery, task: Task, recovery: Recovery, recipe: str) 
         save_plans(task.plans, work.plans)
     record = RunRecord(
         method="+".join([*(plan.method for plan in task.plans), "recover"]),
-        recipe=recipe,
+        recipe=recipe.text(),
+        command=recipe.command,
+        calibration=_calibration(task.source.folder),
         stages=stages(task.plans),
         revalued=changed,
         more={"recovery": _facts(recovery, task)},
@@ -146,6 +152,14 @@ def _facts(recovery: Recovery, task: Task) -> dict[str, Any]:
         "masks": _origin(task.plans),
         "ranks": task.options.ranks,
     }
+
+
+def _calibration(folder: Path) -> dict[str, Any] | None:
+    """Return what the run that wrote a folder had looked at; None where its report does not say."""
+    with suppress(InputError):
+        found = read_report(folder).get("calibration")
+        return found if isinstance(found, dict) else None
+    return None
 
 
 def _origin(plans: Sequence[Plan]) -> Literal["plans", "nonzero"]:

@@ -26,10 +26,13 @@ def check_name(name: str) -> None:
     """Check that there is such a method.
 
     Raises:
-        UsageError: There is none; the nearest name is given.
+        UsageError: There is none; the nearest name is given, and where methods are looked for.
     """
     if name not in (known := _files()):
-        raise UsageError(f"method {name!r} does not exist", hint=nearest(name, known))
+        # Whoever added a file to a copy that is not the one that runs sees it here.
+        places = " and ".join(f"{root}/*/" for root in _roots())
+        said = f"method {name!r} does not exist: no file of that name in {places}"
+        raise UsageError(said, hint=nearest(name, known))
 
 
 def docstring(name: str) -> str:
@@ -63,12 +66,16 @@ def find(name: str) -> "type[Pruner]":
     return only
 
 
+def _roots() -> list[Path]:
+    """Return the folders that hold the families."""
+    # A cell of a notebook that is run twice adds its folder twice.
+    return list(dict.fromkeys(map(Path, pruners.__path__)))
+
+
 def _files() -> dict[str, Path]:
     """Return the file of every method by its name; files that begin with an underscore are no methods."""
     found: dict[str, Path] = {}
-    # A cell of a notebook that is run twice adds its folder twice.
-    roots = dict.fromkeys(map(Path, pruners.__path__))
-    for path in sorted((file for root in roots for file in root.glob("*/*.py")), key=str):
+    for path in sorted((file for root in _roots() for file in root.glob("*/*.py")), key=str):
         if path.stem.startswith("_"):
             continue
         if path.stem in found:

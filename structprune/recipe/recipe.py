@@ -170,15 +170,21 @@ def stage(raw: object, path: str = "prune", seed: int = 0) -> Pruner:
 def choose_recipe(
     model: str, *, sets: Sequence[str] = (), flags: Mapping[str, object] | None = None
 ) -> Recipe:
-    """Return the recipe that a command line asks for: a file that ends in .yaml, or a model and flags.
+    """Return a recipe of `prune`, read from its file or made of a model and what is asked of it.
+
+    choose_recipe("recipe.yaml", sets=["sparsity=0.6"])
+    choose_recipe("demo", flags={"output": "out", "prune.method": "wanda", "prune.sparsity": 0.5})
 
     Args:
-        model: What stands first.
-        sets: As for `request_recipe`.
-        flags: As for `request_recipe`.
+        model: The path of a recipe, which ends in .yaml or .yml; or a model ("demo", a folder, a hub name).
+        sets: What to change, each "key=value" as after `--set`: the dotted path of a key of the recipe
+            ("calibration.samples=64"), or a field of its method alone ("sparsity=0.6").
+        flags: What to change, as values: the dotted path of a key -> its value; None changes nothing. These
+            win over `sets`. A model needs "output" and "prune.method" here.
 
     Raises:
-        UsageError: As for `request_recipe`; or a field that a method cannot have.
+        UsageError: The file is missing or can be misread, a key is unknown, a value impossible; a field that
+            the method cannot have; or the recipe of another command.
     """
     return Recipe.of(request_recipe(model, sets=sets, flags=flags))
 

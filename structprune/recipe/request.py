@@ -72,7 +72,7 @@ def request_recipe(
             or an output is missing.
     """
     changes = {key: value for key, value in (flags or {}).items() if value is not None}
-    if model is not None and _is_recipe(model):
+    if model is not None and is_recipe(model):
         config = _only_recipe(model, config)
     elif model is not None:
         changes["model"] = model
@@ -110,7 +110,7 @@ def choose_run(
         UsageError: As for `request_recipe`; or it is the recipe of another command.
     """
     changes = {key: value for key, value in (flags or {}).items() if value is not None}
-    if _is_recipe(model):
+    if is_recipe(model):
         config = _only_recipe(model, config)
         raw = read_recipe(config)[0]
         _check_command(raw, config, owner)
@@ -146,6 +146,11 @@ def choose_settings(
     return build(Settings, merge(raw, reading, sets, flags))
 
 
+def is_recipe(model: str) -> bool:
+    """Tell whether what stands first is a recipe's file, by its name."""
+    return Path(model).suffix.lower() in (".yaml", ".yml") and not Path(model).is_dir()
+
+
 def read_recipe(path: Path) -> tuple[dict[str, Any], str]:
     """Return the keys of a recipe's file, and its text.
 
@@ -159,10 +164,6 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], str]:
             hint="such as `model: demo`, `output: OUT`, `prune: {method: magnitude, sparsity: 0.5}`",
         )
     return with_places(raw, path), text
-
-
-def _is_recipe(model: str) -> bool:
-    return Path(model).suffix.lower() in (".yaml", ".yml") and not Path(model).is_dir()
 
 
 def _only_recipe(model: str, config: Path | None) -> Path:

@@ -95,11 +95,12 @@ def _sections(folder: Path, report: Mapping[str, Any], name: str, base: str, rec
         ("check", "holds", "found"),
         [(row["name"], "yes" if row["ok"] else "**no**", row["detail"]) for row in checks],
     )
-    yield "## Calibration"
+    yield "## Calibration and training" if report.get("recovery") else "## Calibration"
     yield calibration_sentence(report)
     yield from _continuations(report)
     yield "## Reproduce"
-    yield f"Save the recipe as `recipe.yaml` and run `structprune prune recipe.yaml`, with {made_by}."
+    command = report.get("command", "prune")
+    yield f"Save the recipe as `recipe.yaml` and run `structprune {command} recipe.yaml`, with {made_by}."
     yield f"```yaml\n{recipe.strip()}\n```"
     yield made_sentence(report)
 

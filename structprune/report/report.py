@@ -43,9 +43,11 @@ class RunRecord:
     Attributes:
         method: Name of the method, or of several joined with "+".
         recipe: The recipe, as YAML.
+        command: Whose recipe that is: "prune", "apply" or "recover".
         stages: What each stage was: folder, method, config, plan id, its goal ("unit", "asked", "reachable")
             and whatever the run adds.
-        calibration: Where the calibration tokens came from; None for a method without data.
+        calibration: Where the calibration tokens of the stages came from, also where an earlier run read
+            them; None for a method without data, or where nobody knows.
         blocks_resumed: Blocks that an earlier, interrupted run had decided.
         revalued: Stored tensors whose kept weights changed on purpose.
         more: What else stands in the report.
@@ -53,6 +55,7 @@ class RunRecord:
 
     method: str
     recipe: str = ""
+    command: str = "prune"
     stages: Sequence[Mapping[str, Any]] = ()
     calibration: Mapping[str, Any] | None = None
     blocks_resumed: int = 0
@@ -84,6 +87,7 @@ def build(
     report = {
         "output": str(output),
         "method": record.method,
+        "command": record.command,
         "sparsity": verification.sparsity,
         "pattern": verification.pattern,
         "parameters": {

@@ -253,6 +253,7 @@ class _Training(_Read):
     best_loss: float | None
     best_step: Count
     history: list[_HeldOut] = []
+    data: dict[str, Any] = {}
 
 
 class _Machine(_Read):
@@ -276,6 +277,7 @@ class Report(_Read):
     blocks: list[_BlockRow]
     verification: _Checks
     evaluation: _Measured | None
+    command: str = "prune"
     calibration: dict[str, Any] | None
     stages: list[_StageRow]
     machine: _Machine

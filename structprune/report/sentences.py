@@ -3,9 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from structprune.calibration.text_source import DEMO, SUFFIXES
 from structprune.report.figures import bytes_text, fraction
 
 NO_LOOK = "None: nothing is looked at before the model runs."
+ONLY_WEIGHTS = "None: this method looks at the weights only."
+CARRIED_OUT = "None in this run: it carried out a plan that was decided before."
 ZEROS = (
     "The removed weights are stored as zeros in ordinary dense tensors. **This makes neither the files "
     "smaller nor dense kernels faster**: a program saves memory or time only when it uses the zeros. To get "
@@ -106,12 +109,52 @@ def protocol_sentences(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def calibration_sentence(report: Mapping[str, Any]) -> str:
-    """Return what was looked at before anything was decided."""
-    facts = report["calibration"]
-    if not facts and _running(report):
+    """Return what was looked at before anything was decided, and what was trained on after it."""
+    facts, training = report["calibration"], report.get("recovery")
+    if not training:
+        return _looked_at(facts) if facts else _no_look(report)
+    # Of a recovered model without them nobody knows what its pruning looked at.
+    return (
+        f"{_looked_at(facts)} Then trained on {_text(training)}" if facts else f"Trained on {_text(training)}"
+    )
+
+
+def seen_before(report: Mapping[str, Any], name: str) -> str:
+    """Return which text of its own run a text is that was measured on, such as "training text"; or "".
+
+    Args:
+        report: The report of a run.
+        name: What the text's figures are called.
+    """
+    stamp = (report.get("evaluation") or {}).get("protocol", {}).get("texts", {}).get(name, {})
+    read = {
+        "calibration": report.get("calibration") or {},
+        "training": (report.get("recovery") or {}).get("data", {}),
+    }
+    which = [what for what, facts in read.items() if _same_text(stamp, facts)]
+    part = "held-out part of the " if "held_out" in stamp else ""
+    return f"{part}{' and '.join(which)} text" if which else ""
+
+
+def made_sentence(report: Mapping[str, Any]) -> str:
+    """Return how long the run took, where, and with which versions."""
+    versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items() if value)
+    machine = report["machine"]
+    return (
+        f"Made in {report['seconds']:.0f} seconds on {machine['processor']} ({machine['threads']} threads), "
+        f"with {versions}."
+    )
+
+
+def _no_look(report: Mapping[str, Any]) -> str:
+    """Return why no data were looked at."""
+    if _running(report):
         return NO_LOOK
-    if not facts:
-        return "None: this method looks at the weights only."
+    return CARRIED_OUT if report.get("command") == "apply" else ONLY_WEIGHTS
+
+
+def _looked_at(facts: Mapping[str, Any]) -> str:
+    """Return what the stages looked at."""
     if facts.get("images"):
         return (
             f"{facts.get('samples')} questions on images, prompts of at most {facts.get('length')} tokens, "
@@ -126,14 +169,21 @@ def calibration_sentence(report: Mapping[str, Any]) -> str:
     )
 
 
-def made_sentence(report: Mapping[str, Any]) -> str:
-    """Return how long the run took, where, and with which versions."""
-    versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items() if value)
-    machine = report["machine"]
+def _text(training: Mapping[str, Any]) -> str:
+    """Return what a recovery trained on."""
+    data = training.get("data", {})
     return (
-        f"Made in {report['seconds']:.0f} seconds on {machine['processor']} ({machine['threads']} threads), "
-        f"with {versions}."
+        f"{data.get('windows')} windows of {data.get('length')} tokens from `{data.get('source')}` "
+        f"(seed {data.get('seed')}; sha256 of the token ids `{str(data.get('sha256'))[:16]}`)."
     )
+
+
+def _same_text(stamp: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    """Tell whether two stamps are of one text; of the built-in one an evaluation reads another part."""
+    source = stamp.get("source")
+    if source is None or source == DEMO or source != facts.get("source"):
+        return False
+    return str(source).endswith(SUFFIXES) or stamp.get("split") == facts.get("split")  # a file has no split
 
 
 def _running(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
