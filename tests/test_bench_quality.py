@@ -48,13 +48,13 @@ def test_files_of_one_model_are_taken_together(tmp_path: Path) -> None:
 def test_a_table_has_what_was_measured_beside_dense() -> None:
     from quality_tables import table
 
-    cells = cell("wanda", "0.5", 0.2), cell("cfsp", "20% smaller", 0.1, perplexity=6.0)
+    cells = cell("wanda", "0.5", 0.2), cell("cfsp", "20% of units", 0.1, perplexity=6.0)
     assert table(kept(*cells)).splitlines() == [
-        "|  | 0.5 | 20% smaller | s to decide | seeds |",
+        "|  | 0.5 | 20% of units | s to decide | seeds |",
         "| --- | --- | --- | --- | --- |",
         "| dense | 8 (0) | 8 (0) |  |  |",
         "| wanda | 8 (0.200 ± 0.020) |  | 3 | 1 |",
-        "| cfsp |  | 6 (0.100 ± 0.010) | 3 | 1 |",
+        "| cfsp |  | 6 (0.100 ± 0.010), 0.0 M left | 3 | 1 |",
     ]
 
 
@@ -73,7 +73,7 @@ def test_a_pair_is_told_in_errors_of_its_windows() -> None:
         ("0.5", {"sparsity": "0.5"}, 100, 0.6),
         ("2:4", {"sparsity": "2:4"}, 110, 0.7),
         ("2:4", {"sparsity": "0.4"}, 100, 0.68),
-        ("20% smaller", {"sparsity": "0.2"}, 84, 0.84),
+        ("20% of units", {"sparsity": "0.2"}, 84, 0.84),
     ],
 )
 def test_what_is_left_is_stored_and_not_zero(

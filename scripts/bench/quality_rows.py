@@ -7,8 +7,9 @@ from typing import Any
 from cells import Cell
 
 SPARSITIES = ("0.3", "0.5", "0.6", "0.7", "2:4", "4:8")
-# Where whole units leave, by what share of them: other columns, which only `UNITS` have.
-SMALLER = {"20% smaller": "0.2", "50% smaller": "0.5"}
+# Where whole units leave, by the share of the parameters of the kinds that a method removes: other columns,
+# which only `UNITS` have. How much smaller a model is, its parameters say.
+SMALLER = {"20% of units": "0.2", "50% of units": "0.5"}
 EQUAL_BYTES = "sparsegpt, armor's bytes"
 # By row: the method, and the fields that are not its defaults. The first rows are each from one paper (OWL
 # is one), those with a plus from several. N:M leaves a budget nothing to do: it is left out there.

@@ -24,7 +24,7 @@ PATTERN_PAIRS = (
     *product(("nowag", "sparsegpt", EQUAL_BYTES), ("armor", "armor, gram")),
 )
 # Where continuations are shown.
-SHOWN = ("0.5", "2:4", "20% smaller")
+SHOWN = ("0.5", "2:4", "20% of units")
 LOSSES = "| loss of a matrix, over matrices and seeds | at | min | median | max |\n" + "|---" * 5 + "|"
 
 
@@ -38,7 +38,8 @@ def told(cells: Sequence[Cell]) -> str:
     """Return perplexity, what is right, and KL with its standard error; nothing without cells."""
     if not cells:
         return ""
-    return f"{perplexity_of(cells):.4g}{accuracy_of(cells)} ({with_error(*divergence_of(cells))})"
+    size = f", {cells[0]['parameters'] / 1e6:.1f} M left" if cells[0]["sparsity"] in SMALLER else ""
+    return f"{perplexity_of(cells):.4g}{accuracy_of(cells)} ({with_error(*divergence_of(cells))}){size}"
 
 
 def table(kept: Mapping[str, Any]) -> str:
@@ -134,9 +135,9 @@ def section(kept: Mapping[str, Any]) -> str:
 LEGEND = """
 A cell: perplexity (with the share of right answers where questions were asked), in brackets mean nats of
 KL(dense || pruned) per token ± standard error over windows. s to decide: the processor's seconds of
-calibrating and solving, the median over the row. "smaller": of the parameters of key-value groups and
-channels, which leave the files; elsewhere zeros. In pairs: by how much KL falls, the same in standard errors
-of the paired windows, and the share of the way back to dense."""
+calibrating and solving, the median over the row. Of units: of the parameters of the kinds of unit that a
+method removes (cfsp: channels), which leave the files; elsewhere zeros. In pairs: by how much KL falls, the
+same in standard errors of the paired windows, and the share of the way back to dense."""
 
 
 def together(files: Sequence[Path]) -> list[dict[str, Any]]:
