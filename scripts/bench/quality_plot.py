@@ -66,7 +66,8 @@ def draw(kept: Mapping[str, Any], path: Path) -> None:
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(fontsize=8, loc="outside right upper", frameon=False, title="hollow: 2:4", title_fontsize=8)
-    figure.suptitle(f"{kept['model']}: what pruning costs", fontsize=11)
+    title = f"{kept['model']}: what pruning costs (left out: beyond {MOST} times dense)"
+    figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
 
