@@ -191,7 +191,7 @@ def is_among(said: str, cells: list[str]) -> bool:
     number = said.replace(" ", "")
     digits = len(number.replace(".", "").strip("0"))
     for cell in cells:
-        found = re.match(r"[\d.]+(?:e[+-]\d+)?", cell)
+        found = re.match(r"\d+(?:\.\d+)?(?:e[+-]\d+)?", cell)
         if found and float(f"{float(found[0]):.{max(digits, 1)}g}") == float(number):
             return True
     return False
