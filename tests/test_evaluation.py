@@ -170,6 +170,23 @@ def test_the_figures_match_those_of_transformers_own_loss() -> None:
     assert scores.mean(scores.model) == pytest.approx(loss, rel=1e-5)
 
 
+def test_who_waits_is_told_how_far_the_measuring_is(prose: str) -> None:
+    told: list[tuple[str, int, int]] = []
+    options = EvaluateOptions(text=[prose], windows=3, length=8, batch_size=2)
+
+    def tell(*report: Any) -> None:
+        told.append(report)
+
+    evaluate(tiny("llama"), tokenizer(), options, dense=tiny("llama", seed=1), progress=tell)
+    stages = {stage: [(done, total) for one, done, total in told if one == stage] for stage, *_ in told}
+    assert stages["perplexity on prose"] == [(0, 2), (1, 2), (2, 2)]
+    prompts = [name for name in stages if name.startswith("continue")]
+    assert [name.endswith(", dense model") for name in prompts] == [False, True]
+    for reports in stages.values():
+        done, totals = zip(*reports, strict=True)
+        assert list(done) == sorted(done) and done[-1] == totals[-1] and len(set(totals)) == 1
+
+
 def test_slices_and_batches_change_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     model, dense = tiny("llama"), tiny("llama", seed=1)
     text = Windows(tokens(model, batch=5, length=16)["input_ids"], [1] * 5)
@@ -426,6 +443,20 @@ def test_a_streamed_model_is_refused_by_lm_eval(tmp_path: Path) -> None:
     model = open_model(save_tiny("llama", tmp_path / "model"), Opening(stream=True))
     with pytest.raises(UsageError, match="need the whole model in memory"):
         harness(model, tokenizer(), ["tiny_choice"])
+
+
+def test_git_is_not_asked_for_the_commit_of_the_folder(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: object, **__: object) -> bytes:
+        raise AssertionError("outside a repository git would complain on stderr")
+
+    monkeypatch.setattr("lm_eval.loggers.utils.subprocess.check_output", asked)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    (tasks / ".git" / "refs").mkdir(parents=True)
+    (tasks / ".git" / "HEAD").write_text("ref: refs/now\n")
+    (tasks / ".git" / "refs" / "now").write_text("0123abc\n")
+    monkeypatch.chdir(tasks)
+    found = harness(tiny("llama"), tokenizer(), ["tiny_choice"], include_path=tasks, limit=1)
+    assert found["git_hash"] == "0123abc"
 
 
 def test_no_bar_is_drawn_into_a_log_and_all_are_again_afterwards(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,7 +65,11 @@ def test_figures_by_hand(monkeypatch):
     }
     monkeypatch.setattr(module, "answer", lambda model, *_: said[model.name].pop(0))
     model, dense = (SimpleNamespace(name=name, device="cpu") for name in ("model", "dense"))
-    found = ask_questions(model, exam, dense=dense, batch_size=2)
+    told: list[tuple[str, int, int]] = []
+    found = ask_questions(
+        model, exam, dense=dense, batch_size=2, progress=lambda *report: told.append(report)
+    )
+    assert [report[1:] for report in told] == [(0, 2), (1, 2), (2, 2)]
     assert found["asked"] == 3
     assert found["accuracy"] == {"model": 1 / 3, "dense": 1.0}
     assert found["kinds"] == {

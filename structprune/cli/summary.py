@@ -210,18 +210,27 @@ def _reasons(left: list[Mapping[str, str]]) -> str:
 
 def _quality(result: Result) -> list[str]:
     evaluation = result.get("evaluation") or {}
-    seen = {name: seen_before(result, name) for name in evaluation.get("perplexity", {})}
-    names = {name: f"{name} ({text})" if text else name for name, text in seen.items()}
-    found = [
-        f"perplexity on {names[name]} {number(figures.get('dense'))} -> {number(figures.get('model'))}"
-        for name, figures in evaluation.get("perplexity", {}).items()
-    ]
+    texts = evaluation.get("protocol", {}).get("texts", {})
+    found = []
+    for name, figures in evaluation.get("perplexity", {}).items():
+        scored = f"{name}{_how_scored(result, name, texts.get(name, {}))}"
+        found.append(
+            f"perplexity on {scored} {number(figures.get('dense'))} -> {number(figures.get('model'))}"
+        )
     found += [f"KL {number(figures['kl'])}" for figures in evaluation.get("divergence", {}).values()]
     found += [
         f"right answers on {name} {percent(one['accuracy']['dense'])} -> {percent(one['accuracy']['model'])}"
         for name, one in evaluation.get("questions", {}).items()
     ]
     return found + list(evaluation.get("protocol", {}).get("flags", ()))
+
+
+def _how_scored(result: Result, name: str, stamp: Mapping[str, Any]) -> str:
+    """Return in brackets what a perplexity depends on most; two of different windows cannot be compared."""
+    length = stamp.get("length")
+    told = [seen_before(result, name), f"windows of {length} tokens" if length else ""]
+    said = ", ".join(filter(None, told))
+    return f" ({said})" if said else ""
 
 
 def _exact(sparsity: object) -> str:

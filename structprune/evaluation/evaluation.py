@@ -26,6 +26,7 @@ from structprune.evaluation.perplexity import NOT_FINITE, Scores, score
 from structprune.evaluation.protocol import dtype_of, same_footing, stamped_versions
 from structprune.evaluation.questions import ask_questions
 from structprune.models.streamed import Model, StreamedModel
+from structprune.progress import Progress, silent, step
 from structprune.ranks import Ranks
 from structprune.recipe.options import EvaluateOptions
 
@@ -90,6 +91,7 @@ def evaluate(
     dense_tokenizer: PreTrainedTokenizerBase | None = None,
     memory: Memory | None = None,
     ranks: Ranks = Ranks(),
+    progress: Progress = silent,
 ) -> Evaluation:
     """Measure a model and, in the same run, the dense model it was made from.
 
@@ -102,6 +104,7 @@ def evaluate(
         memory: What the dense model said in an earlier evaluation on this exam, and where to keep it.
         ranks: Those who share windows and questions; what generates text, and lm-eval, run on the first
             alone, and are missing in what the others return.
+        progress: Told (stage, done, total).
 
     Raises:
         UsageError: A size is impossible, a task is unknown, or both models do not share the protocol.
@@ -117,7 +120,6 @@ def evaluate(
     flags = [exam.reason] if exam.reason else []
     result = Evaluation(protocol={"texts": {}, "tasks": {}, "versions": stamped_versions(), "flags": flags})
     for text in exam.texts:
-        log.info("perplexity on %s: %d windows", text.name, text.stamp["windows"])
         result.protocol["texts"][text.name] = text.stamp | {"dtype": dtype_of(model)}
         say = memory.outputs if dense is not None else None
         found = score(
@@ -128,14 +130,15 @@ def evaluate(
             batch_size=options.batch_size,
             name=text.name,
             ranks=ranks,
+            progress=progress,
         )
         _add_text(result, text.name, found)
     if exam.questions is not None:
-        _add_questions(result, exam, model, dense, memory, ranks)
+        _add_questions(result, exam, model, dense, memory, ranks, progress)
     if not ranks.first:
         return result
     if exam.prompts:
-        result.generations = _side_by_side(exam.prompts, model, dense, tokenizer, memory)
+        result.generations = _side_by_side(exam.prompts, model, dense, tokenizer, memory, progress)
     if options.tasks:
         if not ranks.alone:
             said = "lm-eval runs on the first process alone"
@@ -143,9 +146,9 @@ def evaluate(
             result.protocol["flags"].append(said)
         for which, one in (("model", model), ("dense", dense)):
             if one is not None:
-                log.info("lm-eval on the %s: %s", which, ", ".join(options.tasks))
                 run = partial(_run_tasks, one, tokenizer, exam)
-                result.harness[which] = run() if which == "model" else memory.once("tasks", run)
+                with step(progress if which == "model" else partial(_of_dense, progress), "lm-eval"):
+                    result.harness[which] = run() if which == "model" else memory.once("tasks", run)
         _add_tasks(result, options.limit)
     return result
 
@@ -189,13 +192,15 @@ def _add_questions(
     dense: Model | None,
     memory: Memory,
     ranks: Ranks,
+    progress: Progress,
 ) -> None:
     # Reading the exam has refused a streamed model.
     assert isinstance(model, PreTrainedModel) and not isinstance(dense, StreamedModel)
     questions, size = exam.questions, exam.options.batch_size
     assert questions is not None
-    log.info("%d questions on images: %s", len(questions.questions), questions.name)
-    found = ask_questions(model, questions, dense=dense, batch_size=size, memory=memory, ranks=ranks)
+    found = ask_questions(
+        model, questions, dense=dense, batch_size=size, memory=memory, ranks=ranks, progress=progress
+    )
     stamp = questions.stamp | {"sha256": found.pop("sha256"), "dtype": dtype_of(model)}
     result.questions[questions.name] = found
     result.protocol["questions"] = {questions.name: stamp}
@@ -207,16 +212,29 @@ def _side_by_side(
     dense: Model | None,
     tokenizer: PreTrainedTokenizerBase,
     memory: Memory,
+    progress: Progress,
 ) -> list[dict[str, str | None]]:
-    first = sequence_start(tokenizer).token
-    mine: Sequence[str] = generations(model, tokenizer, prompts, first=first)
+    go_on = partial(
+        generations,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        first=sequence_start(tokenizer).token,
+        progress=progress,
+    )
+    mine: Sequence[str] = go_on(model)
     other: Sequence[str | None] = [None] * len(prompts)
     if dense is not None:
-        other = memory.once("generations", partial(generations, dense, tokenizer, prompts, first=first))
+        told = partial(_of_dense, progress)
+        other = memory.once("generations", partial(go_on, dense, progress=told))
     return [
         {"prompt": prompt, "model": one, "dense": two}
         for prompt, one, two in zip(prompts, mine, other, strict=True)
     ]
+
+
+def _of_dense(progress: Progress, stage: str, done: int, total: int) -> None:
+    """Tell how far a stage is with the dense model, which has been done with the other one."""
+    progress(f"{stage}, dense model", done, total)
 
 
 def _run_tasks(model: Model, tokenizer: PreTrainedTokenizerBase, exam: Exam) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a model writes: the most likely continuation of a few beginnings, for eyes that distrust figures."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -8,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from structprune.calibration.data import cut, encode
 from structprune.models.outputs import next_tokens
 from structprune.models.streamed import Model
+from structprune.progress import Progress, silent
 
 TOKENS = 40
 PROMPTS = 3
@@ -51,6 +53,7 @@ def generations(
     *,
     tokens: int = TOKENS,
     first: int | None = None,
+    progress: Progress = silent,
 ) -> list[str]:
     """Continue prompts greedily, until the model ends the text or `tokens` were written.
 
@@ -63,6 +66,7 @@ def generations(
         prompts: Texts to continue.
         tokens: How many tokens are written at most.
         first: A beginning-of-sequence token to put before each prompt.
+        progress: Told (stage, tokens written, tokens).
 
     Returns:
         The continuations, without their prompts.
@@ -70,12 +74,16 @@ def generations(
     opening = [] if first is None else [first]
     encoded = [opening + tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     written: dict[int, str] = {}
-    for length in {len(ids) for ids in encoded}:
+    lengths = sorted({len(ids) for ids in encoded})
+    tell = partial(progress, f"continue {len(prompts)} prompts")
+    tell(0, total := tokens * len(lengths))
+    for place, length in enumerate(lengths):
         # Prompts of one length form a batch without padding.
         rows = [index for index, ids in enumerate(encoded) if len(ids) == length]
         ids = torch.tensor([encoded[index] for index in rows])
-        for _ in range(tokens):
+        for count in range(tokens):
             ids = torch.cat([ids, next_tokens(model, {"input_ids": ids}).to(ids.device)], dim=1)
+            tell(place * tokens + count + 1, total)
         for index, row in zip(rows, ids[:, length:].tolist(), strict=True):
             end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
             written[index] = str(tokenizer.decode(row[:end]))

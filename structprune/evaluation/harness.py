@@ -61,7 +61,7 @@ def harness(
 
     # lm-eval prints while it draws standard errors, and sets a padding token on the tokenizer it is given.
     bars = contextlib.nullcontext() if sys.stderr.isatty() else _without_bars()
-    with contextlib.redirect_stdout(sys.stderr), bars:
+    with contextlib.redirect_stdout(sys.stderr), bars, _without_git():
         manager, names = _find(tasks, include_path)
         loaded = _load(manager, names)
         reads_images = _check_images(loaded["tasks"].values())
@@ -209,11 +209,28 @@ def _without_bars() -> Iterator[None]:
     def hidden(bar: Any, *args: Any, **kwargs: Any) -> None:
         draw(bar, *args, **{**kwargs, "disable": True})
 
-    tqdm.__init__ = hidden
+    with _replaced(tqdm, "__init__", hidden):
+        yield
+
+
+@contextlib.contextmanager
+def _without_git() -> Iterator[None]:
+    """Let lm-eval find the commit of the working folder itself: outside a repository git complains."""
+    import lm_eval.evaluator
+    from lm_eval.loggers.utils import get_commit_from_path
+
+    with _replaced(lm_eval.evaluator, "get_git_commit_hash", lambda: get_commit_from_path(Path.cwd())):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    former = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        tqdm.__init__ = draw
+        setattr(owner, name, former)
 
 
 def _find(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[str]]:

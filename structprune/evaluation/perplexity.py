@@ -19,6 +19,7 @@ from structprune.calibration.data import begin, cut
 from structprune.errors import InputError, QualityError
 from structprune.models.outputs import Output, outputs, per_token
 from structprune.models.streamed import Batch, Model
+from structprune.progress import Progress, silent
 from structprune.ranks import Ranks
 
 # Hidden states that a streamed model keeps between two blocks; past it the model is read once more.
@@ -105,6 +106,7 @@ def score(
     batch_size: int = 8,
     name: str = "the text",
     ranks: Ranks = Ranks(),
+    progress: Progress = silent,
 ) -> Scores:
     """Score a text under a model and, in the same run, under the model it was made from.
 
@@ -116,6 +118,7 @@ def score(
         batch_size: Windows per forward.
         name: What to call the text in an error.
         ranks: Those who share the batches; each returns the scores of all windows.
+        progress: Told (stage, batches scored, batches) of this process's own.
 
     Raises:
         InputError: A token id is outside a model's vocabulary, or the two vocabularies differ.
@@ -125,7 +128,8 @@ def score(
     batches: list[Batch] = [{"input_ids": part.clone()} for part in torch.split(text.inputs, batch_size)]
     share = ranks.portion(len(batches))
     starts = text.starts[share.start * batch_size :]
-    own = _score_batches(model, batches[share.start : share.stop], starts, dense, say or outputs)
+    tell = partial(progress, f"perplexity on {name}")
+    own = _score_batches(model, batches[share.start : share.stop], starts, dense, say or outputs, tell)
     scores = Scores()
     for found, _ in ranks.tell_each(asdict(own)):
         for which, sums in found.items():
@@ -140,11 +144,13 @@ def _score_batches(
     starts: Sequence[int],
     dense: Model | None,
     say: Callable[[Model, Sequence[Batch]], Iterator[Output]],
+    tell: Callable[[int, int], None],
 ) -> Scores:
     """Return the scores of the windows in some batches, up to the first with a loss that is not finite."""
-    scores = Scores()
+    scores, done = Scores(), 0
     if not batches:
         return scores
+    tell(done, len(batches))
     config = model.config.get_text_config()
     length = batches[0]["input_ids"].numel()
     held = max(1, HIDDEN_BYTES // (length * config.hidden_size * 4))
@@ -159,6 +165,7 @@ def _score_batches(
             _add(scores, ids, list(islice(left, len(ids))), mine, other)
             if not all(map(math.isfinite, scores.model + scores.dense)):
                 return scores
+            tell(done := done + 1, len(batches))
     return scores
 
 

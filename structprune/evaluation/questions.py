@@ -11,7 +11,7 @@ Source: McNemar 1947, Psychometrika 12, pages 153-157 (the exact binomial form).
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -29,6 +29,7 @@ from structprune.demo.scenes import render
 from structprune.demo.sights import HELD_OUT_SEED, visual_questions
 from structprune.errors import InputError, QualityError, UsageError
 from structprune.evaluation.memory import Memory
+from structprune.progress import Progress, silent
 from structprune.ranks import Ranks
 from structprune.runtime.attach import paused
 
@@ -132,6 +133,7 @@ def ask_questions(
     batch_size: int = 8,
     memory: Memory | None = None,
     ranks: Ranks = Ranks(),
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Ask a model, and in the same run the dense model, and return the figures, JSON-safe.
 
@@ -142,6 +144,7 @@ def ask_questions(
         batch_size: Questions per forward.
         memory: What the dense model said in an earlier evaluation on this exam, and where to keep it.
         ranks: Those who share the batches; each returns the figures of all questions.
+        progress: Told (stage, batches asked, batches) of this process's own.
 
     Returns:
         "asked"; "accuracy" ("model", "dense": share of right answers, 0-1); "kinds" (kind -> the same); "kl"
@@ -157,7 +160,12 @@ def ask_questions(
     right: dict[str, list[bool]] = {"model": [], "dense": []}
     divergences: list[float] = []
     hashes: list[str] = []
-    for number, asked, batch in _batches(exam, batch_size, ranks):
+    share = ranks.portion(math.ceil(len(exam.questions) / batch_size))
+    tell = partial(progress, f"questions of {exam.name}")
+    tell(0, len(share))
+    for done, number in enumerate(share, start=1):
+        asked = exam.questions[number * batch_size : (number + 1) * batch_size]
+        batch = batch_of(asked, exam.processor)
         if not hashes:
             placed = {name: value.to(model.device) for name, value in batch.items()}
             with paused(model):  # its blocks are not run, so nothing could choose in them
@@ -170,6 +178,7 @@ def ask_questions(
             right["dense"] += theirs.right
             parts = theirs.first.exp() * (theirs.first - mine.first)
             divergences += parts.sum(-1).clamp(min=0).tolist()
+        tell(done, len(share))
     shares = [said for said, _ in ranks.tell_each([right["model"], right["dense"], divergences, hashes])]
     model_right, dense_right, divergences, hashes = (
         list(chain(*parts)) for parts in zip(*shares, strict=True)
@@ -235,15 +244,6 @@ def mcnemar(one_only: int, other_only: int) -> float:
     count = one_only + other_only
     tail = sum(math.comb(count, index) for index in range(min(one_only, other_only) + 1))
     return min(1.0, 2 * tail / (1 << count))
-
-
-def _batches(
-    exam: QuestionExam, size: int, ranks: Ranks
-) -> Iterator[tuple[int, tuple[ImageQuestion, ...], dict[str, Tensor]]]:
-    """Yield the number, the questions and the inputs of each batch that one process asks."""
-    for number in ranks.portion(math.ceil(len(exam.questions) / size)):
-        asked = exam.questions[number * size : (number + 1) * size]
-        yield number, asked, batch_of(asked, exam.processor)
 
 
 def _figures(exam: QuestionExam, right: dict[str, list[bool]], divergences: list[float]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from structprune.models.opening import Opening
 from structprune.pipeline.decision import shaping_versions
 from structprune.pipeline.examine import prepare_exam
 from structprune.pipeline.finish import measure
-from structprune.progress import Progress, silent
+from structprune.progress import Progress, silent, step
 from structprune.ranks import joined_ranks
 from structprune.recipe.options import EvaluateOptions
 
@@ -48,13 +48,13 @@ def evaluate(
     """
     options = _with_text(options or EvaluateOptions(), model)
     with joined_ranks() as ranks:
-        progress("evaluate", 0, 1)
-        source = open_measured(model, resolve(model, revision=revision), opening)
-        dense = open_measured(options.compare, resolve(options.compare), opening) if options.compare else None
-        exam = prepare_exam(options, source, None, dense)
+        with step(progress, "read"):
+            source = open_measured(model, resolve(model, revision=revision), opening)
+            compared = options.compare
+            dense = open_measured(compared, resolve(compared), opening) if compared else None
+            exam = prepare_exam(options, source, None, dense)
         ranks.check_alike("this evaluation", _fingerprint(source, dense, exam))
-        result = measure(source, dense, exam, ranks=ranks)
-        progress("evaluate", 1, 1)
+        result = measure(source, dense, exam, ranks=ranks, progress=progress)
         if options.max_ppl_ratio is not None:
             gate(result, options.max_ppl_ratio)
     return result.as_json() if ranks.first else {}

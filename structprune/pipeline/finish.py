@@ -15,7 +15,7 @@ from structprune.models.cost import weight_bytes
 from structprune.models.skeleton import task_of
 from structprune.pipeline.bench import measure_speed, written_contenders
 from structprune.plan.plan import Plan
-from structprune.progress import Clock, Progress
+from structprune.progress import Clock, Progress, silent
 from structprune.proof.verification import Verification
 from structprune.proof.verify import verify
 from structprune.ranks import Ranks
@@ -75,7 +75,7 @@ def finish(
     compared = dense or source
     if evaluation is None:
         with clock.phase("evaluate"):
-            evaluation = measure(source, compared, exam)
+            evaluation = measure(source, compared, exam, progress=progress)
     with clock.phase("prove"):
         verification = prove(work, source, record, progress)
     if exam.workload is not None:
@@ -156,6 +156,7 @@ def measure(
     exam: Exam,
     memory: Memory | None = None,
     ranks: Ranks = Ranks(),
+    progress: Progress = silent,
 ) -> Evaluation:
     """Evaluate a run's model, and the dense one in the same run.
 
@@ -165,6 +166,7 @@ def measure(
         exam: What to measure it on.
         memory: What the dense model said already.
         ranks: Those who share the work; all of them come here.
+        progress: Told (stage, done, total).
     """
     if not exam.asks:
         return nothing_measured(exam)
@@ -176,4 +178,5 @@ def measure(
         dense_tokenizer=dense.tokenizer if dense else None,
         memory=memory,
         ranks=ranks,
+        progress=progress,
     )

@@ -134,7 +134,7 @@ def prune_recipe(
                 with clock.phase("write"):
                     write(source, work, plans, progress)
                 with clock.phase("evaluate"):
-                    evaluation = measure(source, source, exam, memory, ranks)
+                    evaluation = measure(source, source, exam, memory, ranks, progress)
                 together.close()  # The others have done their part.
                 if recipe.recover is not None:  # the speed is that of what comes of it
                     exam = replace(exam, workload=None)

@@ -106,7 +106,7 @@ def publish_adapter(work: Delivery, task: Task, recovery: Recovery) -> dict[str,
     with task.clock.phase("write"):
         save_adapter(work.folder, adapter)
     with task.clock.phase("evaluate"):
-        evaluation = measure(source, task.compared, task.exam)
+        evaluation = measure(source, task.compared, task.exam, progress=task.progress)
     made = {
         "output": str(work.final),
         "adapter": {

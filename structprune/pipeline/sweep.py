@@ -181,7 +181,7 @@ def sweep(
             pruner.apply(own.model, plan)
             write(own, works[name], [plan], progress)
             with clock.phase("evaluate"):
-                evaluation = measure(own, own, exam, memory)
+                evaluation = measure(own, own, exam, memory, progress=progress)
             runs[name] = finish(
                 works[name], own, clock, record, exam=exam, evaluation=evaluation, progress=progress
             )
