@@ -162,7 +162,8 @@ def ask_questions(
     hashes: list[str] = []
     share = ranks.portion(math.ceil(len(exam.questions) / batch_size))
     tell = partial(progress, f"questions of {exam.name}")
-    tell(0, len(share))
+    if share:
+        tell(0, len(share))
     for done, number in enumerate(share, start=1):
         asked = exam.questions[number * batch_size : (number + 1) * batch_size]
         batch = batch_of(asked, exam.processor)
