@@ -3,9 +3,13 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from structprune.pruners.catalogue import find
+from tests.tiny import tiny
 
 BENCH = Path(__file__).parent.parent / "scripts" / "bench"
 
@@ -48,9 +52,9 @@ def test_files_of_one_model_are_taken_together(tmp_path: Path) -> None:
 def test_a_table_has_what_was_measured_beside_dense() -> None:
     from quality_tables import table
 
-    cells = cell("wanda", "0.5", 0.2), cell("cfsp", "20% of units", 0.1, perplexity=6.0)
+    cells = cell("wanda", "0.5", 0.2), cell("cfsp", "20% smaller", 0.1, perplexity=6.0)
     assert table(kept(*cells)).splitlines() == [
-        "|  | 0.5 | 20% of units | s to decide | seeds |",
+        "|  | 0.5 | 20% smaller | s to decide | seeds |",
         "| --- | --- | --- | --- | --- |",
         "| dense | 8 (0) | 8 (0) |  |  |",
         "| wanda | 8 (0.200 ± 0.020) |  | 3 | 1 |",
@@ -73,7 +77,7 @@ def test_a_pair_is_told_in_errors_of_its_windows() -> None:
         ("0.5", {"sparsity": "0.5"}, 100, 0.6),
         ("2:4", {"sparsity": "2:4"}, 110, 0.7),
         ("2:4", {"sparsity": "0.4"}, 100, 0.68),
-        ("20% of units", {"sparsity": "0.2"}, 84, 0.84),
+        ("20% smaller", {"sparsity": "0.2"}, 84, 0.84),
     ],
 )
 def test_what_is_left_is_stored_and_not_zero(
@@ -83,6 +87,18 @@ def test_what_is_left_is_stored_and_not_zero(
 
     one = cell("wanda", at, 0.2, fields=fields, parameters=parameters)
     assert left_of(kept(), one) == pytest.approx(left)
+
+
+@pytest.mark.parametrize("size", ["20% smaller", "50% smaller"])
+def test_methods_of_other_kinds_of_unit_leave_a_model_as_small(size: str) -> None:
+    from quality import Bench
+
+    bench: Any = SimpleNamespace(dense=tiny("llama"))
+    gone = {}
+    for method in ("random_units", "cfsp"):
+        stage = find(method).model_validate({"sparsity": Bench.share(bench, method, {}, size)})
+        gone[method] = float(stage.sparsity) * stage.forecast(bench.dense).of
+    assert gone["cfsp"] == pytest.approx(gone["random_units"], rel=1e-5)
 
 
 def test_a_plot_leaves_out_what_is_beyond_it(tmp_path: Path) -> None:

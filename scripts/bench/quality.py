@@ -33,7 +33,7 @@ from typing import Any
 
 from cells import Cell, held_out_of, kept_cells
 from judged import Judged, written
-from quality_rows import EQUAL_BYTES, ROWS, SMALLER, SPARSITIES, UNITS, cells_at
+from quality_rows import ALL_UNITS, EQUAL_BYTES, ROWS, SMALLER, SPARSITIES, UNITS, cells_at
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from structprune.calibration import data
@@ -110,7 +110,7 @@ class Bench:
         # N:M leaves a budget nothing to share out.
         if (only_patterns and not pattern) or (pattern and "budget" in fields):
             return None
-        found = {**fields, "sparsity": SMALLER.get(sparsity, sparsity)}
+        found = {**fields, "sparsity": self.share(method, fields, sparsity) if row in UNITS else sparsity}
         if row == EQUAL_BYTES:
             # 16 bits a kept value and one bit a position, which is as much as 2 bits for each value of 2:4.
             kept, of = map(int, sparsity.split(":"))
@@ -121,6 +121,14 @@ class Bench:
             "random_units": {"seed": seed},
         }
         return found | own.get(method, {})
+
+    def share(self, method: str, fields: dict[str, Any], size: str) -> str:
+        """Return the share of a method's units that must leave, so that every row is as small."""
+
+        def parameters(name: str, more: dict[str, Any]) -> int:
+            return find(name).model_validate({**more, "sparsity": SMALLER[size]}).forecast(self.dense).of
+
+        return str(round(SMALLER[size] * parameters(ALL_UNITS, {}) / parameters(method, fields), 6))
 
     def measure(self, row: str, sparsity: str, seed: int) -> Cell | None:
         """Prune a fresh copy and score it; None where the row has no answer."""

@@ -7,9 +7,9 @@ from typing import Any
 from cells import Cell
 
 SPARSITIES = ("0.3", "0.5", "0.6", "0.7", "2:4", "4:8")
-# Where whole units leave, by the share of the parameters of the kinds that a method removes: other columns,
-# which only `UNITS` have. How much smaller a model is, its parameters say.
-SMALLER = {"20% of units": "0.2", "50% of units": "0.5"}
+# Where whole units leave, by the share of the parameters of all kinds of unit, whichever of them a method
+# removes: other columns, which only `UNITS` have.
+SMALLER = {"20% smaller": 0.2, "50% smaller": 0.5}
 EQUAL_BYTES = "sparsegpt, armor's bytes"
 # By row: the method, and the fields that are not its defaults. The first rows are each from one paper (OWL
 # is one), those with a plus from several. N:M leaves a budget nothing to do: it is left out there.
@@ -24,9 +24,10 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in SING
     "armor, gram": ("armor", {"proxy": "gram"}),
     EQUAL_BYTES: ("sparsegpt", {}),
 }
-# The best composition of structure methods on the real model, its score alone, and chance.
+# The best composition of structure methods on the real model, its score alone, and chance, of all kinds.
+ALL_UNITS = "random_units"
 UNITS: dict[str, tuple[str, dict[str, Any]]] = {
-    "random_units": ("random_units", {}),
+    ALL_UNITS: (ALL_UNITS, {}),
     "cfsp": ("cfsp", {}),
     "cfsp + least_squares": ("cfsp", {"repair": "least_squares"}),
 }

@@ -24,7 +24,7 @@ PATTERN_PAIRS = (
     *product(("nowag", "sparsegpt", EQUAL_BYTES), ("armor", "armor, gram")),
 )
 # Where continuations are shown.
-SHOWN = ("0.5", "2:4", "20% of units")
+SHOWN = ("0.5", "2:4", "20% smaller")
 LOSSES = "| loss of a matrix, over matrices and seeds | at | min | median | max |\n" + "|---" * 5 + "|"
 
 
@@ -68,7 +68,7 @@ def pairs(cells: Sequence[Cell]) -> Iterator[str]:
         if ":" not in at and (single := [row for row in means if "+" not in row]):
             best = min(single, key=means.__getitem__)
             wanted += [(best, row) for row in means if "+" in row]
-        for worse, better in wanted:
+        for worse, better in dict.fromkeys(wanted):  # a best one may be in a named pair already
             first, second = cells_at(cells, worse, at), cells_at(cells, better, at)
             if seeds := sorted(first.keys() & second.keys()):
                 both = [first[seed] for seed in seeds], [second[seed] for seed in seeds]
@@ -135,9 +135,10 @@ def section(kept: Mapping[str, Any]) -> str:
 LEGEND = """
 A cell: perplexity (with the share of right answers where questions were asked), in brackets mean nats of
 KL(dense || pruned) per token ± standard error over windows. s to decide: the processor's seconds of
-calibrating and solving, the median over the row. Of units: of the parameters of the kinds of unit that a
-method removes (cfsp: channels), which leave the files; elsewhere zeros. In pairs: by how much KL falls, the
-same in standard errors of the paired windows, and the share of the way back to dense."""
+calibrating and solving, the median over the row. Smaller: so much of the
+blocks' parameters leaves the files, whichever kinds of unit a method removes (cfsp: channels); elsewhere
+zeros. In pairs: by how much KL falls, the same in standard errors of the paired windows, and the share of
+the way back to dense."""
 
 
 def together(files: Sequence[Path]) -> list[dict[str, Any]]:
