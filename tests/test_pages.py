@@ -107,6 +107,7 @@ def _type(words: list[str], where: str, command: Command) -> None:
     if line.startswith(tuple(NOT_RUN)):
         return
     assert words[0] == "structprune", f"{where}: {line}: nobody runs this; NOT_RUN may say why"
+    words, file = (words[:-2], words[-1]) if words[-2] == ">" else (words, None)
     typed = [MEANT.get(word, word) for word in words[1:]]
     if not {"--dry-run", "--rates"} & set(words):
         less = [flag for one in LESS if one in words for flag in LESS[one].split()]
@@ -115,6 +116,8 @@ def _type(words: list[str], where: str, command: Command) -> None:
         typed += [flag for flag in less if flag.partition("=")[0] not in words or flag.startswith("--set=")]
     done = command(*typed)
     assert done.code == 0, f"{where}: {line}: {done.err}"
+    if file:
+        Path(file).write_text(done.out)
 
 
 @pytest.fixture

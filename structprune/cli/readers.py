@@ -226,10 +226,19 @@ def show(
 def report(
     outputs: Annotated[list[str], typer.Argument(metavar="OUT...", help="Folders that structprune wrote.")],
     page: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html", help="The page to write.")],
+    figures: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE.json", help="What `evaluate --json` printed about one of them later; repeatable."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page that is there.")] = False,
 ) -> Job:
     """Write one page about one or several runs: asked and measured, dense and pruned, side by side."""
-    return Job(lambda _: structprune.report_runs(outputs, page, overwrite=overwrite), summary.report_lines)
+    return Job(
+        lambda _: structprune.report_runs(outputs, page, figures=figures or (), overwrite=overwrite),
+        summary.report_lines,
+    )
 
 
 @command

@@ -5,6 +5,7 @@ from typing import Any
 
 from structprune.calibration.text_source import DEMO, DEMO_VISION
 from structprune.checkpoint.locate import resolve
+from structprune.checkpoint.manifest import read_manifest
 from structprune.checkpoint.source import Source, open_measured
 from structprune.errors import UsageError
 from structprune.evaluation.evaluation import gate
@@ -16,6 +17,7 @@ from structprune.pipeline.finish import measure
 from structprune.progress import Progress, silent, step
 from structprune.ranks import joined_ranks
 from structprune.recipe.options import EvaluateOptions
+from structprune.report.finished import run_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +46,14 @@ def evaluate(
         InputError: A process of the launch has another model, other texts or another version.
 
     Returns:
-        The figures; of several processes that a launcher started the first one's, and {} for the others.
+        The figures, and "run": which run wrote the model, for `report_runs`, or None. Of several processes
+        that a launcher started the first one's, and {} for the others.
     """
     options = _with_text(options or EvaluateOptions(), model)
     with joined_ranks() as ranks:
         with step(progress, "read"):
-            source = open_measured(model, resolve(model, revision=revision), opening)
+            folder = resolve(model, revision=revision)
+            source = open_measured(model, folder, opening)
             compared = options.compare
             dense = open_measured(compared, resolve(compared), opening) if compared else None
             exam = prepare_exam(options, source, None, dense)
@@ -57,7 +61,7 @@ def evaluate(
         result = measure(source, dense, exam, ranks=ranks, progress=progress)
         if options.max_ppl_ratio is not None:
             gate(result, options.max_ppl_ratio)
-    return result.as_json() if ranks.first else {}
+    return result.as_json() | {"run": run_of(read_manifest(folder))} if ranks.first else {}
 
 
 def _fingerprint(source: Source, dense: Source | None, exam: Exam) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class FinishedRun:
         report: Its report.
         recipe: What it was asked to do, as it was asked.
         plans: What its plans say, in order; without their tensors.
+        id: What tells it from any other run, as `run_of` gives it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class FinishedRun:
     report: Mapping[str, Any]
     recipe: str
     plans: Sequence[PlanHead]
+    id: str | None = None
 
 
 def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
@@ -84,7 +86,16 @@ def _read_run(folder: Path, place: Path, name: str) -> FinishedRun:
         if (place / inner).is_dir():
             _check_unchanged(place, (inner / PLAN_FILE).as_posix(), manifest)
             plans.append(read_head(place / inner))
-    return FinishedRun(name, place, report, recipe.decode(errors="replace"), plans)
+    return FinishedRun(name, place, report, recipe.decode(errors="replace"), plans, run_of(manifest))
+
+
+def run_of(manifest: Manifest | None) -> str | None:
+    """Return what tells the run that wrote a folder from any other: the hash of its report, which has times.
+
+    None where no run wrote it, or its report was changed on purpose.
+    """
+    written = manifest.files.get(REPORT_FILE) if manifest else None
+    return written.sha256 if written else None
 
 
 def _manifest(folder: Path, place: Path) -> Manifest:

@@ -162,6 +162,14 @@ class _Measured(_Read):
     generations: list[_Continuation] = []
 
 
+class LaterFigures(_Measured):
+    """What `evaluate` printed: with the run that it measured, None where no run wrote the folder."""
+
+    perplexity: dict[str, _Pair]
+    protocol: _Stamps
+    run: str | None
+
+
 class _Spread(_Read):
     """The median of some rounds, and the lowest and highest of them."""
 
