@@ -29,7 +29,7 @@ from structprune.solvers.bypass import FeedForward, RidgeSums
 from tests.methods import CALIBRATION, EVALUATION, TEXT, short_runs
 from tests.test_block_drop import check_cache, gone, logits, own_words, padded, states_of, stopping
 from tests.test_laws import bytes_of
-from tests.tiny import save_tiny, tiny, tokens
+from tests.tiny import CACHE, save_tiny, tiny, tokens
 
 REPAIRS = [(False, False), (True, False), (False, True), (True, True)]
 
@@ -262,9 +262,7 @@ def test_generation_with_a_cache_equals_generation_without(family: str, index: i
     mask = torch.ones_like(prompt["input_ids"])
     mask[0, :5] = 0
     first = model(input_ids=prompt["input_ids"][:, :6], attention_mask=mask[:, :6], use_cache=True)
-    rest = model(
-        input_ids=prompt["input_ids"][:, 6:], attention_mask=mask, past_key_values=first.past_key_values
-    )
+    rest = model(input_ids=prompt["input_ids"][:, 6:], attention_mask=mask, **{CACHE: first.past_key_values})
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     whole = model(**prompt, attention_mask=mask, position_ids=positions)
     # A continuation places its tokens behind the cache: the padded row counts its padding.

@@ -25,6 +25,7 @@ from tests.oracle import (
     worst,
 )
 from tests.pictures import BLOCKS, IMAGE, vision_model
+from tests.tiny import CACHE
 
 EXACT = 1e-6
 
@@ -128,7 +129,7 @@ def test_rows_in_a_second_turn_are_those_of_an_eager_kernel() -> None:
             input_ids=turn,
             attention_mask=whole["attention_mask"],
             pixel_values=batch["pixel_values"],
-            past_key_values=cache,
+            **{CACHE: cache},
         )
     for rows, expected in zip(probe.rows, eager, strict=True):
         assert float((rows - expected[:, :, -turn.shape[1] :]).abs().max()) < EXACT

@@ -16,9 +16,10 @@ from transformers import (
 from structprune.errors import InputError, UsageError
 from structprune.runtime.attach import engine_of, paused
 from structprune.runtime.masks import narrow
+from structprune.runtime.refusals import check_runs
 from tests.oracle import TOKEN_METHODS, generate, pictures, pruned, token_pruner
 from tests.pictures import vision_model
-from tests.tiny import tiny, tokens
+from tests.tiny import CACHE, tiny, tokens
 
 BATCH = pictures("llava").batch()
 
@@ -115,8 +116,17 @@ def test_a_cache_that_cannot_lose_tokens_is_refused(method: str, make: Any) -> N
     with pruned(model, token_pruner(method), BATCH), torch.no_grad():
         expected = model(**BATCH).logits
         with pytest.raises(UsageError, match="cannot lose tokens"):
-            model(**BATCH, past_key_values=make(model))
+            model(**BATCH, **{CACHE: make(model)})
         assert torch.equal(model(**BATCH).logits, expected)
+
+
+def test_blocks_whose_cache_goes_by_an_unknown_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, hidden_states: Any, kv_store: Any = None) -> None: ...
+
+    model = vision_model("llava")
+    monkeypatch.setattr(type(model.base_model.language_model.layers[0]), "forward", forward)
+    with pytest.raises(UsageError, match="takes no cache under any name that is known"):
+        check_runs(model)
 
 
 @pytest.mark.parametrize("method", TOKEN_METHODS)
@@ -154,9 +164,9 @@ def test_embeddings_without_ids_are_refused_but_for_one_token() -> None:
             cache = model(**BATCH, use_cache=True).past_key_values
             ids = torch.full((3, 1), 5)
             mask = torch.cat([BATCH["attention_mask"], torch.ones_like(ids)], 1)
-            after = model(input_ids=ids, attention_mask=mask, past_key_values=copy.deepcopy(cache)).logits
+            after = model(input_ids=ids, attention_mask=mask, **{CACHE: copy.deepcopy(cache)}).logits
             same = model(
-                inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask, past_key_values=cache
+                inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask, **{CACHE: cache}
             ).logits
     assert torch.equal(after, same)
 

@@ -11,6 +11,7 @@ from structprune.runtime.drop import Drop
 from structprune.runtime.view import View
 from tests.oracle import column_sets, longer, pictures, pruned, token_pruner
 from tests.pictures import BLOCKS, IMAGE, vision_model
+from tests.tiny import CACHE
 
 EXACT = 1e-6
 
@@ -172,7 +173,7 @@ def test_it_goes_on_after_a_second_picture_in_a_later_turn() -> None:
             input_ids=turn,
             attention_mask=whole["attention_mask"],
             pixel_values=batch["pixel_values"],
-            past_key_values=cache,
+            **{CACHE: cache},
         )
     kept = column_sets(second.past_key_values.layers[-1], torch.zeros(1, dtype=torch.long))[0]
     assert int(whole["input_ids"][0].eq(IMAGE)[kept].sum()) == 6

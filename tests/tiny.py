@@ -5,6 +5,7 @@ embeddings wherever the family has them. Nothing is downloaded.
 """
 
 import copy
+import inspect
 import math
 import re
 import tempfile
@@ -23,6 +24,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    LlamaModel,
     LlavaConfig,
     MistralConfig,
     MixtralConfig,
@@ -42,6 +44,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
+from structprune.models.shapes import CACHE_NAMES
+
+# What a model calls its cache: another name since transformers 5.24.
+CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(LlamaModel.forward).parameters)
 VOCABULARY = 320  # the tokenizer uses the first 300 ids; the last ones are the image tokens of the VLMs
 TEXT_IDS = range(3, 300)
 LENGTH = 128

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from structprune.models.arch import HasSkeleton, block_prefixes
 from structprune.models.identity import names_of, skeleton, stored_layout
+from structprune.models.shapes import cache_of
 from structprune.models.streamed import Model
 from structprune.models.tensor_edit import Layout
 from structprune.models.twin import twin_of
@@ -230,4 +231,4 @@ def _forward(model: PreTrainedModel, length: int, *, whole: bool) -> tuple[int, 
         output = (twin if whole else twin.base_model)(
             input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True
         )
-    return counter.get_total_flops(), cache_bytes(getattr(output, "past_key_values", None))
+    return counter.get_total_flops(), cache_bytes(cache_of(output))

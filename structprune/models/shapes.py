@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+
 
 class SizedConfig:
     """A configuration with other numbers of heads; all else is asked of the model's own, while it may change.
@@ -23,6 +25,14 @@ class SizedConfig:
         if name == "_config":  # not there yet while a copy is being made
             raise AttributeError(name)
         return getattr(self._config, name)
+
+
+def cache_of(said: Mapping[str, Any]) -> Any:
+    """Return the cache that a model hands to its parts, or that stands in what it says; None without one.
+
+    "cache" since transformers 5.24, "past_key_values" before it and in code of a model folder.
+    """
+    return next((said[name] for name in CACHE_NAMES if said.get(name) is not None), None)
 
 
 class SkippedAttention(nn.Module):
@@ -41,7 +51,7 @@ class SkippedAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Map [batch, tokens, hidden] to zeros of that shape."""
-        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        cache = cache_of(kwargs)
         if cache is not None:
             mark = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             cache.update(mark, mark, self.layer_idx)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from structprune.errors import UsageError
 from structprune.models.arch import arch_of, blocks
+from structprune.models.shapes import cache_of
 from structprune.runtime.attention import PROJECTIONS, AttentionInput
 from structprune.runtime.cache import check_cache
 from structprune.runtime.drop import Chooser, Drop
@@ -103,8 +104,7 @@ class Engine:
             delattr(module, name)
             if before is not None:
                 setattr(module, name, before)
-        self._handles.clear()
-        self._replaced.clear()
+        self._handles, self._replaced = [], []
 
     def _hook(self, module: nn.Module, before: Any = None, after: Any = None) -> None:
         if before is not None:
@@ -210,7 +210,7 @@ class Engine:
 
     def _begin_language(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         local = self._local
-        states, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        states, cache = kwargs["inputs_embeds"], cache_of(kwargs)
         past = 0 if cache is None else cache.get_seq_length()
         local.run = Forward(states.shape[0], states.shape[1], past, states.device)
         if local.paused or local.ids is None or states.shape[1] == 1:
@@ -237,7 +237,7 @@ class Engine:
         run = self._local.run
         if run is None:
             return None
-        states, cache = args[0], kwargs.get("past_key_values")
+        states, cache = args[0], cache_of(kwargs)
         for drop in self._drops(index, within=False):
             states = run.choose(drop, states)
         if run.pending is not None:
@@ -258,7 +258,7 @@ class Engine:
         if not self._drops(index, within=True) and not self._drops(index + 1, within=False):
             run.read = None
             return
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         # A cache that was not told how many blocks there are grows with them.
         layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None

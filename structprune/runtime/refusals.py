@@ -9,6 +9,8 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from structprune.errors import UsageError
+from structprune.models.arch import arch_of, blocks
+from structprune.models.shapes import CACHE_NAMES
 from structprune.runtime.images import placeholder
 from structprune.runtime.tower_seen import layer_number, tower_attentions
 
@@ -84,8 +86,8 @@ def check_runs(model: PreTrainedModel, tower_layers: Sequence[float] = ()) -> No
         tower_layers: Layers of its vision tower whose attention must be readable.
 
     Raises:
-        UsageError: It reads no images, or its attention forgets by windows of its own, or there is no such
-            layer.
+        UsageError: It reads no images, or its attention forgets by windows of its own, or its blocks know no
+            cache by a name that is known here, or there is no such layer.
     """
     placeholder(model.config)
     text = model.config.get_text_config()
@@ -96,6 +98,13 @@ def check_runs(model: PreTrainedModel, tower_layers: Sequence[float] = ()) -> No
                 hint="token pruners take models whose every block attends to all earlier tokens",
             )
     found: Any = model.base_model
+    # A cache that went unseen would still be filled, with rows of which later tokens know nothing.
+    block = type(blocks(model, arch_of(model))[0][1])
+    if not {*CACHE_NAMES} & {*inspect.signature(block.forward).parameters}:
+        raise UsageError(
+            f"{block.__name__}: takes no cache under any name that is known: {', '.join(CACHE_NAMES)}",
+            hint="use a version of transformers that was tested; `structprune env` tells which is there",
+        )
     for wanted in tower_layers:
         layer_number(wanted, len(tower_attentions(found)))
 
