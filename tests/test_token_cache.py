@@ -23,6 +23,7 @@ from tests.oracle import (
     worst,
 )
 from tests.pictures import FAMILIES, IMAGE, Pictures, vision_model
+from tests.tiny import CACHE
 
 EXACT, CLOSE = 1e-6, 1e-5
 NONE = torch.zeros(3, dtype=torch.long)
@@ -34,7 +35,7 @@ def _next(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache) -> Te
     more = torch.cat([mask, torch.ones_like(ids)], 1)
     places = (more.cumsum(1) - 1)[:, -ids.shape[1] :]
     found: Tensor = model(
-        input_ids=ids, attention_mask=more, position_ids=places, past_key_values=copy.deepcopy(cache)
+        input_ids=ids, attention_mask=more, position_ids=places, **{CACHE: copy.deepcopy(cache)}
     ).logits
     return found
 
@@ -68,7 +69,7 @@ def test_a_cache_can_be_cut_back_to_its_prompt_and_no_further(method: str) -> No
         length, sets = cache.get_seq_length(), [column_sets(layer, NONE) for layer in cache.layers]
         guess = torch.full((3, 4), 20)
         more = torch.cat([mask, torch.ones_like(guess)], 1)
-        model(input_ids=guess, attention_mask=more, past_key_values=cache)
+        model(input_ids=guess, attention_mask=more, **{CACHE: cache})
         assert cache.get_seq_length() == length + 4
         assert [len(row) for row in column_sets(cache.layers[-1], NONE)] == [len(row) + 4 for row in sets[-1]]
         cache.crop(-4)
@@ -79,7 +80,7 @@ def test_a_cache_can_be_cut_back_to_its_prompt_and_no_further(method: str) -> No
             cache.crop(-1)
         cache.reset()
         assert cache.get_seq_length() == 0 and not any(layer.is_initialized for layer in cache.layers)
-        again = model(**batch, past_key_values=cache).past_key_values
+        again = model(**batch, **{CACHE: cache}).past_key_values
         assert [column_sets(layer, NONE) for layer in again.layers] == sets
 
 
@@ -89,7 +90,7 @@ def test_a_cache_that_does_not_know_how_many_blocks_there_are_grows_with_them() 
         with pruned(model, token_pruner(method), batch), torch.no_grad():
             expected = model(**batch, use_cache=True)
             cache = DynamicCache()
-            assert torch.equal(model(**batch, past_key_values=cache).logits, expected.logits)
+            assert torch.equal(model(**batch, **{CACHE: cache}).logits, expected.logits)
             for mine, usual in zip(cache.layers, expected.past_key_values.layers, strict=True):
                 assert torch.equal(mine.keys, usual.keys) and mine.get_seq_length() == usual.get_seq_length()
             assert torch.equal(model(**batch, use_cache=False).logits, expected.logits)
@@ -132,7 +133,7 @@ def test_a_new_picture_is_the_only_one_that_loses_tokens(method: str, family: st
         first = model(**batch, use_cache=True).past_key_values
         before = [column_sets(layer, NONE[:2]) for layer in first.layers]
         turn = _turn(model, family, batch)
-        second = model(**turn["part"], past_key_values=first)
+        second = model(**turn["part"], **{CACHE: first})
     for layer, sets in zip(second.past_key_values.layers, before, strict=True):
         for row, old in zip(column_sets(layer, NONE[:2]), sets, strict=True):
             assert [column for column in row if column < length] == old
@@ -201,7 +202,7 @@ def test_every_block_counts_what_it_has_anew_also_in_later_turns(method: str, fa
         places = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
         first = model(**batch, position_ids=places, use_cache=True).past_key_values
         new = {name: turn["part"][name] for name in batch if name in ("pixel_values", "image_sizes")}
-        second = generate(model, turn["whole"] | new, past_key_values=first)
+        second = generate(model, turn["whole"] | new, **{CACHE: first})
     whole = longer(turn["whole"], second.sequences[:, turn["whole"]["input_ids"].shape[1] :])
     expected = masked_dense(family, whole, second.past_key_values, compact=True)
     assert worst(torch.stack(second.logits, 1), expected[:, -6:-1]) < CLOSE

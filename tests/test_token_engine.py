@@ -34,6 +34,7 @@ from tests.oracle import (
     worst,
 )
 from tests.pictures import IMAGE, vision_model
+from tests.tiny import CACHE
 
 EXACT, CLOSE = 1e-6, 1e-5
 
@@ -97,7 +98,7 @@ def test_text_on_a_cache_that_lacks_columns_is_a_masked_recomputation(
             for name in ("input_ids", "attention_mask", "mm_token_type_ids")
             if name in whole
         }
-        second = generate(model, text, past_key_values=first.past_key_values)
+        second = generate(model, text, **{CACHE: first.past_key_values})
     whole = longer(whole, second.sequences[:, whole["input_ids"].shape[1] : -1])
     expected = masked_dense(family, whole, second.past_key_values, spared=spared(method), merges=merges)
     assert worst(torch.stack(second.logits, 1), expected[:, length + turn.shape[1] - 1 :]) < CLOSE
@@ -305,14 +306,14 @@ def test_a_paused_model_is_the_dense_one(family: str) -> None:
         expected = model(**batch, use_cache=True)
         whole = longer(batch, torch.full((3, 2), 5))
         text = {name: whole[name] for name in ("input_ids", "attention_mask")}
-        after = generate(model, text, past_key_values=copy.deepcopy(expected.past_key_values)).logits
+        after = generate(model, text, **{CACHE: copy.deepcopy(expected.past_key_values)}).logits
         with paused(model):
             found = model(**batch, labels=batch["input_ids"], use_cache=True)
             assert torch.equal(found.logits, dense.logits) and torch.equal(found.loss, dense.loss)
             assert dropped_columns(found.past_key_values) == 0
             assert torch.equal(generate(model, batch).sequences, ids)
             # What is gone from a cache stays gone.
-            again = generate(model, text, past_key_values=copy.deepcopy(expected.past_key_values)).logits
+            again = generate(model, text, **{CACHE: copy.deepcopy(expected.past_key_values)}).logits
             assert torch.equal(torch.stack(again), torch.stack(after))
             elsewhere: list[Tensor] = []
             thread = threading.Thread(target=lambda: elsewhere.append(_logits(model, batch)))

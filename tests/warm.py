@@ -23,6 +23,7 @@ from typing import Any
 from tests.forks import TIMED_OUT, Around, Ended, Stop
 
 # What takes room fails while a disk is full; what only renames or removes does not.
+STREAMS = ("out", "err")
 TAKES_ROOM = ("open", "write", "pwrite", "fsync", "mkdir", "link", "symlink", "sendfile")
 
 
@@ -113,6 +114,8 @@ def _fork(jobs: Sequence[Mapping[str, Any]]) -> list[Ended]:
         begun = []
         for job in jobs:
             told = Path(folders.enter_context(tempfile.TemporaryDirectory(prefix="fork-")))
+            for name in STREAMS:  # a child may be killed before it opens them
+                (told / name).touch()
             before, moment = _resident(), time.monotonic()
             child = os.fork()
             if child == 0:
@@ -153,8 +156,8 @@ def _be_a_command(job: Mapping[str, Any], stop: Stop | None, told: Path) -> None
     try:
         from structprune.cli import main
 
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(told / name, os.O_WRONLY | os.O_CREAT), number)
+        for number, name in enumerate(STREAMS, 1):
+            os.dup2(os.open(told / name, os.O_WRONLY), number)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         os.chdir(job["place"])

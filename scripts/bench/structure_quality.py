@@ -42,6 +42,7 @@ from structprune.machine import environment
 from structprune.models.cost import parameters_of
 from structprune.models.identity import stored_dtypes, weights_of
 from structprune.models.opening import Opening
+from structprune.models.shapes import cache_entry
 from structprune.models.streamed import Batch, open_model
 from structprune.models.tokenizer import open_tokenizer
 from structprune.pruners.catalogue import find
@@ -155,7 +156,7 @@ def processor_seconds(model: PreTrainedModel, ids: Tensor, new: int) -> tuple[fl
     read = time.process_time()
     for _ in range(new):
         token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, **cache_entry(output), use_cache=True)
     return read - began, time.process_time() - read
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import Cache, LlavaForConditionalGeneration
 
 from structprune.machine import environment, give_back_memory, own_peak_rss, reset_peak_rss
+from structprune.models.shapes import cache_entry, cache_of
 from structprune.pruners.catalogue import find
 from structprune.pruners.token._family import TokenPruner
 from structprune.pruners.while_running import pruning
@@ -81,8 +82,8 @@ def seconds(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> t
     read = time.process_time()
     for _ in range(NEW):
         token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-    return read - began, time.process_time() - read, output.past_key_values
+        output = model(input_ids=token, **cache_entry(output), use_cache=True)
+    return read - began, time.process_time() - read, cache_of(output)
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from structprune.calibration.data import positions
 from structprune.errors import EnvironmentFailure, UsageError
 from structprune.models.cost import cache_bytes
-from structprune.models.shapes import CACHE_NAMES, cache_of
+from structprune.models.shapes import cache_entry, cache_of
 from structprune.proof.fresh_process import ordinary_tokens
 from structprune.recipe.options import BenchOptions
 
@@ -136,9 +136,7 @@ def timed_pass(model: PreTrainedModel, ids: Tensor, new: int) -> Pass:
     chosen[0].cpu()
     first = _now(model.device)
     for _ in range(new - 1):
-        # Under the name that this transformers, or the model's own code, has for it.
-        cache = {name: output[name] for name in CACHE_NAMES if output.get(name) is not None}
-        output = model(input_ids=chosen[-1], **cache, use_cache=True, **last)
+        output = model(input_ids=chosen[-1], **cache_entry(output), use_cache=True, **last)
         chosen.append(output.logits[:, -1:].argmax(-1))
     tokens = torch.cat(chosen, dim=1).cpu()
     decoded = _now(model.device)

@@ -133,7 +133,7 @@ class Conversion:
 
 def _internals(module: str) -> Any:
     """Return a module of transformers, checked to hold what this file uses of it."""
-    hint = "structprune was written for transformers 5.23; install that version"
+    hint = "structprune was written for transformers 5.24; install that version"
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:

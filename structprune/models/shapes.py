@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CACHE_NAMES = ("cache", "past_key_values", "layer_past")
-
 
 class SizedConfig:
     """A configuration with other numbers of heads; all else is asked of the model's own, while it may change.
@@ -27,12 +25,18 @@ class SizedConfig:
         return getattr(self._config, name)
 
 
-def cache_of(said: Mapping[str, Any]) -> Any:
-    """Return the cache that a model hands to its parts, or that stands in what it says; None without one.
+# Since transformers 5.24, before it and in code of a model folder, and long ago.
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 
-    "cache" since transformers 5.24, "past_key_values" before it and in code of a model folder.
-    """
-    return next((said[name] for name in CACHE_NAMES if said.get(name) is not None), None)
+
+def cache_of(said: Mapping[str, Any]) -> Any:
+    """Return the cache that a model hands to its parts, or that stands in what it says; None without one."""
+    return next(iter(cache_entry(said).values()), None)
+
+
+def cache_entry(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the same under its name, as a forward takes it; {} without one."""
+    return next(({name: said[name]} for name in CACHE_NAMES if said.get(name) is not None), {})
 
 
 class SkippedAttention(nn.Module):
