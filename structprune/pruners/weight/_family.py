@@ -293,9 +293,11 @@ class WeightPruner(Targets, BlockwisePruner):
                 return {matrix.label: pruned for matrix, pruned in solved}
             return {matrix.label: self.repair.repair(matrix, pruned) for matrix, pruned in solved}
         except (QualityError, UsageError) as error:
+            if any(matrix.label in error.message for matrix in matrices):  # who takes one by one says which
+                raise
             names = ", ".join(matrix.label for matrix in matrices)
             hint = error.hint or "the weights or the activations overflowed"
-            raise type(error)(f"{names}: {error.message}", hint=hint) from None
+            raise type(error)(f"{self.method()}: {names}: {error.message}", hint=hint) from None
 
     @final
     def finish(
