@@ -130,6 +130,11 @@ class TestParts:
         author.score(f"by_{part}", lines, parts=repr(part))
         decide(f"by_{part}")
 
+    def test_two_gradients_are_one_too_many(self, author: Author) -> None:
+        author.score("twice", "return weight.float()", parts="'gradient', 'gradient_l1'")
+        with pytest.raises(MethodError, match="twice: parts: 2 means of the gradient"):
+            decide("twice")
+
     def test_a_gradient_that_nobody_declared_names_those_that_one_can_declare(self) -> None:
         seen = Statistics(InputSums(frozenset({"norm"}), 4, torch.device("cpu")))
         with pytest.raises(LookupError, match="'gradient', 'gradient_l1', 'gradient_l2'"):

@@ -250,7 +250,7 @@ class Statistics:
         """Return the gradient's mean over samples, shape [out, in], float32.
 
         Signed for the part "gradient"; of its size for "gradient_l1", the root of its mean square for
-        "gradient_l2". A method that declares several reads one through `reduce_gradients`.
+        "gradient_l2": a method declares one of the three.
         """
         if self.weight_gradient is None:
             raise LookupError(f"no gradient was collected: declare one of {sorted(GRADIENTS)} in `parts`")
