@@ -1,5 +1,6 @@
 """What a method's score may be is checked where it enters, in every family: as many numbers as asked."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,20 @@ from tests.tiny import tiny, tokens
 # Of a tiny Llama: 96 channels read and write 64 hidden features, in two blocks; k and v write 32.
 BLOCK, K = "model.layers.0", "model.layers.0.self_attn.k_proj"
 
+SOLVER = """
+import math
+
+from structprune.decide.select import mask_lowest
+from structprune.pruners.weight._family import WeightPruner
+from structprune.solvers.matrix import PrunedMatrix
+
+
+class Solver(WeightPruner):
+    parts = frozenset({'norm'})
+
+    def solve(self, matrices, seen):
+        return """
+
 
 @pytest.fixture
 def author(tmp_path: Path) -> Iterator[Author]:
@@ -37,22 +52,11 @@ class TestScoresThatAreNoNumbers:
         assert "score()" in refused.value.hint
 
     def test_a_solver_is_named_with_the_matrices_that_it_had(self, author: Author) -> None:
-        author.write(
-            "solving",
-            """
-import math
-
-from structprune.decide.select import mask_lowest
-from structprune.pruners.weight._family import WeightPruner
-from structprune.solvers.matrix import PrunedMatrix
-
-
-class Solving(WeightPruner):
-    def solve(self, matrices, seen):
-        return [PrunedMatrix(mask_lowest(one.weight * math.nan, one.removed)) for one in matrices]
-""",
-        )
-        with pytest.raises(QualityError, match=r"^solving: .*q_proj: a score is NaN in rows 0 to 63"):
+        chosen = "mask_lowest(one.weight * math.nan, one.removed)"
+        author.write("solving", f"{SOLVER}[PrunedMatrix({chosen}) for one in matrices]\n")
+        with pytest.raises(
+            QualityError, match=r"^solving: .*q_proj, .*v_proj: a score is NaN in rows 0 to 63"
+        ):
             decide("solving")
 
     @pytest.mark.parametrize("budget", ["uniform", "global"])
@@ -135,8 +139,11 @@ class TestScoresThatAreSomethingElse:
     @pytest.mark.parametrize(
         ("answer", "said"),
         [
-            ("None", "returned NoneType, expected a mapping with ['kv_group', 'channel']"),
-            ("{'channel': torch.ones(96)}", "returned ['channel'], expected a mapping with"),
+            ("None", "returned NoneType, expected a mapping to Tensor with ['kv_group', 'channel']"),
+            (
+                "{'channel': torch.ones(96)}",
+                "returned a mapping with ['channel'], expected a mapping to Tensor with",
+            ),
             (
                 "{kind: torch.ones(3) for kind in readers}",
                 "kv_group: score_units() returned float32 of shape",
@@ -152,6 +159,34 @@ class TestScoresThatAreSomethingElse:
         assert refused.value.message.startswith(f"units: {BLOCK}: ")
         assert said in refused.value.message
 
+    def test_of_depth(self) -> None:
+        class Odd(DepthPruner):
+            def choose(self, units: Sequence[Any], *rest: Any) -> Any:
+                return [*units]
+
+        model = tiny("llama")
+        with pytest.raises(MethodError, match=r"choose\(\) returned list, expected a mapping to Verdict"):
+            Odd(sparsity=0.5).calibrate(model, [tokens(model)])
+
+    @pytest.mark.parametrize(
+        ("answer", "said"),
+        [
+            ("None", "v_proj: solve() returned NoneType, expected a list of one PrunedMatrix"),
+            (
+                "[PrunedMatrix(matrices[0].weight != 0)]",
+                "v_proj: solve() returned 1 values, expected a list",
+            ),
+            (
+                "[PrunedMatrix(one.weight.T != 0) for one in matrices]",
+                "k_proj: solve() returned bool of shape",
+            ),
+        ],
+    )
+    def test_of_a_solver(self, author: Author, answer: str, said: str) -> None:
+        author.write("solver", SOLVER + answer)
+        with pytest.raises(MethodError, match=f"^solver: .*{re.escape(said)}"):
+            decide("solver")
+
     def test_of_experts(self) -> None:
         class Short(ExpertDrop):
             def score_experts(self, index: int, experts: int, seen: Statistics) -> torch.Tensor:
@@ -160,6 +195,15 @@ class TestScoresThatAreSomethingElse:
         model = tiny("mixtral")
         with pytest.raises(MethodError, match=r"score_experts\(\) returned .* \[1\], expected .* \[4\]"):
             Short(sparsity=0.5).calibrate(model, [tokens(model)])
+
+    def test_of_a_choice_of_tokens(self, author: Author) -> None:
+        author.derive("numbers", "def choose(self, seen, keep):\n    return keep", "token")
+        path = author.folder / "token" / "numbers.py"
+        path.write_text(path.read_text().replace("_scored import ScoredTokens", "_family import TokenPruner"))
+        model, batch = vision_model("llava"), pictures("llava", 1).batch()
+        refusal = pytest.raises(MethodError, match=r"^numbers: the visual tokens: choose\(\) returned int64")
+        with pruned(model, token_pruner("numbers"), batch), refusal:
+            model(**batch)
 
     def test_of_tokens(self, author: Author) -> None:
         author.score("flat", "return seen.features().mean(dim=(1, 2))", "token")

@@ -275,7 +275,9 @@ def _finish_unverified(result: Mapping[str, Any], job: Job, as_json: bool) -> in
 def _bug(error: BaseException) -> StructpruneError:
     said = f"{type(error).__name__}: {error}"
     if (place := place_of(error)) is not None:
-        hint = "mend the method there; if it came with structprune, report it with the traceback"
+        hint = (
+            "mend the method; if structprune brought it, report it with the traceback and `structprune env`"
+        )
         return MethodError(f"{place}: {said}", hint=hint)
     return StructpruneError(
         said, hint="a bug in structprune: report it with the traceback and `structprune env`"

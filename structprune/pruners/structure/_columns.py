@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 
 from structprune.calibration.statistics import Statistics
-from structprune.decide.scores import check_scores
+from structprune.decide.answers import check_scores
 from structprune.decide.unit_counts import WidthUnit
 from structprune.models.arch import Linear
 from structprune.models.groups import BlockSizes

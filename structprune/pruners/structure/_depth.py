@@ -14,6 +14,7 @@ from torch import Tensor
 
 from structprune.calibration.masked_loss import MaskedLoss
 from structprune.calibration.statistics import NOTHING, Parts
+from structprune.decide.answers import check_each
 from structprune.decide.depth import DepthGoal, DepthUnit, keeps_without, sizes_without
 from structprune.decide.units import block_members, unit_blocks, unit_tensors
 from structprune.decide.verdicts import Verdict, Verdicts, blocks_left, gone_units
@@ -137,9 +138,10 @@ class DepthPruner(DepthGoalPruner):
         """Return what was found of units, each score of which is a number.
 
         Raises:
+            MethodError: It is something else.
             QualityError: One is not; whatever was then chosen was chosen by chance.
         """
-        for unit, verdict in found.items():
+        for unit, verdict in check_each(found, Verdict, (), self.method(), "choose").items():
             if verdict.score is not None and math.isnan(verdict.score):
                 raise QualityError(
                     f"{self.method()}: the score of {unit.kind} {unit.block} is NaN",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from structprune.calibration.routing import RoutingSums
 from structprune.calibration.statistics import NOTHING, Parts, Statistics
-from structprune.decide.scores import check_scores
+from structprune.decide.answers import check_scores
 from structprune.decide.units import highest, sizes_left, unit_tensors
 from structprune.errors import UsageError
 from structprune.models.arch import Linear, blocks

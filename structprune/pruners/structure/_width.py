@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from structprune.calibration.dispatch import owners_of
+from structprune.decide.answers import check_each, check_scores
 from structprune.decide.budgets.sigmoid import mean_distance
-from structprune.decide.scores import check_named, check_scores
 from structprune.decide.unit_counts import Multiples, UnitCounts, WidthUnit
 from structprune.decide.units import UnitBlock, chosen_units, first_units, unit_blocks, unit_tensors
 from structprune.errors import UsageError
@@ -70,7 +70,7 @@ class WidthPruner(WidthFields):
         self, known: WidthBlock, readers: Mapping[WidthUnit, Linear], seen: Seen
     ) -> dict[WidthUnit, Tensor]:
         whose, by = f"{self.method()}: {known.prefix}", "score_units"
-        found = check_named(self.score_units(known, readers, seen), [*readers], whose, by)
+        found = check_each(self.score_units(known, readers, seen), Tensor, [*readers], whose, by)
         return {
             kind: check_scores(found[kind], (known.units(kind),), f"{whose}: {kind}", by) for kind in readers
         }

@@ -6,7 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from structprune.decide.scores import check_shape
+from structprune.decide.answers import check_shape
 from structprune.errors import QualityError
 from structprune.pruners.token._family import TokenPruner
 from structprune.runtime.view import View

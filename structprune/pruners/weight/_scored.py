@@ -9,7 +9,7 @@ from torch import Tensor
 
 from structprune.calibration.collect import BlockSums
 from structprune.calibration.statistics import Statistics
-from structprune.decide.scores import check_scores
+from structprune.decide.answers import check_scores
 from structprune.decide.select import mask_lowest
 from structprune.errors import UsageError
 from structprune.models.arch import blocks
