@@ -1,6 +1,7 @@
 """Everything that can go wrong, and the exit code that the command line gives it.
 
 StructpruneError            1  a bug of ours, never raised on purpose
+├── MethodError             1  a bug in the file of a method, whoever wrote it
 ├── UsageError              2  the command line, a recipe, a field's value
 ├── InputError              3  a model, data or adapter that cannot be trusted
 ├── EnvironmentFailure      4  disk, memory, permission, network, a lock held by another run
@@ -40,6 +41,12 @@ class StructpruneError(Exception):
     def __str__(self) -> str:
         """Return the message and the hint as one line."""
         return f"{self.message} ({self.hint})"
+
+
+class MethodError(StructpruneError):
+    """The file of a method is unfinished, or what it returned is not what methods of its family return."""
+
+    kind = "method"
 
 
 class UsageError(StructpruneError):

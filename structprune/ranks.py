@@ -16,14 +16,14 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from structprune.errors import EnvironmentFailure, InputError, QualityError, RankLost, UsageError
+from structprune.errors import EnvironmentFailure, InputError, MethodError, QualityError, RankLost, UsageError
 from structprune.machine import launch
 from structprune.meeting import check_launch, exchange, joined, on_cards
 
 # Of a tensor that is added up this much travels at once.
 PIECE_BYTES = 32 << 20
 # What one process meets and all raise.
-_TOLD = (UsageError, InputError, EnvironmentFailure, QualityError)
+_TOLD = (MethodError, UsageError, InputError, EnvironmentFailure, QualityError)
 
 
 @dataclass(frozen=True)

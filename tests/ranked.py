@@ -6,6 +6,7 @@ Three workers decide as a group of three; then the first two as a group of two, 
 import json
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from structprune.calibration.collect import collect_inputs
-from structprune.errors import InputError, QualityError, StructpruneError
+from structprune.errors import InputError, MethodError, QualityError, StructpruneError
 from structprune.models.opening import Opening
 from structprune.models.rank_batches import RankBatches
 from structprune.models.streamed import Model, open_model
@@ -128,10 +129,10 @@ def refusal(work: Any) -> list[Any]:
     return []
 
 
-def fail(ranks: Ranks) -> tuple[None, dict[str, torch.Tensor]]:
+def fail(ranks: Ranks, kind: type[StructpruneError]) -> tuple[None, dict[str, torch.Tensor]]:
     """Fail in the last process."""
     if ranks.number == ranks.count - 1:
-        raise QualityError("no factor", hint="give it more")
+        raise kind("no factor", hint="give it more")
     return None, {}
 
 
@@ -156,7 +157,9 @@ def talk(folder: Path) -> dict[str, Any]:
     return {
         **read(folder, ranks),
         "grams": grams(ranks),
-        "met": refusal(lambda: ranks.share(lambda: fail(ranks))),
+        "met": [
+            refusal(partial(ranks.share, partial(fail, ranks, kind))) for kind in (QualityError, MethodError)
+        ],
         "exchanged": ranks.exchange(sent, [1] * ranks.count, [1] * ranks.count).flatten().tolist(),
         "told": [
             [said, tensors["x"].tolist()] for said, tensors in ranks.tell_each(ranks.number, {"x": apart})

@@ -17,6 +17,7 @@ from structprune.errors import (
     EnvironmentFailure,
     InputError,
     Interrupted,
+    MethodError,
     QualityError,
     StructpruneError,
     UsageError,
@@ -26,7 +27,7 @@ from tests.killing import is_killed_at
 
 RUN, OTHER = {"prune": "wanda", "seed": 0}, {"prune": "wanda", "seed": 1}
 RESTART, OVERWRITE = Writing(restart=True), Writing(overwrite=True)
-ENDS = (UsageError, InputError, QualityError, VerificationError)
+ENDS = (MethodError, UsageError, InputError, QualityError, VerificationError)
 
 
 @pytest.fixture(autouse=True)

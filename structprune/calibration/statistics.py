@@ -209,7 +209,8 @@ class Statistics:
 
     Attributes:
         inputs: The sums of what the matrix reads, shared by all that read the same; None without data.
-        weight_gradient: Mean size of the gradient over samples, shape [out, in], float32; None unless asked.
+        weight_gradient: Mean over samples of the gradient, as the part says, shape [out, in], float32; None
+            unless asked.
         samples: Calibration sequences.
         routed: Of the mixture that the matrix is an expert's of; None unless asked.
     """
@@ -246,9 +247,13 @@ class Statistics:
 
     @property
     def gradient(self) -> Tensor:
-        """Return the mean over samples of the gradient's size, shape [out, in], float32."""
+        """Return the gradient's mean over samples, shape [out, in], float32.
+
+        Signed for the part "gradient"; of its size for "gradient_l1", the root of its mean square for
+        "gradient_l2": a method declares one of the three.
+        """
         if self.weight_gradient is None:
-            raise LookupError("no gradient was collected: declare 'gradient_l1' or 'gradient_l2' in `parts`")
+            raise LookupError(f"no gradient was collected: declare one of {sorted(GRADIENTS)} in `parts`")
         return self.weight_gradient
 
     @property

@@ -20,7 +20,14 @@ from structprune.checkpoint.manifest import MANIFEST, RECIPE_FILE, RUN_PLACES, c
 from structprune.checkpoint.partial import FINGERPRINT, FINGERPRINT_LIMIT, PLANS, Partial, partials_of
 from structprune.checkpoint.publishing import discard, is_occupied, publish, settle
 from structprune.checkpoint.writing import Writing
-from structprune.errors import EnvironmentFailure, InputError, QualityError, UsageError, VerificationError
+from structprune.errors import (
+    EnvironmentFailure,
+    InputError,
+    MethodError,
+    QualityError,
+    UsageError,
+    VerificationError,
+)
 from structprune.plan.block import canonical
 from structprune.storage.durable import DurableFile, blame
 from structprune.storage.strict_json import read_json
@@ -130,7 +137,7 @@ def deliver(
         partial.begin(fingerprint, files)
         try:
             yield Delivery(final, folder, writing, lock)
-        except (UsageError, InputError, QualityError, VerificationError) as error:
+        except (MethodError, UsageError, InputError, QualityError, VerificationError) as error:
             if folder.exists():
                 _end(partial, error.message, lock)
             if isinstance(error, InputError) and str(folder) in error.message:

@@ -30,12 +30,14 @@ from structprune.cli.terminal import (
 from structprune.errors import (
     EnvironmentFailure,
     Interrupted,
+    MethodError,
     StructpruneError,
     UsageError,
     VerificationError,
     nearest,
 )
 from structprune.machine import Launch, check_process, launch
+from structprune.pruners.catalogue import place_of
 from structprune.version import __version__
 
 # What several processes of one launch do together; of all else each would do the same.
@@ -272,6 +274,11 @@ def _finish_unverified(result: Mapping[str, Any], job: Job, as_json: bool) -> in
 
 def _bug(error: BaseException) -> StructpruneError:
     said = f"{type(error).__name__}: {error}"
+    if (place := place_of(error)) is not None:
+        hint = (
+            "mend the method; if structprune brought it, report it with the traceback and `structprune env`"
+        )
+        return MethodError(f"{place}: {said}", hint=hint)
     return StructpruneError(
         said, hint="a bug in structprune: report it with the traceback and `structprune env`"
     )

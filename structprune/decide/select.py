@@ -152,7 +152,7 @@ def _pieces(scores: Tensor, mask: Tensor) -> Iterator[tuple[Array, Array]]:
         if math.isnan(highest):
             raise QualityError(
                 f"a score is NaN in rows {start} to {start + len(piece) - 1} of {list(scores.shape)}",
-                hint="look for NaN in the weights or in the calibration statistics",
+                hint="look for NaN in what the method computes, in the weights and in the statistics",
             )
         yield piece, out
 

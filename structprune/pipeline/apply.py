@@ -20,7 +20,7 @@ from structprune.pipeline.finish import finish
 from structprune.pipeline.kept import write_recipe
 from structprune.pipeline.room import bytes_written
 from structprune.progress import Clock, Progress, silent
-from structprune.pruners.catalogue import find
+from structprune.pruners.catalogue import check_lasting, find
 from structprune.recipe.draft import ApplyRun
 from structprune.recipe.fields import build
 from structprune.report.report import RunRecord
@@ -65,6 +65,8 @@ def _apply(run: ApplyRun, opening: Opening, writing: Writing, progress: Progress
         check_stored(folder)
         plans = read_plans(plan)
         chosen = [find(one.method).model_validate(one.config) for one in plans]
+        for pruner in chosen:
+            check_lasting(type(pruner))
         final = check_output(
             [
                 *local_inputs("the model", folder),

@@ -7,7 +7,7 @@ from structprune.calibration.data import positions
 from structprune.checkpoint.locate import resolve
 from structprune.checkpoint.running import running_methods
 from structprune.checkpoint.source import open_outline
-from structprune.errors import UsageError
+from structprune.errors import MethodError, UsageError
 from structprune.models.arch import arch_of, blocks, linears
 from structprune.models.cost import count, weight_bytes
 from structprune.models.identity import architecture_of
@@ -17,6 +17,7 @@ from structprune.models.tokenizer import open_tokenizer
 from structprune.proof.prior import prior_of
 from structprune.pruners.catalogue import find, names
 from structprune.pruners.pruner import Pruner
+from structprune.recipe.fields import build
 from structprune.storage.reader import CheckpointReader
 
 # Patterns that kernels or papers know; a model is told which of them fit its widths.
@@ -85,19 +86,21 @@ def abilities(name: str, model: StreamedModel) -> dict[str, Any]:
 
     Returns:
         "name", "needs_data", "reads" (of the data: "text" or "images"), "reason" (why it cannot prune this
-        model; None where it can), "unit", "range" (what can be asked for, in words; None where that is a
-        share that leaves), "fractions" (whether it takes one), "whole" ("units", at "most" how many "of" how
-        many leave, where they are few and leave whole; else None) and "patterns" (N:M that fit every matrix).
+        model, or any; None where it can), "unit", "range" (what can be asked for, in words; None where that
+        is a share that leaves), "fractions" (whether it takes one), "whole" ("units", at "most" how many "of"
+        how many leave, where they are few and leave whole; else None) and "patterns" (N:M that fit every
+        matrix).
     """
-    pruner = find(name)()
-    found: dict[str, Any] = {"name": name, "needs_data": pruner.looks_at_data, "reads": pruner.reads}
+    found: dict[str, Any] = {"name": name, "needs_data": False, "reads": "text"}
     found |= {"reason": None, "unit": None, "range": None, "fractions": False, "whole": None, "patterns": []}
     try:
+        pruner = build(find(name), {})
+        found |= {"needs_data": pruner.looks_at_data, "reads": pruner.reads}
         whole = pruner.whole_units(model)
         if whole is not None and whole.most:  # the share that is one of them, which no default need be
             pruner = pruner.with_goal(1 / whole.of)
         unit = pruner.forecast(model).unit
-    except UsageError as error:
+    except (MethodError, UsageError) as error:
         return found | {"reason": error.message}
     if reach := pruner.reach(model):
         return found | {"unit": unit, "range": reach}

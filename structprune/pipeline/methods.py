@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from structprune.errors import MethodError, UsageError
 from structprune.pruners.catalogue import docstring, find, names
 from structprune.recipe.fields import keys_of
 
@@ -15,7 +16,7 @@ def methods(name: str | None = None) -> dict[str, Any]:
     Raises:
         UsageError: No such method.
     """
-    return describe(name) if name is not None else {"methods": [introduce(known) for known in names()]}
+    return describe(name) if name is not None else {"methods": [_introduce_any(known) for known in names()]}
 
 
 def introduce(method: str) -> dict[str, Any]:
@@ -34,6 +35,14 @@ def introduce(method: str) -> dict[str, Any]:
         "about": text.partition("\n")[0],
         "source": sources[0] if sources else "",
     }
+
+
+def _introduce_any(method: str) -> dict[str, Any]:
+    """Return what `introduce` does, or what is wrong with the method: one file hides no other method."""
+    try:
+        return introduce(method)
+    except (MethodError, UsageError) as error:
+        return {"name": method, "family": names()[method], "about": error.message, "source": ""}
 
 
 def describe(method: str) -> dict[str, Any]:

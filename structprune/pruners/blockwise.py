@@ -17,6 +17,7 @@ from structprune.calibration.masked_loss import MaskedLoss
 from structprune.calibration.notebook import Notebook
 from structprune.calibration.states import noted_states
 from structprune.calibration.statistics import gradient_means, input_parts
+from structprune.errors import MethodError
 from structprune.models import edit
 from structprune.models.arch import blocks
 from structprune.models.backward import backward
@@ -48,7 +49,13 @@ class BlockwisePruner(LookingPruner):
             block: Its parameters are in memory.
             found: Gradients of all its linears, by label.
         """
-        (mean,) = gradient_means(self.solving | self.measuring)
+        means = gradient_means(self.solving | self.measuring)
+        if len(means) > 1:
+            raise MethodError(
+                f"{self.method()}: parts: {len(means)} means of the gradient, and `seen.gradient` is one",
+                hint="declare one of them, or write reduce_gradients()",
+            )
+        (mean,) = means
         targets = self.target_linears(block.index, block.linears)
         return {one.label: getattr(found[one.label], mean) for one in targets}
 

@@ -3,11 +3,14 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, final
+from typing import Literal, Self, final, get_args
+
+from pydantic import model_validator
 
 from structprune.calibration.collect import remembered_bytes
 from structprune.calibration.states import Reduce
-from structprune.calibration.statistics import NOTHING, Parts, gradient_means, input_parts
+from structprune.calibration.statistics import NOTHING, Part, Parts, gradient_means, input_parts
+from structprune.errors import MethodError
 from structprune.models.arch import Linear, all_linears
 from structprune.models.cost import body_flops, stored_bytes
 from structprune.models.streamed import Model
@@ -32,6 +35,15 @@ class LookingPruner(Pruner):
     """
 
     propagate: Literal["pruned", "dense"] = "pruned"
+
+    @model_validator(mode="after")
+    def _parts_that_exist(self) -> Self:
+        if unknown := sorted((self.solving | self.measuring) - {*get_args(Part)}):
+            raise MethodError(
+                f"{self.method()}: parts: calibration remembers no {' and no '.join(map(repr, unknown))}",
+                hint=f"one of: {', '.join(get_args(Part))}",
+            )
+        return self
 
     @abstractmethod
     def target_linears(self, index: int, found: Sequence[Linear]) -> list[Linear]:

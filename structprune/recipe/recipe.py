@@ -14,7 +14,7 @@ from pydantic import Field, PrivateAttr, SerializeAsAny, ValidationInfo, field_v
 
 from structprune.errors import UsageError
 from structprune.models.opening import Opening
-from structprune.pruners.catalogue import find
+from structprune.pruners.catalogue import check_lasting, find
 from structprune.pruners.pruner import Pruner
 from structprune.recipe.changes import PRUNE, merge
 from structprune.recipe.draft import Draft, method_and_fields, stage_paths
@@ -71,6 +71,7 @@ class Recipe(Draft):
         running = next((one for one in self.prune if one.at_run_time), None)
         if running is None:
             return self
+        check_lasting(type(running))
         late = next((one for one in self.prune[self.prune.index(running) :] if not one.at_run_time), None)
         if late is not None:
             raise UsageError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from structprune.decide.answers import check_mask
 from structprune.errors import QualityError, UsageError
 from structprune.runtime.attention import AttentionInput
 from structprune.runtime.cache import PrunedLayer, pruned_layer
@@ -144,7 +145,8 @@ class Forward:
         keep = (drop.keep(seen.sizes) - seen.protected).maximum(least).minimum(seen.left)
         if drop.tokens is not None and bool((keep == seen.left).all()):
             return states
-        chosen = drop.chooser.choose(seen, keep) & seen.real
+        whose, found = f"{drop.chooser.method()}: the visual tokens", drop.chooser.choose(seen, keep)
+        chosen = check_mask(found, seen.real.shape, whose, "choose") & seen.real
         counts = chosen.sum(1)
         asked = (counts == keep) | drop.pooled | (drop.at_most & (counts < keep) & (counts >= least))
         if drop.tokens is not None and not bool(asked.all()):

@@ -1,6 +1,7 @@
 """One matrix from question to answer: how much leaves it, which weights, and what becomes of the rest."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from structprune.calibration.statistics import Statistics
+from structprune.decide.answers import check_mask
+from structprune.errors import MethodError, QualityError, UsageError
 from structprune.solvers.armor.descent import ArmorFactors
 
 
@@ -53,6 +56,48 @@ class PrunedMatrix:
     factors: ArmorFactors | None = None
     score: Tensor | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def naming(method: str, matrices: Sequence[MatrixToPrune]) -> Iterator[None]:
+    """Let errors name the method and the matrices that it had, unless they already name one of them.
+
+    Args:
+        method: Its name.
+        matrices: Solved together.
+    """
+    try:
+        yield
+    except (QualityError, UsageError) as error:
+        if any(matrix.label in error.message for matrix in matrices):
+            raise
+        raise type(error)(f"{_named(method, matrices)}: {error.message}", hint=error.hint) from None
+
+
+def _named(method: str, matrices: Sequence[MatrixToPrune]) -> str:
+    return f"{method}: {', '.join(matrix.label for matrix in matrices)}"
+
+
+def check_pruned(method: str, found: object, matrices: Sequence[MatrixToPrune]) -> list[PrunedMatrix]:
+    """Return what a method made of matrices: of each its mask, in its place.
+
+    Args:
+        method: Its name.
+        found: What `solve` returned.
+        matrices: What it was given.
+
+    Raises:
+        MethodError: It is something else.
+    """
+    if not isinstance(found, list) or [type(one) for one in found] != [PrunedMatrix] * len(matrices):
+        said = f"{len(found)} values" if isinstance(found, list) else type(found).__name__
+        raise MethodError(
+            f"{_named(method, matrices)}: solve() returned {said}, expected a list of one PrunedMatrix each",
+            hint="mend solve() in the method's file",
+        )
+    for one, matrix in zip(found, matrices, strict=True):
+        check_mask(one.mask, matrix.weight.shape, _named(method, [matrix]), "solve")
+    return found
 
 
 def written_pruned(found: Mapping[str, PrunedMatrix]) -> tuple[dict[str, Any], dict[str, Tensor]]:

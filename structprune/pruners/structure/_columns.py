@@ -7,6 +7,7 @@ from typing import final
 from torch import Tensor
 
 from structprune.calibration.statistics import Statistics
+from structprune.decide.answers import check_scores
 from structprune.decide.unit_counts import WidthUnit
 from structprune.models.arch import Linear
 from structprune.models.groups import BlockSizes
@@ -48,7 +49,9 @@ class ColumnPruner(WidthPruner):
         self, known: WidthBlock, readers: Mapping[WidthUnit, Linear], seen: Seen
     ) -> dict[WidthUnit, Tensor]:
         """Return the scores of units from those of their columns."""
-        columns = {
-            kind: self.comparable(self.score(one.weight, seen.of(one))) for kind, one in readers.items()
-        }
+        columns = {kind: self.comparable(self._column_scores(one, seen)) for kind, one in readers.items()}
         return {kind: self.unit_scores(kind, one, known.sizes) for kind, one in columns.items()}
+
+    def _column_scores(self, linear: Linear, seen: Seen) -> Tensor:
+        found = self.score(linear.weight, seen.of(linear))
+        return check_scores(found, linear.weight.shape[1:], f"{self.method()}: {linear.label}")

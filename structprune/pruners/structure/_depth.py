@@ -4,6 +4,7 @@ A method says which; how much is a share of the parameters, a number, or a list 
 model of the same family; skipped parts are listed block by block.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, final
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from structprune.calibration.masked_loss import MaskedLoss
 from structprune.calibration.statistics import NOTHING, Parts
+from structprune.decide.answers import check_each
 from structprune.decide.depth import DepthGoal, DepthUnit, keeps_without, sizes_without
 from structprune.decide.units import block_members, unit_blocks, unit_tensors
 from structprune.decide.verdicts import Verdict, Verdicts, blocks_left, gone_units
+from structprune.errors import QualityError
 from structprune.models.arch import Arch, Linear, arch_of, blocks
 from structprune.models.edit import left_of
 from structprune.models.groups import BlockKeep
@@ -129,7 +132,22 @@ class DepthPruner(DepthGoalPruner):
         units = self.candidates(model)
         if self.drop:
             return {one: Verdict(None, leaves=True) for one in self._listed(units)}
-        return self.choose(units, self._goal(model, units), measured, loss)
+        return self._check_verdicts(units, self.choose(units, self._goal(model, units), measured, loss))
+
+    def _check_verdicts(self, units: Sequence[DepthUnit], found: Verdicts) -> Verdicts:
+        """Return what was found of units, each score of which is a number.
+
+        Raises:
+            MethodError: It is something else.
+            QualityError: One is not; whatever was then chosen was chosen by chance.
+        """
+        for unit, verdict in check_each(found, Verdict, (), self.method(), "choose").items():
+            if verdict.score is not None and math.isnan(verdict.score):
+                raise QualityError(
+                    f"{self.method()}: the score of {unit.kind} {unit.block} is NaN",
+                    hint="look for NaN in what the method computes, in the weights and in the data's states",
+                )
+        return found
 
     @final
     def solve_block(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from structprune.calibration.routing import RoutingSums
 from structprune.calibration.statistics import NOTHING, Parts, Statistics
+from structprune.decide.answers import check_scores
 from structprune.decide.units import highest, sizes_left, unit_tensors
 from structprune.errors import UsageError
 from structprune.models.arch import Linear, blocks
@@ -157,7 +158,9 @@ class ExpertPruner(StructurePruner):
     def _scores(self, index: int, one: ExpertBlock, routed: RoutingSums | None) -> Tensor:
         if not one.experts:
             return torch.empty(0)
-        return self.score_experts(index, one.experts, Statistics(routed=routed)).cpu()
+        found = self.score_experts(index, one.experts, Statistics(routed=routed))
+        whose = f"{self.method()}: {one.prefix}.{one.arch.experts}"
+        return check_scores(found, (one.experts,), whose, "score_experts").cpu()
 
     @final
     def forecast(self, model: Model) -> Forecast:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from structprune.calibration.dispatch import owners_of
+from structprune.decide.answers import check_each, check_scores
 from structprune.decide.budgets.sigmoid import mean_distance
 from structprune.decide.unit_counts import Multiples, UnitCounts, WidthUnit
 from structprune.decide.units import UnitBlock, chosen_units, first_units, unit_blocks, unit_tensors
@@ -65,6 +66,15 @@ class WidthPruner(WidthFields):
             seen: Holds the parts that the method declares.
         """
 
+    def _checked_units(
+        self, known: WidthBlock, readers: Mapping[WidthUnit, Linear], seen: Seen
+    ) -> dict[WidthUnit, Tensor]:
+        whose, by = f"{self.method()}: {known.prefix}", "score_units"
+        found = check_each(self.score_units(known, readers, seen), Tensor, [*readers], whose, by)
+        return {
+            kind: check_scores(found[kind], (known.units(kind),), f"{whose}: {kind}", by) for kind in readers
+        }
+
     def _goal(self, model: Model, found: Sequence[WidthBlock]) -> WidthGoal:
         """Return how much leaves of the units of a model.
 
@@ -115,7 +125,7 @@ class WidthPruner(WidthFields):
         readers, rows = self.readers(block), []
         if seen.states is not None:
             rows.append(torch.tensor([mean_distance(seen.states)], dtype=torch.float64))
-        scores = self.score_units(self._known(unit_blocks(model)[block.index], block.index), readers, seen)
+        scores = self._checked_units(self._known(unit_blocks(model)[block.index], block.index), readers, seen)
         for kind, linear in readers.items():
             rows.append(scores[kind].double().cpu())
             if self.adds_bias:
@@ -176,7 +186,7 @@ class WidthPruner(WidthFields):
         """Return which units of a block stay, and what makes up for the others."""
         known, share = self._known(unit_blocks(model)[block.index], block.index), leaving[block.index]
         targets = self.readers(block)
-        scores = share.scores or self.score_units(known, targets, seen)
+        scores = share.scores or self._checked_units(known, targets, seen)
         keep, stay = (chosen_units(known.sizes, one, scores) for one in (share.stored, share.stay))
         ranks = Ranks.here()
         owners = seen.sums.owners or owners_of([[one] for one in targets.values()], ranks, self.costs)

@@ -1,10 +1,12 @@
 """Methods that rank visual tokens: a score for each, and the highest stay."""
 
 from abc import abstractmethod
+from typing import final
 
 import torch
 from torch import Tensor
 
+from structprune.decide.answers import check_shape
 from structprune.errors import QualityError
 from structprune.pruners.token._family import TokenPruner
 from structprune.runtime.view import View
@@ -23,7 +25,18 @@ class ScoredTokens(TokenPruner):
         Raises:
             QualityError: A score is not a number.
         """
-        return highest(finite(self.score(seen), seen.real, self.method()), seen.real, keep)
+        return highest(self.scored(seen), seen.real, keep)
+
+    @final
+    def scored(self, seen: View) -> Tensor:
+        """Return what `score` gives, of which the scores of tokens are all numbers, shape [images, tokens].
+
+        Raises:
+            MethodError: It gives something else.
+            QualityError: A score is not a number.
+        """
+        found = check_shape(self.score(seen), seen.real.shape, f"{self.method()}: the visual tokens")
+        return finite(found, seen.real, self.method())
 
 
 def finite(values: Tensor, real: Tensor, method: str) -> Tensor:
@@ -42,7 +55,7 @@ def finite(values: Tensor, real: Tensor, method: str) -> Tensor:
     what = "a score" if values.ndim == 2 else "a feature"
     raise QualityError(
         f"{method}: {what} of a visual token is not finite",
-        hint="look whether the model computes NaN on this input, in this dtype",
+        hint="look whether the model computes NaN on this input, in this dtype, or the method itself does",
     )
 
 

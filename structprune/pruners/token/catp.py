@@ -83,7 +83,7 @@ class CATP(StagedTokens, ScoredTokens):
         """Return which tokens of each image stay; in a row the context shares what it keeps."""
         if seen.block == 0:
             return self._standing_for_all(seen, keep)
-        context, scores = ~seen.latest, finite(self.score(seen), seen.real, self.method())
+        context, scores = ~seen.latest, self.scored(seen)
         ranks = rank(scores, seen.real)
         if seen.block > seen.notes[CONTEXT]:
             return ((ranks < keep[:, None]) | context[:, None]) & seen.real

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from structprune.decide.token_target import Target
-from structprune.pruners.token._scored import ScoredTokens, finite, rank
+from structprune.pruners.token._scored import ScoredTokens, rank
 from structprune.pruners.token._staged import StagedTokens
 from structprune.runtime.flops import BlockCost
 from structprune.runtime.view import View
@@ -77,7 +77,7 @@ class SparseVLM(StagedTokens, ScoredTokens):
 
     def choose(self, seen: View, keep: Tensor) -> Tensor:
         """Return the tokens of the highest scores, and the strongest of every cluster, [images, tokens]."""
-        ranks = rank(finite(self.score(seen), seen.real, self.method()), seen.real)
+        ranks = rank(self.scored(seen), seen.real)
         if self.version == "v2":
             return (ranks < keep[:, None]) & seen.real
         features, width = seen.features(), seen.real.shape[1]

@@ -18,7 +18,7 @@ from structprune.decide.budgets.union import AnyBudget
 from structprune.decide.counts import Compare, reached_near, removed_weights
 from structprune.decide.sparsity import Sparsity, fraction_of, pattern_of
 from structprune.decide.targets import Targets
-from structprune.errors import QualityError, UsageError
+from structprune.errors import UsageError
 from structprune.models.arch import Linear, all_linears, blocks
 from structprune.models.edit import left_of
 from structprune.models.identity import names_of, skeleton, stored_dtypes, stored_names, zeros_found
@@ -38,7 +38,7 @@ from structprune.pruners.weight._promises import Promise, removed_promises
 from structprune.pruners.weight._side_by_side import solve_on_ranks
 from structprune.ranks import Ranks
 from structprune.solvers.effort import Effort, effort_of_ranking
-from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix
+from structprune.solvers.matrix import MatrixToPrune, PrunedMatrix, check_pruned, naming
 from structprune.solvers.plan_tensors import block_facts, plan_tensors
 from structprune.solvers.repairs.union import AnyRepair
 
@@ -287,15 +287,12 @@ class WeightPruner(Targets, BlockwisePruner):
 
     def _solve_and_repair(self, matrices: Sequence[MatrixToPrune]) -> dict[str, PrunedMatrix]:
         """Return what becomes of matrices that read the same input, by label."""
-        try:
-            solved = zip(matrices, self.solve(matrices, matrices[0].seen), strict=True)
+        with naming(self.method(), matrices):
+            found = check_pruned(self.method(), self.solve(matrices, matrices[0].seen), matrices)
+            solved = zip(matrices, found, strict=True)
             if self.repair is None:
                 return {matrix.label: pruned for matrix, pruned in solved}
             return {matrix.label: self.repair.repair(matrix, pruned) for matrix, pruned in solved}
-        except (QualityError, UsageError) as error:
-            names = ", ".join(matrix.label for matrix in matrices)
-            hint = error.hint or "the weights or the activations overflowed"
-            raise type(error)(f"{names}: {error.message}", hint=hint) from None
 
     @final
     def finish(

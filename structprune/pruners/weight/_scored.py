@@ -9,6 +9,7 @@ from torch import Tensor
 
 from structprune.calibration.collect import BlockSums
 from structprune.calibration.statistics import Statistics
+from structprune.decide.answers import check_scores
 from structprune.decide.select import mask_lowest
 from structprune.errors import UsageError
 from structprune.models.arch import blocks
@@ -48,7 +49,11 @@ class ScorePruner(WeightPruner):
     @final
     def solve(self, matrices: Sequence[MatrixToPrune], seen: Statistics) -> list[PrunedMatrix]:
         """Return the masks of the highest scores."""
-        return [self._keep_highest(one, self.score(one.weight, one.seen)) for one in matrices]
+        return [self._keep_highest(one, self._checked_score(one)) for one in matrices]
+
+    def _checked_score(self, matrix: MatrixToPrune) -> Tensor:
+        found = self.score(matrix.weight, matrix.seen)
+        return check_scores(found, matrix.weight.shape, f"{self.method()}: {matrix.label}")
 
     def _keep_highest(self, matrix: MatrixToPrune, score: Tensor) -> PrunedMatrix:
         # What is zero already leaves first, so that what was asked for is what is zero afterwards. Minus, not
