@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from structprune.calibration.text_source import DEMO, SUFFIXES
-from structprune.report.figures import bytes_text, fraction
+from structprune.report.figures import bytes_text, fraction, percent, prunable
 
 NO_LOOK = "None: nothing is looked at before the model runs."
 ONLY_WEIGHTS = "None: this method looks at the weights only."
@@ -15,8 +15,8 @@ ZEROS = (
     "a smaller and faster model on every runtime, remove whole units (width, depth, experts)."
 )
 SMALLER = (
-    "It has {fewer:,} parameters fewer than the {dense:,} of the dense model: the files are smaller, and "
-    "every runtime that opens them has less to compute."
+    "It has {fewer:,} parameters fewer than the {dense:,} of the dense model, {share} of all: the files are "
+    "smaller, and every runtime that opens them has less to compute."
 )
 RUNNING = (
     "{method} lets structprune compute fewer visual tokens while it runs the model{left}. **The saving "
@@ -54,7 +54,8 @@ def about(report: Mapping[str, Any], base: str) -> Iterator[str]:
         yield before
     pattern, sizes = report["pattern"], report["parameters"]
     if sizes["pruned"] < sizes["dense"]:
-        yield SMALLER.format(fewer=sizes["dense"] - sizes["pruned"], dense=sizes["dense"])
+        fewer = sizes["dense"] - sizes["pruned"]
+        yield SMALLER.format(fewer=fewer, dense=sizes["dense"], share=percent(fewer / sizes["dense"]))
     if report["sparsity"]:
         yield ZEROS + (PATTERN.format(pattern=pattern) if ":" in str(pattern) else "")
     for stage in _running(report):
@@ -78,7 +79,7 @@ def goals_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             stage["method"],
-            stage["unit"],
+            prunable(stage["unit"]),
             *(fraction(stage.get(what)) for what in ("asked", "reachable", "measured")),
         )
         for stage in report.get("stages", ())
