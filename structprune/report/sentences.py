@@ -6,6 +6,8 @@ from typing import Any
 from structprune.calibration.text_source import DEMO, SUFFIXES
 from structprune.report.figures import bytes_text, fraction, percent, prunable
 
+# What a method is composed of, beside how much it removes.
+CHOICES = ("score", "budget", "repair")
 NO_LOOK = "None: nothing is looked at before the model runs."
 ONLY_WEIGHTS = "None: this method looks at the weights only."
 CARRIED_OUT = "None in this run: it carried out a plan that was decided before."
@@ -65,6 +67,24 @@ def about(report: Mapping[str, Any], base: str) -> Iterator[str]:
         yield RUNNING.format(method=stage["method"], left=told)
     yield from _unchanged(report, base)
     yield from (f"Note: {stage['note']}." for stage in report.get("stages", ()) if "note" in stage)
+
+
+def composition(report: Mapping[str, Any]) -> str:
+    """Return the stages of a run by what they are composed of: "wanda (budget owl, repair least_squares)".
+
+    Args:
+        report: The report of the run.
+    """
+    methods, stages = str(report["method"]).split("+"), list(report.get("stages", ()))
+    # A recovery is named behind the stages, and is none of them.
+    stages += [{}] * (len(methods) - len(stages))
+    said = []
+    for method, stage in zip(methods, stages, strict=False):
+        config = stage.get("config", {})
+        chosen = {key: _name_of(config.get(key)) for key in CHOICES}
+        words = ", ".join(f"{key} {name}" for key, name in chosen.items() if name)
+        said.append(f"{method} ({words})" if words else method)
+    return " + ".join(said)
 
 
 def goals_header(report: Mapping[str, Any]) -> tuple[str, ...]:
@@ -185,6 +205,12 @@ def _same_text(stamp: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
     if source is None or source == DEMO or source != facts.get("source"):
         return False
     return str(source).endswith(SUFFIXES) or stamp.get("split") == facts.get("split")  # a file has no split
+
+
+def _name_of(choice: object) -> str:
+    """Return what a choice of a stage is called; "" where nothing was chosen."""
+    name = choice.get("name") if isinstance(choice, Mapping) else choice
+    return name if isinstance(name, str) else ""
 
 
 def _running(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
