@@ -41,7 +41,7 @@ DONE = {
     "evaluation": {"perplexity": {"demo": {"model": float("inf"), "dense": 10.0}}},
 }
 
-TAKEN = {"name": "", "needs_data": False, "reads": "text", "reason": None, "range": None}
+TAKEN = {"name": "", "family": "weight", "needs_data": False, "reads": "text", "reason": None, "range": None}
 TAKEN |= {"fractions": False, "whole": None, "patterns": []}
 
 FOUND = {

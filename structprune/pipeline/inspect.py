@@ -84,13 +84,15 @@ def abilities(name: str, model: StreamedModel) -> dict[str, Any]:
         model: Its skeleton.
 
     Returns:
-        "name", "needs_data", "reads" (of the data: "text" or "images"), "reason" (why it cannot prune this
-        model; None where it can), "unit", "range" (what can be asked for, in words; None where that is a
-        share that leaves), "fractions" (whether it takes one), "whole" ("units", at "most" how many "of" how
-        many leave, where they are few and leave whole; else None) and "patterns" (N:M that fit every matrix).
+        "name", "family", "needs_data", "reads" (of the data: "text" or "images"), "reason" (why it cannot
+        prune this model; None where it can), "unit", "range" (what can be asked for, in words; None where
+        that is a share that leaves), "fractions" (whether it takes one), "whole" ("units", at "most" how many
+        "of" how many leave, where they are few and leave whole; else None) and "patterns" (N:M that fit every
+        matrix).
     """
     pruner = find(name)()
-    found: dict[str, Any] = {"name": name, "needs_data": pruner.looks_at_data, "reads": pruner.reads}
+    found: dict[str, Any] = {"name": name, "family": names()[name]}
+    found |= {"needs_data": pruner.looks_at_data, "reads": pruner.reads}
     found |= {"reason": None, "unit": None, "range": None, "fractions": False, "whole": None, "patterns": []}
     try:
         whole = pruner.whole_units(model)
