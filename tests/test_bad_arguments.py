@@ -248,6 +248,59 @@ def test_blocks_that_a_model_does_not_have_cannot_be_skipped(skip, command, llam
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("stage", "found", "known", "near"),
+    [
+        (
+            "method: wanda, repair: leastsquares",
+            "'leastsquares'",
+            "obs, least_squares, dsnot, none",
+            "least_squares",
+        ),
+        ("method: wanda, repair: {name: obss}", "'obss'", "obs, least_squares, dsnot, none", "obs"),
+        ("method: wanda, repair: {damping: 0.1}", "{'damping': 0.1}", "obs, least_squares, dsnot, none", ""),
+        ("method: wanda, repair: 3", "3", "obs, least_squares, dsnot, none", ""),
+        ("method: wanda, budget: owll", "'owll'", "owl, ramp, table, target_params, uniform", "owl"),
+        ("method: sparsegpt, repair: leastsquares", "'leastsquares'", "least_squares, none", "least_squares"),
+        ("method: flap, repair: biass", "'biass'", "bias, least_squares, none", "bias"),
+        ("method: flap, budget: globall", "'globall'", "uniform, global, sigmoid or {name: table", "global"),
+    ],
+)
+def test_a_choice_that_there_is_not_is_refused_with_those_there_are(refused, stage, found, known, near):
+    said = refused(f"{HEAD}prune: {{{stage}}}\n")
+
+    assert f"found {found}, expected" in said
+    assert known in said
+    assert said.endswith(f"| did you mean {near!r}?") if near else "| repair: What makes up" in said
+
+
+@pytest.mark.parametrize(
+    ("stage", "hint"),
+    [
+        ("method: alps, repair: least_squares", "leave repair out"),
+        ("method: thanos, repair: dsnot", "leave repair out, or choose repair: least_squares"),
+        ('method: wanda, sparsity: "2:4", budget: owl', "leave budget out"),
+    ],
+)
+def test_a_choice_that_does_not_fit_the_other_keys_is_refused_with_those_that_do(refused, stage, hint):
+    assert refused(f"{HEAD}prune: {{{stage}}}\n").endswith(f"| {hint}")
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("prune: {method: cfsp, uniform: true}", "--uniform sets prune.native: uniform"),
+        ("prune: [{method: cfsp, pad: true}, wanda]", "--pad sets prune.native: pad"),
+        ("prune: wanda\nuniform: true", "--uniform sets prune.native: uniform"),
+        ("prune: wanda\nsamples: 4", "--samples sets calibration.samples"),
+        ("prune: wanda\nno-evaluate: true", "--no-evaluate sets evaluate.skip: true"),
+        ("prune: {method: wanda, fold: true}", "one of: "),  # it is a key, and armor's
+    ],
+)
+def test_a_flag_that_is_written_as_a_key_is_refused_with_the_key_that_it_sets(refused, text, hint):
+    assert f"| {hint}" in refused(f"{HEAD}{text}\n")
+
+
 @pytest.mark.parametrize("place", ["same", "inside", "around", "link"])
 def test_an_output_that_overlaps_the_input_is_refused(place, llama, command, tmp_path):
     link = tmp_path / "link"

@@ -41,7 +41,7 @@ DONE = {
     "evaluation": {"perplexity": {"demo": {"model": float("inf"), "dense": 10.0}}},
 }
 
-TAKEN = {"name": "", "needs_data": False, "reads": "text", "reason": None, "range": None}
+TAKEN = {"name": "", "family": "weight", "needs_data": False, "reads": "text", "reason": None, "range": None}
 TAKEN |= {"fractions": False, "whole": None, "patterns": []}
 
 FOUND = {
@@ -248,7 +248,7 @@ def test_people_get_four_lines(calls, command):
 
     labels = [line.split()[0] for line in done.out.splitlines() if not line.startswith(" ")]
     assert labels == ["asked", "got", "where", "loads"]
-    assert "50% of the weights removed" in done.out
+    assert "50% of the prunable weights removed" in done.out
     assert "537 MB" in done.out
 
 
@@ -292,6 +292,32 @@ def test_a_dry_run_prunes_nothing(calls, command):
 
     assert done.json["bytes"] == {"dense": 1}
     assert "prune" not in calls
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            {},
+            ["memory to decide: 5 MB", "time to decide: told with --ranks 1", "`structprune bench --rates`"],
+        ),
+        ({"bench": {"new": 8}}, ["memory to decide and time it: 5 MB"]),
+        (
+            {"ranks": {"count": 2, "memory_bytes": 4_000_000, "time": "of deciding"}},
+            ["memory to decide: 5 MB", "  memory to decide: 4 MB", "  time: of deciding"],
+        ),
+        ({"parameters": {"dense": 1000, "pruned": 800}}, ["removed: 20.0% of the model's"]),
+    ],
+)
+def test_a_dry_run_says_what_its_figures_are_of(calls, command, monkeypatch, more, said):
+    planned = {"memory_bytes": 5_000_000, "bytes": {"dense": 1}, **more}
+    for result in (planned, {"runs": {"0.3": planned, "0.5": planned}}):
+        monkeypatch.setattr(structprune, "dry_run", lambda *_, result=result, **__: result)
+        done = command("prune", "demo", "out", "--method", "wanda", "--dry-run")
+
+        assert all(words in done.out for words in said)
+        assert "memory_bytes" not in done.out
+        assert ("time to decide" in done.out) == ("ranks" not in more)
 
 
 def test_evaluate_and_recover_take_their_options(calls, command):

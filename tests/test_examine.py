@@ -110,6 +110,15 @@ class TestTheDefaultOfARun:
         assert report["evaluation"]["protocol"]["texts"]["demo"]["windows"] == 8
         assert report["evaluation"]["perplexity"]["demo"]["dense"] < 2.5
 
+    def test_evaluate_makes_no_continuations_which_it_never_shows(
+        self, llama: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Whoever calls it fails.
+        monkeypatch.setattr("structprune.evaluation.evaluation.generations", None)
+        options = EvaluateOptions(text=(TEXT,), windows=1, length=16, generations=True, compare=str(llama))
+        found = structprune.evaluate(str(llama), options)
+        assert found["perplexity"] and "generations" not in found
+
     @pytest.mark.parametrize("asked", [{"skip": True}, False])
     def test_an_evaluation_that_is_not_wanted_is_left_out(
         self, asked: Any, llama: Path, tmp_path: Path

@@ -344,6 +344,6 @@ def test_a_mixture_that_lost_experts_is_recovered(tmp_path: Path) -> None:
     with short_runs():
         report = structprune.prune(recipe, writing=QUICK["writing"])
     assert report["verification"]["ok"]
-    assert "25% of the parameters removed, 50% of the weights removed" in run_lines(report)
+    assert "25% of the prunable parameters removed, 50% of the prunable weights removed" in run_lines(report)
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert [len(block.mlp.experts.down_proj) for _, block in blocks(small)] == [3, 3]

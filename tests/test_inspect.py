@@ -3,6 +3,7 @@
 import pytest
 
 import structprune
+from structprune.cli.inspection import inspection_lines
 from structprune.errors import UsageError, counted
 from structprune.pruners.catalogue import find, names
 from structprune.report.figures import bytes_text
@@ -52,6 +53,24 @@ def test_a_method_that_cannot_prune_a_model_says_why(tmp_path, command):
     assert "Conv1D" in rows["armor"]["reason"]
     shown = " ".join(command("inspect", folder).out.split())  # however long the folder's name makes the lines
     assert f"no: {rows['armor']['reason']}" in shown
+
+
+def test_methods_that_take_nothing_for_one_reason_share_a_row(llama, command):
+    methods = structprune.inspect(str(llama))["methods"]
+    blind = [row["name"] for row in methods if "reads no images" in (row["reason"] or "")]
+    lines = command("inspect", llama).out.splitlines()
+
+    assert len(blind) > 20
+    (row,) = [line for line in lines if "reads no images" in line]
+    assert row.startswith(f"{len(blind)} token methods")
+    assert not [line for line in lines if line.split(" ")[0] in blind]
+    # Where only some of a family are refused, they are named.
+    for row in methods:
+        if row["name"] in ("ria", "wanda"):
+            row["reason"] = "no such matrix"
+    said = inspection_lines(structprune.inspect(str(llama)) | {"methods": methods})
+    assert "2 weight methods" in said
+    assert "no: no such matrix (ria, wanda)" in said
 
 
 def test_a_goal_that_a_method_cannot_have_is_refused():

@@ -120,6 +120,8 @@ class TestTheFreshProcess:
         found = verify(folder, opening=Opening(stream=True), reference=model)
         assert found.ok, found.failed
         assert [check.name for check in found.checks][-2:] == ["logits", "reload"]
+        pair = "this folder opened by structprune here and by structprune"
+        assert found.checks[-1].detail.startswith(pair)
         assert found.checks[-1].detail.endswith("the same logits to the last bit on 64 tokens")
         assert all(loader.startswith("structprune") for loader in found.loads_in)
         assert len(found.loads_in) == 2

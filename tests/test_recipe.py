@@ -3,15 +3,18 @@
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 import structprune
 from structprune.checkpoint.writing import Writing
+from structprune.cli import app
 from structprune.decide.sparsity import fraction_of
 from structprune.errors import UsageError
 from structprune.pipeline.methods import describe
 from structprune.pruners import catalogue
 from structprune.recipe.changes import EVALUATE, GROUPS, RECOVER
+from structprune.recipe.flag_keys import FLAG_KEYS
 from structprune.recipe.options import EvaluateOptions, sparsity_of
 from structprune.recipe.recipe import Recipe, assemble, choose_recipe, load, stage
 from structprune.recipe.request import choose_settings, request_recipe
@@ -33,6 +36,23 @@ def test_a_recipe_of_three_keys_has_a_default_for_everything_else():
     assert (recipe.calibration.samples, recipe.calibration.length) == (128, None)
     assert recipe.recover is None
     assert recipe.evaluate is None
+
+
+def test_a_method_offers_only_what_it_accepts():
+    offered = {
+        (name, row["name"]): (row["type"], row["default"])
+        for name in ("wanda", "alps", "thanos", "armor", "flap")
+        for row in describe(name)["fields"]
+        if row["name"] in ("repair", "budget")
+    }
+
+    every = "obs | least_squares | dsnot | none"
+    assert offered["wanda", "repair"] == (every, "none")
+    assert offered["wanda", "budget"] == ("owl | ramp | table | target_params | uniform", "uniform")
+    assert offered["alps", "repair"] == ("none", "none")
+    assert offered["thanos", "repair"] == ("least_squares | none", "none")
+    assert offered["armor", "budget"] == ("uniform", "uniform")  # N:M fixes every share
+    assert offered["flap", "repair"] == ("bias | least_squares | none", "bias")
 
 
 def test_every_method_has_a_recipe_of_its_name():
@@ -251,5 +271,28 @@ def test_a_key_that_a_repair_does_not_have_is_told_with_those_it_has() -> None:
     with pytest.raises(UsageError, match="unknown key") as raised:
         stage({"method": "wanda", "repair": {"name": "dsnot", "round": 3}})
     assert raised.value.hint == "did you mean 'rounds'?"
-    (row,) = [row for row in describe("wanda")["fields"] if row["name"] == "repair"]
-    assert row["type"] == "obs | least_squares | dsnot"
+
+
+def test_the_keys_that_flags_set_are_those_that_the_commands_make_of_them(command, monkeypatch):
+    def merge(raw, reading, sets=(), flags=None):
+        found.append({key: value for key, value in flags.items() if value is not None})
+        raise UsageError("seen", hint="go on")
+
+    monkeypatch.setattr("structprune.recipe.request.merge", merge)
+    known, made = typer.main.get_command(app).commands, {}
+    values = {"--sparsity-type": "2:4", "--target": "keep_ratio=0.1"}
+    for name, places in {"prune": ("demo", "out"), "recover": ("demo", "out"), "evaluate": ("demo",)}.items():
+        found: list[dict[str, object]] = []
+        command(name, *places)
+        for option in (one for one in known[name].params if one.param_type_name == "option"):
+            for flag in option.opts:
+                value = values.get(flag, "0.5" if "sparsity" in flag else "1")
+                command(name, *places, flag, *([] if option.is_flag else [value]))
+                if len(found) > 1 and (more := found.pop().keys() - found[0].keys()):
+                    made.setdefault(flag.removeprefix("--").replace("-", "_"), more.pop())
+    # Two commands have it, each for a key of its own.
+    assert made.pop("batch_size") == "recover.batch_size"
+
+    assert {flag: key.partition(":")[0] for flag, key in FLAG_KEYS.items()} == {
+        flag: key for flag, key in made.items() if flag != key and len(flag) > 1
+    }

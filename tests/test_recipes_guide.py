@@ -140,6 +140,49 @@ def test_a_composition_that_won_can_be_asked_for(fields: dict[str, Any]) -> None
     assert accepted(fields)
 
 
+@pytest.mark.parametrize("fields", COMPOSED, ids=str)
+def test_a_composition_that_won_says_how_much_left(fields: dict[str, Any]) -> None:
+    # Without it the figure beside it belongs to another size.
+    assert fields.keys() & {"sparsity", "target_params", "target"}
+
+
+def test_a_size_of_the_whole_model_stands_beside_figures_that_were_measured_at_it() -> None:
+    (cfsp,) = (fields for fields in COMPOSED if fields["method"] == "cfsp")
+    shipped = yaml.safe_load((ROOT / "recipes/models/smollm2-135m/cfsp.yaml").read_text())
+    assert shipped["prune"] == cfsp
+
+    measured = {
+        cells[3]: cells[1]
+        for cells in rows(BENCHES.partition("## structure_quality.py")[2].partition("### demo")[0])
+        if cells[0] == "cfsp + least_squares"
+    }
+    (row,) = (cells for cells in rows(COMPOSE) if "cfsp" in cells[1])
+    sizes = [size.removesuffix("M") for size in re.findall(r"target_params: ([\d.]+M)", " ".join(row))]
+    assert {size: measured[size] for size in sizes} == {"113.28": "21.61", "81.43": "37.55"}
+    assert all(measured[size] in row[2] for size in sizes)
+
+
+WHICH = [cells for cells in rows(section("## Which method when")) if "perplexity at" in cells[3]]
+
+
+@pytest.mark.parametrize("cells", WHICH, ids=[cells[0] for cells in WHICH])
+def test_zeros_are_compared_by_figures_of_one_table(cells: list[str]) -> None:
+    table = BENCHES.partition("### smollm2")[2].partition("\n| worse")[0]
+    columns = {"50%": 1, "70%": 2, "2:4": 3}
+    share, said = re.match(r"perplexity at (\S+) (.*?)(?:; but .*)?$", cells[3]).groups()
+    measured = [row[columns[share]] for row in rows(table) if len(row) > columns[share]]
+    seconds = [row[6] for row in rows(table)]
+    for figure, unit in re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)( s)?(?![\w:%])", said):
+        assert is_among(figure, seconds if unit else measured), figure
+    # What is taken is what does best of those beside it, unless time is what is wanted.
+    if "least loss" in cells[0]:
+        assert float(said.split(",")[0]) == min(float(one) for one in re.findall(r"\d+\.\d+", said))
+
+
+def test_zeros_of_every_kind_are_compared() -> None:
+    assert len(WHICH) == 6
+
+
 @pytest.mark.parametrize("fields", REFUSED, ids=str)
 def test_what_is_said_not_to_combine_is_refused(fields: dict[str, Any]) -> None:
     assert fields.keys() <= catalogue.find(fields["method"]).model_fields.keys() | {"method"}

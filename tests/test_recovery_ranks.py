@@ -274,7 +274,7 @@ def test_a_recipe_prunes_and_recovers_with_them(pruned: Path, tmp_path: Path) ->
     assert stage["measured"] * plan.promises.of == pytest.approx(dense - left)
     assert stage["measured"] == stage["reachable"]
     said = next(line for line in recovery_lines(report).splitlines() if line.startswith("got"))
-    assert f"{stage['measured'] * 100:.6g}% of the parameters removed" in said
+    assert f"{stage['measured'] * 100:.6g}% of the prunable parameters removed" in said
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| {stage['reachable']:.2%} | {stage['measured']:.2%} |" in card
     assert structprune.verify(tmp_path / "out")["stages"] == {"01-cfsp": stage["measured"]}

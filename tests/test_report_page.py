@@ -24,6 +24,7 @@ from structprune.report.figures import number
 from structprune.report.finished import FinishedRun, checked_report, read_runs
 from structprune.report.page import page
 from structprune.report.report import table
+from structprune.report.sentences import composition
 from tests.conftest import Command
 from tests.specimens import TEXT, calibrated, no_fresh_process, quick, run, stamps
 from tests.tiny import save_tiny
@@ -280,6 +281,28 @@ class TestCharts:
 
 
 class TestComparison:
+    @pytest.mark.parametrize(
+        ("method", "configs", "said"),
+        [
+            ("wanda", [{"budget": None, "repair": None}], "wanda"),
+            (
+                "wanda",
+                [{"budget": {"name": "owl", "outlier": 5}, "repair": {"name": "least_squares"}}],
+                "wanda (budget owl, repair least_squares)",
+            ),
+            (
+                "llm_pruner+wanda+recover",
+                [{"score": "element2", "budget": "global", "repair": None}, {"sparsity": 0.5}],
+                "llm_pruner (score element2, budget global) + wanda + recover",
+            ),
+        ],
+    )
+    def test_compositions_of_one_method_are_told_apart(
+        self, method: str, configs: list[dict[str, Any]], said: str
+    ) -> None:
+        stages = [{"method": "any", "config": one} for one in configs]
+        assert composition({"method": method, "stages": stages}) == said
+
     def test_runs_that_were_measured_alike_share_rows_and_charts(self, runs: Path) -> None:
         found = read_runs([runs / name for name in NAMES])
         rows = {row.what: row for row in side_by_side(found)}
@@ -289,6 +312,8 @@ class TestComparison:
         assert rows[f"Perplexity, {text}"].cells == [number(one["model"]) for one in figures]
         assert rows[f"Perplexity, {text}"].dense == number(figures[0]["dense"])
         assert rows["Asked"].cells == ["50.00%", "25.00%, 2:4", "30.00%"]
+        told = ["magnitude", "magnitude + magnitude", "flap (budget global, repair bias)"]
+        assert rows["Method"].cells == told
         charts = trade_offs(found)
         assert [chart.title.partition(", against ")[2] for chart in charts] == [
             "parameters that are not zero",

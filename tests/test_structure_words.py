@@ -2,11 +2,17 @@
 
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from structprune.cli.summary import method_lines
 from structprune.pipeline.methods import describe
 from tests.conftest import Command
 from tests.methods import TEXT, short_runs
 from tests.specimens import no_fresh_process
+
+
+def parameters_in(folder: Path) -> int:
+    return sum(value.numel() for value in load_file(folder / "model.safetensors").values())
 
 
 def prune(command: Command, llama: Path, out: Path, method: str) -> tuple[str, str]:
@@ -30,8 +36,12 @@ def prune(command: Command, llama: Path, out: Path, method: str) -> tuple[str, s
 def test_zeros_are_told_of_only_where_there_are_some(llama: Path, command: Command, tmp_path: Path) -> None:
     said, card = prune(command, llama, tmp_path / "units", "block_drop")
     _, zeros = prune(command, llama, tmp_path / "zeros", "magnitude")
-    assert "50% of the parameters removed" in said
-    assert "| block_drop | parameters | 50.00% | 50.00% | 50.00% |" in card
+    dense, left = (parameters_in(folder) for folder in (llama, tmp_path / "units"))
+    share = f"{1 - left / dense:.1%}"
+    # Embeddings stay, so a share of the blocks is less of the model.
+    assert f"{share} of the model's parameters removed ({dense:,} -> {left:,}), 50% of the prunable" in said
+    assert f"{dense - left:,} parameters fewer than the {dense:,} of the dense model, {share} of all" in card
+    assert "| block_drop | prunable parameters | 50.00% | 50.00% | 50.00% |" in card
     for words in ("Zeros in the pruned matrices", "Parameters that are not zero"):
         assert words in zeros and words not in card
     assert "no weight was to become zero" in card
@@ -46,6 +56,8 @@ def test_a_goal_that_the_data_decides_is_said_so(llama: Path, command: Command, 
             "prune", llama, tmp_path / "x", "--method", method, "--sparsity", "0.5", "--dry-run"
         )
         assert f"reachable: {reachable}" in planned.out
+        assert "unit: prunable parameters" in planned.out
+        assert "of the model's" in planned.out
 
 
 def test_defaults_are_written_as_a_recipe_writes_them() -> None:

@@ -104,7 +104,7 @@ class TestRuns:
         if not second:
             assert all(torch.equal(value, before[name]) for name, value in after.items())
         card = (out / "README.md").read_text()
-        assert f"| {METHOD} | parameters |" in card
+        assert f"| {METHOD} | prunable parameters |" in card
         assert f"{BIASES:,} parameters fewer" in card
         assert ("stored as zeros" in card) == second
         # apply: the same bytes from the plan

@@ -1,5 +1,6 @@
 """What `inspect` found, in words and units; hashes and exact figures stand in its JSON."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,14 +66,27 @@ def _cost(result: Result) -> str:
 
 
 def _abilities(methods: Sequence[Result]) -> list[tuple[str, str, str]]:
-    """Return one row per method: what it takes of this model, or why it takes nothing."""
-    rows = []
+    """Return what each method takes of this model; those that take nothing for one reason share a row."""
+    rows, refused = [], defaultdict(list)
     for row in methods:
-        data = f"needs {row['reads']}" if row["needs_data"] else "no data"
+        if row["reason"]:
+            refused[row["family"], row["reason"]].append(row)
+            continue
         share = [_numbers(row["whole"]) if row["whole"] else "any fraction"] * row["fractions"]
         goals = [row["range"]] if row["range"] else [*share, *row["patterns"]]
-        rows.append((row["name"], data, f"no: {row['reason']}" if row["reason"] else ", ".join(goals)))
+        rows.append((row["name"], _data(row), ", ".join(goals)))
+    for (family, reason), alike in refused.items():
+        if len(alike) == 1:
+            rows.append((alike[0]["name"], _data(alike[0]), f"no: {reason}"))
+            continue
+        every = len(alike) == sum(row["family"] == family for row in methods)
+        names = "" if every else f" ({', '.join(row['name'] for row in alike)})"
+        rows.append((counted(len(alike), f"{family} method"), "", f"no: {reason}{names}"))
     return rows
+
+
+def _data(row: Result) -> str:
+    return f"needs {row['reads']}" if row["needs_data"] else "no data"
 
 
 def _numbers(whole: Result) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from structprune.cli.tables import table, wrapped
 from structprune.errors import counted
-from structprune.report.figures import bytes_text, number, percent, question_rows
+from structprune.report.figures import bytes_text, number, percent, prunable, question_rows
 from structprune.report.sentences import seen_before
 from structprune.report.speed import speed_header, speed_notes, speed_rows
 
@@ -25,7 +25,12 @@ def run_lines(result: Result) -> str:
     parameters, size = result["parameters"], result["bytes"]
     goals = [stage for stage in result.get("stages", ()) if "unit" in stage]
     got = [_reached(stage) for stage in goals] or [f"sparsity {_exact(result['sparsity'])}"]
-    got.append(f"{parameters['dense']:,} -> {parameters['pruned']:,} parameters")
+    counts = f"{parameters['dense']:,} -> {parameters['pruned']:,}"
+    if parameters["pruned"] < parameters["dense"]:
+        removed = percent(1 - parameters["pruned"] / parameters["dense"])
+        got.insert(0, f"{removed} of the model's parameters removed ({counts})")
+    else:
+        got.append(f"{counts} parameters")
     got.append(f"{size['dense']:,} -> {size['pruned']:,} bytes")
     got += _quality(result)
     where = (
@@ -187,8 +192,8 @@ def _reached(stage: Result) -> str:
             cost = f"of {left['visual_tokens']} in an image {cost}"
         return f"{tokens}, {cost}, only while structprune runs it"
     if stage["measured"] is None:  # the files that it was measured against are not those of this run
-        return f"{_exact(stage['reachable'])} of the {stage['unit']} removed before"
-    removed = f"{_exact(stage['measured'])} of the {stage['unit']} removed"
+        return f"{_exact(stage['reachable'])} of the {prunable(stage['unit'])} removed before"
+    removed = f"{_exact(stage['measured'])} of the {prunable(stage['unit'])} removed"
     if stage["measured"] == stage["reachable"]:
         return removed
     return f"{removed} ({_exact(stage['reachable'])} reachable)"

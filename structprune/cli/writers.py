@@ -31,6 +31,7 @@ from structprune.cli.flags import (
     WritingFlags,
     command,
 )
+from structprune.cli.forecast import dry_run_lines
 from structprune.errors import UsageError
 from structprune.recipe.changes import APPLY, RECOVER
 from structprune.recipe.draft import ApplyRun, RecoverRun
@@ -78,7 +79,14 @@ def prune(
     tokenizer: Tokenizer = None,
     revision: Revision = None,
     max_ppl_ratio: MaxRatio = None,
-    no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="Measure nothing.")] = False,
+    no_evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--no-evaluate",
+            help="Measure nothing; --set evaluate.generations=false only leaves out the texts that both "
+            "models continue, which take long on a slow machine.",
+        ),
+    ] = False,
     writes: WritingFlags,
     opens: OpeningFlags,
 ) -> Job:
@@ -116,7 +124,7 @@ def prune(
                 writing=writes.writing(),
                 ranks=ranks,
             ),
-            summary.key_lines,
+            dry_run_lines,
         )
     if ranks is not None:
         raise UsageError(

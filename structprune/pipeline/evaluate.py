@@ -49,7 +49,8 @@ def evaluate(
         The figures, and "run": which run wrote the model, for `report_runs`, or None. Of several processes
         that a launcher started the first one's, and {} for the others.
     """
-    options = _with_text(options or EvaluateOptions(), model)
+    # What is returned holds no continuations, which take a forward of each model for every token.
+    options = _with_text(options or EvaluateOptions(), model).model_copy(update={"generations": False})
     with joined_ranks() as ranks:
         with step(progress, "read"):
             folder = resolve(model, revision=revision)

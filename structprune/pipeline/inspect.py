@@ -85,13 +85,13 @@ def abilities(name: str, model: StreamedModel) -> dict[str, Any]:
         model: Its skeleton.
 
     Returns:
-        "name", "needs_data", "reads" (of the data: "text" or "images"), "reason" (why it cannot prune this
-        model, or any; None where it can), "unit", "range" (what can be asked for, in words; None where that
-        is a share that leaves), "fractions" (whether it takes one), "whole" ("units", at "most" how many "of"
-        how many leave, where they are few and leave whole; else None) and "patterns" (N:M that fit every
-        matrix).
+        "name", "family", "needs_data", "reads" (of the data: "text" or "images"), "reason" (why it cannot
+        prune this model, or any; None where it can), "unit", "range" (what can be asked for, in words; None
+        where that is a share that leaves), "fractions" (whether it takes one), "whole" ("units", at "most"
+        how many "of" how many leave, where they are few and leave whole; else None) and "patterns" (N:M that
+        fit every matrix).
     """
-    found: dict[str, Any] = {"name": name, "needs_data": False, "reads": "text"}
+    found: dict[str, Any] = {"name": name, "family": names()[name], "needs_data": False, "reads": "text"}
     found |= {"reason": None, "unit": None, "range": None, "fractions": False, "whole": None, "patterns": []}
     try:
         pruner = build(find(name), {})

@@ -86,11 +86,13 @@ def check_reload(
         return
     found = [child.logits, *([] if child.image_logits is None else [child.image_logits])]
     same, said = _compared(found, ours)
-    problems = [] if same else [f"{child.loader} in a fresh process: {said}"]
+    # Both read this folder, so a damaged one gives the same logits, too.
+    pair = f"this folder opened by structprune here and by {child.loader} in a fresh process"
+    problems = [] if same else [f"{pair}: {said}"]
     problems += [f"{name}: {child.loader} does not find it" for name in child.missing]
     if child.same_with_cache is False:
         problems.append(f"{child.loader}: other tokens are generated with a cache than without")
-    fine = f"{child.loader} in a fresh process: {said} on {ids.numel()} tokens"
+    fine = f"{pair}: {said} on {ids.numel()} tokens"
     if image is not None:
         fine += f" and on a prompt of {image['input_ids'].numel()} with an image"
     cached = ", the same tokens with a cache" if child.same_with_cache else ""

@@ -10,6 +10,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from pydantic_core import ErrorDetails
 
 from structprune.errors import UsageError, nearest
+from structprune.recipe.choices import (
+    fitting_choices,
+    hint_of_choice,
+    hint_of_refusal,
+    nothing_of,
+)
+from structprune.recipe.flag_keys import key_of_flag
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -67,7 +74,7 @@ def build(owner: type[M], raw: object, path: str = "") -> M:
         details = error.errors(include_url=False)
         # An unknown key explains more than what it leaves missing.
         details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
-        raise _usage_error(owner, details[0], path) from None
+        raise _usage_error(owner, details[0], path, raw) from None
 
 
 def put(raw: dict[str, Any], keys: list[str], value: object) -> None:
@@ -108,11 +115,13 @@ def keys_of(owner: type[BaseModel]) -> list[dict[str, Any]]:
         default = (
             None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
         )
+        # What a method refuses whatever else it is told is not offered.
+        fitting = fitting_choices(owner, name, {})
         rows.append(
             {
                 "name": name,
-                "type": _type_text(field.annotation),
-                "default": _written(default),
+                "type": " | ".join(fitting) if fitting else _type_text(field.annotation),
+                "default": nothing_of(field) if default is None else _written(default),
                 "about": about.get(name, ""),
             }
         )
@@ -155,16 +164,20 @@ def _refuse_misread_at(owner: type[BaseModel], name: str, value: object, path: s
         ) from None
 
 
-def _usage_error(owner: type[BaseModel], detail: ErrorDetails, path: str) -> UsageError:
+def _usage_error(
+    owner: type[BaseModel], detail: ErrorDetails, path: str, raw: Mapping[str, Any]
+) -> UsageError:
     keys = [str(part) for part in detail["loc"]]
     here = _join(path, *keys) or "recipe"
     group = _owner_of(owner, keys)
     name = next((key for key in reversed(keys) if not key.isdecimal()), "")  # not the place in a list
     about = _about(group).get(name, "")
     hint = f"{name}: {about}" if about else "`structprune methods NAME` lists a method's fields"
+    choices = fitting_choices(group, name, {})
     match detail["type"]:
         case "extra_forbidden":
-            return UsageError(f"unknown key {here}", hint=nearest(keys[-1], group.model_fields))
+            instead = key_of_flag(here) or nearest(keys[-1], group.model_fields)
+            return UsageError(f"unknown key {here}", hint=instead)
         case "missing":
             return UsageError(f"{here} is missing", hint=hint)
         case "model_type" if _is_model(inner := _inner(group, name)):
@@ -174,8 +187,14 @@ def _usage_error(owner: type[BaseModel], detail: ErrorDetails, path: str) -> Usa
             )
         case "too_short":
             return UsageError(f"{here}: found nothing, expected at least one", hint=hint)
+        case "union_tag_invalid" | "union_tag_not_found" | "model_attributes_type" if choices:
+            found = detail.get("ctx", {}).get("tag", detail["input"])
+            said = f"found {quote(found)}, expected one of: {', '.join(choices)}"
+            return UsageError(f"{here}: {said}", hint=hint_of_choice(choices, found) or hint)
         case "value_error":
-            return UsageError(f"{here}: {detail['ctx']['error']}", hint=hint)
+            said = str(detail["ctx"]["error"])
+            instead = hint_of_choice(choices, detail["input"]) if keys else hint_of_refusal(owner, raw, said)
+            return UsageError(f"{here}: {said}", hint=instead or hint)
         case _:
             said = (
                 detail["msg"].replace("Input should be", "expected").replace("Input should have", "expected")

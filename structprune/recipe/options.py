@@ -173,7 +173,8 @@ class EvaluateOptions(OptionGroup):
         limit: Only so many documents of each task, and only so many questions.
         max_ppl_ratio: The highest perplexity allowed, as a multiple of the dense model's.
         skip: Measure nothing; a recipe may say `evaluate: false`.
-        generations: Whether three beginnings are continued by both models, for the report.
+        generations: Whether three beginnings are continued by both models, for the report of a run; much of
+            the time of a short evaluation. `structprune evaluate` shows none and makes none.
         column: Which column holds the text.
         split: Which split of a data set.
         revision: Which commit or branch of a data set.

@@ -9,7 +9,7 @@ from structprune.report.charts import Axis, Chart, Dot, scatter
 from structprune.report.figures import bytes_text, number
 from structprune.report.finished import FinishedRun
 from structprune.report.report import TableRow, footing, table_rows
-from structprune.report.sentences import goals_rows
+from structprune.report.sentences import composition, goals_rows
 
 # Two counts that differ by less are one size: headers and exact zeros of a model vary a little.
 SAME_SIZE = 0.01
@@ -45,7 +45,7 @@ class _Size:
 def side_by_side(runs: Sequence[FinishedRun]) -> list[SideRow]:
     """Return the figures of several runs; one that was measured in two ways has two rows."""
     goals = [goals_rows(run.report) for run in runs]
-    rows = [SideRow("Method", "", "", [str(run.report["method"]) for run in runs])]
+    rows = [SideRow("Method", "", "", [composition(run.report) for run in runs])]
     for place, what in ((2, "Asked"), (4, "Measured")):
         cells = [", ".join(row[place] for row in found) or NOTHING for found in goals]
         rows.append(SideRow(what, "removed, stage by stage" if place == 4 else "", "", cells))

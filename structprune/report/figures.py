@@ -34,6 +34,11 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}%}"
 
 
+def prunable(unit: str) -> str:
+    """Return what the share of a stage is a share of: never of the whole model, but for visual tokens."""
+    return f"prunable {unit}" if unit in ("weights", "parameters") else unit
+
+
 def plain(value: Any) -> Any:
     """Return a value as JSON can hold it: no NaN, no infinity, text for what JSON does not know."""
     if isinstance(value, float):

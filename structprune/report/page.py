@@ -18,6 +18,7 @@ from structprune.report.report import table_rows
 from structprune.report.sentences import (
     about,
     calibration_sentence,
+    composition,
     goals_header,
     goals_rows,
     made_sentence,
@@ -66,7 +67,7 @@ def _content(run: FinishedRun) -> dict[str, Any]:
     base, speed = _base_of(run.recipe), report.get("bench")
     return {
         "name": run.name,
-        "method": report["method"],
+        "method": composition(report),
         "base": base,
         "about": list(about(report, base)),
         "goals_header": goals_header(report),

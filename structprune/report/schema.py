@@ -63,6 +63,7 @@ class _StageRow(_Read):
 
     folder: Annotated[str, Field(pattern=r"^\w[\w-]*$")]
     method: str
+    config: dict[str, Any] = {}
     unit: str = ""
     asked: float | str | None = None
     reachable: float | None = None

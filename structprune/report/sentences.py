@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from structprune.calibration.text_source import DEMO, SUFFIXES
-from structprune.report.figures import bytes_text, fraction
+from structprune.report.figures import bytes_text, fraction, percent, prunable
 
+# What a method is composed of, beside how much it removes.
+CHOICES = ("score", "budget", "repair")
 NO_LOOK = "None: nothing is looked at before the model runs."
 ONLY_WEIGHTS = "None: this method looks at the weights only."
 CARRIED_OUT = "None in this run: it carried out a plan that was decided before."
@@ -15,8 +17,8 @@ ZEROS = (
     "a smaller and faster model on every runtime, remove whole units (width, depth, experts)."
 )
 SMALLER = (
-    "It has {fewer:,} parameters fewer than the {dense:,} of the dense model: the files are smaller, and "
-    "every runtime that opens them has less to compute."
+    "It has {fewer:,} parameters fewer than the {dense:,} of the dense model, {share} of all: the files are "
+    "smaller, and every runtime that opens them has less to compute."
 )
 RUNNING = (
     "{method} lets structprune compute fewer visual tokens while it runs the model{left}. **The saving "
@@ -54,7 +56,8 @@ def about(report: Mapping[str, Any], base: str) -> Iterator[str]:
         yield before
     pattern, sizes = report["pattern"], report["parameters"]
     if sizes["pruned"] < sizes["dense"]:
-        yield SMALLER.format(fewer=sizes["dense"] - sizes["pruned"], dense=sizes["dense"])
+        fewer = sizes["dense"] - sizes["pruned"]
+        yield SMALLER.format(fewer=fewer, dense=sizes["dense"], share=percent(fewer / sizes["dense"]))
     if report["sparsity"]:
         yield ZEROS + (PATTERN.format(pattern=pattern) if ":" in str(pattern) else "")
     for stage in _running(report):
@@ -64,6 +67,24 @@ def about(report: Mapping[str, Any], base: str) -> Iterator[str]:
         yield RUNNING.format(method=stage["method"], left=told)
     yield from _unchanged(report, base)
     yield from (f"Note: {stage['note']}." for stage in report.get("stages", ()) if "note" in stage)
+
+
+def composition(report: Mapping[str, Any]) -> str:
+    """Return the stages of a run by what they are composed of: "wanda (budget owl, repair least_squares)".
+
+    Args:
+        report: The report of the run.
+    """
+    methods, stages = str(report["method"]).split("+"), list(report.get("stages", ()))
+    # A recovery is named behind the stages, and is none of them.
+    stages += [{}] * (len(methods) - len(stages))
+    said = []
+    for method, stage in zip(methods, stages, strict=False):
+        config = stage.get("config", {})
+        chosen = {key: _name_of(config.get(key)) for key in CHOICES}
+        words = ", ".join(f"{key} {name}" for key, name in chosen.items() if name)
+        said.append(f"{method} ({words})" if words else method)
+    return " + ".join(said)
 
 
 def goals_header(report: Mapping[str, Any]) -> tuple[str, ...]:
@@ -78,7 +99,7 @@ def goals_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             stage["method"],
-            stage["unit"],
+            prunable(stage["unit"]),
             *(fraction(stage.get(what)) for what in ("asked", "reachable", "measured")),
         )
         for stage in report.get("stages", ())
@@ -184,6 +205,12 @@ def _same_text(stamp: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
     if source is None or source == DEMO or source != facts.get("source"):
         return False
     return str(source).endswith(SUFFIXES) or stamp.get("split") == facts.get("split")  # a file has no split
+
+
+def _name_of(choice: object) -> str:
+    """Return what a choice of a stage is called; "" where nothing was chosen."""
+    name = choice.get("name") if isinstance(choice, Mapping) else choice
+    return name if isinstance(name, str) else ""
 
 
 def _running(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:

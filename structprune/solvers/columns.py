@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from structprune.calibration.statistics import Parts, Statistics
+from structprune.decide.by_name import ByName
 from structprune.errors import QualityError
 from structprune.solvers.effort import VALUE_BYTES, Effort
 from structprune.solvers.hessian import DAMPING, Damping, damp_hessian, read_weight
@@ -119,14 +120,8 @@ class RefitRepair(ColumnRepair):
         )
 
 
-def _read_repair(value: object) -> object:
-    """Read "bias" as {"name": "bias"} and "none" as no repair at all."""
-    if value == "none":
-        return None
-    return {"name": value} if isinstance(value, str) else value
-
-
 AnyColumnRepair: Any = Annotated[
-    Annotated[BiasRepair | RefitRepair, Field(discriminator="name")] | None, BeforeValidator(_read_repair)
+    Annotated[BiasRepair | RefitRepair, Field(discriminator="name")] | None,
+    BeforeValidator(ByName("none")),
 ]
 """A pydantic field type: a repair, its name alone for its defaults, or "none" (None)."""
