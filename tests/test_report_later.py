@@ -1,12 +1,15 @@
 """Figures of a later evaluation on the page: they find their run, and what is no figure is refused."""
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import structprune
+from structprune.report.comparison import side_by_side, trade_offs
 from structprune.report.finished import FinishedRun, read_runs
 from structprune.report.later import add_figures
 from tests.conftest import Command
@@ -29,6 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert done.code == 0, done.err
     for name, model, read, length in (
         ("other.json", "half", other, 16),
+        ("third.json", "third", other, 16),
         ("again.json", "half", text, 24),
         ("dense.json", "model", text, 16),
     ):
@@ -59,7 +63,7 @@ class TestFigures:
             assert half.report["evaluation"][what] == before.report["evaluation"][what] | later[what]
             assert set(half.report["evaluation"][what]) == {"text", "other"}
         stamps = half.report["evaluation"]["protocol"]["texts"]
-        assert stamps["other"] == later["protocol"]["texts"]["other"]
+        assert stamps["other"] == later["protocol"]["texts"]["other"] | {"dense": later["dense"]}
         assert stamps["text"] == before.report["evaluation"]["protocol"]["texts"]["text"]
         assert half.report["evaluation"]["generations"] == before.report["evaluation"]["generations"]
 
@@ -73,9 +77,21 @@ class TestFigures:
         assert found["protocol"]["texts"]["text"]["length"] == 24
         assert "other" in found["perplexity"]
 
+    def test_runs_of_other_sources_are_compared_where_both_stand_beside_one_dense_model(
+        self, runs: Path
+    ) -> None:
+        half, third = read(runs, "other.json", "third.json")
+        second = copy.deepcopy(dict(third.report))
+        second["parameters"]["dense"] += 1000  # its source had been made from another model
+        rows = side_by_side([half, replace(third, report=second)])
+        both = {row.what for row in rows if row.how and "-" not in row.cells}
+        assert both >= {"Perplexity, other", "KL from dense in nats per token, other"}
+        assert "Perplexity, text" not in both
+        assert [chart.title for chart in trade_offs([half, third])][-1].startswith("KL from dense on other")
+
     def test_a_run_that_measured_nothing_gets_them(self, runs: Path) -> None:
         (half,) = read_runs([runs / "half"])
-        bare = FinishedRun(**{**vars(half), "report": {**half.report, "evaluation": None}})
+        bare = replace(half, report={**half.report, "evaluation": None})
         (with_figures,) = add_figures([bare], [runs / "other.json"])
         assert with_figures.report["evaluation"]["perplexity"] == said(runs, "other.json")["perplexity"]
 

@@ -10,6 +10,7 @@ from structprune.checkpoint.source import Source, open_measured
 from structprune.errors import UsageError
 from structprune.evaluation.evaluation import gate
 from structprune.evaluation.exam import Exam
+from structprune.models.cost import weight_bytes
 from structprune.models.opening import Opening
 from structprune.pipeline.decision import shaping_versions
 from structprune.pipeline.examine import prepare_exam
@@ -46,8 +47,9 @@ def evaluate(
         InputError: A process of the launch has another model, other texts or another version.
 
     Returns:
-        The figures, and "run": which run wrote the model, for `report_runs`, or None. Of several processes
-        that a launcher started the first one's, and {} for the others.
+        The figures; "run": which run wrote the model, for `report_runs`, or None; "dense": "parameters" and
+        "bytes" of the dense model, or None. Of several processes that a launcher started the first one's,
+        and {} for the others.
     """
     # What is returned holds no continuations, which take a forward of each model for every token.
     options = _with_text(options or EvaluateOptions(), model).model_copy(update={"generations": False})
@@ -62,7 +64,10 @@ def evaluate(
         result = measure(source, dense, exam, ranks=ranks, progress=progress)
         if options.max_ppl_ratio is not None:
             gate(result, options.max_ppl_ratio)
-    return result.as_json() | {"run": run_of(read_manifest(folder))} if ranks.first else {}
+    if not ranks.first:
+        return {}
+    size = dense and {"parameters": dense.parameters, "bytes": weight_bytes(dense.folder)}
+    return result.as_json() | {"run": run_of(read_manifest(folder)), "dense": size}
 
 
 def _fingerprint(source: Source, dense: Source | None, exam: Exam) -> dict[str, Any]:

@@ -69,12 +69,13 @@ def _read_figures(file: Path) -> dict[str, Any]:
 def _joined(first: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
     """Return two evaluations as one; what the later one measured again leaves the first one whole."""
     joined: dict[str, Any] = {**first, "protocol": {}}
-    mine, theirs = first.get("protocol", {}), later.get("protocol", {})
+    mine, theirs = first.get("protocol", {}), later["protocol"]
     for kind, whats in KINDS.items():
         again = {name for what in whats for name in later.get(what, {})}
         for what in whats:
             left = {name: one for name, one in first.get(what, {}).items() if name not in again}
             joined[what] = left | later.get(what, {})
-        joined["protocol"][kind] = {**mine.get(kind, {}), **theirs.get(kind, {})}
+        stamps = {name: {**stamp, "dense": later["dense"]} for name, stamp in theirs.get(kind, {}).items()}
+        joined["protocol"][kind] = {**mine.get(kind, {}), **stamps}
     joined["protocol"]["flags"] = [*mine.get("flags", ()), *theirs.get("flags", ())]
     return joined

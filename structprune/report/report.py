@@ -192,14 +192,16 @@ def footing(report: Mapping[str, Any], kind: str = "", name: str = "") -> str:
     """
     found = report.get("evaluation") or {}
     stamp = found.get("protocol", {}).get(kind, {}).get(name, {})
-    shared = {key: value for key, value in stamp.items() if key not in PROVENANCE}
+    shared = {key: value for key, value in stamp.items() if key not in (*PROVENANCE, "dense")}
+    # What was measured after a run says itself which dense model it stands beside.
+    size = stamp.get("dense") or {key: report[key]["dense"] for key in ("parameters", "bytes")}
     if kind == "texts":
         dense = [number(found.get("perplexity", {}).get(name, {}).get("dense"))]
     elif kind == "questions":
         dense = [number(found["questions"][name]["accuracy"]["dense"])]
     else:
         dense = [number(one["dense"]) for one in found["tasks"][name].values()] if name else []
-    return json.dumps([report["parameters"]["dense"], report["bytes"]["dense"], kind, shared, dense])
+    return json.dumps([size["parameters"], size["bytes"], kind, shared, dense])
 
 
 def _figures(found: Mapping[str, Any]) -> Iterator[tuple[str, str, list[tuple[str, str, str]]]]:

@@ -23,6 +23,13 @@ class _Sizes(_Read):
     pruned: Count
 
 
+class _Size(_Read):
+    """How large a model is."""
+
+    parameters: Count
+    bytes: Count
+
+
 class _Parameters(_Sizes):
     """With those that are not zero."""
 
@@ -164,11 +171,16 @@ class _Measured(_Read):
 
 
 class LaterFigures(_Measured):
-    """What `evaluate` printed: with the run that it measured, None where no run wrote the folder."""
+    """What `evaluate` printed: with the run that it measured, None where no run wrote the folder.
+
+    It may have been compared with another dense model than the run was: the one that an earlier run began
+    with, say.
+    """
 
     perplexity: dict[str, _Pair]
     protocol: _Stamps
     run: str | None
+    dense: _Size | None
 
 
 class _Spread(_Read):
