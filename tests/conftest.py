@@ -9,6 +9,8 @@ from pathlib import Path
 # Before anything imports the hub's client, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What is said is as wide as it is, also in a worker, which is told a terminal's width.
+os.environ.pop("COLUMNS", None)
 
 import pytest
 import torch

@@ -145,6 +145,7 @@ def short_runs() -> Iterator[None]:
     """Draw no plots, and evaluate next to nothing where nothing was said."""
     # By its path: the package has a function of that name too.
     finish, exam = (import_module(f"structprune.{name}") for name in ("pipeline.finish", "evaluation.exam"))
+    import_module("structprune.pipeline.examine")  # once imported inside, it would keep the length for good
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finish, "draw", lambda *_: None)
         patch.setattr(exam, "LEFT_LENGTH", 16)

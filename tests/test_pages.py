@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import structprune
 from structprune import Plan, pruners
+from structprune.calibration.statistics import Part
 from structprune.cli import app
 from structprune.demo.sights import write_questions
 from structprune.demo.tasks import write_tasks, write_text
@@ -233,14 +234,14 @@ def test_an_added_token_method_lets_blocks_compute_as_many_as_it_promises(method
     assert computed() == dense
 
 
-def test_the_architecture_names_every_room_arrow_and_kind_as_they_are() -> None:
+def test_the_architecture_names_every_room_arrow_kind_and_part_as_they_are() -> None:
     text = ARCHITECTURE.read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(.+?)` \|", text, re.MULTILINE)
     rooms = {path.parent.name for path in (ROOT / "structprune").glob("*/__init__.py")}
     kinds = {kind for row in rows for kind in row.split("`, `")}
     (arrows,) = [one.text for one in blocks_of(ARCHITECTURE) if one.text.startswith("__main__")]
 
-    assert kinds == rooms | set(EDITS)
+    assert kinds == rooms | set(EDITS) | set(get_args(Part))
     assert [line.split() for line in arrows.splitlines()] == TIERS
 
 

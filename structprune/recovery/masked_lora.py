@@ -10,7 +10,7 @@ Source: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -81,8 +81,9 @@ def _multiply(inputs: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: flo
     kind = inputs.device.type
     if torch.is_autocast_enabled(kind):
         inputs = inputs.to(torch.get_autocast_dtype(kind))
-    product: Tensor = MaskedProduct.apply(inputs, weight, a, b, scaling)  # type: ignore[no-untyped-call]  # torch's
-    return product
+    # Some versions of torch give it types.
+    multiply: Callable[..., Tensor] = MaskedProduct.apply
+    return multiply(inputs, weight, a, b, scaling)
 
 
 def _masked_layer() -> type[nn.Module]:
