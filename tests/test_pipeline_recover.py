@@ -243,8 +243,8 @@ LAUNCHED = """
 import signal, sys
 import tests.test_pipeline_recover as here
 
-out, stopped_at = here.Path(sys.argv[2]), int(sys.argv[3])
-here.recover(here.Path(sys.argv[1]), out, progress=here.stop_at(stopped_at))
+out, stopped_at, batch = here.Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+here.recover(here.Path(sys.argv[1]), out, progress=here.stop_at(stopped_at), batch_size=batch)
 """
 
 
@@ -259,7 +259,7 @@ def test_several_processes_resume_together_with_the_same_bytes(
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parents[1])}
 
     def run(output: str, stopped_at: int) -> int:
-        arguments = [str(pruned), str(tmp_path / output), str(stopped_at)]
+        arguments = [str(pruned), str(tmp_path / output), str(stopped_at), str(2 * count)]
         return subprocess.run([*launch, *arguments], env=environment, check=False).returncode
 
     never = 0
