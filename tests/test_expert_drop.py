@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 import structprune
 from structprune.calibration.notebook import Notebook
 from structprune.checkpoint.plans import plans_of
-from structprune.cli.summary import run_lines
+from structprune.cli.summary import pruning_lines
 from structprune.errors import InputError, Interrupted, UsageError
 from structprune.models.arch import blocks
 from structprune.models.groups import BlockKeep
@@ -344,6 +344,9 @@ def test_a_mixture_that_lost_experts_is_recovered(tmp_path: Path) -> None:
     with short_runs():
         report = structprune.prune(recipe, writing=QUICK["writing"])
     assert report["verification"]["ok"]
-    assert "25% of the prunable parameters removed, 50% of the prunable weights removed" in run_lines(report)
+    assert "25% of the prunable parameters removed, 50% of the prunable weights removed" in pruning_lines(
+        report
+    )
+    assert pruning_lines(report).startswith("held-out loss  ")
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert [len(block.mlp.experts.down_proj) for _, block in blocks(small)] == [3, 3]

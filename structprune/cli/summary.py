@@ -52,6 +52,11 @@ def run_lines(result: Result) -> str:
     return table(rows)
 
 
+def pruning_lines(result: Result) -> str:
+    """Return what a recipe of `prune` led to, with what training gained where it recovers, too."""
+    return recovery_lines(result) if result.get("recovery") else run_lines(result)
+
+
 def recovery_lines(result: Result) -> str:
     """Return what training gained, and the folder it was written to."""
     training = result["recovery"]

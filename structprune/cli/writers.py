@@ -157,7 +157,7 @@ def _pruning(
             scores=scores,
             progress=progress,
         ),
-        summary.run_lines,
+        summary.pruning_lines,
     )
 
 
