@@ -71,7 +71,8 @@ def naming(method: str, matrices: Sequence[MatrixToPrune]) -> Iterator[None]:
     except (QualityError, UsageError) as error:
         if any(matrix.label in error.message for matrix in matrices):
             raise
-        raise type(error)(f"{_named(method, matrices)}: {error.message}", hint=error.hint) from None
+        hint = error.hint or "the weights or the activations overflowed"
+        raise type(error)(f"{_named(method, matrices)}: {error.message}", hint=hint) from None
 
 
 def _named(method: str, matrices: Sequence[MatrixToPrune]) -> str:
