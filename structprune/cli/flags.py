@@ -70,6 +70,14 @@ Samples = Annotated[int | None, typer.Option("--samples", "--nsamples", help="Se
 Column = Annotated[str | None, typer.Option(help="Which column holds the text (default text)")]
 Batch = Annotated[int | None, typer.Option(help="Sequences per forward (default 8)")]
 MaxRatio = Annotated[float | None, typer.Option(help="Exit 5 above this multiple of dense perplexity.")]
+NoEvaluate = Annotated[
+    bool,
+    typer.Option(
+        "--no-evaluate",
+        help="Measure nothing; --set evaluate.generations=false only leaves out the texts that both "
+        "models continue, which take long on a slow machine.",
+    ),
+]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of a recipe; repeatable.")
 ]

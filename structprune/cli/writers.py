@@ -20,6 +20,7 @@ from structprune.cli.flags import (
     MaxRatio,
     MethodFlags,
     ModelOrRecipe,
+    NoEvaluate,
     OpeningFlags,
     Output,
     Revision,
@@ -79,14 +80,7 @@ def prune(
     tokenizer: Tokenizer = None,
     revision: Revision = None,
     max_ppl_ratio: MaxRatio = None,
-    no_evaluate: Annotated[
-        bool,
-        typer.Option(
-            "--no-evaluate",
-            help="Measure nothing; --set evaluate.generations=false only leaves out the texts that both "
-            "models continue, which take long on a slow machine.",
-        ),
-    ] = False,
+    no_evaluate: NoEvaluate = False,
     writes: WritingFlags,
     opens: OpeningFlags,
 ) -> Job:
@@ -218,10 +212,15 @@ def recover(
     ] = None,
     seed: Seed = None,
     device: Device = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="What training multiplies in: float32 or bfloat16 (default float32)"),
+    ] = None,
     config: Config = None,
     sets: Sets = None,
     tokenizer: Tokenizer = None,
     revision: Revision = None,
+    no_evaluate: NoEvaluate = False,
     *,
     writes: WritingFlags,
     opens: OpeningFlags,
@@ -245,6 +244,8 @@ def recover(
         "recover.keep_adapter": keep_adapter,
         "recover.shard": shard,
         "recover.seed": seed,
+        "recover.dtype": dtype,
+        "evaluate.skip": no_evaluate or None,
         "device": device,
         "revision": revision,
         "tokenizer": tokenizer,

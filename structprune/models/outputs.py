@@ -27,8 +27,10 @@ from structprune.models.streamed import Batch, Model, StreamedModel
 from structprune.models.walk import Walk, outside, replaced_forward
 
 # Logits of one slice in float32. Up to four tensors of that size are alive at once when two models are
-# compared; a slice is still 32 tokens at a vocabulary of 256 k, and half of it would make the head slower.
-SLICE_BYTES = 2**25
+# compared; a slice is still 36 tokens at a vocabulary of 256 k, and half of it would make the head slower.
+# What is above 32 MiB glibc gives back at once. Below, an aligned block never fits the hole that an equal one
+# left, and every slice of a training step would take new memory.
+SLICE_BYTES = 36 * 2**20
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from structprune.errors import EnvironmentFailure
 from structprune.models.outputs import BodyAndHead
-from structprune.progress import Progress
+from structprune.progress import Progress, silent
 from structprune.ranks import Ranks
 from structprune.recipe.options import RecoverOptions
 from structprune.recovery.masked_lora import MaskedLayers
@@ -57,17 +57,17 @@ class Loop:
         self.teacher = None if teacher is None else BodyAndHead(teacher)
         self.divided = model if isinstance(model, FSDPModule) else None
 
-    def run(self, training: Tensor, held_out: Tensor, progress: Progress | None) -> Recovery:
+    def run(self, training: Tensor, held_out: Tensor, progress: Progress) -> Recovery:
         """Train to the end, or until a loss is not a number; keep the best.
 
         Args:
             training: Token ids to train on, shape [windows, length].
             held_out: Token ids to judge by, shape [windows, length].
-            progress: Told "recover", steps done, steps in all.
+            progress: Told "recover", steps done, steps in all; before them how far the first look is.
         """
         options = self.options
         order = Order(len(training), options.seed)
-        recovery = self._begin(held_out)
+        recovery = self._begin(held_out, progress)
         taken: list[float] = []
         for step in range(recovery.steps_resumed + 1, options.steps + 1):
             if recovery.stopped:
@@ -76,8 +76,7 @@ class Loop:
             if not math.isfinite(taken[-1]):
                 recovery.stopped = f"the loss or its gradient is not finite at step {step}"
                 continue
-            if progress is not None:
-                progress("recover", step, options.steps)
+            progress("recover", step, options.steps)
             if step % options.check_every == 0 or step == options.steps:
                 self._check(recovery, HeldOutCheck(step, sum(taken) / len(taken), self.measure(held_out)))
                 taken = []
@@ -137,19 +136,28 @@ class Loop:
         return losses(output, tokens, dense=dense, temperature=self.options.temperature)
 
     @torch.no_grad()
-    def measure(self, held_out: Tensor) -> float:
-        """Return the mean held-out loss, nats per token, with weights rounded to their stored dtypes."""
+    def measure(self, held_out: Tensor, progress: Progress = silent) -> float:
+        """Return the mean held-out loss, nats per token, with weights rounded to their stored dtypes.
+
+        Args:
+            held_out: Token ids, shape [windows, length].
+            progress: Told "held-out loss", windows done, windows in all of this process.
+        """
         # Equal shares, so that they can be gathered; the last ones begin again and are cut off.
         size = math.ceil(len(held_out) / self.ranks.count)
         start = size * self.ranks.number
         mine = held_out[torch.arange(start, start + size) % len(held_out)].to(self.device)
+        found: list[Tensor] = []
         with self.layers.rounded(self.dtypes):
-            found = [self.losses(tokens).next_token for tokens in torch.split(mine, self.options.batch_size)]
+            progress("held-out loss", 0, size)
+            for tokens in torch.split(mine, self.options.batch_size):
+                found.append(self.losses(tokens).next_token)
+                progress("held-out loss", sum(map(len, found)), size)
         if self.divided is not None:
             self.divided.reshard()  # Without a backward pass the outermost part would stay whole.
         return float(self.ranks.gather(torch.cat(found))[: len(held_out)].double().mean())
 
-    def _begin(self, held_out: Tensor) -> Recovery:
+    def _begin(self, held_out: Tensor, progress: Progress) -> Recovery:
         """Return where training begins: where an interrupted run wrote its state, or at the start."""
         recovery = self.state.read(self.layers, self.optimizer) if self.state is not None else None
         steps = self.ranks.gather(torch.tensor([recovery.steps_resumed if recovery else 0])).tolist()
@@ -161,7 +169,7 @@ class Loop:
         if recovery is not None:
             log.info("going on after step %d", recovery.steps_resumed)
             return recovery
-        start = self.measure(held_out)
+        start = self.measure(held_out, progress)
         stopped = "" if math.isfinite(start) else f"the held-out loss is {start} before the first step"
         return Recovery(start, start, stopped=stopped)
 

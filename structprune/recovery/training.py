@@ -18,7 +18,7 @@ from structprune.errors import InputError, QualityError
 from structprune.meeting import blaming_peers
 from structprune.models.streamed import StreamedModel
 from structprune.plan.plan import Plan
-from structprune.progress import Progress
+from structprune.progress import Progress, silent
 from structprune.ranks import Ranks
 from structprune.recipe.options import RecoverOptions
 from structprune.recovery.loop import Loop
@@ -39,7 +39,7 @@ def train(
     teacher: PreTrainedModel | None = None,
     ranks: Ranks = Ranks(),
     state: TrainingState | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Recovery:
     """Recover a pruned model in place: train, keep the best, merge; no removed weight comes back.
 
@@ -54,7 +54,7 @@ def train(
             to the device, otherwise unchanged.
         ranks: Those that train together, each calling this.
         state: Where to go on, and to write down at every check how; a training without it begins anew.
-        progress: Called with "recover", steps done, steps in all.
+        progress: Told (stage, done, total): of the first look at the held-out loss, then of "recover".
 
     Returns:
         The losses and the best change; `model` has it merged.
@@ -100,7 +100,7 @@ def train_divided(
     teacher: StreamedModel | None = None,
     ranks: Ranks,
     state: TrainingState | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Recovery:
     """Train as `train` does, with a part of the model in each process; arguments and errors are those.
 
@@ -112,7 +112,7 @@ def train_divided(
         teacher: The dense model, streamed; it is used up, too.
         ranks: Those that train together, each calling this.
         state: Where to go on.
-        progress: Called with "recover", steps done, steps in all.
+        progress: Told (stage, done, total): of the first look at the held-out loss, then of "recover".
 
     Returns:
         The losses, and in the first process the best change; nothing is merged.
