@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from structprune.progress import Progress
+from structprune.progress import Progress, silent
 from structprune.ranks import Ranks
 from structprune.recipe.options import RecoverOptions
 from structprune.recovery.masks import nonzero_masks
@@ -64,7 +64,7 @@ def recover(
     *,
     teacher: PreTrainedModel | None = None,
     state: TrainingState | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     **changes: object,
 ) -> Recovery:
     return train(

@@ -123,6 +123,18 @@ def test_measuring_keeps_what_the_dry_run_then_uses(folder: Path, cache: Path) -
     )
 
 
+@pytest.mark.usefixtures("quick")
+def test_the_time_of_a_training_grows_with_its_steps(folder: Path) -> None:
+    def seconds(steps: int) -> float | None:
+        training = {"recover": {"data": "demo", "length": 24, "steps": steps}}
+        return dry_run(folder, raw=training, ranks=1)["recover"]["seconds"]
+
+    assert seconds(50) is None
+    structprune.bench_rates(str(folder))
+    short, long = seconds(50), seconds(500)
+    assert short and long and long == pytest.approx(10 * short, rel=0.1)
+
+
 def test_a_dry_run_says_what_each_of_several_processes_takes(folder: Path) -> None:
     plain = dry_run(folder)
     assert "ranks" not in plain

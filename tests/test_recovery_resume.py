@@ -25,7 +25,7 @@ def stop_at(step: int) -> Progress:
     """Stop the training in a step, before its check."""
 
     def stop(stage: str, done: int, total: int) -> None:
-        if done == step:
+        if stage == "recover" and done == step:
             raise Interrupted(signal.SIGTERM)
 
     return stop

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from structprune.errors import Interrupted
 from structprune.models.opening import Opening
 from structprune.models.streamed import StreamedModel, open_model
-from structprune.progress import Progress
+from structprune.progress import Progress, silent
 from structprune.ranks import Ranks
 from structprune.recovery import masked_lora, sharding
 from structprune.recovery.masks import masks_of
@@ -52,7 +52,7 @@ def streamed(folder: Path) -> StreamedModel:
 def divided(folder: Path, teacher: Path | None = None, **more: Any) -> tuple[Recovery, StreamedModel]:
     """Train with a part of the model in each process; return what came of it, and the part."""
     model = streamed(folder)
-    state, progress = more.pop("state", None), more.pop("progress", None)
+    state, progress = more.pop("state", None), more.pop("progress", silent)
     found = train_divided(
         model,
         [],
@@ -104,7 +104,7 @@ def stop_at(step: int) -> Progress:
     """Stop the training in a step, before its check."""
 
     def stop(stage: str, done: int, total: int) -> None:
-        if done == step:
+        if stage == "recover" and done == step:
             raise Interrupted(signal.SIGTERM)
 
     return stop

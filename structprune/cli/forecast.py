@@ -18,11 +18,13 @@ def dry_run_lines(result: Mapping[str, Any]) -> str:
 
 def _said(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return a forecast with what each of its figures is a share of, or is needed for."""
-    # Writing, measuring, proving and training come on top, which nobody forecasts.
+    # Writing, measuring and proving come on top, which nobody forecasts.
     memory = "memory to decide and time it" if result.get("bench") else "memory to decide"
     said = _renamed(result, memory)
     if "stages" in result:
         said["stages"] = [one | {"unit": prunable(one["unit"])} for one in result["stages"]]
+    if "recover" in result:
+        said["recover"] = _renamed(result["recover"], "memory to train")
     sizes = result.get("parameters", {"dense": 0, "pruned": 0})
     if sizes["pruned"] < sizes["dense"]:
         removed = percent(1 - sizes["pruned"] / sizes["dense"])

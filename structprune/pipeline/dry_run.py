@@ -27,15 +27,17 @@ from structprune.models.processor import processor
 from structprune.models.streamed import Model, StreamedModel
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
 from structprune.pipeline.decision import check_kind
-from structprune.pipeline.estimate import RUNTIME_BYTES, estimate_run, memory_bytes
+from structprune.pipeline.estimate import RUNTIME_BYTES, estimate_run, estimate_training, memory_bytes
 from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import may_stand
+from structprune.pipeline.recover import check_shares, teacher_outline
 from structprune.pipeline.room import bytes_written
 from structprune.pipeline.shared import check_division
 from structprune.pipeline.sweep import recipes_of
 from structprune.proof.prior import prior_of, tell_prior
 from structprune.pruners.demand import Sharing
 from structprune.pruners.forecast import Forecast, forecast_all
+from structprune.ranks import Ranks
 from structprune.recipe.recipe import Recipe
 from structprune.storage.reader import CheckpointReader
 
@@ -62,8 +64,9 @@ def dry_run(
         ranks: Also say what it takes of each of so many processes that share it, and how long.
 
     Returns:
-        The forecast of the run; "ranks": how many, "memory_bytes" of each, and what `estimate_run` says; with
-        goals "runs": that of each, by what it is written as.
+        The forecast of the run; "recover" of a recipe that does: what `estimate_training` says, and "pruned",
+        the folder beside the output that it starts from; "ranks": how many, "memory_bytes" of each, and what
+        `estimate_run` says; with goals "runs": that of each, by what it is written as.
     """
     if ranks is not None and ranks < 1:
         raise UsageError(f"--ranks {ranks}: expected at least 1", hint="give how many processes are to share")
@@ -96,6 +99,8 @@ def dry_run(
     sharing = _sharing(recipe, opened, ranks or 1, streamed=streamed)
     timing = _timing_memory(opened, left, load, streamed)
     alone = replace(sharing, ranks=1)
+    pruned = file_bytes(stored_layout(left), opened.reader.metadata)
+    twice = recipe.recover is not None and not recipe.recover.keep_adapter
     return {
         "output": str(recipe.output),
         "recipe": recipe.text(),
@@ -114,13 +119,14 @@ def dry_run(
         "exact": all(one.exact for one in forecasts),
         "parameters": {"dense": parameters_of(opened.skeleton), "pruned": parameters_of(left)},
         # Zeros stay in the dense files, so that every loader opens them: they take the room they took.
-        "bytes": {"dense": size, "pruned": file_bytes(stored_layout(left), opened.reader.metadata)},
+        "bytes": {"dense": size, "pruned": pruned},
         "streamed": streamed,
         "memory_bytes": max(memory_bytes(recipe.prune, opened, alone), timing),
-        "disk_bytes": needed + opened.reader.nbytes // 16,
+        "disk_bytes": needed + opened.reader.nbytes // 16 + (pruned if twice else 0),
         "loads_in": _loaders(left, writing),
         "bench": asdict(load) if load is not None else None,
         "note": _note(recipe, opened, left),
+        **_training(recipe, left, opening, None if ranks is None else resolved.device),
         **({} if ranks is None else {"ranks": _shared(recipe, opened, forecasts, sharing, resolved.device)}),
     }
 
@@ -143,6 +149,23 @@ def _shared(
     models: list[Model] = [opened, *(one.left for one in forecasts[:-1])]
     count = {"count": sharing.ranks, "memory_bytes": memory_bytes(recipe.prune, opened, sharing)}
     return count | estimate_run(recipe.prune, models, sharing, device)
+
+
+def _training(recipe: Recipe, left: PreTrainedModel, opening: Opening, timed: str | None) -> dict[str, Any]:
+    """Return what recovering takes, and where what it starts from will lie; refuses what the run would.
+
+    Args:
+        recipe: The run.
+        left: What is pruned.
+        opening: How the teacher is opened.
+        timed: On which device, where the time is asked for.
+    """
+    options = recipe.recover
+    if options is None:
+        return {}
+    check_shares(options, Ranks())
+    teacher = teacher_outline(options, left, recipe.opening(opening))
+    return {"recover": {"pruned": str(recipe.pruned), **estimate_training(options, left, teacher, timed)}}
 
 
 def _loaders(left: PreTrainedModel, writing: Writing) -> list[str]:
@@ -175,8 +198,6 @@ def _check_inputs(recipe: Recipe, opened: StreamedModel, opening: Opening, strea
         check_text(recipe.calibration.text_source)
     if recipe.recover is not None:
         check_text(recipe.recover.text_source)
-        if recipe.recover.teacher is not None:
-            resolve(recipe.recover.teacher)
     if needs_data or measures or recipe.recover is not None:
         tokenizer = open_tokenizer(folder, opening)
         check_vocabulary(tokenizer, opened)

@@ -1,4 +1,4 @@
-"""What deciding takes of each of the processes that share a run: bytes, and from measured rates its time."""
+"""What a run takes of each of the processes that share it: bytes, and from measured rates its time."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +11,8 @@ from structprune.models.opening import RESIDENT_COPIES
 from structprune.models.streamed import Model
 from structprune.pruners.demand import Demand, Sharing
 from structprune.pruners.pruner import Pruner
+from structprune.recipe.options import RecoverOptions
+from structprune.recovery.demand import step_sharing, training_bytes, training_demand
 from structprune.storage.tensor_file import nbytes_of
 
 # What Python, torch and transformers take before any weight is read; measured on Linux, CPU build.
@@ -67,6 +69,33 @@ def estimate_run(
         "seconds": float(f"{seconds:.3g}"),
         "time": f"{CONSISTS}; {word}" if word else CONSISTS,
     }
+
+
+def estimate_training(
+    options: RecoverOptions, model: Model, teacher: Model | None, device: str | None
+) -> dict[str, Any]:
+    """Return what a recovery by one process takes.
+
+    Args:
+        options: How to train.
+        model: What is trained; a twin without weights is enough.
+        teacher: What it imitates, if anything.
+        device: Where it computes; None where its time is not asked for.
+
+    Returns:
+        "steps", "memory_bytes"; with a device "seconds" of all steps and looks at the held-out text, None
+        where no rates were measured.
+    """
+    sharing = step_sharing(options, model)
+    needed = RUNTIME_BYTES + training_bytes(options, model, teacher, sharing)
+    found: dict[str, Any] = {"steps": options.steps, "memory_bytes": needed}
+    if device is None:
+        return found
+    rates, _ = choose_rates(read_rates(rates_file()), Site.here(device, 1))
+    if rates is None:
+        return found | {"seconds": None}
+    taken = seconds_of(training_demand(options, model, teacher, sharing), rates, options.dtype)
+    return found | {"seconds": float(f"{sum(taken.values()):.3g}")}
 
 
 def memory_bytes(stages: Sequence[Pruner], model: Model, sharing: Sharing) -> int:

@@ -104,8 +104,7 @@ def prune_recipe(
             standing = may_stand(recipe.output, writing)
             final = check_output(inputs, recipe.output, overwrite=standing, needed_bytes=needed)
             if recipe.recover is not None:  # which makes the output from a pruned model beside it
-                pruned = recipe.output.with_name(f"{recipe.output.name}.pruned")
-                final = check_output(inputs, pruned, overwrite=True, needed_bytes=needed)
+                final = check_output(inputs, recipe.pruned, overwrite=True, needed_bytes=needed)
             check_command(recipe, ranks)
             source = open_recipe_model(recipe, folder, [recipe.prune], opening, ranks)
             if recipe.recover is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from structprune.calibration.data import positions
 from structprune.checkpoint.delivery import deliver, work_folder
@@ -41,7 +42,7 @@ from structprune.recovery.outcome import Recovery
 from structprune.recovery.ranks import spell_out
 from structprune.recovery.state import TrainingState
 from structprune.recovery.training import check_teacher, train, train_divided
-from structprune.recovery.windows import TrainingWindows, draw
+from structprune.recovery.windows import TrainingWindows, draw, windows_wanted
 
 logger = logging.getLogger(__name__)
 
@@ -182,11 +183,24 @@ def check_recovery(options: RecoverOptions, source: Source) -> None:
     """
     check_shares(options, Ranks())
     _windows(source, options)
-    if options.teacher is not None:
-        folder = resolve(options.teacher)
-        intact_manifest(folder, source.opening)
-        teacher = open_skeleton(folder, source.opening)
-        check_teacher(skeleton(source.model), skeleton(teacher))
+    teacher_outline(options, skeleton(source.model), source.opening)
+
+
+def teacher_outline(
+    options: RecoverOptions, model: PreTrainedModel, opening: Opening
+) -> StreamedModel | None:
+    """Return the teacher without its weights, if one is to be imitated.
+
+    Raises:
+        InputError: It cannot be opened, or knows other tokens than the model.
+    """
+    if options.teacher is None:
+        return None
+    folder = resolve(options.teacher)
+    intact_manifest(folder, opening)
+    teacher = open_skeleton(folder, opening)
+    check_teacher(model, skeleton(teacher))
+    return teacher
 
 
 def check_shares(options: RecoverOptions, ranks: Ranks) -> None:
@@ -213,13 +227,10 @@ def _open_other(name: str | None, opening: Opening) -> Source | None:
 
 
 def _windows(source: Source, options: RecoverOptions) -> TrainingWindows:
-    # No more than training can look at, and the held-out part on top.
-    looked_at = options.steps * options.batch_size
-    limit = options.samples or int(looked_at / (1 - options.held_out)) + 64
     return draw(
         options.text_source,
         source.checked_tokenizer(),
-        limit=limit,
+        limit=windows_wanted(options),
         length=options.length,
         max_length=positions(source.model.config),
         seed=options.seed,

@@ -96,6 +96,11 @@ class Recipe(Draft):
         recipe._file = Path(request.where) if request.where else None
         return recipe if request.verbatim is None else recipe.remember(request.verbatim)
 
+    @property
+    def pruned(self) -> Path:
+        """Return where the pruned model lies: beside the output of a run that recovers it."""
+        return self.output if self.recover is None else self.output.with_name(f"{self.output.name}.pruned")
+
     def opening(self, asked: Opening) -> Opening:
         """Return how the recipe's model is opened: in its own dtype and on its own device.
 

@@ -23,6 +23,7 @@ from structprune.calibration.data import (
 )
 from structprune.calibration.text_source import TextSource
 from structprune.errors import InputError
+from structprune.recipe.options import RecoverOptions
 
 # So many windows tell one percent of loss apart; more would only make the checks as dear as the training.
 HELD_OUT_LIMIT = 64
@@ -96,12 +97,23 @@ def draw(
     return TrainingWindows(inputs, facts, Left(text, windows[not_drawn(len(windows), drawn)], first))
 
 
+def windows_wanted(options: RecoverOptions) -> int:
+    """Return the most windows that a training draws: what its steps can look at, and what is held out."""
+    looked_at = options.steps * options.batch_size
+    return options.samples or int(looked_at / (1 - options.held_out)) + HELD_OUT_LIMIT
+
+
+def held_out_of(windows: int, fraction: float) -> int:
+    """Return how many of at least two windows are kept away from training: one or more, 64 at most."""
+    return min(max(1, round(windows * fraction)), HELD_OUT_LIMIT, windows - 1)
+
+
 def split_off(windows: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
     """Return the windows to train on and those to judge by, drawn with the seed.
 
     Args:
         windows: Shape [windows, length].
-        held_out: Fraction kept away from training; at least one window, at most 64.
+        held_out: Fraction kept away from training; see `held_out_of`.
         seed: Decides which.
 
     Raises:
@@ -113,7 +125,7 @@ def split_off(windows: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tens
             hint="use more text or a smaller length",
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    kept_away = min(max(1, round(len(windows) * held_out)), HELD_OUT_LIMIT, len(windows) - 1)
+    kept_away = held_out_of(len(windows), held_out)
     return windows[order[kept_away:]], windows[order[:kept_away]]
 
 

@@ -1,0 +1,91 @@
+"""What training takes of one process, counted before anything runs: memory, operations, bytes that move."""
+
+import math
+
+from structprune.calibration.data import positions, window_length
+from structprune.models.arch import Linear, all_linears
+from structprune.models.cost import count, parameters_of, stored_bytes
+from structprune.models.identity import skeleton
+from structprune.models.outputs import SLICE_BYTES
+from structprune.models.streamed import Model
+from structprune.pruners.demand import Demand, Sharing
+from structprune.recipe.options import RecoverOptions
+from structprune.recovery.windows import held_out_of, windows_wanted
+
+# Weights, gradients and moments are float32 whatever the files hold.
+NUMBER = 4
+# A change, its gradient and two moments; the best change so far, and a copy while that is taken.
+FACTORS = 6
+# Of a weight's size: its sum with a change, what that is made of, and its gradient.
+WORKING = 4
+# Logits of a slice, their logarithms and both gradients, of two models where one is imitated.
+SLICES = 4
+# Blocks of many sizes come and go, and leave holes: measured with glibc on SmolLM2-135M.
+HOLES = 1.5
+# How often something of a weight's size is read or written in a step: the sum is made forward and once more
+# backward, the gradient made, masked and scaled.
+WEIGHT_PASSES = 24
+# What a product reads and writes, and what stands between two: forward, and twice as often backward.
+STATE_PASSES = 9
+
+
+def step_sharing(options: RecoverOptions, model: Model) -> Sharing:
+    """Return the sequences of one step."""
+    length = window_length(options.length, positions(model.config))
+    routed = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    return Sharing(options.batch_size, length, options.batch_size, routed=routed or 1)
+
+
+def training_bytes(options: RecoverOptions, model: Model, teacher: Model | None, sharing: Sharing) -> int:
+    """Return the peak that training is expected to need, beside what Python takes.
+
+    Args:
+        options: How to train.
+        model: What is trained; its parameters may be on the meta device.
+        teacher: What is imitated, if anything.
+        sharing: As `step_sharing` gives it.
+    """
+    found = _linears(model)
+    held = NUMBER * parameters_of(skeleton(model)) + _trained(found)  # a mask takes a byte for each weight
+    if teacher is not None:
+        held += stored_bytes(teacher).all
+    ranks = options.ranks.values() if options.ranks != "importance" else ()
+    factors = FACTORS * max([options.rank, *ranks]) * sum(sum(one.weight.shape) for one in found)
+    working = WORKING * max((one.weight.numel() for one in found), default=0)
+    kept = HOLES * _states(found, sharing)  # for the backward pass
+    return held + int(NUMBER * (factors + working + kept)) + SLICES * SLICE_BYTES
+
+
+def training_demand(options: RecoverOptions, model: Model, teacher: Model | None, sharing: Sharing) -> Demand:
+    """Return what all steps and all looks at the held-out text take.
+
+    Args:
+        options: How to train.
+        model: What is trained; its parameters may be on the meta device.
+        teacher: What is imitated, if anything.
+        sharing: As `step_sharing` gives it.
+    """
+    found, flops = _linears(model), _flops(model, sharing)
+    # Forward, and backward to what each product reads and to what it multiplies with.
+    step = (3 * flops + (_flops(teacher, sharing) if teacher is not None else 0)) * sharing.tokens
+    looks = 1 + math.ceil(options.steps / options.check_every)
+    look = flops * held_out_of(windows_wanted(options), options.held_out) * sharing.length
+    moved = STATE_PASSES * _states(found, sharing) + WEIGHT_PASSES * _trained(found)
+    return Demand(forward=step * options.steps + look * looks, state_bytes=NUMBER * moved * options.steps)
+
+
+def _linears(model: Model) -> list[Linear]:
+    return [one for block in all_linears(model) for one in block]
+
+
+def _trained(found: list[Linear]) -> int:
+    return sum(one.weight.numel() for one in found)
+
+
+def _states(found: list[Linear], sharing: Sharing) -> float:
+    """Return how many numbers the linears read and write in a step; about as many stand between them."""
+    return sum(sum(one.weight.shape) * sharing.tokens_of(one) for one in found)
+
+
+def _flops(model: Model, sharing: Sharing) -> float:
+    return count(model, length=sharing.length).flops_per_token or 0.0

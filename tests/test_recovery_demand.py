@@ -1,0 +1,111 @@
+"""What training is said to take before it runs, beside what it takes."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import structprune
+from structprune.errors import InputError, UsageError
+from structprune.models.outputs import BodyAndHead
+from structprune.models.twin import twin_of
+from structprune.recipe.recipe import Recipe
+from structprune.recovery import demand
+from structprune.recovery.demand import step_sharing, training_bytes, training_demand
+from structprune.recovery.masked_lora import MaskedLayers
+from structprune.recovery.masks import nonzero_masks, trained_names
+from tests.recovering import LENGTH, options, recover
+from tests.tiny import save_tiny, tiny, tokens
+
+TEXT = Path(structprune.__file__).parent / "demo" / "calibration.txt"
+
+
+def saved_numbers(family: str) -> int:
+    """Return how many numbers autograd keeps of what passes through the blocks of a model that trains."""
+    model, kept = copy.deepcopy(tiny(family)), {}
+    MaskedLayers(model, trained_names(model), rank=1, alpha=2, ranks={})
+
+    def keep(value: Tensor) -> Tensor:
+        if not isinstance(value, nn.Parameter) and value.is_floating_point():
+            kept[value.untyped_storage().data_ptr()] = value
+        return value
+
+    batch = tokens(model, batch=4, length=LENGTH)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        output = BodyAndHead(model).run(batch)
+    assert output.states.requires_grad
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(value.untyped_storage().nbytes() // 4 for at, value in kept.items() if at not in own)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
+def test_what_waits_for_the_backward_pass_is_what_linears_read_and_write(family: str) -> None:
+    model, asked = tiny(family), options(batch_size=4, length=LENGTH, rank=1)
+    said = demand._states(demand._linears(model), step_sharing(asked, model))
+    # Of a mixture the choice of experts, and what each of them gives, is kept beside.
+    assert 0.8 * said < saved_numbers(family) < 1.8 * said
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_operations_are_those_that_run(taught: bool) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    teacher = tiny("llama") if taught else None
+    asked = options(steps=5, check_every=2, samples=96, length=LENGTH, rank=1)
+    said = training_demand(asked, twin_of(model), teacher, step_sharing(asked, model))
+    with FlopCounterMode(display=False) as counter:
+        recover(model, nonzero_masks(model), teacher=teacher, steps=5, check_every=2, rank=1)
+    assert said.forward == pytest.approx(counter.get_total_flops(), rel=0.2)
+
+
+def test_memory_grows_with_what_there_is_more_of() -> None:
+    model = tiny("llama")
+
+    def needed(teacher: bool = False, **changes: object) -> int:
+        asked = options(length=LENGTH, **changes)
+        return training_bytes(asked, model, model if teacher else None, step_sharing(asked, model))
+
+    weights = sum(p.numel() for p in model.parameters())
+    assert needed() > 4 * weights
+    assert needed(teacher=True) == needed() + 4 * weights
+    assert needed(batch_size=16) > needed(batch_size=8) > needed(batch_size=8, rank=4)
+    assert needed(ranks={"q_proj": 32}) == needed(rank=32)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tiny("llama", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def dry_run(folder: Path, **changes: Any) -> dict[str, Any]:
+    raw = {
+        "model": str(folder),
+        "output": str(folder.parent / "out"),
+        "prune": {"method": "magnitude"},
+        "recover": {"data": str(TEXT), "length": LENGTH, **changes},
+    }
+    return structprune.dry_run(Recipe.model_validate(raw))
+
+
+def test_a_dry_run_tells_what_training_takes(folder: Path, tmp_path: Path) -> None:
+    found = dry_run(folder, steps=7)
+    assert found["recover"] == {
+        "pruned": str(tmp_path / "out.pruned"),
+        "steps": 7,
+        "memory_bytes": found["recover"]["memory_bytes"],
+    }
+    assert dry_run(folder, batch_size=16)["recover"]["memory_bytes"] > found["recover"]["memory_bytes"]
+    # Two folders are written, but of an adapter only the one that it belongs to.
+    alone = dry_run(folder, keep_adapter=True)["disk_bytes"]
+    assert found["disk_bytes"] == alone + found["bytes"]["pruned"]
+
+
+def test_a_dry_run_refuses_what_the_training_would(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the teacher has \d+ tokens in its vocabulary"):
+        dry_run(folder, teacher="demo")
+    with pytest.raises(UsageError, match=r"recover\.shard"):
+        dry_run(folder, shard=True)
