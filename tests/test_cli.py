@@ -98,7 +98,9 @@ def calls(monkeypatch):
     fake("apply", DONE)
     fake("inspect", FOUND)
     fake("evaluate", {"perplexity": {"demo": {"model": 12.0, "dense": 10.0}}, "tasks": {}, "protocol": {}})
-    fake("recover", DONE | {"recovery": {"start_loss": 2.0, "best_loss": 1.0, "best_step": 5}})
+    trained = {"start_loss": 2.0, "best_loss": 1.0, "best_step": 5, "history": [{"step": 5}, {"step": 8}]}
+    trained["data"] = {"source": "text.txt", "windows": 90, "length": 24}
+    fake("recover", DONE | {"recovery": trained})
     fake("environment", {"versions": {"torch": "2"}})
     checks = [
         {"name": "manifest", "ok": True, "detail": "fine"},
@@ -357,7 +359,8 @@ def test_evaluate_and_recover_take_their_options(calls, command):
     (asked,), rest = calls["recover"]
     assert (asked.model, asked.output, rest["opening"]) == ("out", Path("new"), Opening())
     assert asked.recover == RecoverOptions(data="demo", steps=7, warmup=0.1, keep_adapter=True, seed=3)
-    assert done.out.startswith("held-out loss  2 -> 1 nats per token after step 5")
+    assert done.out.startswith("trained        8 steps on 90 windows of 24 tokens of text.txt\n")
+    assert "held-out loss  2 -> 1 nats per token after step 5" in done.out
 
 
 def test_every_command_prints_one_json_object(calls, command, tmp_path):

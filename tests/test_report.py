@@ -232,11 +232,13 @@ class TestSeenBefore:
         )
 
     def test_the_line_for_people_says_it(self) -> None:
-        training = {"start_loss": 2.5, "best_loss": 2.0, "best_step": 5, "data": self.READ}
+        training = {"start_loss": 2.5, "best_loss": 2.0, "best_step": 5}
+        training |= {"data": self.READ | {"windows": 9, "length": 64}, "history": [{"step": 9}]}
         texts = {"own": self.READ | {"held_out": "the last windows", "length": 64}}
         evaluation = {"perplexity": {"own": {"dense": 3.0, "model": 4.0}}, "protocol": {"texts": texts}}
         made = {"output": "out", "adapter": {"base": "base"}, "loads_in": ["structprune"]}
         said = recovery_lines({"recovery": training, "evaluation": evaluation, **made})
+        assert "9 steps on" in said
         assert "2.5 -> 2 nats per token after step 5" in said
         quality = "perplexity on own (held-out part of the training text, windows of 64 tokens) 3 -> 4"
         assert quality in " ".join(said.split())

@@ -61,7 +61,12 @@ def recovery_lines(result: Result) -> str:
     """Return what training gained, and the folder it was written to."""
     training = result["recovery"]
     loss = f"{number(training['start_loss'])} -> {number(training['best_loss'])} nats per token"
-    rows = [("held-out loss", f"{loss} after step {training['best_step']}")]
+    read, last = training["data"], training["history"][-1]["step"]
+    windows = counted(read["windows"], "window")
+    rows = [
+        ("trained", f"{counted(last, 'step')} on {windows} of {read['length']} tokens of {read['source']}"),
+        ("held-out loss", f"{loss} after step {training['best_step']}"),
+    ]
     if training.get("ranks"):
         ranks = training["ranks"].values()
         rows += [("ranks", f"{min(ranks)} to {max(ranks)}")]
