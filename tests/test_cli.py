@@ -430,6 +430,17 @@ def test_a_bad_command_line_gives_two(calls, command, line, said):
     assert done.out == ""
 
 
+def test_a_training_that_runs_out_of_memory_has_a_hint_of_its_own(command, monkeypatch):
+    def fail(*words, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(structprune, "recover", fail)
+    done = command("recover", "demo", "out", "--data", "demo")
+
+    assert done.code == 4
+    assert "try --gradient-checkpointing, with which this run goes on" in done.err
+
+
 @pytest.mark.parametrize(
     ("error", "code", "kind"),
     [

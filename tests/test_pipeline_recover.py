@@ -153,6 +153,18 @@ def test_an_interrupted_recovery_resumes_with_the_same_bytes(
     assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
 
 
+def test_less_memory_goes_on_where_the_memory_ran_out_and_gives_the_same_bytes(
+    pruned: Path, tmp_path: Path
+) -> None:
+    recover(pruned, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        recover(pruned, tmp_path / "out", progress=stop_at(20))
+    report = recover(pruned, tmp_path / "out", gradient_checkpointing=True)
+    assert report["recovery"]["steps_resumed"] == 16
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert "gradient_checkpointing: true" in (tmp_path / "out/structprune/recipe.yaml").read_text()
+
+
 def test_a_run_killed_after_its_training_trains_no_step_again(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

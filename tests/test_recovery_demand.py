@@ -11,10 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import structprune
 from structprune.errors import InputError, UsageError
+from structprune.models.arch import blocks
 from structprune.models.outputs import BodyAndHead
 from structprune.models.twin import twin_of
 from structprune.recipe.recipe import Recipe
 from structprune.recovery import demand
+from structprune.recovery.checkpointing import checkpointed
 from structprune.recovery.demand import step_sharing, training_bytes, training_demand
 from structprune.recovery.masked_lora import MaskedLayers
 from structprune.recovery.masks import nonzero_masks, trained_names
@@ -24,7 +26,7 @@ from tests.tiny import save_tiny, tiny, tokens
 TEXT = Path(structprune.__file__).parent / "demo" / "calibration.txt"
 
 
-def saved_numbers(family: str) -> int:
+def saved_numbers(family: str, *, checkpointing: bool = False) -> int:
     """Return how many numbers autograd keeps of what passes through the blocks of a model that trains."""
     model, kept = copy.deepcopy(tiny(family)), {}
     MaskedLayers(model, trained_names(model), rank=1, alpha=2, ranks={})
@@ -35,7 +37,10 @@ def saved_numbers(family: str) -> int:
         return value
 
     batch = tokens(model, batch=4, length=LENGTH)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+    with (
+        checkpointed(model, asked=checkpointing),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
+    ):
         output = BodyAndHead(model).run(batch)
     assert output.states.requires_grad
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -50,14 +55,38 @@ def test_what_waits_for_the_backward_pass_is_what_linears_read_and_write(family:
     assert 0.8 * said < saved_numbers(family) < 1.8 * said
 
 
-@pytest.mark.parametrize("taught", [False, True])
-def test_operations_are_those_that_run(taught: bool) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
+def test_checkpointing_keeps_what_enters_each_block(family: str) -> None:
+    model = tiny(family)
+    entering = len(blocks(model)) * 4 * LENGTH * model.config.get_text_config().hidden_size
+    # And what the norm behind the blocks reads, positions and the like.
+    assert entering <= saved_numbers(family, checkpointing=True) < 2 * entering + 4 * LENGTH * LENGTH
+    assert 2 * saved_numbers(family, checkpointing=True) < saved_numbers(family)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral", "gemma3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checkpointing_changes_no_bit(family: str, dtype: str) -> None:
+    found = []
+    for asked in (False, True):
+        model = copy.deepcopy(tiny(family))
+        changes = {"steps": 4, "check_every": 2, "gradient_checkpointing": asked, "dtype": dtype}
+        recover(model, nonzero_masks(model), teacher=copy.deepcopy(model), **changes)
+        assert all("forward" not in block.__dict__ for _, block in blocks(model))
+        found.append(model.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert any(not torch.equal(value, tiny(family).state_dict()[name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize(("taught", "checkpointing"), [(False, False), (True, False), (False, True)])
+def test_operations_are_those_that_run(taught: bool, checkpointing: bool) -> None:
     model = copy.deepcopy(tiny("llama"))
     teacher = tiny("llama") if taught else None
-    asked = options(steps=5, check_every=2, samples=96, length=LENGTH, rank=1)
+    changes = {"steps": 5, "check_every": 2, "rank": 1, "gradient_checkpointing": checkpointing}
+    asked = options(samples=96, length=LENGTH, **changes)
     said = training_demand(asked, twin_of(model), teacher, step_sharing(asked, model))
     with FlopCounterMode(display=False) as counter:
-        recover(model, nonzero_masks(model), teacher=teacher, steps=5, check_every=2, rank=1)
+        recover(model, nonzero_masks(model), teacher=teacher, **changes)
     assert said.forward == pytest.approx(counter.get_total_flops(), rel=0.2)
 
 
@@ -72,6 +101,7 @@ def test_memory_grows_with_what_there_is_more_of() -> None:
     assert needed() > 4 * weights
     assert needed(teacher=True) == needed() + 4 * weights
     assert needed(batch_size=16) > needed(batch_size=8) > needed(batch_size=8, rank=4)
+    assert needed(gradient_checkpointing=True) < needed()
     assert needed(ranks={"q_proj": 32}) == needed(rank=32)
 
 

@@ -99,6 +99,13 @@ class TestLosses:
         difference = abs(alone["train"][-1] - said[2, 0]["llama"]["train"][-1])
         assert 0 < difference < 0.02
 
+    @pytest.mark.parametrize("family", ["llama", "mixtral"])
+    def test_checkpointing_changes_none(self, together: Any, family: str) -> None:
+        _, said = together
+        for rank in range(2):
+            found = said[2, rank]
+            assert found[family] == found[f"checkpointing {family}"] | {"left": found[family]["left"]}
+
     def test_a_teacher_is_divided_too(self, together: Any) -> None:
         folder, said = together
         alone = facts(copied(folder / "llama", folder / DENSE, **FEW)[0])

@@ -179,6 +179,9 @@ def two(folder: Path) -> dict[str, Any]:
                 str(p.device) for _, p in model.skeleton.named_parameters() if not isinstance(p, DTensor)
             ]
         }
+    for family in ("llama", "mixtral"):
+        recovery, _ = divided(folder / family, gradient_checkpointing=True, **FEW)
+        found[f"checkpointing {family}"] = facts(recovery)
     found["teacher"] = facts(divided(folder / "llama", folder / DENSE, **FEW)[0])
     state = folder / "state"
     try:

@@ -80,6 +80,7 @@ for _run in (
 # What every job stands on but those that only list something.
 HEAVY = ("torch", "transformers")
 MEMORY_HINT = "try --stream, --samples 32, --length 512 or --device cpu, or raise the limit (`ulimit -v`)"
+TRAINING_HINT = "try --gradient-checkpointing, with which this run goes on; or --batch-size 2, --length 512"
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -196,7 +197,9 @@ def _failure(error: BaseException, line: Sequence[str]) -> StructpruneError | No
     if isinstance(error, typer.TyperException):
         return UsageError(error.format_message(), hint=_hint(error, line))
     if _lacks_memory(error):
-        return EnvironmentFailure("out of memory", hint=MEMORY_HINT)
+        return EnvironmentFailure(
+            "out of memory", hint=TRAINING_HINT if line[0] == "recover" else MEMORY_HINT
+        )
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
         return EnvironmentFailure(

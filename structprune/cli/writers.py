@@ -207,6 +207,10 @@ def recover(
     batch_size: Batch = None,
     teacher: Annotated[str | None, typer.Option(metavar="DENSE", help="A dense model to imitate.")] = None,
     keep_adapter: Annotated[bool | None, typer.Option("--keep-adapter", help="Do not merge.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option("--gradient-checkpointing", help="Much less memory for a third more time."),
+    ] = None,
     shard: Annotated[
         bool | None, typer.Option("--shard", help="Divide the model among the processes of a launch.")
     ] = None,
@@ -242,6 +246,7 @@ def recover(
         "recover.batch_size": batch_size,
         "recover.teacher": teacher,
         "recover.keep_adapter": keep_adapter,
+        "recover.gradient_checkpointing": gradient_checkpointing,
         "recover.shard": shard,
         "recover.seed": seed,
         "recover.dtype": dtype,

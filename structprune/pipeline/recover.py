@@ -240,7 +240,8 @@ def _windows(source: Source, options: RecoverOptions) -> TrainingWindows:
 def _fingerprint(task: Task, ranks: Ranks) -> dict[str, Any]:
     """Return everything that shapes the bytes of the result."""
     return {
-        "recover": task.options.model_dump(mode="json"),
+        # Whether it runs blocks twice shapes no byte: a training that ran out of memory goes on with it.
+        "recover": task.options.model_dump(mode="json", exclude={"gradient_checkpointing"}),
         "weights": task.source.scan.weights,
         "plans": [plan.id for plan in task.plans],
         "teacher": task.teacher.scan.weights if task.teacher else None,

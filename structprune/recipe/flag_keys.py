@@ -30,6 +30,7 @@ _SETS = {
     "recover.learning_rate": "learning_rate",
     "recover.teacher": "teacher",
     "recover.keep_adapter": "keep_adapter",
+    "recover.gradient_checkpointing": "gradient_checkpointing",
     "recover.shard": "shard",
 }
 # A test compares this with what the commands make of their flags.

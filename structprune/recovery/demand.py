@@ -52,7 +52,7 @@ def training_bytes(options: RecoverOptions, model: Model, teacher: Model | None,
     ranks = options.ranks.values() if options.ranks != "importance" else ()
     factors = FACTORS * max([options.rank, *ranks]) * sum(sum(one.weight.shape) for one in found)
     working = WORKING * max((one.weight.numel() for one in found), default=0)
-    kept = HOLES * _states(found, sharing)  # for the backward pass
+    kept = HOLES * _kept(options, model, sharing)
     return held + int(NUMBER * (factors + working + kept)) + SLICES * SLICE_BYTES
 
 
@@ -67,7 +67,8 @@ def training_demand(options: RecoverOptions, model: Model, teacher: Model | None
     """
     found, flops = _linears(model), _flops(model, sharing)
     # Forward, and backward to what each product reads and to what it multiplies with.
-    step = (3 * flops + (_flops(teacher, sharing) if teacher is not None else 0)) * sharing.tokens
+    times = 4 if options.gradient_checkpointing else 3
+    step = (times * flops + (_flops(teacher, sharing) if teacher is not None else 0)) * sharing.tokens
     looks = 1 + math.ceil(options.steps / options.check_every)
     look = flops * held_out_of(windows_wanted(options), options.held_out) * sharing.length
     moved = STATE_PASSES * _states(found, sharing) + WEIGHT_PASSES * _trained(found)
@@ -85,6 +86,15 @@ def _trained(found: list[Linear]) -> int:
 def _states(found: list[Linear], sharing: Sharing) -> float:
     """Return how many numbers the linears read and write in a step; about as many stand between them."""
     return sum(sum(one.weight.shape) * sharing.tokens_of(one) for one in found)
+
+
+def _kept(options: RecoverOptions, model: Model, sharing: Sharing) -> float:
+    """Return how many numbers wait for the backward pass."""
+    each = [_states(found, sharing) for found in all_linears(model)]
+    if not options.gradient_checkpointing:
+        return sum(each)
+    hidden: int = model.config.get_text_config().hidden_size
+    return max(each) + len(each) * hidden * sharing.tokens
 
 
 def _flops(model: Model, sharing: Sharing) -> float:

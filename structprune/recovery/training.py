@@ -21,6 +21,7 @@ from structprune.plan.plan import Plan
 from structprune.progress import Progress, silent
 from structprune.ranks import Ranks
 from structprune.recipe.options import RecoverOptions
+from structprune.recovery.checkpointing import checkpointed
 from structprune.recovery.loop import Loop
 from structprune.recovery.masked_lora import MaskedLayers
 from structprune.recovery.masks import check_merged, reapply, trained_names, zeros
@@ -77,7 +78,8 @@ def train(
         layers = _layers(model, sorted(masks), options)
         try:
             loop = Loop(model, layers, dtypes, options, teacher, ranks, state)
-            recovery = loop.run(training, held_out, progress)
+            with checkpointed(model, asked=options.gradient_checkpointing):
+                recovery = loop.run(training, held_out, progress)
         finally:
             layers.remove()
     if recovery.best_step == 0:
@@ -131,7 +133,8 @@ def train_divided(
             theirs.divide()
             dense = theirs.module
         loop = Loop(shards.module, layers, shards.dtypes, options, dense, ranks, state)
-        recovery = loop.run(training, held_out, progress)
+        with checkpointed(shards.module, asked=options.gradient_checkpointing):
+            recovery = loop.run(training, held_out, progress)
     if recovery.best_step == 0:
         raise _no_gain(recovery)
     divided, recovery.factors = recovery.factors, {}
