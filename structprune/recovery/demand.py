@@ -47,6 +47,8 @@ def training_bytes(options: RecoverOptions, model: Model, teacher: Model | None,
     """
     found = _linears(model)
     held = NUMBER * parameters_of(skeleton(model)) + _trained(found)  # a mask takes a byte for each weight
+    if model.dtype.itemsize != NUMBER:
+        held += stored_bytes(model).all  # what was read, too, until it was converted
     if teacher is not None:
         held += stored_bytes(teacher).all
     ranks = options.ranks.values() if options.ranks != "importance" else ()
