@@ -19,7 +19,7 @@ from structprune.machine import MEETING, PLACE, Launch, launch
 PATIENCE_TO_MEET = timedelta(minutes=5)
 # Longer than the longest solve: a rank waits for the answer of another.
 PATIENCE = timedelta(hours=12)
-# So long the first process may take to find what another has found.
+# So long a process may take to find what another has found.
 SECONDS_TO_AGREE = 10.0
 # Whoever only lost another ends after it, so that a launcher shows the one that failed.
 SECONDS_BEHIND = 1.0
@@ -140,12 +140,15 @@ def is_told(error: BaseException) -> bool:
     if isinstance(error, RankLost):
         time.sleep(SECONDS_BEHIND)
         if place.rank:
+            with suppress(RuntimeError):
+                board.add(READ, 1)  # the first has nothing to wait for
             return True
         words = (_read(board, rank) for rank in range(place.count))
         return any(word not in (None, LOST) for word in words)
     with suppress(RuntimeError):  # The board is where no launcher keeps it the first one's, and goes with it.
         if place.rank == 0:
-            _poll(SECONDS_BEHIND, lambda: board.add(READ, 0) == place.count - 1)
+            # On a busy machine one of them may not even have met the others.
+            _poll(SECONDS_TO_AGREE, lambda: board.add(READ, 0) == place.count - 1)
             return False
         _poll(SECONDS_TO_AGREE, lambda: _read(board, 0) is not None)
         told = any(_read(board, rank) == _word(error) for rank in range(place.rank))

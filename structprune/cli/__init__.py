@@ -252,7 +252,7 @@ def _fail_beside_others(
     with unstoppable():  # the launcher ends those that are left, and this one may have a word to say
         # On one machine all have the same command line.
         alike = isinstance(failure, UsageError) and place.local_rank > 0
-        silent = isinstance(failure, Interrupted) or alike or (meeting is not None and meeting.is_told(error))
+        silent = isinstance(failure, Interrupted) or (meeting is not None and meeting.is_told(error)) or alike
         number = place.rank if failure.rank is None else failure.rank
         failure.message = f"rank {number}: {failure.message}"
         if as_json and place.rank == 0:
