@@ -87,11 +87,18 @@ def _static(model: PreTrainedModel) -> StaticCache:
 
 
 def _offloaded(model: PreTrainedModel) -> DynamicCache:
-    return DynamicCache(config=model.config.get_text_config(), offloading=True)
+    return _offloading(DynamicCache(config=model.config.get_text_config()))
 
 
 def _grown(model: PreTrainedModel) -> DynamicCache:
-    return DynamicCache(offloading=True)
+    return _offloading(DynamicCache())
+
+
+def _offloading(cache: DynamicCache) -> DynamicCache:
+    """Mark a cache as what its constructor makes where there is a card, or a build of torch without any."""
+    assert cache.offloading is False
+    cache.offloading = True
+    return cache
 
 
 def _quantised(model: PreTrainedModel) -> DynamicCache:
