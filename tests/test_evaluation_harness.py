@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,12 @@ import datasets
 import pytest
 from tqdm import tqdm
 
-from structprune.errors import EnvironmentFailure, InputError, QualityError, UsageError
+from structprune.errors import EnvironmentFailure, InputError, Interrupted, QualityError, UsageError
 from structprune.evaluation.evaluation import evaluate
-from structprune.evaluation.harness import _without_bars, harness
+from structprune.evaluation.harness import _told_bars, harness
 from structprune.models.opening import Opening
 from structprune.models.streamed import open_model
+from structprune.progress import silent
 from structprune.recipe.options import EvaluateOptions
 from tests.tiny import save_tiny, tiny, tokenizer
 
@@ -107,9 +110,27 @@ def test_git_is_not_asked_for_the_commit_of_the_folder(tasks: Path, monkeypatch:
     assert found["git_hash"] == "0123abc"
 
 
-def test_no_bar_is_drawn_into_a_log_and_all_are_again_afterwards(capsys: pytest.CaptureFixture[str]) -> None:
-    with _without_bars():
+def test_no_bar_is_drawn_and_all_are_again_afterwards(capsys: pytest.CaptureFixture[str]) -> None:
+    with _told_bars(silent):
         assert list(tqdm(range(3), disable=False)) == [0, 1, 2]
     assert capsys.readouterr().err == ""
     assert list(tqdm(range(3))) == [0, 1, 2]
     assert "100%" in capsys.readouterr().err
+
+
+def test_requests_are_told_one_by_one_and_a_signal_stops_between_them(tasks: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    run = partial(harness, tiny("llama"), tokenizer(), ["tiny_choice"], include_path=tasks, limit=3)
+    run(progress=lambda *one: told.append(one))
+    assert [stage for stage, *_ in told[:2]] == ["lm-eval, read tasks"] * 2
+    del told[:2]
+    assert len(told) > 1
+    assert told == [("lm-eval, loglikelihood requests", done, len(told)) for done in range(1, len(told) + 1)]
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done == 2:
+            raise Interrupted(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(progress=stop)
+    assert list(tqdm(range(3), disable=True)) == [0, 1, 2]

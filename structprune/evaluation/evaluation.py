@@ -26,7 +26,7 @@ from structprune.evaluation.perplexity import NOT_FINITE, Scores, score
 from structprune.evaluation.protocol import dtype_of, same_footing, stamped_versions
 from structprune.evaluation.questions import ask_questions
 from structprune.models.streamed import Model, StreamedModel
-from structprune.progress import Progress, silent, step
+from structprune.progress import Progress, silent
 from structprune.ranks import Ranks
 from structprune.recipe.options import EvaluateOptions
 
@@ -146,9 +146,9 @@ def evaluate(
             result.protocol["flags"].append(said)
         for which, one in (("model", model), ("dense", dense)):
             if one is not None:
-                run = partial(_run_tasks, one, tokenizer, exam)
-                with step(progress if which == "model" else partial(_of_dense, progress), "lm-eval"):
-                    result.harness[which] = run() if which == "model" else memory.once("tasks", run)
+                told = progress if which == "model" else partial(_of_dense, progress)
+                run = partial(_run_tasks, one, tokenizer, exam, told)
+                result.harness[which] = run() if which == "model" else memory.once("tasks", run)
         _add_tasks(result, options.limit)
     return result
 
@@ -237,7 +237,9 @@ def _of_dense(progress: Progress, stage: str, done: int, total: int) -> None:
     progress(f"{stage}, dense model", done, total)
 
 
-def _run_tasks(model: Model, tokenizer: PreTrainedTokenizerBase, exam: Exam) -> dict[str, Any]:
+def _run_tasks(
+    model: Model, tokenizer: PreTrainedTokenizerBase, exam: Exam, progress: Progress
+) -> dict[str, Any]:
     options = exam.options
     return harness(
         model,
@@ -247,6 +249,7 @@ def _run_tasks(model: Model, tokenizer: PreTrainedTokenizerBase, exam: Exam) -> 
         batch_size=options.batch_size,
         limit=options.limit,
         processor=exam.processor,
+        progress=progress,
     )
 
 

@@ -18,11 +18,14 @@ from structprune.calibration.texts import data_failure
 from structprune.errors import EnvironmentFailure, InputError, QualityError, UsageError
 from structprune.evaluation.perplexity import NOT_FINITE
 from structprune.models.streamed import Model, StreamedModel
+from structprune.progress import Progress, silent, step
 
 # Only standard errors without a closed form (medians, F1) are drawn; lm-eval's own 100 000 would take
 # minutes.
 BOOTSTRAPS = 1000
 GENERATES = "generate_until"
+# How the bars of requests begin what they say; those of documents that are read say otherwise.
+RUNNING = "Running "
 
 
 def harness(
@@ -34,6 +37,7 @@ def harness(
     batch_size: int = 8,
     limit: int | None = None,
     processor: Callable[[], ProcessorMixin] | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run lm-eval tasks; those with images by lm-eval's multimodal model, all others by its model of text.
 
@@ -46,6 +50,7 @@ def harness(
         batch_size: Requests per forward.
         limit: Only so many documents of each task.
         processor: Opens the model's, which is done only where a task has images; it is left as it is.
+        progress: Told (stage, done, total) of the requests of each kind.
 
     Returns:
         lm-eval's results as it returns them, without the samples.
@@ -60,10 +65,10 @@ def harness(
     import lm_eval
 
     # lm-eval prints while it draws standard errors, and sets a padding token on the tokenizer it is given.
-    bars = contextlib.nullcontext() if sys.stderr.isatty() else _without_bars()
-    with contextlib.redirect_stdout(sys.stderr), bars, _without_git():
-        manager, names = _find(tasks, include_path)
-        loaded = _load(manager, names)
+    with contextlib.redirect_stdout(sys.stderr), _told_bars(progress), _without_git():
+        with step(progress, "lm-eval, read tasks"):
+            manager, names = _find(tasks, include_path)
+            loaded = _load(manager, names)
         reads_images = _check_images(loaded["tasks"].values())
         if reads_images and processor is None:
             raise UsageError(
@@ -197,19 +202,33 @@ def _numbers(row: dict[str, Any]) -> dict[str, float | None]:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Let nobody draw progress bars for the length of a `with`: in a file every step of theirs is a line.
+def _told_bars(progress: Progress) -> Iterator[None]:
+    """Tell how far lm-eval is with its requests, and let nobody draw bars, for the length of a `with`.
 
-    lm-eval takes a flag for some of its bars and none for others, nor do the libraries that read its data.
+    On a terminal theirs and the run's would be drawn over each other, and in a file every step of theirs is a
+    line. lm-eval takes a flag for some of its bars and none for others, nor do the libraries that read its
+    data.
     """
     from tqdm import tqdm
 
-    draw = tqdm.__init__
+    begin, advance = tqdm.__init__, tqdm.update
+    counts: dict[int, tuple[str, int, int]] = {}
 
     def hidden(bar: Any, *args: Any, **kwargs: Any) -> None:
-        draw(bar, *args, **{**kwargs, "disable": True})
+        begin(bar, *args, **{**kwargs, "disable": True})
+        counts.pop(id(bar), None)
+        said = kwargs.get("desc") or ""
+        if said.startswith(RUNNING) and kwargs.get("total"):
+            counts[id(bar)] = f"lm-eval, {said.removeprefix(RUNNING)}", 0, int(kwargs["total"])
 
-    with _replaced(tqdm, "__init__", hidden):
+    def told(bar: Any, n: float | None = 1) -> Any:
+        if id(bar) in counts:
+            stage, done, total = counts[id(bar)]
+            counts[id(bar)] = stage, done + int(n or 0), total
+            progress(*counts[id(bar)])
+        return advance(bar, n)
+
+    with _replaced(tqdm, "__init__", hidden), _replaced(tqdm, "update", told):
         yield
 
 
