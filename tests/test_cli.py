@@ -309,7 +309,10 @@ def test_a_dry_run_prunes_nothing(calls, command):
             ["memory to decide: 5 MB", "  memory to decide: 4 MB", "  time: of deciding"],
         ),
         ({"parameters": {"dense": 1000, "pruned": 800}}, ["removed: 20.0% of the model's"]),
-        ({"recover": {"steps": 9, "memory_bytes": 3_000_000}}, ["  memory to train: 3 MB"]),
+        (
+            {"recover": {"steps": 9, "memory_bytes": 3_000_000, "seconds": None}},
+            ["  memory to train: 3 MB", "  time to train: told once `structprune bench --rates`"],
+        ),
     ],
 )
 def test_a_dry_run_says_what_its_figures_are_of(calls, command, monkeypatch, more, said):

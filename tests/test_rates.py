@@ -127,7 +127,7 @@ def test_measuring_keeps_what_the_dry_run_then_uses(folder: Path, cache: Path) -
 def test_the_time_of_a_training_grows_with_its_steps(folder: Path) -> None:
     def seconds(steps: int) -> float | None:
         training = {"recover": {"data": "demo", "length": 24, "steps": steps}}
-        return dry_run(folder, raw=training, ranks=1)["recover"]["seconds"]
+        return dry_run(folder, raw=training)["recover"]["seconds"]
 
     assert seconds(50) is None
     structprune.bench_rates(str(folder))

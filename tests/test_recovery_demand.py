@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import structprune
-from structprune.errors import InputError, UsageError
+from structprune.errors import EnvironmentFailure, InputError, UsageError
 from structprune.models.arch import blocks
 from structprune.models.outputs import BodyAndHead
 from structprune.models.twin import twin_of
+from structprune.recipe.draft import RecoverRun
 from structprune.recipe.recipe import Recipe
 from structprune.recovery import demand
 from structprune.recovery.checkpointing import checkpointed
@@ -121,12 +122,19 @@ def dry_run(folder: Path, **changes: Any) -> dict[str, Any]:
     return structprune.dry_run(Recipe.model_validate(raw))
 
 
+@pytest.fixture(autouse=True)
+def no_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the figures of the user out of it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def test_a_dry_run_tells_what_training_takes(folder: Path, tmp_path: Path) -> None:
     found = dry_run(folder, steps=7)
     assert found["recover"] == {
         "pruned": str(tmp_path / "out.pruned"),
         "steps": 7,
         "memory_bytes": found["recover"]["memory_bytes"],
+        "seconds": None,
     }
     assert dry_run(folder, batch_size=16)["recover"]["memory_bytes"] > found["recover"]["memory_bytes"]
     # Two folders are written, but of an adapter only the one that it belongs to.
@@ -139,3 +147,43 @@ def test_a_dry_run_refuses_what_the_training_would(folder: Path, tmp_path: Path)
         dry_run(folder, teacher="demo")
     with pytest.raises(UsageError, match=r"recover\.shard"):
         dry_run(folder, shard=True)
+
+
+class TestRecoverAlone:
+    """`structprune recover --dry-run`, of a folder that is pruned already."""
+
+    def dry_run(self, folder: Path, **changes: Any) -> dict[str, Any]:
+        raw = {"model": str(folder), "output": str(folder.parent / "better"), "device": "cpu"}
+        raw["recover"] = {"data": str(TEXT), "length": LENGTH, **changes}
+        return structprune.dry_run(RecoverRun.model_validate(raw))
+
+    def test_it_says_what_the_recipe_of_both_says(self, folder: Path, tmp_path: Path) -> None:
+        structprune.prune(str(folder), tmp_path / "pruned", "magnitude", sparsity=0.5, evaluate=False)
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        found = self.dry_run(tmp_path / "pruned", steps=7)
+        both = dry_run(folder, steps=7)["recover"]
+        assert found["recover"] == {key: both[key] for key in ("steps", "memory_bytes", "seconds")}
+        assert found["plans"] == ["magnitude"]
+        assert found["disk_bytes"] == (tmp_path / "pruned" / "model.safetensors").stat().st_size
+        assert self.dry_run(tmp_path / "pruned", keep_adapter=True)["disk_bytes"] == 0
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+    def test_it_refuses_what_the_training_would(self, folder: Path, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"the teacher has \d+ tokens in its vocabulary"):
+            self.dry_run(folder, teacher="demo")
+        with pytest.raises(UsageError, match="importance of the blocks"):
+            self.dry_run(folder, ranks="importance")
+        with pytest.raises(InputError, match="nowhere"):
+            self.dry_run(folder, data=str(tmp_path / "nowhere.txt"))
+        (tmp_path / "better").mkdir()
+        (tmp_path / "better" / "mine").write_text("kept")
+        with pytest.raises(EnvironmentFailure, match="better: exists"):
+            self.dry_run(folder)
+
+    def test_people_read_it(self, folder: Path, command: Any) -> None:
+        words = ("recover", folder, folder.parent / "better", "--data", TEXT, "--length", LENGTH, "--dry-run")
+        done = command(*words)
+        assert done.code == 0
+        assert "  memory to train: " in done.out and "`structprune bench --rates`" in done.out
+        assert "time to decide" not in done.out
+        assert command(*words, "--json").json["recover"]["steps"] == 200

@@ -103,7 +103,7 @@ def main() -> None:
             RecoverOptions(gradient_checkpointing=CHECKPOINTING in flags, **sizes),
             dense,
             dense if "--teacher" in flags else None,
-            None,
+            "cpu",
         )["memory_bytes"]
         for way, flags in ways.items()
     }

@@ -70,6 +70,7 @@ Samples = Annotated[int | None, typer.Option("--samples", "--nsamples", help="Se
 Column = Annotated[str | None, typer.Option(help="Which column holds the text (default text)")]
 Batch = Annotated[int | None, typer.Option(help="Sequences per forward (default 8)")]
 MaxRatio = Annotated[float | None, typer.Option(help="Exit 5 above this multiple of dense perplexity.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 NoEvaluate = Annotated[
     bool,
     typer.Option(

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from structprune.cli.summary import key_lines
+from structprune.cli.terminal import duration
 from structprune.report.figures import bytes_text, percent, prunable
 
+UNMEASURED = "told once `structprune bench --rates` has measured this machine"
 UNTIMED = "told with --ranks 1, once `structprune bench --rates` has measured this machine"
 
 
@@ -24,7 +26,9 @@ def _said(result: Mapping[str, Any]) -> dict[str, Any]:
     if "stages" in result:
         said["stages"] = [one | {"unit": prunable(one["unit"])} for one in result["stages"]]
     if "recover" in result:
-        said["recover"] = _renamed(result["recover"], "memory to train")
+        said["recover"] = _trained(result["recover"])
+    if "plans" in result:  # a recovery alone, which decides nothing
+        return said
     sizes = result.get("parameters", {"dense": 0, "pruned": 0})
     if sizes["pruned"] < sizes["dense"]:
         removed = percent(1 - sizes["pruned"] / sizes["dense"])
@@ -32,6 +36,13 @@ def _said(result: Mapping[str, Any]) -> dict[str, Any]:
     if "ranks" in result:
         return said | {"ranks": _renamed(result["ranks"], "memory to decide")}
     return said | {"time to decide": UNTIMED}
+
+
+def _trained(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what training takes."""
+    said, seconds = _renamed(group, "memory to train"), group["seconds"]
+    said.pop("seconds")
+    return said | {"time to train": UNMEASURED if seconds is None else f"{duration(seconds)} at best"}
 
 
 def _renamed(group: Mapping[str, Any], memory: str) -> dict[str, Any]:

@@ -231,7 +231,7 @@ class _Lines:
             say(stage if total == 1 else f"{stage}: {done} of {total}", sys.stderr)
         elif done >= total > self._done:
             counted = "" if total == 1 else f"{done} of {total}, "
-            say(f"{stage}: {counted}done in {_duration(now - self._started)}", sys.stderr)
+            say(f"{stage}: {counted}done in {duration(now - self._started)}", sys.stderr)
         elif now - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now
             say(f"{stage}: {done} of {total}{self._left(now, done, total)}", sys.stderr)
@@ -244,7 +244,7 @@ class _Lines:
         advanced = done - self._first
         if advanced <= 0:
             return ""
-        return f", about {_duration((now - self._started) / advanced * (total - done))} left"
+        return f", about {duration((now - self._started) / advanced * (total - done))} left"
 
 
 class _StderrHandler(logging.Handler):
@@ -277,7 +277,8 @@ def _can_draw(stream: TextIO) -> bool:
     return "utf" in named.lower()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time in words, to the second."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -14,6 +14,7 @@ from structprune.cli.flags import (
     Config,
     DetailFlags,
     Device,
+    DryRun,
     Dtype,
     Job,
     Length,
@@ -70,7 +71,7 @@ def prune(
     sets: Sets = None,
     leaves: DetailFlags,
     scores: Annotated[Path | None, typer.Option(metavar="DIR", help="Decide from kept scores.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    dry_run: DryRun = False,
     ranks: Annotated[
         int | None, typer.Option(metavar="N", help="With --dry-run: what N processes take, and how long.")
     ] = None,
@@ -224,6 +225,7 @@ def recover(
     sets: Sets = None,
     tokenizer: Tokenizer = None,
     revision: Revision = None,
+    dry_run: DryRun = False,
     no_evaluate: NoEvaluate = False,
     *,
     writes: WritingFlags,
@@ -258,12 +260,17 @@ def recover(
     asked = choose_run(RecoverRun, model, RECOVER, config=config, sets=sets or (), flags=flags)
     if asked.recover is None or "data" not in asked.recover.model_fields_set:
         raise UsageError("--data is missing", hint="give the text to train on, or --data demo")
+
+    def opening() -> "Opening":
+        return opens.opening(where=asked, tokenizer=asked.tokenizer, writes=True)
+
+    if dry_run:
+        return Job(
+            lambda _: structprune.dry_run(asked, opening=opening(), writing=writes.writing()), dry_run_lines
+        )
     return Job(
         lambda progress: structprune.recover(
-            asked,
-            opening=opens.opening(where=asked, tokenizer=asked.tokenizer, writes=True),
-            writing=writes.writing(),
-            progress=progress,
+            asked, opening=opening(), writing=writes.writing(), progress=progress
         ),
         summary.recovery_lines,
     )

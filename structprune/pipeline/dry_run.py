@@ -27,6 +27,7 @@ from structprune.models.processor import processor
 from structprune.models.streamed import Model, StreamedModel
 from structprune.models.tokenizer import check_vocabulary, open_tokenizer
 from structprune.pipeline.decision import check_kind
+from structprune.pipeline.dry_recover import dry_recover
 from structprune.pipeline.estimate import RUNTIME_BYTES, estimate_run, estimate_training, memory_bytes
 from structprune.pipeline.inputs import inputs_of_recipe
 from structprune.pipeline.kept import may_stand
@@ -38,6 +39,7 @@ from structprune.proof.prior import prior_of, tell_prior
 from structprune.pruners.demand import Sharing
 from structprune.pruners.forecast import Forecast, forecast_all
 from structprune.ranks import Ranks
+from structprune.recipe.draft import RecoverRun
 from structprune.recipe.recipe import Recipe
 from structprune.storage.reader import CheckpointReader
 
@@ -47,7 +49,7 @@ RUNNING = "the saving of {} exists only while structprune runs the model: other 
 
 
 def dry_run(
-    recipe: Recipe,
+    recipe: Recipe | RecoverRun,
     goals: Sequence[float | str] = (),
     *,
     opening: Opening = Opening(),
@@ -57,7 +59,7 @@ def dry_run(
     """Say what a run would do and need, after every check that needs no computation; nothing is written.
 
     Args:
-        recipe: The run.
+        recipe: The run; of `recover` it says what `dry_recover` does.
         goals: Those of `prune_each`, where there are several; what is complete may stand already.
         opening: As for `prune`.
         writing: As for `prune`.
@@ -68,6 +70,8 @@ def dry_run(
         the folder beside the output that it starts from; "ranks": how many, "memory_bytes" of each, and what
         `estimate_run` says; with goals "runs": that of each, by what it is written as.
     """
+    if isinstance(recipe, RecoverRun):
+        return dry_recover(recipe, opening=opening, writing=writing)
     if ranks is not None and ranks < 1:
         raise UsageError(f"--ranks {ranks}: expected at least 1", hint="give how many processes are to share")
     if goals and ranks is not None and ranks > 1:
@@ -126,7 +130,7 @@ def dry_run(
         "loads_in": _loaders(left, writing),
         "bench": asdict(load) if load is not None else None,
         "note": _note(recipe, opened, left),
-        **_training(recipe, left, opening, None if ranks is None else resolved.device),
+        **_training(recipe, left, opening, resolved.device),
         **({} if ranks is None else {"ranks": _shared(recipe, opened, forecasts, sharing, resolved.device)}),
     }
 
@@ -151,21 +155,21 @@ def _shared(
     return count | estimate_run(recipe.prune, models, sharing, device)
 
 
-def _training(recipe: Recipe, left: PreTrainedModel, opening: Opening, timed: str | None) -> dict[str, Any]:
+def _training(recipe: Recipe, left: PreTrainedModel, opening: Opening, device: str) -> dict[str, Any]:
     """Return what recovering takes, and where what it starts from will lie; refuses what the run would.
 
     Args:
         recipe: The run.
         left: What is pruned.
         opening: How the teacher is opened.
-        timed: On which device, where the time is asked for.
+        device: Where it is trained.
     """
     options = recipe.recover
     if options is None:
         return {}
     check_shares(options, Ranks())
     teacher = teacher_outline(options, left, recipe.opening(opening))
-    return {"recover": {"pruned": str(recipe.pruned), **estimate_training(options, left, teacher, timed)}}
+    return {"recover": {"pruned": str(recipe.pruned), **estimate_training(options, left, teacher, device)}}
 
 
 def _loaders(left: PreTrainedModel, writing: Writing) -> list[str]:

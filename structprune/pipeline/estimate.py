@@ -72,7 +72,7 @@ def estimate_run(
 
 
 def estimate_training(
-    options: RecoverOptions, model: Model, teacher: Model | None, device: str | None
+    options: RecoverOptions, model: Model, teacher: Model | None, device: str
 ) -> dict[str, Any]:
     """Return what a recovery by one process takes.
 
@@ -80,17 +80,15 @@ def estimate_training(
         options: How to train.
         model: What is trained; a twin without weights is enough.
         teacher: What it imitates, if anything.
-        device: Where it computes; None where its time is not asked for.
+        device: Where it computes.
 
     Returns:
-        "steps", "memory_bytes"; with a device "seconds" of all steps and looks at the held-out text, None
-        where no rates were measured.
+        "steps"; "memory_bytes"; "seconds" of all steps and looks at the held-out text, None where no rates
+        were measured.
     """
     sharing = step_sharing(options, model)
     needed = RUNTIME_BYTES + training_bytes(options, model, teacher, sharing)
     found: dict[str, Any] = {"steps": options.steps, "memory_bytes": needed}
-    if device is None:
-        return found
     rates, _ = choose_rates(read_rates(rates_file()), Site.here(device, 1))
     if rates is None:
         return found | {"seconds": None}

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from structprune.checkpoint.inputs import Input, local_inputs
+from structprune.recipe.draft import RecoverRun
 from structprune.recipe.options import EvaluateOptions, RecoverOptions
 from structprune.recipe.recipe import Recipe
 
@@ -24,6 +25,22 @@ def inputs_of_recipe(recipe: Recipe, folder: Path, scores: str | Path | None = N
         *local_inputs("the kept scores", scores),
         *inputs_of_recovery(recipe.recover),
         *inputs_of_evaluation(recipe.evaluate),
+    ]
+
+
+def inputs_of_recover_run(run: RecoverRun, folder: Path) -> list[Input]:
+    """Return what a recovery reads.
+
+    Args:
+        run: The recovery.
+        folder: Where its model is.
+    """
+    return [
+        *local_inputs("the model", folder),
+        *local_inputs("the tokenizer", run.tokenizer),
+        *local_inputs("the recipe", run.file),
+        *inputs_of_recovery(run.recover or RecoverOptions()),
+        *inputs_of_evaluation(run.evaluate),
     ]
 
 

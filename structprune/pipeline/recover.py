@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from structprune.calibration.data import positions
 from structprune.checkpoint.delivery import deliver, work_folder
-from structprune.checkpoint.inputs import local_inputs
 from structprune.checkpoint.integrity import intact_manifest
 from structprune.checkpoint.locate import check_name, resolve
 from structprune.checkpoint.manifest import OURS
@@ -29,7 +28,7 @@ from structprune.models.opening import Opening
 from structprune.models.streamed import StreamedModel, open_skeleton
 from structprune.pipeline.decision import shaping_versions
 from structprune.pipeline.examine import prepare_exam, with_bench
-from structprune.pipeline.inputs import inputs_of_evaluation, inputs_of_recovery
+from structprune.pipeline.inputs import inputs_of_recover_run
 from structprune.pipeline.kept import kept_report, may_stand, write_recipe
 from structprune.pipeline.recovered import Task, publish_adapter, publish_merged
 from structprune.progress import Clock, Progress, silent
@@ -126,13 +125,7 @@ def _recover_on(
     with clock.phase("read"):
         folder = resolve(run.model, revision=run.revision)
         needed = weight_bytes(folder)
-        inputs = [
-            *local_inputs("the model", folder),
-            *local_inputs("the tokenizer", run.tokenizer),
-            *local_inputs("the recipe", run.file),
-            *inputs_of_recovery(options),
-            *inputs_of_evaluation(evaluate),
-        ]
+        inputs = inputs_of_recover_run(run, folder)
         final = check_output(
             inputs, run.output, overwrite=may_stand(run.output, writing), needed_bytes=needed
         )
