@@ -18,8 +18,8 @@ NUMBER = 4
 FACTORS = 6
 # Of a weight's size: its sum with a change, what that is made of, and its gradient.
 WORKING = 4
-# Logits of a slice, their logarithms and both gradients, of two models where one is imitated.
-SLICES = 4
+# Logits of a slice, their logarithms and gradients, and once more in the backward pass.
+SLICES = 8
 # Blocks of many sizes come and go, and leave holes: measured with glibc on SmolLM2-135M.
 HOLES = 1.5
 # How often something of a weight's size is read or written in a step: the sum is made forward and once more
@@ -96,7 +96,7 @@ def _kept(options: RecoverOptions, model: Model, sharing: Sharing) -> float:
     if not options.gradient_checkpointing:
         return sum(each)
     hidden: int = model.config.get_text_config().hidden_size
-    return max(each) + len(each) * hidden * sharing.tokens
+    return 2 * max(each) + len(each) * hidden * sharing.tokens  # a block's states, and their gradients
 
 
 def _flops(model: Model, sharing: Sharing) -> float:
