@@ -92,7 +92,7 @@ def test_operations_are_those_that_run(taught: bool, checkpointing: bool) -> Non
 
 
 def test_memory_grows_with_what_there_is_more_of() -> None:
-    model = tiny("llama")
+    model = tiny("llama", depth=8)
 
     def needed(teacher: bool = False, **changes: object) -> int:
         asked = options(length=LENGTH, **changes)
