@@ -115,7 +115,7 @@ def test_an_output_that_exists_is_replaced_only_on_demand(tmp_path: Path) -> Non
     error = refuse(model, mine)
     assert error.exit_code == 4
     assert "not made by structprune" in error.message
-    assert "--overwrite" in error.hint
+    assert "--overwrite would remove all that is in it" in error.hint
     assert check_output(inputs_of(model), mine, overwrite=True) == mine
     build(model, tmp_path / "out")
     assert "a result of structprune" in refuse(model, tmp_path / "out").message

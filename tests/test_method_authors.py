@@ -1,17 +1,19 @@
 """Whoever writes a method of their own is told what is wrong with it: which file, and what was expected."""
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import structprune
 from structprune.calibration.statistics import InputSums, Part, Statistics
-from structprune.errors import MethodError, UsageError
+from structprune.errors import EnvironmentFailure, Interrupted, MethodError, UsageError
 from structprune.pruners.catalogue import find, names
-from structprune.recipe.recipe import choose_recipe
+from structprune.recipe.recipe import Recipe, choose_recipe
 from tests.authors import Author, decide, writing_methods
 from tests.conftest import Command
 from tests.methods import QUICK
@@ -22,6 +24,11 @@ from tests.oracle import pictures, vision_model
 def author(tmp_path: Path) -> Iterator[Author]:
     with writing_methods(tmp_path / "mine") as found:
         yield found
+
+
+def stop_at_the_second_block(stage: str, done: int, total: int) -> None:
+    if "mended" in stage and done == 1:
+        raise Interrupted(signal.SIGTERM)
 
 
 class TestMistakesInTheFile:
@@ -111,6 +118,58 @@ class TestMistakesInTheFile:
         rows = {row["name"]: row["reason"] for row in structprune.inspect(str(llama))["methods"]}
         assert rows["wanda"] == refused.value.message and rows["magnitude"] is None
         assert command("methods").code == 0
+
+
+class TestFilesOutside:
+    """What is told of a method whose file is none of the package's."""
+
+    def test_an_answer_of_another_shape_names_the_file(self, author: Author) -> None:
+        path = author.score("short", "return weight[0].float()")
+        with pytest.raises(MethodError) as caught:
+            decide("short")
+        assert caught.value.message.startswith(f"short, {path}: model.layers.0.")
+
+    @pytest.mark.parametrize("family", ["weight", "structure"])
+    def test_a_score_that_writes_into_the_weight_is_refused(self, author: Author, family: str) -> None:
+        path = author.score("writing", "weight.abs_()\nreturn weight.float()", family, parts="'norm'")
+        with pytest.raises(MethodError, match="changed the weight that it was given") as caught:
+            decide("writing")
+        assert caught.value.message.startswith(f"writing, {path}: model.layers.0.")
+
+    def test_one_that_was_mended_resumes_nothing_that_it_decided_before(
+        self, author: Author, llama: Path, tmp_path: Path
+    ) -> None:
+        def run(**more: Any) -> dict[str, Any]:
+            recipe = {"model": str(llama), "output": str(tmp_path / "out"), "evaluate": False}
+            recipe |= {"calibration": QUICK["calibration"], "prune": "mended"}
+            return structprune.prune(Recipe.model_validate(recipe), **more)
+
+        author.score("mended", "return weight.float().abs()")
+        with pytest.raises(Interrupted):
+            run(progress=stop_at_the_second_block)
+        author.score("mended", "return -weight.float().abs()")
+        with pytest.raises(EnvironmentFailure, match=r"an interrupted run differs in methods") as caught:
+            run()
+        assert "restart" in caught.value.hint
+
+    def test_the_command_line_finds_it_in_a_folder_that_the_environment_names(
+        self, llama: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        words = ["prune", llama, tmp_path / "out", "--method", "named", "--no-evaluate"]
+        failed = command(*words)
+        assert failed.code == 2
+        assert "STRUCTPRUNE_METHODS=FOLDER, which holds it as FOLDER/weight/named.py" in failed.err
+        author = Author(tmp_path / "own")
+        author.score("named", "return weight.float().abs()", parts="'norm'")
+        monkeypatch.setenv("STRUCTPRUNE_METHODS", f"{tmp_path / 'none'}:{author.folder}")
+        text = QUICK["calibration"]["source"]
+        done = command(*words, "--calibration", text, "--samples", "4", "--length", "16")
+        assert done.code == 0, done.err
+        assert "named" in command("methods").out
+        applied = command("apply", llama, tmp_path / "again", "--plan", tmp_path / "out")
+        assert applied.code == 0, applied.err
+        files = [tmp_path / name / "model.safetensors" for name in ("out", "again")]
+        assert files[0].read_bytes() == files[1].read_bytes()
 
 
 class TestParts:

@@ -45,10 +45,12 @@ def author(tmp_path: Path) -> Iterator[Author]:
 
 class TestScoresThatAreNoNumbers:
     def test_a_weight_score_names_method_and_matrix(self, author: Author) -> None:
-        author.score("nanny", "bad = math.nan if len(weight) == 32 else 1\nreturn weight.float().abs() * bad")
+        path = author.score(
+            "nanny", "bad = math.nan if len(weight) == 32 else 1\nreturn weight.float().abs() * bad"
+        )
         with pytest.raises(QualityError) as refused:
             decide("nanny")
-        assert refused.value.message == f"nanny: {K}: 2,048 of 2,048 scores are NaN"
+        assert refused.value.message == f"nanny, {path}: {K}: 2,048 of 2,048 scores are NaN"
         assert "score()" in refused.value.hint
 
     def test_a_solver_is_named_with_the_matrices_that_it_had(self, author: Author) -> None:
@@ -62,7 +64,9 @@ class TestScoresThatAreNoNumbers:
     @pytest.mark.parametrize("budget", ["uniform", "global"])
     def test_a_structure_score(self, author: Author, budget: str) -> None:
         author.score("nan_units", "return weight.float().sum(dim=0) * math.nan", "structure")
-        with pytest.raises(QualityError, match=rf"^nan_units: {BLOCK}.*: 64 of 64 scores are NaN"):
+        with pytest.raises(
+            QualityError, match=rf"^nan_units, .*nan_units.py: {BLOCK}.*: 64 of 64 scores are NaN"
+        ):
             decide("nan_units", budget=budget, sparsity=0.5)
 
     def test_a_structure_score_is_nothing_that_a_folder_is_written_of(
@@ -81,7 +85,9 @@ class TestScoresThatAreNoNumbers:
     def test_infinities_that_cancel_each_other_in_a_unit_are_not(self, author: Author) -> None:
         lines = "found = weight.float().sum(dim=0)\nfound[0], found[1] = math.inf, -math.inf\nreturn found"
         author.score("cancelling", lines, "structure")
-        with pytest.raises(QualityError, match=rf"^cancelling: {BLOCK}: kv_group: 1 of 2 scores are NaN"):
+        with pytest.raises(
+            QualityError, match=rf"^cancelling, .*cancelling.py: {BLOCK}: kv_group: 1 of 2 scores are NaN"
+        ):
             decide("cancelling", sparsity=0.5)
 
     def test_a_token_score(self, author: Author) -> None:
@@ -124,10 +130,10 @@ class TestScoresThatAreSomethingElse:
         ids=["transposed", "nothing", "a vector", "no floats"],
     )
     def test_of_a_matrix(self, author: Author, answer: str, said: str) -> None:
-        author.score("odd", f"if len(weight) == 32:\n    {answer}\nreturn weight.float()")
+        path = author.score("odd", f"if len(weight) == 32:\n    {answer}\nreturn weight.float()")
         with pytest.raises(MethodError) as refused:
             decide("odd")
-        expected = f"odd: {K}: score() returned {said}, expected floats of shape [32, 64]"
+        expected = f"odd, {path}: {K}: score() returned {said}, expected floats of shape [32, 64]"
         assert refused.value.message == expected
         assert refused.value.exit_code == 1 and "score()" in refused.value.hint
 
@@ -156,7 +162,7 @@ class TestScoresThatAreSomethingElse:
         path.write_text(path.read_text().replace("_columns import ColumnPruner", "_width import WidthPruner"))
         with pytest.raises(MethodError) as refused:
             decide("units", sparsity=0.5)
-        assert refused.value.message.startswith(f"units: {BLOCK}: ")
+        assert refused.value.message.startswith(f"units, {path}: {BLOCK}: ")
         assert said in refused.value.message
 
     def test_of_depth(self) -> None:
@@ -201,7 +207,9 @@ class TestScoresThatAreSomethingElse:
         path = author.folder / "token" / "numbers.py"
         path.write_text(path.read_text().replace("_scored import ScoredTokens", "_family import TokenPruner"))
         model, batch = vision_model("llava"), pictures("llava", 1).batch()
-        refusal = pytest.raises(MethodError, match=r"^numbers: the visual tokens: choose\(\) returned int64")
+        refusal = pytest.raises(
+            MethodError, match=r"^numbers: the visual tokens: choose\(\) returned int64"
+        )
         with pruned(model, token_pruner("numbers"), batch), refusal:
             model(**batch)
 
@@ -210,6 +218,8 @@ class TestScoresThatAreSomethingElse:
         model, batch = vision_model("llava"), pictures("llava", 1).batch()
         with (
             pruned(model, token_pruner("flat"), batch),
-            pytest.raises(MethodError, match=r"^flat: the visual tokens: score\(\) returned .* \[1\], exp"),
+            pytest.raises(
+                MethodError, match=r"^flat, .*flat.py: the visual tokens: score\(\) returned .* \[1\], exp"
+            ),
         ):
             model(**batch)

@@ -130,6 +130,12 @@ def test_an_adapter_whose_base_has_changed_is_refused(pruned: Path, tmp_path: Pa
         structprune.load(tmp_path / "adapter")
 
 
+def test_a_teacher_of_other_tokens_is_refused_as_a_teacher(pruned: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the teacher has \d+ tokens in its vocabulary, the model \d+"):
+        recover(pruned, tmp_path / "out", teacher="demo")
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_is_written_when_nothing_beats_the_start(pruned: Path, tmp_path: Path) -> None:
     with pytest.raises(QualityError):
         # A step far below what bfloat16 can hold changes nothing, so nothing can be better.

@@ -296,3 +296,11 @@ def test_the_keys_that_flags_set_are_those_that_the_commands_make_of_them(comman
     assert {flag: key.partition(":")[0] for flag, key in FLAG_KEYS.items()} == {
         flag: key for flag, key in made.items() if flag != key and len(flag) > 1
     }
+
+
+def test_nothing_stands_beside_a_recipe_that_says_it_itself(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"model": "demo", "output": tmp_path / "out", "prune": "magnitude"})
+    for more in ({"output": tmp_path / "other"}, {"pruner": "wanda"}, {"sparsity": 0.3}, {"seed": 3}):
+        with pytest.raises(UsageError, match=f"{next(iter(more))}: given beside a recipe"):
+            structprune.prune(recipe, **more)
+    assert not list(tmp_path.iterdir())

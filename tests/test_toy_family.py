@@ -161,4 +161,4 @@ def test_an_unknown_method_is_told_where_methods_are_looked_for() -> None:
     with pytest.raises(UsageError, match="'rootwanda' does not exist") as refused:
         find("rootwanda")
     assert f"in {Path(pruners.__file__).parent}/*/ and {TOYS}/*/" in refused.value.message
-    assert refused.value.hint == "did you mean 'wanda'?"
+    assert refused.value.hint.startswith("did you mean 'wanda'?; one of your own: STRUCTPRUNE_METHODS=FOLDER")

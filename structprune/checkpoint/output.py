@@ -48,13 +48,14 @@ def check_output(inputs: Sequence[Input], output: Path, *, overwrite: bool, need
         raise EnvironmentFailure(f"{output}: is a file, expected a folder", hint="choose another output")
     check_lock(final)
     if not overwrite and is_occupied(final):
-        kind = (
-            "a result of structprune"
-            if (final / MANIFEST).exists()
-            else "not empty and not made by structprune"
-        )
+        if (final / MANIFEST).exists():
+            raise EnvironmentFailure(
+                f"{output}: exists and is a result of structprune",
+                hint="choose another output, or pass --overwrite",
+            )
         raise EnvironmentFailure(
-            f"{output}: exists and is {kind}", hint="choose another output, or pass --overwrite"
+            f"{output}: exists and is not empty and not made by structprune",
+            hint="choose another output: --overwrite would remove all that is in it",
         )
     if is_occupied(final):
         with blame(final):

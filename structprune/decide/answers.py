@@ -1,6 +1,7 @@
 """What a method returned, held against what was asked of it where it enters, alike in every family."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,27 @@ def check_scores(found: object, shape: Sequence[int], whose: str, by: str = "sco
             hint=f"look for NaN in what {by}() computes, in the weights and in the calibration statistics",
         )
     return scores
+
+
+@contextmanager
+def unchanged(weight: Tensor, whose: str, by: str = "score") -> Iterator[None]:
+    """Hold a method to look at a weight and leave it as it is, for the length of a `with`.
+
+    Args:
+        weight: What it is given.
+        whose: As for `check_scores`.
+        by: As for `check_scores`.
+
+    Raises:
+        MethodError: It wrote into it.
+    """
+    before = weight._version
+    yield
+    if weight._version != before:
+        raise MethodError(
+            f"{whose}: {by}() changed the weight that it was given",
+            hint="compute on a copy: weight.abs(), not weight.abs_()",
+        )
 
 
 def check_shape(found: object, shape: Sequence[int], whose: str, by: str = "score") -> Tensor:

@@ -30,6 +30,7 @@ from structprune.pruners.forecast import forecast_all
 from structprune.pruners.pruner import Pruner
 from structprune.ranks import Ranks
 from structprune.recipe.recipe import Recipe
+from structprune.storage.safe_open import hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +135,17 @@ def fingerprint(recipe: Recipe, source: Source, calibration: data.Calibration | 
         # Sums are split among threads, so their number shows in the last bits.
         "threads": torch.get_num_threads(),
         "versions": shaping_versions(),
+        # A method that was mended since decides otherwise.
+        **({"methods": outside} if (outside := _own_hashes(recipe.prune)) else {}),
         # Copied beside the weights of a model that has none.
         **({"tokenizer": recipe.tokenizer} if recipe.tokenizer else {}),
     }
+
+
+def _own_hashes(stages: Sequence[Pruner]) -> dict[str, str]:
+    """Return the hash of each method's file that is none of the package's."""
+    files = {step.method(): file for step in stages if (file := step.own_file()) is not None}
+    return {name: hash_file(file) for name, file in files.items()}
 
 
 def shaping_versions() -> dict[str, str | None]:

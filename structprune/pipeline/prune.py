@@ -1,5 +1,6 @@
 """The story of a run: read, inspect, calibrate, apply, write; `finish` measures, proves and publishes."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +70,9 @@ def prune(
     Returns:
         The report; of several processes that a launcher started the first one's, and empty for the others.
     """
-    if not isinstance(recipe, Recipe):
+    if isinstance(recipe, Recipe):
+        _refuse_beside({"output": output, "pruner": pruner} | options)
+    else:
         place = {"dtype": opening.dtype, "device": opening.device}
         recipe = _recipe(check_name(recipe), output, pruner, place | options)
     return prune_recipe(recipe, opening=opening, writing=writing, scores=scores, progress=progress)
@@ -163,6 +166,16 @@ def _recover(
         tokenizer=recipe.opening(opening).tokenizer,
     )
     return recover_run(last, saved=recipe, opening=opening, writing=writing, progress=progress)
+
+
+def _refuse_beside(given: Mapping[str, object]) -> None:
+    """Refuse what stands beside a recipe, which says all of it itself."""
+    named = [name for name, value in given.items() if value is not None]
+    if named:
+        raise UsageError(
+            f"{', '.join(named)}: given beside a recipe, which says it itself",
+            hint="change the recipe: choose_recipe(FILE, flags={'output': ..., 'prune.sparsity': ...})",
+        )
 
 
 def _recipe(

@@ -136,6 +136,8 @@ def _recover_on(
         options = spell_out(options, source.model, plans)
         windows = _windows(source, options)
         teacher = _open_other(options.teacher, opening)
+        if teacher is not None:  # before it is compared with, as another dense model would be
+            check_teacher(skeleton(source.model), skeleton(teacher.model))
         dense = evaluate.compare if evaluate else None
         compared = teacher if dense in (None, options.teacher) else _open_other(dense, opening)
         exam = prepare_exam(evaluate, source, windows.left, compared)

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import os
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,9 @@ from structprune.errors import MethodError, UsageError, nearest
 
 if TYPE_CHECKING:
     from structprune.pruners.pruner import Pruner
+
+# Of one's own, besides the path of `structprune.pruners`; several with a colon between.
+FOLDERS = "STRUCTPRUNE_METHODS"
 
 
 def names() -> dict[str, str]:
@@ -30,7 +34,8 @@ def check_name(name: str) -> Path:
         # Whoever added a file to a copy that is not the one that runs sees it here.
         places = " and ".join(f"{root}/*/" for root in _roots())
         said = f"method {name!r} does not exist: no file of that name in {places}"
-        raise UsageError(said, hint=nearest(name, known))
+        own = f"one of your own: {FOLDERS}=FOLDER, which holds it as FOLDER/weight/{name}.py"
+        raise UsageError(said, hint=f"{nearest(name, known)}; {own}")
     path, *others = known[name]
     if others:
         raise UsageError(
@@ -135,7 +140,12 @@ def _unusable(path: Path, error: Exception) -> MethodError:
 def _roots() -> list[Path]:
     """Return the folders that hold the families."""
     # A cell of a notebook that is run twice adds its folder twice.
-    return list(dict.fromkeys(map(Path, pruners.__path__)))
+    return list(dict.fromkeys(map(Path, [*pruners.__path__, *_named_roots()])))
+
+
+def _named_roots() -> list[str]:
+    """Return the folders of one's own that the environment names, for the command line."""
+    return [one for one in os.environ.get(FOLDERS, "").split(os.pathsep) if one]
 
 
 def _files() -> dict[str, list[Path]]:

@@ -4,6 +4,7 @@ A pruner looks at a model and data once and decides; the decision is a value, a 
 needs no data.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
@@ -45,6 +46,19 @@ class Pruner(BaseModel, ABC):
     def method(cls) -> str:
         """Return the method's name, which is its file's."""
         return cls.__module__.rpartition(".")[2]
+
+    @classmethod
+    @final
+    def own_file(cls) -> Path | None:
+        """Return the method's file where it is none of the package's, whose version tells what it does."""
+        name = getattr(sys.modules[cls.__module__], "__file__", None)
+        return Path(name) if name and Path(__file__).parent not in Path(name).parents else None
+
+    @final
+    def called(self, what: str) -> str:
+        """Return how an error names something of this method: with its file, where it is none of ours."""
+        file = self.own_file()
+        return f"{self.method()}: {what}" if file is None else f"{self.method()}, {file}: {what}"
 
     @property
     def looks_at_data(self) -> bool:

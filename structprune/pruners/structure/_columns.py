@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 
 from structprune.calibration.statistics import Statistics
-from structprune.decide.answers import check_scores
+from structprune.decide.answers import check_scores, unchanged
 from structprune.decide.unit_counts import WidthUnit
 from structprune.models.arch import Linear
 from structprune.models.groups import BlockSizes
@@ -53,5 +53,7 @@ class ColumnPruner(WidthPruner):
         return {kind: self.unit_scores(kind, one, known.sizes) for kind, one in columns.items()}
 
     def _column_scores(self, linear: Linear, seen: Seen) -> Tensor:
-        found = self.score(linear.weight, seen.of(linear))
-        return check_scores(found, linear.weight.shape[1:], f"{self.method()}: {linear.label}")
+        whose = self.called(linear.label)
+        with unchanged(linear.weight, whose):
+            found = self.score(linear.weight, seen.of(linear))
+        return check_scores(found, linear.weight.shape[1:], whose)

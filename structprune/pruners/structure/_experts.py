@@ -159,7 +159,7 @@ class ExpertPruner(StructurePruner):
         if not one.experts:
             return torch.empty(0)
         found = self.score_experts(index, one.experts, Statistics(routed=routed))
-        whose = f"{self.method()}: {one.prefix}.{one.arch.experts}"
+        whose = self.called(f"{one.prefix}.{one.arch.experts}")
         return check_scores(found, (one.experts,), whose, "score_experts").cpu()
 
     @final

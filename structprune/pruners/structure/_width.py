@@ -69,7 +69,7 @@ class WidthPruner(WidthFields):
     def _checked_units(
         self, known: WidthBlock, readers: Mapping[WidthUnit, Linear], seen: Seen
     ) -> dict[WidthUnit, Tensor]:
-        whose, by = f"{self.method()}: {known.prefix}", "score_units"
+        whose, by = self.called(known.prefix), "score_units"
         found = check_each(self.score_units(known, readers, seen), Tensor, [*readers], whose, by)
         return {
             kind: check_scores(found[kind], (known.units(kind),), f"{whose}: {kind}", by) for kind in readers

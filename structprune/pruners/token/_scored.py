@@ -35,7 +35,7 @@ class ScoredTokens(TokenPruner):
             MethodError: It gives something else.
             QualityError: A score is not a number.
         """
-        found = check_shape(self.score(seen), seen.real.shape, f"{self.method()}: the visual tokens")
+        found = check_shape(self.score(seen), seen.real.shape, self.called("the visual tokens"))
         return finite(found, seen.real, self.method())
 
 

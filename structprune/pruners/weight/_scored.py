@@ -9,7 +9,7 @@ from torch import Tensor
 
 from structprune.calibration.collect import BlockSums
 from structprune.calibration.statistics import Statistics
-from structprune.decide.answers import check_scores
+from structprune.decide.answers import check_scores, unchanged
 from structprune.decide.select import mask_lowest
 from structprune.errors import UsageError
 from structprune.models.arch import blocks
@@ -52,8 +52,10 @@ class ScorePruner(WeightPruner):
         return [self._keep_highest(one, self._checked_score(one)) for one in matrices]
 
     def _checked_score(self, matrix: MatrixToPrune) -> Tensor:
-        found = self.score(matrix.weight, matrix.seen)
-        return check_scores(found, matrix.weight.shape, f"{self.method()}: {matrix.label}")
+        whose = self.called(matrix.label)
+        with unchanged(matrix.weight, whose):
+            found = self.score(matrix.weight, matrix.seen)
+        return check_scores(found, matrix.weight.shape, whose)
 
     def _keep_highest(self, matrix: MatrixToPrune, score: Tensor) -> PrunedMatrix:
         # What is zero already leaves first, so that what was asked for is what is zero afterwards. Minus, not
