@@ -38,7 +38,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         max_position_embeddings=40960,
         tie_word_embeddings=False,
     ),
-    "HuggingFaceTB/SmolLM2-135M": lambda: LlamaConfig(
+    "HuggingFaceTB/SmolLM2-135M-Instruct": lambda: LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,

@@ -207,9 +207,7 @@ class TestScoresThatAreSomethingElse:
         path = author.folder / "token" / "numbers.py"
         path.write_text(path.read_text().replace("_scored import ScoredTokens", "_family import TokenPruner"))
         model, batch = vision_model("llava"), pictures("llava", 1).batch()
-        refusal = pytest.raises(
-            MethodError, match=r"^numbers: the visual tokens: choose\(\) returned int64"
-        )
+        refusal = pytest.raises(MethodError, match=r"^numbers: the visual tokens: choose\(\) returned int64")
         with pruned(model, token_pruner("numbers"), batch), refusal:
             model(**batch)
 

@@ -7,8 +7,8 @@ from structprune.cli.summary import key_lines
 from structprune.cli.terminal import duration
 from structprune.report.figures import bytes_text, percent, prunable
 
+LESS = "--gradient-checkpointing, a smaller --batch-size and a smaller --length take less"
 UNMEASURED = "told once `structprune bench --rates` has measured this machine"
-UNTIMED = "told with --ranks 1, once `structprune bench --rates` has measured this machine"
 
 
 def dry_run_lines(result: Mapping[str, Any]) -> str:
@@ -34,15 +34,24 @@ def _said(result: Mapping[str, Any]) -> dict[str, Any]:
         removed = percent(1 - sizes["pruned"] / sizes["dense"])
         said["parameters"] = {**sizes, "removed": f"{removed} of the model's"}
     if "ranks" in result:
-        return said | {"ranks": _renamed(result["ranks"], "memory to decide")}
-    return said | {"time to decide": UNTIMED}
+        said["ranks"] = _renamed(result["ranks"], "memory to decide")
+    said.pop("seconds", None)
+    return said | {"time to decide": _time(result.get("seconds"))}
+
+
+def _time(seconds: float | None) -> str:
+    """Return how long something takes where nothing else runs."""
+    return UNMEASURED if seconds is None else f"{duration(seconds)} at best"
 
 
 def _trained(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return what training takes."""
-    said, seconds = _renamed(group, "memory to train"), group["seconds"]
-    said.pop("seconds")
-    return said | {"time to train": UNMEASURED if seconds is None else f"{duration(seconds)} at best"}
+    said = _renamed(group, "memory to train")
+    for key in ("seconds", "free_bytes", "state_bytes"):
+        said.pop(key)
+    if group["memory_bytes"] > group["free_bytes"]:
+        said["memory to train"] += f", and {bytes_text(group['free_bytes'])} are free: {LESS}"
+    return said | {"time to train": _time(group["seconds"])}
 
 
 def _renamed(group: Mapping[str, Any], memory: str) -> dict[str, Any]:

@@ -54,7 +54,12 @@ def run_lines(result: Result) -> str:
 
 def pruning_lines(result: Result) -> str:
     """Return what a recipe of `prune` led to, with what training gained where it recovers, too."""
-    return recovery_lines(result) if result.get("recovery") else run_lines(result)
+    if not result.get("recovery"):
+        return run_lines(result)
+    pruned = f"{result['output']}.pruned"
+    return (
+        f"{recovery_lines(result)}\n{table([('pruned', f'{pruned}, before it was trained; complete, too')])}"
+    )
 
 
 def recovery_lines(result: Result) -> str:

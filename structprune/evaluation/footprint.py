@@ -92,7 +92,7 @@ def check_room(models: Sequence[PreTrainedModel], workload: Workload, device: st
     Raises:
         EnvironmentFailure: They need more memory than is free.
     """
-    needed, free = bytes_needed(models, workload), _free(device)
+    needed, free = bytes_needed(models, workload), free_bytes(device)
     if needed > free:
         held = f"{counted(len(models), 'model')} and the cache of {counted(workload.batches[-1], 'prompt')}"
         raise EnvironmentFailure(
@@ -125,7 +125,8 @@ def file_bytes(folder: Path, base: Path) -> int:
     return sum(weight_bytes(one) for one in {folder, base})
 
 
-def _free(device: str) -> int:
+def free_bytes(device: str) -> int:
+    """Return the bytes of memory that are free on a device."""
     return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else available_memory()
 
 

@@ -53,11 +53,12 @@ def dry_recover(run: RecoverRun, *, opening: Opening, writing: Writing) -> dict[
     check_vocabulary(open_tokenizer(folder, opening), opened)
     teacher = teacher_outline(options, skeleton(opened), opening)
     device = opening.resolve(folder, opened.reader.nbytes).device
+    training = estimate_training(options, opened, teacher, device)
     return {
         "output": str(run.output),
         "recipe": run.text(),
         "plans": [plan.method for plan in plans],
         "parameters": parameters_of(skeleton(opened)),
-        "recover": estimate_training(options, opened, teacher, device),
-        "disk_bytes": needed,
+        "recover": training,
+        "disk_bytes": needed + opened.reader.nbytes // 16 + training["state_bytes"],
     }

@@ -67,7 +67,8 @@ def dry_run(
 
     Returns:
         The forecast of the run; "recover" of a recipe that does: what `estimate_training` says, and "pruned",
-        the folder beside the output that it starts from; "ranks": how many, "memory_bytes" of each, and what
+        the folder beside the output that it starts from; "seconds" of deciding by one process, None where no
+        rates were measured; "ranks": how many, "memory_bytes" of each, and what
         `estimate_run` says; with goals "runs": that of each, by what it is written as.
     """
     if isinstance(recipe, RecoverRun):
@@ -104,6 +105,7 @@ def dry_run(
     timing = _timing_memory(opened, left, load, streamed)
     alone = replace(sharing, ranks=1)
     pruned = file_bytes(stored_layout(left), opened.reader.metadata)
+    decided = opened.reader.nbytes // 16  # masks take a bit for each weight
     twice = recipe.recover is not None and not recipe.recover.keep_adapter
     return {
         "output": str(recipe.output),
@@ -126,11 +128,12 @@ def dry_run(
         "bytes": {"dense": size, "pruned": pruned},
         "streamed": streamed,
         "memory_bytes": max(memory_bytes(recipe.prune, opened, alone), timing),
-        "disk_bytes": needed + opened.reader.nbytes // 16 + (pruned if twice else 0),
+        "disk_bytes": needed + decided + (pruned + decided if twice else 0),
         "loads_in": _loaders(left, writing),
         "bench": asdict(load) if load is not None else None,
         "note": _note(recipe, opened, left),
         **_training(recipe, left, opening, resolved.device),
+        "seconds": _shared(recipe, opened, forecasts, alone, resolved.device)["seconds"],
         **({} if ranks is None else {"ranks": _shared(recipe, opened, forecasts, sharing, resolved.device)}),
     }
 

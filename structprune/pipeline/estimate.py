@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from structprune.evaluation.footprint import free_bytes
 from structprune.evaluation.rates import Rates, Site, choose_rates, rates_file, read_rates
 from structprune.models.arch import blocks
 from structprune.models.cost import stored_bytes
@@ -12,7 +13,12 @@ from structprune.models.streamed import Model
 from structprune.pruners.demand import Demand, Sharing
 from structprune.pruners.pruner import Pruner
 from structprune.recipe.options import RecoverOptions
-from structprune.recovery.demand import step_sharing, training_bytes, training_demand
+from structprune.recovery.demand import (
+    state_bytes,
+    step_sharing,
+    training_bytes,
+    training_demand,
+)
 from structprune.storage.tensor_file import nbytes_of
 
 # What Python, torch and transformers take before any weight is read; measured on Linux, CPU build.
@@ -83,12 +89,17 @@ def estimate_training(
         device: Where it computes.
 
     Returns:
-        "steps"; "memory_bytes"; "seconds" of all steps and looks at the held-out text, None where no rates
-        were measured.
+        "steps"; "memory_bytes", and "free_bytes" of the device; "state_bytes" on disk while it trains;
+        "seconds" of all steps and looks at the held-out text, None where no rates were measured.
     """
     sharing = step_sharing(options, model)
     needed = RUNTIME_BYTES + training_bytes(options, model, teacher, sharing)
-    found: dict[str, Any] = {"steps": options.steps, "memory_bytes": needed}
+    found: dict[str, Any] = {
+        "steps": options.steps,
+        "memory_bytes": needed,
+        "free_bytes": free_bytes(device),
+        "state_bytes": state_bytes(options, model),
+    }
     rates, _ = choose_rates(read_rates(rates_file()), Site.here(device, 1))
     if rates is None:
         return found | {"seconds": None}

@@ -27,6 +27,7 @@ from structprune.models.identity import skeleton
 from structprune.models.opening import Opening
 from structprune.models.streamed import StreamedModel, open_skeleton
 from structprune.pipeline.decision import shaping_versions
+from structprune.pipeline.estimate import estimate_training
 from structprune.pipeline.examine import prepare_exam, with_bench
 from structprune.pipeline.inputs import inputs_of_recover_run
 from structprune.pipeline.kept import kept_report, may_stand, write_recipe
@@ -42,6 +43,7 @@ from structprune.recovery.ranks import spell_out
 from structprune.recovery.state import TrainingState
 from structprune.recovery.training import check_teacher, train, train_divided
 from structprune.recovery.windows import TrainingWindows, draw, windows_wanted
+from structprune.report.figures import bytes_text
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +144,8 @@ def _recover_on(
         compared = teacher if dense in (None, options.teacher) else _open_other(dense, opening)
         exam = prepare_exam(evaluate, source, windows.left, compared)
         exam = with_bench(exam, run.bench, compared or source)
+    if ranks.alone:
+        _warn_of_memory(options, source, teacher)
     task = Task(options, source, plans, windows, teacher, compared, exam, progress, clock)
     shaped = _fingerprint(task, ranks)
     ranks.check_alike("this run", shaped)  # All have looked at the output before the first one locks it.
@@ -230,6 +234,19 @@ def _windows(source: Source, options: RecoverOptions) -> TrainingWindows:
         max_length=positions(source.model.config),
         seed=options.seed,
     )
+
+
+def _warn_of_memory(options: RecoverOptions, source: Source, teacher: Source | None) -> None:
+    """Say so where training is expected to need more than there is; it may yet do."""
+    other = teacher.model if teacher else None
+    expected = estimate_training(options, source.model, other, source.opening.device)
+    if expected["memory_bytes"] > expected["free_bytes"]:
+        logger.warning(
+            "training is expected to need %s, and %s are free; recover.gradient_checkpointing, a smaller "
+            "batch_size and a smaller length take less",
+            bytes_text(expected["memory_bytes"]),
+            bytes_text(expected["free_bytes"]),
+        )
 
 
 def _fingerprint(task: Task, ranks: Ranks) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from structprune.recovery.windows import held_out_of, windows_wanted
 NUMBER = 4
 # A change, its gradient and two moments; the best change so far, and a copy while that is taken.
 FACTORS = 6
+# What trains, two moments and the best change; twice.
+STATES = 8
 # Of a weight's size: its sum with a change, what that is made of, and its gradient.
 WORKING = 4
 # Logits of a slice, their logarithms and gradients, and once more in the backward pass.
@@ -51,11 +53,20 @@ def training_bytes(options: RecoverOptions, model: Model, teacher: Model | None,
         held += stored_bytes(model).all  # what was read, too, until it was converted
     if teacher is not None:
         held += stored_bytes(teacher).all
-    ranks = options.ranks.values() if options.ranks != "importance" else ()
-    factors = FACTORS * max([options.rank, *ranks]) * sum(sum(one.weight.shape) for one in found)
+    factors = FACTORS * _factors(options, found)
     working = WORKING * max((one.weight.numel() for one in found), default=0)
     kept = HOLES * _kept(options, model, sharing)
     return held + int(NUMBER * (factors + working + kept)) + SLICES * SLICE_BYTES
+
+
+def state_bytes(options: RecoverOptions, model: Model) -> int:
+    """Return what the state of a training takes on disk: at a check the next one lies beside the last.
+
+    Args:
+        options: How to train.
+        model: What is trained; its parameters may be on the meta device.
+    """
+    return NUMBER * STATES * _factors(options, _linears(model))
 
 
 def training_demand(options: RecoverOptions, model: Model, teacher: Model | None, sharing: Sharing) -> Demand:
@@ -79,6 +90,13 @@ def training_demand(options: RecoverOptions, model: Model, teacher: Model | None
 
 def _linears(model: Model) -> list[Linear]:
     return [one for block in all_linears(model) for one in block]
+
+
+def _factors(options: RecoverOptions, found: list[Linear]) -> int:
+    """Return how many numbers all changes have, at most."""
+    ranks = options.ranks.values() if options.ranks != "importance" else ()
+    rank = max([options.rank, *ranks])
+    return sum(rank * int(sum(one.weight.shape)) for one in found)
 
 
 def _trained(found: list[Linear]) -> int:
