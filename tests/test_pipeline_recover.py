@@ -95,6 +95,7 @@ def test_recovery_lowers_the_held_out_loss_and_moves_no_zero(pruned: Path, tmp_p
     assert "6 samples of 32 tokens from `demo`" in card
     assert f"Then trained on {report['recovery']['data']['windows']} windows of 32 tokens from `" in card
     assert "weights only" not in card
+    assert "Trained after pruning: the loss on held-out text went from" in card
     assert "run `structprune recover recipe.yaml`" in card
     before, after = zeros(pruned / "pruned"), zeros(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -245,6 +245,7 @@ FIGURE = r"\d[\d ]*(?:\.\d+)?"
 
 @pytest.mark.parametrize("method", [name for name, family in catalogue.names().items() if family != "token"])
 def test_figures_of_an_entry_are_those_of_the_benches(method: str) -> None:
+    assert method in ENTRIES, f"recipes/README.md has no entry of {method}"
     said = re.findall(
         rf"(?:perplexity|Perplexity|refit|KL|KL at 2:4) ({FIGURE})(?: and ({FIGURE}))?"
         rf"(?:; ({FIGURE})(?: and ({FIGURE}))?)?",

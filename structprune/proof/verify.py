@@ -242,6 +242,6 @@ def _check_values(result: Verification, held: Held, trained: Collection[str]) ->
             for name in sorted(compared)
             if name not in held.found or held.found[name].foreign
         ]
-        result.row(
-            "values", problems, f"{counted(len(compared), 'tensor')} with the new values of their plans"
-        )
+        # All of them may have been trained, or given new values by a later stage.
+        said = f"{counted(len(compared), 'tensor')} with the new values of their plans"
+        result.row("values", problems, said if compared else "all that were decided have changed since")

@@ -18,6 +18,7 @@ from structprune.report.sentences import (
     goals_rows,
     made_sentence,
     protocol_sentences,
+    recovery_sentence,
 )
 from structprune.report.speed import speed_header, speed_notes, speed_rows
 from structprune.storage.durable import DurableFile
@@ -96,7 +97,7 @@ def _sections(folder: Path, report: Mapping[str, Any], name: str, base: str, rec
         [(row["name"], "yes" if row["ok"] else "**no**", row["detail"]) for row in checks],
     )
     yield "## Calibration and training" if report.get("recovery") else "## Calibration"
-    yield calibration_sentence(report)
+    yield f"{calibration_sentence(report)} {recovery_sentence(report)}".strip()
     yield from _continuations(report)
     yield "## Reproduce"
     command = report.get("command", "prune")

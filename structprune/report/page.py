@@ -1,7 +1,7 @@
 """One page about one or several runs, complete in itself: no network, no script, no other file."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -12,7 +12,6 @@ from structprune.errors import UsageError
 from structprune.report.block_charts import block_charts
 from structprune.report.charts import COLOURS
 from structprune.report.comparison import side_by_side, trade_offs
-from structprune.report.figures import number
 from structprune.report.finished import FinishedRun
 from structprune.report.report import table_rows
 from structprune.report.sentences import (
@@ -23,6 +22,7 @@ from structprune.report.sentences import (
     goals_rows,
     made_sentence,
     protocol_sentences,
+    recovery_sentence,
 )
 from structprune.report.speed import speed_header, speed_notes, speed_rows
 from structprune.storage import strict_yaml
@@ -74,7 +74,7 @@ def _content(run: FinishedRun) -> dict[str, Any]:
         "goals": goals_rows(report),
         "figures": table_rows(report),
         "protocol": list(protocol_sentences(report)),
-        "recovery": _recovery(report),
+        "recovery": recovery_sentence(report),
         "charts": block_charts(report, run.plans),
         "speed_header": speed_header(speed, "pruned") if speed else (),
         "speed": speed_rows(speed) if speed else [],
@@ -96,17 +96,6 @@ def _base_of(recipe: str) -> str:
         said = None
     model = said.get("model") if isinstance(said, dict) else None
     return PurePath(model).name if isinstance(model, str) else "the source"
-
-
-def _recovery(report: Mapping[str, Any]) -> str:
-    """Return what training gained; "" where nothing was trained."""
-    training = report.get("recovery")
-    if not training:
-        return ""
-    return (
-        f"Trained after pruning: the loss on held-out text went from {number(training['start_loss'])} to "
-        f"{number(training['best_loss'])} nats per token, at its best after step {training['best_step']}."
-    )
 
 
 def _spoken(sentence: str) -> Markup:

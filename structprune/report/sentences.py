@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from structprune.calibration.text_source import DEMO, SUFFIXES
-from structprune.report.figures import bytes_text, fraction, percent, prunable
+from structprune.report.figures import bytes_text, fraction, number, percent, prunable
 
 # What a method is composed of, beside how much it removes.
 CHOICES = ("score", "budget", "repair")
@@ -137,6 +137,17 @@ def calibration_sentence(report: Mapping[str, Any]) -> str:
     # Of a recovered model without them nobody knows what its pruning looked at.
     return (
         f"{_looked_at(facts)} Then trained on {_text(training)}" if facts else f"Trained on {_text(training)}"
+    )
+
+
+def recovery_sentence(report: Mapping[str, Any]) -> str:
+    """Return what training gained; "" where nothing was trained."""
+    training = report.get("recovery")
+    if not training:
+        return ""
+    return (
+        f"Trained after pruning: the loss on held-out text went from {number(training['start_loss'])} to "
+        f"{number(training['best_loss'])} nats per token, at its best after step {training['best_step']}."
     )
 
 

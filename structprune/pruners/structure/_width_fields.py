@@ -65,7 +65,8 @@ class WidthFields(GoalPruner):
         if set(ATTENTION) <= set(self.units):
             raise ValueError("units: kv_group takes a head's whole group; choose one of the two")
         if self.native == "uniform" and self.unequal:
-            raise ValueError(f"native: uniform does not go with budget {self.budget}; pad does")
+            named = getattr(self.budget, "name", self.budget)
+            raise ValueError(f"native: uniform does not go with budget {named}; pad does")
         if self.native == "pad" and self.skip:
             raise ValueError("native: pad makes every block as wide as those that skip leaves whole")
         return self
