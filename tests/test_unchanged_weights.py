@@ -142,7 +142,7 @@ class TestShards:
     def test_those_of_which_nothing_changes_are_not_written_anew(self, sharded: Path, tmp_path: Path) -> None:
         stage = {"method": "magnitude", "sparsity": 0.5, "include": [r"layers\.0\."]}
         raw = {"model": str(sharded), "output": str(tmp_path / "out"), "prune": stage}
-        report = structprune.prune(assemble(raw), **QUICK | {"writing": Writing(reload=False)})
+        report = structprune.prune(assemble(raw), writing=Writing(reload=False))
         same = [
             file.name
             for file in sharded.glob("*.safetensors")
