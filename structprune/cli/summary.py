@@ -56,10 +56,8 @@ def pruning_lines(result: Result) -> str:
     """Return what a recipe of `prune` led to, with what training gained where it recovers, too."""
     if not result.get("recovery"):
         return run_lines(result)
-    pruned = f"{result['output']}.pruned"
-    return (
-        f"{recovery_lines(result)}\n{table([('pruned', f'{pruned}, before it was trained; complete, too')])}"
-    )
+    row = "pruned", f"{result['pruned_folder']}, before it was trained; complete, too"
+    return f"{recovery_lines(result)}\n{table([row])}"
 
 
 def recovery_lines(result: Result) -> str:

@@ -210,7 +210,9 @@ def recover(
     keep_adapter: Annotated[bool | None, typer.Option("--keep-adapter", help="Do not merge.")] = None,
     gradient_checkpointing: Annotated[
         bool | None,
-        typer.Option("--gradient-checkpointing", help="Much less memory for a third more time."),
+        typer.Option(
+            "--gradient-checkpointing", help="About half of the memory, for up to a third more time."
+        ),
     ] = None,
     shard: Annotated[
         bool | None, typer.Option("--shard", help="Divide the model among the processes of a launch.")

@@ -67,9 +67,9 @@ def dry_run(
 
     Returns:
         The forecast of the run; "recover" of a recipe that does: what `estimate_training` says, and "pruned",
-        the folder beside the output that it starts from; "seconds" of deciding by one process, None where no
-        rates were measured; "ranks": how many, "memory_bytes" of each, and what
-        `estimate_run` says; with goals "runs": that of each, by what it is written as.
+        the folder beside the output that it starts from; "seconds" of deciding, None where no rates were
+        measured; "ranks": how many, "memory_bytes" of each, and what `estimate_run` says; with goals "runs":
+        that of each, by what it is written as.
     """
     if isinstance(recipe, RecoverRun):
         return dry_recover(recipe, opening=opening, writing=writing)
@@ -104,6 +104,7 @@ def dry_run(
     sharing = _sharing(recipe, opened, ranks or 1, streamed=streamed)
     timing = _timing_memory(opened, left, load, streamed)
     alone = replace(sharing, ranks=1)
+    shared = _shared(recipe, opened, forecasts, sharing, resolved.device)
     pruned = file_bytes(stored_layout(left), opened.reader.metadata)
     decided = opened.reader.nbytes // 16  # masks take a bit for each weight
     twice = recipe.recover is not None and not recipe.recover.keep_adapter
@@ -133,8 +134,8 @@ def dry_run(
         "bench": asdict(load) if load is not None else None,
         "note": _note(recipe, opened, left),
         **_training(recipe, left, opening, resolved.device),
-        "seconds": _shared(recipe, opened, forecasts, alone, resolved.device)["seconds"],
-        **({} if ranks is None else {"ranks": _shared(recipe, opened, forecasts, sharing, resolved.device)}),
+        "seconds": shared["seconds"],
+        **({} if ranks is None else {"ranks": shared}),
     }
 
 

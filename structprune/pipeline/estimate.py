@@ -93,7 +93,7 @@ def estimate_training(
         "seconds" of all steps and looks at the held-out text, None where no rates were measured.
     """
     sharing = step_sharing(options, model)
-    needed = RUNTIME_BYTES + training_bytes(options, model, teacher, sharing)
+    needed = RUNTIME_BYTES + training_bytes(options, model, teacher, sharing, device)
     found: dict[str, Any] = {
         "steps": options.steps,
         "memory_bytes": needed,

@@ -68,7 +68,8 @@ def prune(
         StructpruneError: One of `structprune.errors`; nothing is lost, and the input is untouched.
 
     Returns:
-        The report; of several processes that a launcher started the first one's, and empty for the others.
+        The report, with "pruned_folder" where it was recovered afterwards; of several processes that a
+        launcher started the first one's, and empty for the others.
     """
     if isinstance(recipe, Recipe):
         _refuse_beside({"output": output, "pruner": pruner} | options)
@@ -147,7 +148,8 @@ def prune_recipe(
                 return result
         else:
             tidy(final)
-    return _recover(recipe, folder, final, opening=opening, writing=writing, progress=progress)
+    made = _recover(recipe, folder, final, opening=opening, writing=writing, progress=progress)
+    return made | {"pruned_folder": str(recipe.pruned)}
 
 
 def _recover(

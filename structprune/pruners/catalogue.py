@@ -58,8 +58,8 @@ def check_lasting(pruner: "type[Pruner]") -> None:
     path = next((one for one in files if one.samefile(inspect.getfile(pruner))), None)
     if pruner.at_run_time and path is not None and home not in path.parents:
         raise UsageError(
-            f"{path}: {pruner.method()} works while a model runs, and the processes that open the folder "
-            f"look for methods in {home}/*/ only",
+            f"{path}: {pruner.method()} works while a model runs, and whoever opens the folder is sure "
+            f"to find methods in {home}/*/ only",
             hint=f"put the file into {home}/{path.parent.name}/, or try it in memory: structprune.pruning",
         )
 

@@ -93,7 +93,7 @@ class RecoverOptions(OptionGroup):
         seed: Of the data's order, the held-out split and the first factors; the recipe's unless given.
         dtype: What training multiplies in; weights, gradients and moments are float32.
         gradient_checkpointing: Keep only what enters each block, and run it once more in the backward pass:
-            much less memory, a third more time, the same result.
+            about half of the memory, up to a third more time, the same result.
         keep_adapter: Save the change beside the model instead of merging it.
         shard: Divide the model among the processes of the run, for one that does not fit each of them.
         samples: The most sequences read; all there are unless given.

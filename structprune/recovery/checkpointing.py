@@ -1,6 +1,7 @@
 """Gradient checkpointing: of each block only what enters it is kept, and its backward pass runs it once more.
 
-Gradients and results are the same to the last bit; a step takes a third longer.
+Gradients and results are the same to the last bit, where the same product twice gives the same. A step takes
+up to a third longer.
 
 Source: Chen et al. 2016, https://arxiv.org/abs/1604.06174
 """

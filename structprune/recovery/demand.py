@@ -22,8 +22,11 @@ STATES = 8
 WORKING = 4
 # Logits of a slice, their logarithms and gradients, and once more in the backward pass.
 SLICES = 8
-# Blocks of many sizes come and go, and leave holes: measured with glibc on SmolLM2-135M.
-HOLES = 1.5
+# How much more than its tensors the memory of a processor holds, in which tensors of many sizes come and go,
+# and how many blocks' states pass before what one left is used again: with glibc, on SmolLM2-135M.
+HOLES, PASSING = 1.5, 6
+# On a card: a block's states, and their gradients. Never measured.
+PASSING_ON_CARD = 2
 # How often something of a weight's size is read or written in a step: the sum is made forward and once more
 # backward, the gradient made, masked and scaled.
 WEIGHT_PASSES = 24
@@ -38,7 +41,9 @@ def step_sharing(options: RecoverOptions, model: Model) -> Sharing:
     return Sharing(options.batch_size, length, options.batch_size, routed=routed or 1)
 
 
-def training_bytes(options: RecoverOptions, model: Model, teacher: Model | None, sharing: Sharing) -> int:
+def training_bytes(
+    options: RecoverOptions, model: Model, teacher: Model | None, sharing: Sharing, device: str = "cpu"
+) -> int:
     """Return the peak that training is expected to need, beside what Python takes.
 
     Args:
@@ -46,6 +51,7 @@ def training_bytes(options: RecoverOptions, model: Model, teacher: Model | None,
         model: What is trained; its parameters may be on the meta device.
         teacher: What is imitated, if anything.
         sharing: As `step_sharing` gives it.
+        device: Where it is trained.
     """
     found = _linears(model)
     held = NUMBER * parameters_of(skeleton(model)) + _trained(found)  # a mask takes a byte for each weight
@@ -55,7 +61,9 @@ def training_bytes(options: RecoverOptions, model: Model, teacher: Model | None,
         held += stored_bytes(teacher).all
     factors = FACTORS * _factors(options, found)
     working = WORKING * max((one.weight.numel() for one in found), default=0)
-    kept = HOLES * _kept(options, model, sharing)
+    on_processor = not device.startswith("cuda")
+    kept = _kept(options, model, sharing, PASSING if on_processor else PASSING_ON_CARD)
+    kept *= HOLES if on_processor else 1
     return held + int(NUMBER * (factors + working + kept)) + SLICES * SLICE_BYTES
 
 
@@ -108,13 +116,20 @@ def _states(found: list[Linear], sharing: Sharing) -> float:
     return sum(sum(one.weight.shape) * sharing.tokens_of(one) for one in found)
 
 
-def _kept(options: RecoverOptions, model: Model, sharing: Sharing) -> float:
-    """Return how many numbers wait for the backward pass."""
+def _kept(options: RecoverOptions, model: Model, sharing: Sharing, passing: int) -> float:
+    """Return how many numbers wait for the backward pass.
+
+    Args:
+        options: How to train.
+        model: What is trained.
+        sharing: A step's sequences.
+        passing: Of how many blocks the states are there where they are run once more.
+    """
     each = [_states(found, sharing) for found in all_linears(model)]
     if not options.gradient_checkpointing:
         return sum(each)
     hidden: int = model.config.get_text_config().hidden_size
-    return 2 * max(each) + len(each) * hidden * sharing.tokens  # a block's states, and their gradients
+    return min(sum(each), passing * max(each) + len(each) * hidden * sharing.tokens)
 
 
 def _flops(model: Model, sharing: Sharing) -> float:
